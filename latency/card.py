@@ -1,0 +1,119 @@
+"""The device card: everything known of one device, as plain files in one folder.
+
+``device.json`` holds the fingerprint and the anchor time that all its latencies refer to,
+``ops.parquet`` and ``models.parquet`` what was measured, ``predictors/`` what was fitted.
+Ops of every space accumulate.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from space import InputError
+from space.files import read_json, write_json
+from space.tables import read_table, write_table
+
+KIND = "device card"
+TABLES = ("ops", "models")
+
+
+@dataclass
+class Card:
+    """One device."""
+
+    folder: Path
+    fingerprint: dict[str, Any]
+    anchor_reference: float | None = None  # s; None until something was measured
+    measured: str | None = None  # when, UTC
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The device's name: that of its folder."""
+        return self.folder.name
+
+    def save(self) -> None:
+        """Write ``device.json``."""
+        self.measured = datetime.now(UTC).isoformat(timespec="seconds")
+        body = {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "anchor_reference_seconds": self.anchor_reference,
+            "measured": self.measured,
+            "problems": self.problems,
+        }
+        write_json(self.folder / "device.json", KIND, {}, body)
+
+    def table(self, name: str) -> pd.DataFrame:
+        """``ops`` or ``models``; empty where nothing was measured."""
+        path = self.folder / f"{name}.parquet"
+        return (
+            read_table(path, f"device {name}", profile_command(self.name))[0]
+            if path.exists()
+            else pd.DataFrame()
+        )
+
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows to a table; a row of the same identity replaces the older one."""
+        identity = [k for k in rows[0] if k not in ("seconds", "half_width", "timing")]
+        table = pd.concat([self.table(name), pd.DataFrame(rows)], ignore_index=True)
+        table = table.drop_duplicates(identity, keep="last", ignore_index=True)
+        write_table(self.folder / f"{name}.parquet", f"device {name}", {}, table)
+
+    def predictor_path(self, space: str, runtime: str, threads: int, precision: str) -> Path:
+        """Where the predictor of a space stands."""
+        return self.folder / "predictors" / f"{space}-{runtime}-t{threads}-{precision}.json"
+
+
+def profile_command(device: str) -> str:
+    """The command that makes a card."""
+    return f"formfit profile --space SPACE --device {device}"
+
+
+def load_card(devices: Path, name: str) -> Card:
+    """Read a card.
+
+    Raises:
+        InputError: there is none of that name, or it is not whole.
+    """
+    path = devices / name / "device.json"
+    if not path.exists():
+        known = sorted(p.parent.name for p in devices.glob("*/device.json"))
+        have = f"there are {', '.join(known)}" if known else "there is none yet"
+        raise InputError(f"device {name}: no card in {devices} ({have}); `{profile_command(name)}` makes it")
+    value = read_json(path, KIND, profile_command(name))
+    return Card(
+        folder=path.parent,
+        fingerprint=value["fingerprint"],
+        anchor_reference=value["anchor_reference_seconds"],
+        measured=value["measured"],
+        problems=value["problems"],
+    )
+
+
+def open_card(devices: Path, name: str, fingerprint: Mapping[str, Any]) -> Card:
+    """The card to add measurements to: the one there is, or a new one.
+
+    Raises:
+        InputError: the card was measured on another device or with another runtime version.
+    """
+    if not (devices / name / "device.json").exists():
+        return Card(devices / name, dict(fingerprint))
+    card = load_card(devices, name)
+    other = differences(card.fingerprint, fingerprint)
+    if other:
+        raise InputError(
+            f"{card.folder}: measured on another device ({'; '.join(other)}); choose another --device name"
+        )
+    return card
+
+
+def differences(card: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In what a card's fingerprint is not that of this machine."""
+    return [
+        f"{key}: card {card.get(key)}, here {here.get(key)}" for key in here if card.get(key) != here.get(key)
+    ]

@@ -1,0 +1,1 @@
+"""Evolution under limits, Ray workers, the record, export, verification, reports, the command line."""

@@ -1,0 +1,132 @@
+"""Architectures: what a search chooses, and the frame that a space fixes around it.
+
+An architecture is a value: frozen, hashable, with one canonical JSON form and a key
+made from it. It says nothing of weights; where a layer stands (its slot) matters,
+because the supernet shares weights by slot.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from space.errors import InputError
+from space.files import canonical_json, digest
+
+FULL_MIXERS = ("attention",)
+LOCAL_MIXERS = ("sliding", "short_conv")
+LINEAR_MIXERS = ("linear", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda")
+MIXERS = (*FULL_MIXERS, *LOCAL_MIXERS, *LINEAR_MIXERS)
+BUILT_MIXERS = ("attention", "sliding", "linear", "retnet", "gated_deltanet")
+WINDOWED_MIXERS = ("sliding",)
+HEADLESS_MIXERS = ("none", "short_conv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What a space fixes for all its architectures."""
+
+    vocabulary: int
+    context: int
+    head_dim: int
+    tied: bool = True
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A mixer choice and an FFN choice; ``none`` and ``0`` mean absent."""
+
+    mixer: str = "none"
+    heads: int = 0
+    kv_heads: int = 0
+    window: int = 0
+    ffn: int = 0
+
+    @property
+    def present(self) -> bool:
+        """Whether the layer has something in it, and so counts for depth."""
+        return self.mixer != "none" or self.ffn > 0
+
+    def describe(self) -> str:
+        """A short human form, such as ``attention/4:2+ffn256``."""
+        mixer = self.mixer
+        if self.heads:
+            mixer += f"/{self.heads}" + (f":{self.kv_heads}" if self.kv_heads != self.heads else "")
+        if self.window:
+            mixer += f"@{self.window}"
+        return f"{mixer}+ffn{self.ffn}" if self.present else "-"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One point of a space: a residual width and one layer for each slot."""
+
+    width: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def depth(self) -> int:
+        """How many layers have something in them."""
+        return sum(layer.present for layer in self.layers)
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The mixers of the layers that are present, in order."""
+        return tuple(layer.mixer for layer in self.layers if layer.present)
+
+    @cached_property
+    def key(self) -> str:
+        """The first 12 hexadecimal digits of the sha256 of the canonical JSON form."""
+        return digest(canonical_json(self.to_json()))[:12]
+
+    def describe(self) -> str:
+        """A short human form of the whole architecture."""
+        return f"width {self.width}: " + " ".join(layer.describe() for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The canonical JSON value; what is absent in a layer is left out."""
+        layers = []
+        for layer in self.layers:
+            fields = asdict(layer)
+            layers.append({name: fields[name] for name in fields if fields[name] or name in ("mixer", "ffn")})
+        return {"width": self.width, "layers": layers}
+
+    @staticmethod
+    def from_json(value: Any, where: str = "architecture") -> "Architecture":
+        """Read an architecture; the inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: a field is missing, unknown, of another type, or contradicts another.
+        """
+        if not isinstance(value, Mapping) or set(value) != {"width", "layers"}:
+            raise InputError(f"{where}: expected an object with exactly 'width' and 'layers'")
+        width, layers = value["width"], value["layers"]
+        if not _is_count(width) or width == 0 or not isinstance(layers, list) or not layers:
+            raise InputError(f"{where}: 'width' must be a positive integer and 'layers' a list")
+        return Architecture(
+            width, tuple(_layer(item, f"{where}.layers[{i}]") for i, item in enumerate(layers))
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _layer(item: Any, where: str) -> Layer:
+    known = ("mixer", "heads", "kv_heads", "window", "ffn")
+    if not isinstance(item, Mapping) or set(item) - set(known):
+        raise InputError(f"{where}: expected an object with keys among {', '.join(known)}")
+    layer = Layer(**item)
+    if layer.mixer not in (*MIXERS, "none"):
+        raise InputError(f"{where}.mixer: {layer.mixer!r} is not one of {', '.join(MIXERS)}, none")
+    for name in known[1:]:
+        if not _is_count(getattr(layer, name)):
+            raise InputError(f"{where}.{name}: {getattr(layer, name)!r} is not a whole number >= 0")
+    if (layer.heads == 0) != (layer.mixer in HEADLESS_MIXERS):
+        raise InputError(f"{where}.heads: {layer.heads} does not go with mixer {layer.mixer}")
+    if layer.heads and (layer.kv_heads == 0 or layer.heads % layer.kv_heads):
+        raise InputError(f"{where}.kv_heads: {layer.kv_heads} does not divide heads {layer.heads}")
+    if (layer.window > 0) != (layer.mixer in WINDOWED_MIXERS):
+        raise InputError(f"{where}.window: {layer.window} does not go with mixer {layer.mixer}")
+    return layer

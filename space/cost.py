@@ -1,0 +1,125 @@
+"""Analytic cost of ops and architectures: parameters, FLOPs and bytes, exactly.
+
+A multiply-add counts as two FLOPs. Bytes are fp32. FLOPs count the projections, the
+convolution and the mixing itself (for linear mixers the recurrent form); norms, gates and
+activations, some percent of the whole, are left out.
+"""
+
+from math import prod
+
+from space.architecture import Architecture, Frame
+from space.ops import Cost, Op, OpTables, count_ops
+from space.shapes import CONV, end_shapes, ffn_shapes, mixer_shapes, state_shapes
+from space.space import Space
+from space.workload import Workload
+
+FLOAT = 4
+MATRICES = ("q", "k", "v", "o", "gate", "beta", "decay", "up", "down")
+
+
+def op_params(op: Op, frame: Frame) -> int:
+    """Parameters of an op. A tied head has only its norm: its matrix is the embedding's."""
+    if op.kind in ("embedding", "head"):
+        ends = end_shapes(op.width, frame)
+        names = ("embedding",) if op.kind == "embedding" else ("norm", "head")
+        return sum(prod(ends[name]) for name in names if name in ends)
+    return sum(prod(shape) for shape in _shapes(op, frame).values())
+
+
+def _shapes(op: Op, frame: Frame) -> dict[str, tuple[int, ...]]:
+    if op.kind == "ffn":
+        return ffn_shapes(op.width, op.ffn)
+    return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, frame)
+
+
+def op_flops(op: Op, workload: Workload, frame: Frame) -> int:
+    """FLOPs of an op in one run of a workload."""
+    tokens = workload.batch * workload.tokens
+    if op.kind == "embedding":
+        return 0
+    if op.kind == "head":
+        return 2 * tokens * op.width * frame.vocabulary
+    shapes = _shapes(op, frame)
+    flops = 2 * tokens * sum(prod(shapes[name]) for name in MATRICES if name in shapes)
+    if op.kind == "ffn":
+        return flops
+    flops += 2 * tokens * CONV * sum(shape[0] for name, shape in shapes.items() if name.startswith("conv_"))
+    d = frame.head_dim
+    if op.kind in ("attention", "sliding"):
+        pairs = sum(min(place + 1, op.window or place + 1) for place in range(workload.past, workload.length))
+        return flops + workload.batch * 4 * pairs * op.heads * d
+    # S += k v^T for each kv head, S^T q for each query head; the delta rule first reads S^T k.
+    reads = op.heads + (2 if op.kind == "gated_deltanet" else 1) * op.kv_heads
+    return flops + 2 * tokens * reads * d * d
+
+
+def op_state_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+    """Bytes that an op carries to the next call once a workload's ``length`` tokens are read."""
+    if op.kind in ("embedding", "head", "ffn"):
+        return 0
+    shapes = state_shapes(op.layer, frame, workload.batch, workload.length)
+    return FLOAT * sum(prod(shape) for shape in shapes.values())
+
+
+def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+    """Bytes of the values that stand side by side at the widest node of an op's graph.
+
+    States are not among them, nor what a node uses inside (the scores of attention).
+    """
+    w, tokens = op.width, workload.batch * workload.tokens
+    if op.kind == "embedding":
+        return FLOAT * tokens * w
+    if op.kind == "head":
+        return FLOAT * tokens * max(2 * w, w + frame.vocabulary)
+    if op.kind == "ffn":
+        # x and, in turn: pre-norm with packed gate and up; both packed and split; silu with its parts.
+        return FLOAT * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 3 * w)
+    d = frame.head_dim
+    q, kv = op.heads * d, op.kv_heads * d
+    shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, frame)
+    packed = sum(shapes[n][0] for n in ("q", "k", "v", "gate", "beta", "decay") if n in shapes)
+    if op.kind in ("attention", "sliding") and not frame.qk_norm:
+        widest = max(2 * w + packed, w + packed + q, 3 * w)
+        return FLOAT * tokens * widest
+    widest = max(2 * w + packed, w + 2 * packed, 3 * w)
+    if op.kind == "gated_deltanet":
+        # Beside the gates: the joined past and input, the convolution, its sigmoid and their product.
+        mixed = q + 2 * kv
+        inside = FLOAT * (tokens * (w + packed + 3 * mixed) + workload.batch * (CONV - 1) * mixed)
+        return max(FLOAT * tokens * widest, inside)
+    return FLOAT * tokens * widest
+
+
+def params(architecture: Architecture, frame: Frame) -> int:
+    """Parameters of a sub-model."""
+    return sum(n * op_params(op, frame) for op, n in count_ops(architecture).items())
+
+
+def flops(architecture: Architecture, workload: Workload, frame: Frame) -> int:
+    """FLOPs of one run of a workload."""
+    return sum(n * op_flops(op, workload, frame) for op, n in count_ops(architecture).items())
+
+
+def memory_bytes(architecture: Architecture, workload: Workload, frame: Frame) -> int:
+    """Weights, states after the workload, and peak activations, in bytes."""
+    ops = count_ops(architecture)
+    states = sum(n * op_state_bytes(op, workload, frame) for op, n in ops.items())
+    peak = max(op_activation_bytes(op, workload, frame) for op in ops)
+    return FLOAT * params(architecture, frame) + states + peak
+
+
+def flops_table(space: Space, workload: Workload) -> OpTables:
+    """FLOPs by op."""
+    return OpTables(space, lambda op: op_flops(op, workload, space.frame))
+
+
+def params_cost(space: Space) -> Cost:
+    """Parameters of each genome."""
+    return Cost(OpTables(space, lambda op: op_params(op, space.frame)))
+
+
+def memory_cost(space: Space, workload: Workload) -> Cost:
+    """Bytes of each genome: weights, states after the workload, peak activations."""
+    frame = space.frame
+    held = OpTables(space, lambda op: FLOAT * op_params(op, frame) + op_state_bytes(op, workload, frame))
+    return Cost(held, peak=OpTables(space, lambda op: op_activation_bytes(op, workload, frame)))

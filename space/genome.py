@@ -1,0 +1,399 @@
+"""Genomes: architectures as rows of small integers, and what evolution does to them.
+
+A genome has 1 + 3 * slots genes: the width, then for each slot a mixer option, a head
+option and an FFN option, each an index into the space's lists (index 0 of mixer and FFN
+means absent). Genes without effect are 0 in the canonical form, so that one architecture
+has one genome. Everything here works on arrays [N, G] and takes the random generator that
+it draws from; nothing loops until it happens to succeed.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from space.architecture import HEADLESS_MIXERS, Architecture, Layer
+from space.errors import InputError
+from space.space import Pattern, Space
+
+Genomes = NDArray[np.int16]
+EMPTY, FFN_ONLY, FULL, LINEAR, LOCAL = range(5)
+_CLASS = {"full": FULL, "linear": LINEAR, "local": LOCAL}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A space's lists as arrays, made once."""
+
+    slots: int
+    alphabet: NDArray[np.int64]  # [G] number of values of each gene
+    classes: NDArray[np.int64]  # [mixer options] class of each mixer option
+    kinds: NDArray[np.int64]  # [mixer options] which linear kind an option is, -1 for the others
+    headless: NDArray[np.bool_]  # [mixer options]
+    kind_count: int
+    forced: NDArray[np.bool_]  # [slots] must be full
+    patterns: NDArray[np.int64]  # [P, 4]
+    least_ffn: int  # the smallest FFN gene of a layer that has a mixer
+
+    @property
+    def genes(self) -> int:
+        """Genes of a genome."""
+        return len(self.alphabet)
+
+
+@lru_cache(maxsize=64)
+def layout(space: Space) -> Layout:
+    """The arrays that the functions of this module work on."""
+    options = space.mixer_options
+    names = sorted({m for m, _ in options[1:] if space.mixer_class(m) == "linear"})
+    forced = np.zeros(space.slots, bool)
+    forced[list(space.hybrid.full_layers)] = True
+    per_slot = [len(options), len(space.head_options), len(space.ffn_options)]
+    return Layout(
+        slots=space.slots,
+        alphabet=np.array([len(space.width), *per_slot * space.slots]),
+        classes=np.array([EMPTY] + [_CLASS[space.mixer_class(m)] for m, _ in options[1:]]),
+        kinds=np.array([names.index(m) if m in names else -1 for m, _ in options]),
+        headless=np.array([m in HEADLESS_MIXERS for m, _ in options]),
+        kind_count=len(names),
+        forced=forced,
+        patterns=np.array(space.all_patterns),
+        least_ffn=0 if space.layer.ffn[0] == 0 else 1,
+    )
+
+
+def split(genomes: Genomes) -> tuple[Genomes, Genomes, Genomes, Genomes]:
+    """Views of a genome array: width [N], mixer [N, L], heads [N, L], ffn [N, L]."""
+    return genomes[:, 0], genomes[:, 1::3], genomes[:, 2::3], genomes[:, 3::3]
+
+
+def encode(space: Space, architectures: list[Architecture]) -> Genomes:
+    """The genomes [N, G] of architectures.
+
+    Raises:
+        InputError: an architecture has a value that the space does not list.
+    """
+    rows = np.zeros((len(architectures), layout(space).genes), np.int16)
+    for row, architecture in zip(rows, architectures, strict=True):
+        try:
+            if len(architecture.layers) != space.slots:
+                raise ValueError(f"{len(architecture.layers)} layers, the space has {space.slots}")
+            row[0] = space.width.index(architecture.width)
+            for slot, layer in enumerate(architecture.layers):
+                heads = (layer.heads, layer.kv_heads)
+                row[1 + 3 * slot] = space.mixer_options.index((layer.mixer, layer.window))
+                row[2 + 3 * slot] = space.head_options.index(heads) if layer.heads else 0
+                row[3 + 3 * slot] = space.ffn_options.index(layer.ffn)
+        except ValueError as error:
+            raise InputError(
+                f"architecture {architecture.key} is not of space {space.name}: {error}"
+            ) from None
+    return rows
+
+
+def decode(space: Space, genomes: Genomes) -> list[Architecture]:
+    """The architectures of canonical genomes [N, G]."""
+    return [_decode(space, tuple(int(g) for g in row)) for row in genomes]
+
+
+def _decode(space: Space, genome: tuple[int, ...]) -> Architecture:
+    layers = []
+    for mixer_gene, head_gene, ffn_gene in zip(genome[1::3], genome[2::3], genome[3::3], strict=True):
+        mixer, window = space.mixer_options[mixer_gene]
+        heads, kv_heads = (0, 0) if mixer in HEADLESS_MIXERS else space.head_options[head_gene]
+        layers.append(
+            Layer(mixer=mixer, heads=heads, kv_heads=kv_heads, window=window, ffn=space.ffn_options[ffn_gene])
+        )
+    return Architecture(space.width[genome[0]], tuple(layers))
+
+
+def canonical(space: Space, genomes: Genomes) -> Genomes:
+    """A copy in which genes without effect are 0."""
+    genomes = genomes.copy()
+    _, mixer, heads, _ = split(genomes)
+    heads[layout(space).headless[mixer]] = 0
+    return genomes
+
+
+def slot_classes(space: Space, genomes: Genomes) -> NDArray[np.int64]:
+    """The class [N, L] of every slot: EMPTY, FFN_ONLY, FULL, LINEAR or LOCAL."""
+    _, mixer, _, ffn = split(genomes)
+    classes = layout(space).classes[mixer]
+    return np.where((mixer == 0) & (ffn > 0), FFN_ONLY, classes)
+
+
+def pattern_counts(classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many slots [N, 4] are FFN_ONLY, FULL, LINEAR and LOCAL."""
+    return np.stack([(classes == c).sum(axis=1) for c in (FFN_ONLY, FULL, LINEAR, LOCAL)], axis=1)
+
+
+def kinds_used(space: Space, genomes: Genomes) -> NDArray[np.int64]:
+    """How many slots [N, kinds] use each kind of linear mixer."""
+    lay = layout(space)
+    kinds = lay.kinds[split(genomes)[1]]
+    return np.stack([(kinds == k).sum(axis=1) for k in range(lay.kind_count)], axis=1).reshape(
+        len(genomes), -1
+    )
+
+
+def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
+    """Which rows [N] are canonical genomes of the space."""
+    lay = layout(space)
+    genomes = np.asarray(genomes)
+    inside = ((genomes >= 0) & (genomes < lay.alphabet)).all(axis=1)
+    safe = np.where(inside[:, None], genomes, 0).astype(np.int16)
+    classes = slot_classes(space, safe)
+    counts = pattern_counts(classes)
+    known = (counts[:, None, :] == lay.patterns[None]).all(axis=2).any(axis=1)
+    forced = np.asarray(classes == FULL)[:, lay.forced].all(axis=1)
+    kinds = (kinds_used(space, safe) > 0).sum(axis=1) <= space.linear_kinds
+    ffn = ~((split(safe)[3] < lay.least_ffn) & (classes > FFN_ONLY)).any(axis=1)
+    same = (canonical(space, safe) == safe).all(axis=1)
+    return np.asarray(inside & known & forced & kinds & ffn & same)
+
+
+def _first(keys: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark, in each row, the ``count`` places with the greatest keys; -inf is never marked."""
+    rank = np.argsort(np.argsort(-keys, axis=1, kind="stable"), axis=1, kind="stable")
+    return (rank < count[:, None]) & np.isfinite(keys)
+
+
+def _place(
+    space: Space,
+    genomes: Genomes,
+    patterns: NDArray[np.int64],
+    kinds: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> Genomes:
+    """The nearest genomes with the given patterns [N, 4] and at most ``kinds`` [N] linear kinds.
+
+    Which slots keep their class, and which change it, is drawn at random among those that
+    have to give way; a slot already of the wanted class goes before one that is not.
+    """
+    lay = layout(space)
+    genomes = genomes.copy()
+    _, mixer, heads, ffn = split(genomes)
+    rows, slots = mixer.shape
+    classes = slot_classes(space, genomes)
+    wanted = np.full((rows, slots), EMPTY)
+    free = np.ones((rows, slots), bool)
+    present = _first((classes != EMPTY) + 2.0 * lay.forced + rng.random((rows, slots)), patterns.sum(axis=1))
+    free &= present
+    for kind, column in ((FULL, 1), (FFN_ONLY, 0), (LOCAL, 3), (LINEAR, 2)):
+        keys = (classes == kind) + 2.0 * (lay.forced & (kind == FULL)) + rng.random((rows, slots))
+        chosen = _first(np.where(free, keys, -np.inf), patterns[:, column])
+        wanted[chosen] = kind
+        free &= ~chosen
+
+    had_heads = ~lay.headless[mixer]
+    for kind in (FULL, LOCAL, LINEAR):
+        options = np.flatnonzero(lay.classes == kind)
+        change = (wanted == kind) & (classes != kind)
+        if change.any():
+            mixer[change] = rng.choice(options, change.sum())
+    mixer[np.asarray(wanted <= FFN_ONLY)] = 0
+    _limit_kinds(space, mixer, wanted, kinds, rng)
+
+    gained = ~lay.headless[mixer] & ~had_heads
+    heads[gained] = rng.integers(0, len(space.head_options), gained.sum())
+    least = np.where(wanted == FFN_ONLY, 1, lay.least_ffn)
+    lacking = (wanted != EMPTY) & (ffn < least)
+    ffn[lacking] = rng.integers(1, len(space.ffn_options), lacking.sum()) if lacking.any() else 0
+    ffn[wanted == EMPTY] = 0
+    return canonical(space, genomes)
+
+
+def _limit_kinds(
+    space: Space,
+    mixer: Genomes,
+    classes: NDArray[np.int64],
+    kinds: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> None:
+    """Where a row has too many kinds of linear mixer, keep the most used and redraw the others' slots."""
+    lay = layout(space)
+    if lay.kind_count == 0:
+        return
+    kind_of = lay.kinds[mixer]
+    used = np.stack([(kind_of == k).sum(axis=1) for k in range(lay.kind_count)], axis=1)
+    keys = np.where(used > 0, used + rng.random(used.shape), -np.inf)
+    kept = _first(keys, kinds)  # [N, kinds]
+    option_kept = np.zeros((len(mixer), len(lay.kinds)), bool)
+    linear = lay.kinds >= 0
+    option_kept[:, linear] = kept[:, lay.kinds[linear]]
+    draws = rng.random((*mixer.shape, len(lay.kinds)))
+    drawn = np.argmax(np.where(option_kept[:, None, :], draws, -1.0), axis=2)
+    redraw = (classes == LINEAR) & ~np.take_along_axis(option_kept, mixer.astype(np.int64), axis=1)
+    mixer[redraw] = drawn[redraw]
+
+
+def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
+    """Draw genomes [count, G]: depth, ratio and number of kinds first, placement after.
+
+    Depths and ratios are drawn evenly, so that the extremes are as likely as the middle.
+    """
+    lay = layout(space)
+    raw = rng.integers(0, lay.alphabet, (count, lay.genes)).astype(np.int16)
+    raw[:, 3::3] = rng.integers(lay.least_ffn, len(space.ffn_options), (count, lay.slots))
+    cells = list(space.patterns)
+    depths = sorted({depth for depth, _ in cells})
+    depth = np.array(depths)[rng.integers(0, len(depths), count)]
+    patterns = np.empty((count, 4), np.int64)
+    u_ratio, u_pattern = rng.random(count), rng.random(count)
+    for d in depths:
+        rows = np.flatnonzero(depth == d)
+        ratios = [r for depth_, r in cells if depth_ == d]
+        picked = (u_ratio[rows] * len(ratios)).astype(int)
+        for i, ratio in enumerate(ratios):
+            some = rows[picked == i]
+            choices = space.patterns[d, ratio]
+            weights = np.array([_pattern_weight(space, p) for p in choices]).cumsum()
+            at = np.searchsorted(weights / weights[-1], u_pattern[some], side="right")
+            patterns[some] = np.array(choices)[np.minimum(at, len(choices) - 1)]
+    kinds = rng.integers(1, space.linear_kinds + 1, count)
+    return _place(space, raw, patterns, kinds, rng)
+
+
+def _pattern_weight(space: Space, pattern: Pattern) -> float:
+    """How often layers that draw their mixer evenly would give this many FFN-only and local layers."""
+    options = len(space.layer.mixer)
+    local = sum(space.mixer_class(m) == "local" for m in space.layer.mixer if m != "none")
+    ffn_only = 1 if "none" in space.layer.mixer else 0
+    rest = max(options - local - ffn_only, 1)
+    depth = pattern.depth
+    ways = comb(depth, pattern[0]) * comb(depth - pattern[0], pattern[3])
+    return float(ways * ffn_only ** pattern[0] * local ** pattern[3] * rest ** (pattern[1] + pattern[2]))
+
+
+def repair(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
+    """The nearest canonical genomes of the space to any integers [N, G]; ties at random."""
+    lay = layout(space)
+    clipped = np.clip(genomes, 0, lay.alphabet - 1).astype(np.int16)
+    counts = pattern_counts(slot_classes(space, clipped))
+    distance = np.abs(counts[:, None, :] - lay.patterns[None]).sum(axis=2)  # [N, P]
+    nearest = np.argmin(distance + 0.5 * rng.random(distance.shape), axis=1)
+    kinds = np.full(len(clipped), space.linear_kinds)
+    return _place(space, clipped, lay.patterns[nearest], kinds, rng)
+
+
+def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float | None = None) -> Genomes:
+    """Mutated copies: each gene is redrawn with probability ``rate`` (default 2 / genes).
+
+    A third of the rows, at random, also exchange two slots or take the depth and ratio of a
+    fresh sample, since such moves need several genes to change together.
+    """
+    lay = layout(space)
+    rate = 2.0 / lay.genes if rate is None else rate
+    rows = len(genomes)
+    fresh = rng.integers(0, lay.alphabet, genomes.shape)
+    mutated = np.where(rng.random(genomes.shape) < rate, fresh, genomes).astype(np.int16)
+    move = rng.random(rows)
+    for row in np.flatnonzero(move < 1 / 6):
+        a, b = rng.integers(0, lay.slots, 2)
+        mutated[row, [1 + 3 * a, 2 + 3 * a, 3 + 3 * a, 1 + 3 * b, 2 + 3 * b, 3 + 3 * b]] = mutated[
+            row, [1 + 3 * b, 2 + 3 * b, 3 + 3 * b, 1 + 3 * a, 2 + 3 * a, 3 + 3 * a]
+        ]
+    repaired = repair(space, mutated, rng)
+    other = (move >= 1 / 6) & (move < 1 / 3)
+    if other.any():
+        targets = pattern_counts(slot_classes(space, sample(space, rng, int(other.sum()))))
+        kinds = np.full(len(targets), space.linear_kinds)
+        repaired[other] = _place(space, repaired[other], targets, kinds, rng)
+    return repaired
+
+
+def crossover(space: Space, first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
+    """Children [N, G] that take the width, and each slot whole, from either parent."""
+    lay = layout(space)
+    choice = rng.random((len(first), 1 + lay.slots)) < 0.5
+    mask = np.concatenate([choice[:, :1], np.repeat(choice[:, 1:], 3, axis=1)], axis=1)
+    return repair(space, np.where(mask, first, second).astype(np.int16), rng)
+
+
+def size(space: Space) -> int:
+    """How many distinct architectures the space has, exactly."""
+    lay = layout(space)
+    heads = {
+        option: 1 if lay.headless[option] else len(space.head_options) for option in range(len(lay.kinds))
+    }
+    ffns = len(space.ffn_options) - lay.least_ffn
+    by_class: Counter[tuple[int, int]] = Counter()  # (class, linear kind) -> choices of one slot
+    by_class[EMPTY, -1] = 1
+    if "none" in space.layer.mixer:
+        by_class[FFN_ONLY, -1] = len(space.ffn_options) - 1
+    for option in range(1, len(lay.kinds)):
+        by_class[int(lay.classes[option]), int(lay.kinds[option])] += heads[option] * ffns
+
+    # (ffn only, full, linear, local, set of kinds) -> ways to fill the slots so far
+    ways: Counter[tuple[int, int, int, int, frozenset[int]]] = Counter({(0, 0, 0, 0, frozenset()): 1})
+    for slot in range(lay.slots):
+        following: Counter[tuple[int, int, int, int, frozenset[int]]] = Counter()
+        for (ffn_only, full, linear, local, kinds), number in ways.items():
+            for (kind_class, kind), choices in by_class.items():
+                if lay.forced[slot] and kind_class != FULL:
+                    continue
+                used = kinds | {kind} if kind_class == LINEAR else kinds
+                if len(used) > space.linear_kinds:
+                    continue
+                state = (
+                    ffn_only + (kind_class == FFN_ONLY),
+                    full + (kind_class == FULL),
+                    linear + (kind_class == LINEAR),
+                    local + (kind_class == LOCAL),
+                    used,
+                )
+                following[state] += number * choices
+        ways = following
+    allowed = set(space.all_patterns)
+    return len(space.width) * sum(n for state, n in ways.items() if state[:4] in allowed)
+
+
+def _extreme(space: Space, *, largest: bool) -> Architecture:
+    """The architecture at one end of every axis."""
+    end = -1 if largest else 0
+    patterns = [
+        p
+        for p in space.all_patterns
+        if p.depth == (max if largest else min)(q.depth for q in space.all_patterns)
+    ]
+    # Most attention and fewest FFN-only layers for the largest, the opposite for the smallest.
+    pattern = max(
+        patterns, key=lambda p: (p[1] - p[0], p[1], p[2]) if largest else (p[0] - p[1], -p[1], -p[3])
+    )
+    lay = layout(space)
+    forced = [int(s) for s in np.flatnonzero(lay.forced)]
+    spread = [int(s) for s in np.linspace(0, lay.slots - 1, pattern.depth).round()]
+    present = sorted(forced + [s for s in spread if s not in forced][: pattern.depth - len(forced)])
+    if len(present) < pattern.depth:
+        present = sorted(
+            present + [s for s in range(lay.slots) if s not in present][: pattern.depth - len(present)]
+        )
+    wanted = dict.fromkeys(present, LINEAR)
+    rest = [s for s in present if s not in forced]
+    more = pattern[1] - len(forced)
+    full = forced + [rest[int(i)] for i in np.linspace(0, len(rest) - 1, more).round()] if more else forced
+    wanted |= dict.fromkeys(full, FULL)
+    others = [s for s in present if wanted[s] != FULL]
+    wanted |= dict.fromkeys(others[: pattern[0]], FFN_ONLY)
+    wanted |= dict.fromkeys(others[pattern[0] : pattern[0] + pattern[3]], LOCAL)
+    first = {c: int(np.flatnonzero(lay.classes == c)[0]) for c in set(wanted.values()) if c > FFN_ONLY}
+    genome = np.zeros((1, lay.genes), np.int16)
+    genome[0, 0] = len(space.width) - 1 if largest else 0
+    for slot, kind in wanted.items():
+        ffn = len(space.ffn_options) - 1 if largest else (1 if kind == FFN_ONLY else lay.least_ffn)
+        heads = range(len(space.head_options))[end] if kind > FFN_ONLY else 0
+        genome[0, 1 + 3 * slot : 4 + 3 * slot] = (first.get(kind, 0), heads, ffn)
+    return decode(space, canonical(space, genome))[0]
+
+
+def largest(space: Space) -> Architecture:
+    """Every axis at its greatest, with attention wherever the rule allows it."""
+    return _extreme(space, largest=True)
+
+
+def smallest(space: Space) -> Architecture:
+    """Every axis at its least, with as little attention as the rule allows."""
+    return _extreme(space, largest=False)

@@ -1,0 +1,174 @@
+"""Ops: the units that a runtime executes and latency measures.
+
+An architecture is a bag of ops: the embedding, one mixer block and one FFN block for each
+layer that has them, and the head. Whatever adds up over ops (parameters, bytes, latency) is
+first tabulated for the ops of a space and then gathered for whole arrays of genomes.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from space.architecture import HEADLESS_MIXERS, Architecture, Layer
+from space.genome import Genomes, split
+from space.space import Space
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Op:
+    """One block and its shape; ``kind`` is embedding, head, ffn or the name of a mixer."""
+
+    kind: str
+    width: int
+    heads: int = 0
+    kv_heads: int = 0
+    window: int = 0
+    ffn: int = 0
+
+    @property
+    def key(self) -> str:
+        """A readable unique name, such as ``attention-w128-h4-k2``."""
+        letters = (
+            ("w", self.width),
+            ("h", self.heads),
+            ("k", self.kv_heads),
+            ("n", self.window),
+            ("f", self.ffn),
+        )
+        return "-".join([self.kind, *(f"{letter}{value}" for letter, value in letters if value)])
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that has only this op in it."""
+        if self.kind == "ffn":
+            return Layer(ffn=self.ffn)
+        return Layer(mixer=self.kind, heads=self.heads, kv_heads=self.kv_heads, window=self.window)
+
+
+def mixer_op(width: int, layer: Layer) -> Op:
+    """The mixer op of a layer."""
+    return Op(kind=layer.mixer, width=width, heads=layer.heads, kv_heads=layer.kv_heads, window=layer.window)
+
+
+def count_ops(architecture: Architecture) -> Counter[Op]:
+    """The ops of an architecture, with how often each occurs."""
+    width = architecture.width
+    ops = Counter([Op(kind="embedding", width=width), Op(kind="head", width=width)])
+    for layer in architecture.layers:
+        if layer.mixer != "none":
+            ops[mixer_op(width, layer)] += 1
+        if layer.ffn:
+            ops[Op(kind="ffn", width=width, ffn=layer.ffn)] += 1
+    return ops
+
+
+@lru_cache(maxsize=64)
+def space_ops(space: Space) -> tuple[Op, ...]:
+    """Every op that an architecture of the space can have, sorted."""
+    ops = set()
+    for width in space.width:
+        ops |= {Op(kind="embedding", width=width), Op(kind="head", width=width)}
+        ops |= {Op(kind="ffn", width=width, ffn=ffn) for ffn in space.ffn_options if ffn}
+        for mixer, window in space.mixer_options[1:]:
+            heads = ((0, 0),) if mixer in HEADLESS_MIXERS else space.head_options
+            ops |= {Op(kind=mixer, width=width, heads=h, kv_heads=k, window=window) for h, k in heads}
+    return tuple(sorted(ops))
+
+
+@lru_cache(maxsize=64)
+def op_kinds(space: Space) -> tuple[str, ...]:
+    """The kinds of op in the space, sorted."""
+    return tuple(sorted({op.kind for op in space_ops(space)}))
+
+
+class OpTables:
+    """One number for each op of a space, laid out for gathering by genes."""
+
+    def __init__(self, space: Space, number: Callable[[Op], float]) -> None:
+        self.space = space
+        widths = space.width
+        self.ends = np.array(
+            [[number(Op(kind=kind, width=w)) for kind in ("embedding", "head")] for w in widths]
+        )  # [widths, 2]
+        self.ffn = np.array(
+            [
+                [number(Op(kind="ffn", width=w, ffn=f)) if f else 0.0 for f in space.ffn_options]
+                for w in widths
+            ]
+        )  # [widths, ffn options]
+        self.mixer = np.zeros((len(widths), len(space.mixer_options), len(space.head_options)))
+        for i, width in enumerate(widths):
+            for j, (mixer, window) in enumerate(space.mixer_options[1:], 1):
+                for k, (heads, kv) in enumerate(space.head_options):
+                    headless = mixer in HEADLESS_MIXERS
+                    layer = Layer(
+                        mixer=mixer,
+                        window=window,
+                        heads=0 if headless else heads,
+                        kv_heads=0 if headless else kv,
+                    )
+                    self.mixer[i, j, k] = number(mixer_op(width, layer))
+
+    def gather(self, genomes: Genomes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The numbers of each slot's mixer and FFN: two arrays [N, L]."""
+        width, mixer, heads, ffn = split(genomes)
+        return self.mixer[width[:, None], mixer, heads], self.ffn[width[:, None], ffn]
+
+    def totals(self, genomes: Genomes) -> NDArray[np.float64]:
+        """The sum over all ops of each genome: [N]."""
+        mixers, ffns = self.gather(genomes)
+        ends = self.ends.sum(axis=1)[genomes[:, 0]]
+        return np.asarray(ends + mixers.sum(axis=1) + ffns.sum(axis=1), dtype=np.float64)
+
+    def greatest(self, genomes: Genomes) -> NDArray[np.float64]:
+        """The largest over all ops of each genome: [N]."""
+        mixers, ffns = self.gather(genomes)
+        ends = self.ends.max(axis=1)[genomes[:, 0]]
+        return np.asarray(
+            np.maximum(ends, np.maximum(mixers.max(axis=1), ffns.max(axis=1))), dtype=np.float64
+        )
+
+    def by_kind(self, genomes: Genomes) -> NDArray[np.float64]:
+        """The sum over the ops of each kind, in the order of :func:`op_kinds`: [N, kinds]."""
+        kinds = op_kinds(self.space)
+        sums = np.zeros((len(genomes), len(kinds)))
+        mixers, ffns = self.gather(genomes)
+        kind_of = np.array([-1] + [kinds.index(m) for m, _ in self.space.mixer_options[1:]])
+        slot_kinds = kind_of[split(genomes)[1]]
+        for i, kind in enumerate(kinds):
+            if kind == "ffn":
+                sums[:, i] = ffns.sum(axis=1)
+            elif kind in ("embedding", "head"):
+                sums[:, i] = self.ends[genomes[:, 0], ("embedding", "head").index(kind)]
+            else:
+                sums[:, i] = np.where(slot_kinds == i, mixers, 0.0).sum(axis=1)
+        return sums
+
+
+def depths(genomes: Genomes) -> NDArray[np.int64]:
+    """The depth of each genome: [N]."""
+    _, mixer, _, ffn = split(genomes)
+    return np.asarray(((mixer > 0) | (ffn > 0)).sum(axis=1))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an architecture costs in one respect, in a form that can be minimised exactly.
+
+    ``constant + per_layer * depth + sum over ops of table``, plus, where there is a ``peak``,
+    the greatest of it over the ops.
+    """
+
+    table: OpTables
+    constant: float = 0.0
+    per_layer: float = 0.0
+    peak: OpTables | None = None
+
+    def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
+        """The cost of each genome: [N]."""
+        total = self.constant + self.per_layer * depths(genomes) + self.table.totals(genomes)
+        return total if self.peak is None else total + self.peak.greatest(genomes)

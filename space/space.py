@@ -1,0 +1,261 @@
+"""The search space: what a person declares in YAML, checked for contradictions at once.
+
+A space lists choices; :mod:`space.genome` gives its architectures. The hybrid rule becomes
+a table of *patterns* (how many layers of each class there are), which sampling, repair,
+counting and the feasibility certificate all read.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from space.architecture import BUILT_MIXERS, FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, Frame
+from space.config import load_yaml, parse
+from space.files import canonical_json, digest
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Literal["full", "linear"] | Positive
+
+
+class LayerChoices(BaseModel):
+    """The choices that every layer has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mixer: tuple[str, ...]
+    heads: tuple[Positive, ...]
+    kv_heads: tuple[Positive, ...] | None = None
+    ffn: tuple[Annotated[int, Field(ge=0)], ...]
+    window: tuple[Annotated[int, Field(gt=1)], ...] = ()
+
+
+class Hybrid(BaseModel):
+    """Which mixes of full and linear mixers are allowed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratios: tuple[Ratio, ...] = ("full",)
+    linear_kinds: Positive | None = None
+    full_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    local: Literal["linear", "separate"] = "linear"
+
+
+class Pattern(tuple[int, int, int, int]):
+    """How many layers there are of each class: (ffn only, full, linear, local)."""
+
+    @property
+    def depth(self) -> int:
+        """Layers that have something in them."""
+        return sum(self)
+
+
+class Space(BaseModel):
+    """The set of buildable architectures."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    vocabulary: Positive = 256
+    context: Positive
+    head_dim: Positive
+    tied: bool = True
+    qk_norm: bool = False
+    kv_group: Positive | None = None
+    sharing: Literal["qkvo", "none"] = "qkvo"
+    width: tuple[Positive, ...]
+    depth: tuple[Positive, ...]
+    layer: LayerChoices
+    hybrid: Hybrid = Hybrid()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Space":
+        errors = [*self._axis_errors(), *self._head_errors(), *self._mixer_errors()]
+        if not errors and not self.patterns:
+            errors.append("hybrid: no depth and ratio together leave an architecture")
+        if errors:
+            raise ValueError("; ".join(errors))
+        return self
+
+    def _axis_errors(self) -> Iterator[str]:
+        axes = {
+            "width": self.width,
+            "depth": self.depth,
+            "layer.heads": self.layer.heads,
+            "layer.kv_heads": self.layer.kv_heads or (1,),
+            "layer.ffn": self.layer.ffn,
+        }
+        for name, values in axes.items():
+            if not values:
+                yield f"{name}: no choice is given"
+            if any(b <= a for a, b in pairwise(values)):
+                yield f"{name}: {list(values)} must rise, each value once"
+        for name in ("width", "layer.ffn"):
+            for i, value in enumerate(axes[name]):
+                if value % 16:
+                    yield f"{name}[{i}]: {value} is not a multiple of 16"
+        if self.head_dim % 16:
+            yield f"head_dim: {self.head_dim} is not a multiple of 16"
+        if self.layer.ffn == (0,) and "none" in self.layer.mixer:
+            yield "layer: mixer none and no FFN size above 0 make empty layers; depth says how many are"
+
+    def _head_errors(self) -> Iterator[str]:
+        heads, kv = self.layer.heads, self.layer.kv_heads
+        if self.kv_group is not None:
+            if kv is not None:
+                yield "layer.kv_heads: kv_group is given too; give one of them"
+            for i, value in enumerate(heads):
+                if value % self.kv_group:
+                    yield f"layer.heads[{i}]: {value} is not a multiple of kv_group {self.kv_group}"
+            return
+        for i, value in enumerate(kv or ()):
+            if all(h % value for h in heads):
+                yield f"layer.kv_heads[{i}]: {value} does not divide any of heads {list(heads)}"
+        for i, value in enumerate(heads):
+            if kv and all(value % k for k in kv):
+                yield f"layer.heads[{i}]: {value} is not a multiple of any of kv_heads {list(kv)}"
+
+    def _mixer_errors(self) -> Iterator[str]:
+        mixers, hybrid = self.layer.mixer, self.hybrid
+        for i, mixer in enumerate(mixers):
+            if mixer not in (*MIXERS, "none"):
+                yield f"layer.mixer[{i}]: {mixer!r} is not one of {', '.join(MIXERS)}, none"
+            elif mixer not in (*BUILT_MIXERS, "none"):
+                yield f"layer.mixer[{i}]: {mixer} is not built yet; built are {', '.join(BUILT_MIXERS)}"
+        if len(set(mixers)) < len(mixers):
+            yield f"layer.mixer: {list(mixers)} names a mixer twice"
+        if not set(mixers) - {"none"}:
+            yield "layer.mixer: no mixer but none is given"
+        windowed = [m for m in mixers if m in WINDOWED_MIXERS]
+        if windowed and not self.layer.window:
+            yield f"layer.window: mixer {windowed[0]} needs at least one window"
+        if self.layer.window and not windowed:
+            yield f"layer.window: no mixer has a window; only {', '.join(WINDOWED_MIXERS)} has one"
+        for i, window in enumerate(self.layer.window):
+            if window > self.context:
+                yield f"layer.window[{i}]: {window} is more than context {self.context}"
+        full = [m for m in mixers if m in FULL_MIXERS]
+        linear = [m for m in mixers if m != "none" and self.mixer_class(m) == "linear"]
+        if not hybrid.ratios:
+            yield "hybrid.ratios: no choice is given"
+        if len(set(hybrid.ratios)) < len(hybrid.ratios):
+            yield f"hybrid.ratios: {list(hybrid.ratios)} names a ratio twice"
+        for i, ratio in enumerate(hybrid.ratios):
+            if ratio != "full" and not linear:
+                yield f"hybrid.ratios[{i}]: {ratio} needs a linear mixer, and layer.mixer has none"
+            if ratio != "linear" and not full:
+                yield f"hybrid.ratios[{i}]: {ratio} needs the mixer attention, and layer.mixer lacks it"
+        if linear and set(hybrid.ratios) == {"full"}:
+            yield f"hybrid.ratios: only full is allowed, so that {', '.join(linear)} can never appear"
+        if full and set(hybrid.ratios) == {"linear"}:
+            yield "hybrid.ratios: only linear is allowed, so that attention can never appear"
+        if hybrid.linear_kinds is not None and hybrid.linear_kinds > len(linear):
+            yield f"hybrid.linear_kinds: {hybrid.linear_kinds} is more than the linear mixers, {len(linear)}"
+        if hybrid.local == "separate" and not set(mixers) & set(LOCAL_MIXERS):
+            yield f"hybrid.local: separate, but layer.mixer has none of {', '.join(LOCAL_MIXERS)}"
+        if hybrid.full_layers:
+            if "attention" not in mixers:
+                yield "hybrid.full_layers: layer.mixer lacks attention"
+            if self.depth and max(hybrid.full_layers) >= self.slots:
+                yield f"hybrid.full_layers: {max(hybrid.full_layers)} is past the last layer {self.slots - 1}"
+            if len(set(hybrid.full_layers)) < len(hybrid.full_layers):
+                yield "hybrid.full_layers: a layer is named twice"
+
+    def mixer_class(self, mixer: str) -> str:
+        """``full``, ``linear`` or ``local``: how the hybrid rule counts a mixer."""
+        if mixer in FULL_MIXERS:
+            return "full"
+        return "local" if mixer in LOCAL_MIXERS and self.hybrid.local == "separate" else "linear"
+
+    @property
+    def slots(self) -> int:
+        """The number of layer slots: the greatest depth."""
+        return max(self.depth)
+
+    @property
+    def frame(self) -> Frame:
+        """What the space fixes for all its architectures."""
+        return Frame(
+            vocabulary=self.vocabulary,
+            context=self.context,
+            head_dim=self.head_dim,
+            tied=self.tied,
+            qk_norm=self.qk_norm,
+        )
+
+    @cached_property
+    def mixer_options(self) -> tuple[tuple[str, int], ...]:
+        """Distinct (mixer, window) choices; the first is always (none, 0)."""
+        options: list[tuple[str, int]] = [("none", 0)]
+        for mixer in self.layer.mixer:
+            if mixer in WINDOWED_MIXERS:
+                options += [(mixer, window) for window in self.layer.window]
+            elif mixer != "none":
+                options.append((mixer, 0))
+        return tuple(options)
+
+    @cached_property
+    def head_options(self) -> tuple[tuple[int, int], ...]:
+        """Distinct (heads, kv heads) choices in rising order."""
+        if self.kv_group is not None:
+            return tuple((h, h // self.kv_group) for h in self.layer.heads)
+        if self.layer.kv_heads is None:
+            return tuple((h, h) for h in self.layer.heads)
+        return tuple((h, k) for h in self.layer.heads for k in self.layer.kv_heads if h % k == 0)
+
+    @cached_property
+    def ffn_options(self) -> tuple[int, ...]:
+        """FFN sizes in rising order; the first is always 0, for layers that are absent."""
+        return self.layer.ffn if self.layer.ffn[0] == 0 else (0, *self.layer.ffn)
+
+    @property
+    def linear_kinds(self) -> int:
+        """How many kinds of linear mixer one architecture may have."""
+        kinds = {m for m in self.layer.mixer if m != "none" and self.mixer_class(m) == "linear"}
+        return self.hybrid.linear_kinds or max(1, len(kinds))
+
+    def full_count(self, ratio: Ratio, mixers: int) -> int:
+        """Full-attention layers among ``mixers`` (full plus linear) layers at a ratio r:1, linear to full."""
+        if ratio == "full":
+            return mixers
+        return 0 if ratio == "linear" else -(-mixers // (ratio + 1))
+
+    @cached_property
+    def patterns(self) -> dict[tuple[int, Ratio], tuple[Pattern, ...]]:
+        """The patterns that each (depth, ratio) allows; pairs that allow none are left out."""
+        has_local = any(self.mixer_class(m) == "local" for m, _ in self.mixer_options[1:])
+        table: dict[tuple[int, Ratio], tuple[Pattern, ...]] = {}
+        for depth in self.depth:
+            for ratio in self.hybrid.ratios:
+                rows = []
+                for ffn_only in range(depth if "none" in self.layer.mixer else 1):
+                    for local in range(depth - ffn_only + 1 if has_local else 1):
+                        mixers = depth - ffn_only - local
+                        full = self.full_count(ratio, mixers)
+                        if full >= len(self.hybrid.full_layers):
+                            rows.append(Pattern((ffn_only, full, mixers - full, local)))
+                if rows:
+                    table[depth, ratio] = tuple(rows)
+        return table
+
+    @cached_property
+    def all_patterns(self) -> tuple[Pattern, ...]:
+        """The distinct patterns of the space, sorted."""
+        return tuple(sorted({p for rows in self.patterns.values() for p in rows}))
+
+    @cached_property
+    def hash(self) -> str:
+        """The sha256 of the space's content, its name aside."""
+        return digest(canonical_json(self.model_dump(mode="json", exclude={"name"})))
+
+
+def load_space(path: Path) -> Space:
+    """Read a space from YAML.
+
+    Raises:
+        InputError: names every unknown key, wrong type and contradiction, with its path.
+    """
+    return parse(Space, load_yaml(path), str(path))

@@ -1,0 +1,72 @@
+"""Workloads: what the device will be asked to do."""
+
+import re
+from dataclasses import dataclass
+
+from space.errors import InputError
+
+PHASES = ("prefill", "decode")
+PRECISIONS = ("fp32",)
+FORM = "prefill@TOKENS or decode@CONTEXT, then optionally ,batch=B ,threads=T ,precision=fp32"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Workload:
+    """One run of a model.
+
+    ``prefill`` reads ``length`` tokens from an empty state; ``decode`` reads one token, the one
+    at place ``length`` of its context (so the state holds the ``length - 1`` before it).
+    """
+
+    phase: str
+    length: int
+    batch: int = 1
+    threads: int = 1
+    precision: str = "fp32"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in one run, per sequence."""
+        return self.length if self.phase == "prefill" else 1
+
+    @property
+    def past(self) -> int:
+        """Tokens in the state before the run."""
+        return 0 if self.phase == "prefill" else self.length - 1
+
+    def __str__(self) -> str:
+        text = f"{self.phase}@{self.length}"
+        if self.batch != 1:
+            text += f",batch={self.batch}"
+        if self.threads != 1:
+            text += f",threads={self.threads}"
+        if self.precision != "fp32":
+            text += f",precision={self.precision}"
+        return text
+
+    @staticmethod
+    def parse(text: str) -> "Workload":
+        """Read ``phase@length[,batch=B][,threads=T][,precision=P]``.
+
+        Raises:
+            InputError: the text has another form, or a value is not allowed.
+        """
+        head, *options = [part.strip() for part in text.split(",")]
+        match = re.fullmatch(r"(\w+)@(\d+)", head)
+        if not match or match[1] not in PHASES or int(match[2]) == 0:
+            raise InputError(f"workload {text!r}: expected {FORM}")
+        values = {"batch": 1, "threads": 1}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name == "precision":
+                if value not in PRECISIONS:
+                    raise InputError(
+                        f"workload {text!r}: precision {value!r} is not one of {', '.join(PRECISIONS)}"
+                    )
+            elif name in values and value.isdecimal() and int(value) > 0:
+                values[name] = int(value)
+            else:
+                raise InputError(f"workload {text!r}: {option!r} is not understood; expected {FORM}")
+        return Workload(
+            phase=match[1], length=int(match[2]), batch=values["batch"], threads=values["threads"]
+        )

@@ -1,0 +1,126 @@
+"""The supernet: one set of weights in which every architecture of a space is a prefix.
+
+Each parameter is kept at its greatest size. An architecture's weights are views of leading
+rows and columns (rows keep their unit stride, so nothing is copied), and they run through
+the same functions as a plain model's. The architecture is an argument of every call and
+never a state, so that calls are pure.
+"""
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from space import Architecture, Space
+from space.blocks import State, add_parameter, forward, initial
+from space.shapes import SHARED, Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes
+
+
+def supernet_shapes(space: Space) -> Shapes:
+    """Every parameter of the supernet at its greatest size.
+
+    Names are ``layers.SLOT.MIXER.NAME``, ``layers.SLOT.shared.NAME`` for the projections that
+    a layer's mixers share, ``layers.SLOT.ffn.NAME``, and the ends.
+    """
+    width, frame = max(space.width), space.frame
+    heads = max(h for h, _ in space.head_options)
+    kv_heads = max(k for _, k in space.head_options)
+    shapes = end_shapes(width, frame)
+    for slot in range(space.slots):
+        for mixer in sorted({m for m, _ in space.mixer_options[1:]}):
+            for name, shape in mixer_shapes(mixer, width, heads, kv_heads, frame).items():
+                shapes[f"layers.{slot}.{_owner(space, mixer, name)}.{name}"] = shape
+        if max(space.ffn_options):
+            for name, shape in ffn_shapes(width, max(space.ffn_options)).items():
+                shapes[f"layers.{slot}.ffn.{name}"] = shape
+    return shapes
+
+
+def _owner(space: Space, mixer: str, name: str) -> str:
+    return "shared" if space.sharing == "qkvo" and name in SHARED else mixer
+
+
+def sources(space: Space, architecture: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """For each parameter of a sub-model: the supernet's parameter it is a prefix of, and its shape."""
+    table = {}
+    for name, shape in model_shapes(architecture, space.frame).items():
+        source = name
+        if ".mixer." in name:
+            slot, leaf = int(name.split(".")[1]), name.rsplit(".", 1)[1]
+            mixer = architecture.layers[slot].mixer
+            source = f"layers.{slot}.{_owner(space, mixer, leaf)}.{leaf}"
+        table[name] = (source, shape)
+    return table
+
+
+def prefix(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The view of a tensor's leading rows and columns."""
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+class Supernet(nn.Module):
+    """One set of weights that holds every architecture of a space."""
+
+    def __init__(self, space: Space, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.space = space
+        generator = generator or torch.Generator().manual_seed(0)
+        for name, shape in supernet_shapes(space).items():
+            add_parameter(self, name, initial(name, shape, space.slots, generator))
+
+    def weights(
+        self, architecture: Architecture, parameters: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """An architecture's weights as views, named as in its sub-model.
+
+        Args:
+            architecture: a member of the space.
+            parameters: where to slice from instead of the supernet's own (a bf16 copy, say).
+        """
+        full = dict(self.named_parameters()) if parameters is None else parameters
+        return {
+            name: prefix(full[source], shape)
+            for name, (source, shape) in sources(self.space, architecture).items()
+        }
+
+    def forward(
+        self,
+        tokens: Tensor,
+        architecture: Architecture,
+        position: int = 0,
+        states: Mapping[int, State] | None = None,
+    ) -> tuple[Tensor, dict[int, State]]:
+        """Run a sub-network: tokens [B, T] -> (logits [B, T, vocabulary], states)."""
+        weights = self.weights(architecture)
+        return forward(weights, architecture, self.space.frame, tokens, position=position, states=states)
+
+    def accumulate(
+        self,
+        architecture: Architecture,
+        parameters: Mapping[str, Tensor],
+        loss_of: Callable[[Mapping[str, Tensor]], Tensor],
+    ) -> Tensor:
+        """Add the gradient of a loss to the supernet's, and return the detached loss.
+
+        The sub-network's slices become leaves, so that autograd never builds a gradient of the
+        full size for each of them: each one is added into the prefix of its parameter's ``grad``
+        (which must be there) in fp32.
+        """
+        leaves = {
+            name: view.detach().requires_grad_()
+            for name, view in self.weights(architecture, parameters).items()
+        }
+        loss = loss_of(leaves)
+        loss.backward()  # type: ignore[no-untyped-call]
+        mine = dict(self.named_parameters())
+        for name, (source, shape) in sources(self.space, architecture).items():
+            gradient, total = leaves[name].grad, mine[source].grad
+            if gradient is None or total is None:
+                raise RuntimeError(f"parameter {name} of {architecture.describe()} got no gradient")
+            prefix(total, shape).add_(gradient)
+        return loss.detach()
+
+    def count(self) -> int:
+        """How many parameters the supernet has."""
+        return sum(prod(shape) for shape in supernet_shapes(self.space).values())

@@ -1,0 +1,328 @@
+"""Feasibility against brute force: every architecture of small spaces, under random costs."""
+
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from search.feasibility import Bounded, certify, feasible, least, within
+from search.limits import Limit, format_quantity
+from space import LimitError, Space, Workload, load_space
+from space.cost import flops_table, memory_cost, params_cost
+from space.genome import Genomes, contains, decode, encode, layout, size
+from space.ops import Cost, Op, OpTables
+
+Floats = NDArray[np.float64]
+
+
+def space_of(hybrid: dict[str, Any], **changes: Any) -> Space:
+    fields: dict[str, Any] = {"name": "tiny", "context": 64, "head_dim": 16, "width": [16, 32]}
+    layer = changes.pop("layer")
+    return Space.model_validate(fields | changes | {"layer": layer, "hybrid": hybrid})
+
+
+SPACES = {
+    "one kind of two, layers may be absent": space_of(
+        {"ratios": ["full", 1, 2, "linear"], "linear_kinds": 1},
+        depth=[1, 2, 3],
+        layer={"mixer": ["attention", "linear", "retnet", "none"], "heads": [1, 2], "ffn": [0, 16]},
+    ),
+    "two kinds of four, every layer whole": space_of(
+        {"ratios": [1, 3, "linear"], "linear_kinds": 2},
+        width=[16],
+        depth=[3, 4],
+        layer={
+            "mixer": ["attention", "linear", "retnet", "gated_deltanet", "sliding"],
+            "heads": [1],
+            "ffn": [16, 32],
+            "window": [8],
+        },
+    ),
+    "local apart, a forced layer": space_of(
+        {"ratios": ["full", 1, "linear"], "full_layers": [1], "local": "separate"},
+        depth=[1, 2, 3],
+        layer={
+            "mixer": ["sliding", "attention", "linear", "none"],
+            "heads": [2, 4],
+            "kv_heads": [2],
+            "ffn": [0, 16, 32],
+            "window": [8, 16],
+        },
+    ),
+    "two windows are one kind, forced ends": space_of(
+        {"ratios": ["full", 1, 2], "full_layers": [0, 2], "linear_kinds": 1},
+        depth=[2, 3, 4],
+        width=[16],
+        layer={
+            "mixer": ["attention", "retnet", "sliding"],
+            "heads": [1, 2],
+            "ffn": [0, 16],
+            "window": [8, 16],
+        },
+    ),
+    "no FFN": space_of(
+        {"ratios": [1, 2, "linear"], "linear_kinds": 2},
+        depth=[2, 3],
+        layer={"mixer": ["attention", "linear", "retnet", "gated_deltanet"], "heads": [1, 2], "ffn": [0]},
+    ),
+}
+
+
+@cache
+def everything(name: str) -> Genomes:
+    """Every genome of a space: the product of the genes, filtered."""
+    space = SPACES[name]
+    alphabet = layout(space).alphabet
+    product = np.indices(alphabet).reshape(len(alphabet), -1).T.astype(np.int16)
+    genomes = np.concatenate([part[contains(space, part)] for part in np.array_split(product, 16)])
+    assert len(genomes) == size(space)
+    return genomes
+
+
+def random_table(space: Space, rng: np.random.Generator, style: str) -> OpTables:
+    """A number for each op: any, or few different ones (so that ties abound), some of them infinite."""
+    numbers: dict[Op, float] = {}
+
+    def number(op: Op) -> float:
+        if op not in numbers:
+            numbers[op] = float(rng.integers(1, 5)) if style == "ties" else float(rng.lognormal())
+            if style == "lacking" and rng.random() < 0.25 and op.kind not in ("embedding", "head"):
+                numbers[op] = np.inf
+        return numbers[op]
+
+    return OpTables(space, number)
+
+
+def random_cost(space: Space, rng: np.random.Generator, style: str) -> Cost:
+    table = random_table(space, rng, style)
+    peak = random_table(space, rng, "ties" if style == "ties" else "any") if rng.random() < 0.6 else None
+    if peak is not None and rng.random() < 0.5:  # a peak that matters more than the sum
+        peak.ends, peak.mixer, peak.ffn = peak.ends * 0.1, peak.mixer * 5, peak.ffn * 5
+    return Cost(table, float(rng.integers(0, 3)), float(rng.integers(0, 3)), peak)
+
+
+def priced(costs: list[Cost], genomes: Genomes) -> Floats:
+    """The costs of all genomes [N, costs]; sums with infinity in them are infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.stack([cost(genomes) for cost in costs], axis=1)
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_least_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        cost = random_cost(space, rng, style)
+        values = cost(genomes)
+        value, architecture = least(space, cost)
+        row = encode(space, [architecture])
+        assert contains(space, row).all()
+        assert value == pytest.approx(values.min(), rel=1e-9)
+        assert cost(row)[0] == value
+
+
+def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
+    """Bounds about what can be met: those of an architecture, its neighbourhood, hopeless and easy ones.
+
+    Those a little below an undominated architecture are closer than the solver can see.
+    """
+    finite = values[np.isfinite(values).all(axis=1)]
+    if not len(finite):
+        return [np.full(values.shape[1], 1e9)]
+    picked = finite[rng.integers(0, len(finite), 3)]
+    low, high = finite.min(axis=0), np.median(finite, axis=0)
+    good = finite[np.argmin((finite / low) @ rng.dirichlet(np.ones(values.shape[1])))]
+    return [
+        *picked,
+        low,
+        good,
+        good * (1 - 3e-8),
+        good * np.where(np.arange(len(good)) == 0, 1 - 1e-7, 1.0),
+        low + (high - low) * rng.random() ** 3,
+        low * rng.uniform(1, 1.5, len(low)),
+        np.where(rng.random(len(good)) < 0.5, np.inf, good),
+        low * 0.9,
+        finite.max(axis=0),
+    ]
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(1)
+    decided = set()
+    for count in (1, 2, 2, 3, 3, 4):
+        costs = [random_cost(space, rng, style) for _ in range(count)]
+        values = priced(costs, genomes)
+        for bounds in bounds_to_try(values, rng):
+            kept = (values <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(values).all(axis=1)
+            architecture = feasible(space, costs, list(bounds))
+            assert (architecture is not None) == kept.any(), (count, bounds)
+            decided.add(bool(kept.any()))
+            if architecture is not None:
+                row = encode(space, [architecture])
+                assert contains(space, row).all()
+                found = priced(costs, row)[0]
+                assert all(within(value, bound) for value, bound in zip(found, bounds, strict=True))
+                comfort = (values[kept] / bounds).sum(axis=1).min()
+                assert (found / bounds).sum() == pytest.approx(comfort, rel=1e-8)
+    assert decided == {True, False}
+
+
+def test_bounds_that_are_not_above_zero_are_refused() -> None:
+    space = SPACES["no FFN"]
+    with pytest.raises(ValueError, match="above 0"):
+        feasible(space, [params_cost(space)], [0.0])
+    with pytest.raises(ValueError, match="must be given"):
+        feasible(space, [], [])
+
+
+SUBJECTS = ("params", "phone:params", "memory@8", "decode@8")
+
+
+def asked_of(costs: list[Cost], bounds: Floats) -> list[Bounded]:
+    """Limits that stand for random costs: only their names and units matter."""
+    units = ("", "", "B", "s")
+    return [
+        Bounded(Limit.parse(f"{subject}<={float(bound)!r}{unit}"), cost, float(bound))
+        for subject, unit, cost, bound in zip(SUBJECTS, units, costs, bounds, strict=False)
+    ]
+
+
+def refusal(space: Space, asked: list[Bounded]) -> str:
+    with pytest.raises(LimitError) as error:
+        certify(space, asked)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def named_architectures(message: str, name: str) -> Genomes:
+    """The genomes of the architectures that a message names by key and description."""
+    space = SPACES[name]
+    keyed = {a.key: a for a in decode(space, everything(name))}
+    found = [keyed[word] for word in message.split() if word in keyed]
+    for architecture in found:
+        assert f"{architecture.key} ({architecture.describe()})" in message
+    return encode(space, found)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_each_limit_that_fails_alone_is_named_with_its_least(name: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(2)
+    costs = [random_cost(space, rng, "any") for _ in range(4)]
+    values = priced(costs, genomes)
+    low = values.min(axis=0)
+    asked = asked_of(costs, low * [0.9, 1.0, 0.5, 1.0])
+    message = refusal(space, asked)
+    assert message.startswith("space tiny: ")
+    for i in (0, 2):
+        shown = format_quantity(asked[i].limit.metric, low[i])
+        assert f"{asked[i].limit.text} cannot be met: the least is {shown}, of " in message
+    assert asked[1].limit.text not in message
+    assert asked[3].limit.text not in message
+    leasts = priced(costs, named_architectures(message, name))
+    assert [leasts[0, 0], leasts[1, 2]] == pytest.approx([low[0], low[2]], rel=1e-9)
+
+
+@pytest.mark.parametrize("together", [2, 3])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_fewest_limits_that_conflict_are_named_with_what_the_others_leave(
+    name: str, together: int
+) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(3)
+    checked = 0
+    for _ in range(2000):
+        costs = [random_cost(space, rng, "any") for _ in range(4)]
+        values = priced(costs, genomes)
+        bounds = values.min(axis=0) * rng.uniform(1, 1.25, 4)
+        bounds[3] = values[:, 3].max()
+        kept = values <= bounds
+        conflicts = [
+            some
+            for count in (1, 2, 3)
+            for some in combinations(range(4), count)
+            if not kept[:, some].all(axis=1).any()
+        ]
+        if not conflicts or len(conflicts[0]) != together:
+            continue
+        first = list(conflicts[0])
+        asked = asked_of(costs, bounds)
+        message = refusal(space, asked)
+        names = [asked[i].limit.text for i in first]
+        assert f"{', '.join(names[:-1])} and {names[-1]} cannot be met together" in message
+        for other in set(range(4)) - set(first):
+            assert asked[other].limit.text not in message
+        reached = priced(costs, named_architectures(message, name))
+        for row, i in enumerate(first):
+            others = [j for j in first if j != i]
+            best = values[kept[:, others].all(axis=1), i].min()
+            assert reached[row, i] == pytest.approx(best, rel=1e-8)
+            assert f"the least {asked[i].limit.subject} is {asked[i].show(best)}, of " in message
+        checked += 1
+        if checked == 4:
+            return
+    pytest.fail(f"only {checked} conflicts of {together} limits were drawn")
+
+
+def test_limits_that_can_be_met_pass_and_none_are_no_limits() -> None:
+    space = SPACES["no FFN"]
+    rng = np.random.default_rng(4)
+    costs = [random_cost(space, rng, "any") for _ in range(3)]
+    certify(space, [])
+    certify(space, asked_of(costs, priced(costs, everything("no FFN"))[77]))
+
+
+def test_a_value_is_shown_with_digits_that_tell_it_from_the_bound() -> None:
+    cost = params_cost(SPACES["no FFN"])
+    one = Bounded(Limit.parse("decode@8<=2ms"), cost, 2e-3)
+    assert [one.show(v) for v in (3e-3, 2.001e-3, 2e-3)] == ["3 ms", "2.001 ms", "2 ms"]
+    half = Bounded(Limit.parse("decode@8<=50%"), cost, 2e-3)
+    assert (one.text, half.text) == ("decode@8<=2ms", "decode@8<=50% (2 ms)")
+
+
+def test_ops_that_a_device_lacks_altogether_are_said_so() -> None:
+    space = SPACES["no FFN"]
+    lacking = Cost(OpTables(space, lambda op: np.inf if op.heads else 1.0))
+    held = params_cost(space)
+    assert least(space, lacking)[0] == np.inf
+    assert feasible(space, [lacking, held], [1.0, 1e9]) is None
+    message = refusal(space, [Bounded(Limit.parse("decode@8<=1s"), lacking, 1.0)])
+    assert (
+        message
+        == "space tiny: decode@8<=1s cannot be met: every architecture needs an op that the device lacks"
+    )
+
+    # All but linear are lacking, and a parameter limit that only attention could keep.
+    some = Cost(
+        OpTables(space, lambda op: np.inf if op.kind in ("retnet", "gated_deltanet", "attention") else 1.0)
+    )
+    other = Cost(OpTables(space, lambda op: np.inf if op.kind == "linear" else 1.0))
+    asked = [Bounded(Limit.parse(f"{s}:decode@8<=9s"), cost, 9.0) for s, cost in (("a", some), ("b", other))]
+    message = refusal(space, asked)
+    assert "with b:decode@8<=9s, every architecture needs an op that the device lacks" in message
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
+def test_the_quickstart_space_with_its_own_costs(share: float) -> None:
+    space = load_space(Path("configs/spaces/quickstart.yaml"))
+    prefill = Cost(flops_table(space, Workload(phase="prefill", length=256)), 0.0, 1e4)
+    costs = [prefill, memory_cost(space, Workload(phase="prefill", length=512)), params_cost(space)]
+    rng = np.random.default_rng(5)
+    from space.genome import sample
+
+    values = priced(costs, sample(space, rng, 4000))
+    lows = np.array([least(space, cost)[0] for cost in costs])
+    assert (values >= lows * (1 - 1e-9)).all()
+    bounds = lows + share * (values.max(axis=0) - lows)
+    architecture = feasible(space, costs, list(bounds))
+    assert architecture is not None or not (values <= bounds).all(axis=1).any()
+    if architecture is not None:
+        assert (priced(costs, encode(space, [architecture])) <= bounds * (1 + 1e-9)).all()
