@@ -77,6 +77,11 @@ class Predictor:
         rank = min(math.ceil((len(ordered) + 1) * confidence), len(ordered))
         return 1.0 + max(0.0, float(ordered[rank - 1])) * self.models[workload].scale
 
+    def identity(self) -> dict[str, Any]:
+        """What determines its predictions, as a JSON value: fitted numbers without their errors."""
+        models = {str(w): {**_to_json(m), "errors": None} for w, m in self.models.items()}
+        return {"space": self.space.hash, "residuals": list(self.residuals), "workloads": models}
+
     def save(self, path: Path, inputs: Mapping[str, str]) -> None:
         """Write the predictor."""
         body = {

@@ -10,9 +10,10 @@ each width, pattern and level of the peak (:func:`least`). That at most so many 
 are allowed cannot bind there, since the cheapest layer is of one kind.
 
 Several together: one integer programme a width over the counts (:func:`feasible`). The solver
-works to 1e-6, so whatever it finds is priced again, exactly; where that shows a bound passed,
-the found counts alone are cut away and the rest is searched on. Infinity in a table marks an
-op that cannot be had; peaks are never negative.
+works to 1e-6 of what it is given, so its rows are scaled, and whatever it finds is priced
+again, exactly; where that still shows a bound passed, the found counts alone are cut away and
+the rest is searched on. Infinity in a table marks an op that cannot be had; peaks are never
+negative.
 """
 
 from collections.abc import Sequence
@@ -26,13 +27,13 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from search.limits import Limit, format_quantity
 from space import Architecture, LimitError, Space
-from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, layout
+from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, layout, smallest
 from space.ops import Cost
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 ROOM = 1e-9  # relative: the order in which a sum is taken changes its last digits
-_SCALE = 1e4  # of the objective, whose optimum the solver knows to 1e-6
+_SCALE = 1e4  # of costs over bounds: what the solver's tolerances of 1e-6 are small against
 _INFEASIBLE = 2  # milp's status
 _LACKS = "every architecture needs an op that the device lacks"
 
@@ -153,12 +154,14 @@ def _assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
 def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
     """The least value of a cost in a space, exactly, and an architecture that has it.
 
-    The value is infinite where every architecture has an op of infinite cost.
+    The value is infinite where every architecture has an op of infinite cost (then all are least).
     """
     tables = [_cheapest(space, _prices(space, cost, width)) for width in range(len(space.width))]
     width = int(np.argmin([totals.min() for totals, _, _ in tables]))
     totals, mixer_at, ffn_at = tables[width]
     level, row = np.unravel_index(np.argmin(totals), totals.shape)
+    if not np.isfinite(totals[level, row]):
+        return np.inf, smallest(space)
     pattern = layout(space).patterns[row]
     mixers = np.zeros(len(_options(space).mixer), np.int64)
     np.add.at(mixers, mixer_at[level, 1:], pattern[1:])
@@ -241,7 +244,7 @@ def _program(
         cost[p], cost[part] = price.per_layer * patterns.sum(axis=1), level
         objective += _SCALE * weight * cost
         if np.isfinite(bound):
-            rows.append((cost / bound, -np.inf, (bound - price.fixed) / bound + ROOM))
+            rows.append((_SCALE * cost / bound, -np.inf, _SCALE * ((bound - price.fixed) / bound + ROOM)))
     matrix, lows, highs = zip(*rows, strict=True)
     return _Program(objective, LinearConstraint(np.stack(matrix), lows, highs), highest, mixers, ffns)
 

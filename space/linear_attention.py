@@ -1,19 +1,19 @@
 """Linear attention: one function for the recurrences of eight token mixers.
 
 A sequence is cut into chunks of 32 tokens. Within a chunk everything is matrix products,
-batched over all chunks; from chunk to chunk only the D x D state is carried. A single
+batched over chunks and heads; from chunk to chunk only the D x D state is carried. A single
 token takes one step of the recurrence.
 
 What is easily got wrong, and how it is kept right here:
 
-- Sums of log decays are taken in float64 and rounded once, just before the exponential:
-  in float32 a step of -20 beside steps of -0.01 costs 1e-5.
 - Every exponent is the log decay from one token to a later one, hence never positive; above
-  the diagonal it is -inf. Nothing overflows, in the output or in a gradient, at any decay.
-- ``exp2`` of logs to base 2: half the time of ``exp`` on a CPU, which moreover takes 40 times
-  longer where the result is denormal.
-- The delta rule's triangular system is solved by substitution; powers of its matrix, the
-  other way to invert it, grow to 1e27 on correlated keys.
+  the diagonal it is -inf. Nothing overflows, in an output or a gradient, at any decay.
+- Differences of float32 sums lose 1e-5 where a step of -20 meets steps of -0.01: decays per
+  channel are only ever added, those per head are summed and subtracted in float64.
+- ``exp2`` of logs to base 2 takes half the time of ``exp`` on a CPU, and a fortieth where the
+  result is denormal.
+- The triangular system of the delta rule is solved by substitution; powers of its matrix,
+  the other way to invert it, grow to 1e27 on correlated keys.
 
 Keys that are not normalised make the delta rule diverge in any implementation.
 """
@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RULES = ("linear", "gated", "delta", "gated_delta")
 CHUNK = 32
-GATED = {"linear": False, "gated": True, "delta": False, "gated_delta": True}
+CACHED = 2**17  # elements of q worked on at a time on a CPU, so that what comes between stays in its cache
 LOG2_E = math.log2(math.e)
 
-# Rows [M, C, R, D] -> their scores against the chunk's keys [M, C*R, C], the rows decayed from the
-# start of the chunk [M, C*R, D]
+# Rows [M, C, R, D] -> their scores with the keys of their chunk [M, C*R, C], and the rows decayed since
+# the start of the chunk [M, C*R, D]
 Weigh = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -47,11 +48,11 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Run one of four recurrences over a sequence; the output is ``scale * S_t^T q_t``.
 
-        linear        S_t = S_{t-1} + k_t v_t^T                         (Katharopoulos et al. 2020)
-        gated         S_t = diag(exp g_t) S_{t-1} + k_t v_t^T           (Sun et al. 2023; Yang et al. 2023, GLA)
-        delta         S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T             (Yang et al. 2024)
-        gated_delta   S' = diag(exp g_t) S_{t-1};  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T
-                                                            (Yang et al. 2024, Gated Delta Networks)
+    - ``linear``: S_t = S_{t-1} + k_t v_t^T (Katharopoulos et al. 2020)
+    - ``gated``: S_t = diag(exp g_t) S_{t-1} + k_t v_t^T (Sun et al. 2023, RetNet; Yang et al. 2023, GLA)
+    - ``delta``: S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T (Yang et al. 2024, Parallelizing Linear
+      Transformers with the Delta Rule)
+    - ``gated_delta``: the same, from S' = diag(exp g_t) S_{t-1} (Yang et al. 2024, Gated Delta Networks)
 
     Args:
         q: queries [B, T, H, D].
@@ -71,80 +72,86 @@ def linear_attention(
         ValueError: the rule is unknown, lacks its decay or beta or is given one it has no use for, or
             the heads do not divide.
     """
-    if rule not in GATED:
-        raise ValueError(f"rule {rule!r} is none of {', '.join(GATED)}")
-    if (decay is not None) != GATED[rule] or (beta is not None) != rule.endswith("delta"):
+    (batch, tokens, heads, width), kv_heads = q.shape, k.shape[2]
+    if rule not in RULES or heads % kv_heads:
+        raise ValueError(f"rule {rule!r}, {heads} heads on {kv_heads}; a rule of {RULES}, a multiple")
+    if (decay is None) == ("gated" in rule) or (beta is None) == ("delta" in rule):
         raise ValueError(f"rule {rule!r}: decay goes with the gated rules, beta with the delta rules")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} kv heads")
-    batch, tokens, _, width = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
     scale = width**-0.5 if scale is None else scale
-    grouped = q.unflatten(2, (k.shape[2], -1))  # [B, T, Hkv, R, D]
     if state is None:
-        state = torch.zeros(batch, k.shape[2], width, width, dtype=dtype, device=q.device)
+        state = q.new_zeros(batch, kv_heads, width, width)
+    state = state.to(torch.promote_types(q.dtype, torch.float32)).flatten(0, 1)  # [B*Hkv, D, D]
+    cached = CACHED // (batch * heads * width) // CHUNK * CHUNK
+    span = max(CHUNK, cached) if q.device.type == "cpu" else tokens
+    run = _step if tokens == 1 else _chunked
+    outs = []
     with torch.autocast(q.device.type, enabled=False):
-        run = _step if tokens == 1 else _chunked
-        inputs = (x if x is None else x.to(dtype) for x in (grouped, k, v, decay, beta, state))
-        out, state = run(*inputs, scale)
-    return out.reshape(q.shape).to(q.dtype), state
+        for start in range(0, tokens, span):
+            now = slice(start, start + span)
+            g = None if decay is None else decay[:, now]
+            b = None if beta is None else beta[:, now]
+            out, state = run(q[:, now], k[:, now], v[:, now], g, b, state, scale)
+            outs.append(out.to(q.dtype))
+    out = torch.cat(outs, 1).reshape(batch, -1, heads, width)[:, :tokens]
+    return out, state.view(batch, kv_heads, width, width)
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, for one token."""
-    q, k, v = q[:, 0], k[:, 0, :, None], v[:, 0, :, None]  # [B, Hkv, R, D], [B, Hkv, 1, D]
-    if decay is not None:
-        state = state * (decay[:, 0].exp()[..., None] if decay.ndim == 4 else decay[:, 0, :, None, None].exp())
+    """The recurrence itself, for one token; the state is [B*Hkv, D, D], the output [B, Hkv, R, D]."""
+    width = q.shape[3]
+    rows, k, v = (x.to(state.dtype).reshape(len(state), -1, width) for x in (q, k, v))  # [B*Hkv, R or 1, D]
+    if g is not None:
+        state = state * g.to(state.dtype).reshape(len(state), -1, 1).exp()
     if beta is not None:
-        v = beta[:, 0, :, None, None] * (v - k @ state)
-    state = state + k.mT * v  # [B, Hkv, D, D]
-    return scale * (q @ state), state
+        v = beta.to(state.dtype).reshape(-1, 1, 1) * (v - k @ state)
+    state = state + k.mT * v
+    return scale * (rows @ state).view(len(q), -1, *rows.shape[1:]), state
 
 
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over a sequence, by chunks (Yang et al. 2024, equations of the gated delta rule)."""
-    batch, tokens, heads, group, width = q.shape
-    count = -(-tokens // CHUNK)  # N; below, M = N * B * Hkv
+    """The recurrence by chunks (Yang et al. 2024); as `_step`, but the output is [B, N, C, Hkv, R, D]."""
+    (batch, tokens, _, width), kv_heads = q.shape, k.shape[2]
+    count = -(-tokens // CHUNK)  # N chunks; below, M = N * B * Hkv and R = H / Hkv
 
     def cut(x: Tensor) -> Tensor:  # [B, T, Hkv, ...] -> [M, C, ...]
+        x = x.to(state.dtype)
         if tokens % CHUNK:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -tokens % CHUNK))
-        return x.unflatten(1, (count, CHUNK)).movedim((1, 0, 3), (0, 1, 2)).flatten(0, 2)
+        x = x.view(batch, count, CHUNK, *x.shape[2:]).movedim((1, 0, 3), (0, 1, 2))
+        return x.flatten(0, 2)
 
-    def per_chunk(x: Tensor) -> tuple[Tensor, ...]:  # [M, ...] -> N of [B*Hkv, ...]
-        return x.unflatten(0, (count, -1)).unbind()
+    def by_chunk(x: Tensor) -> tuple[Tensor, ...]:  # [M, ...] -> N times [B*Hkv, ...]
+        return torch.split(x, batch * kv_heads)
 
-    rows, k, v = cut(q), cut(k), cut(v)  # [M, C, R, D], [M, C, D], [M, C, D]
-    decay = k.new_zeros(1, CHUNK) if decay is None else cut(decay)
-    weigh, ends, carry = (_by_channel if decay.ndim == 3 else _by_head)(k, decay)
-    scores, starts = weigh(rows)
-    carries = per_chunk(carry.expand(len(k), -1, -1))
-    s = state.flatten(0, 1)  # [B*Hkv, D, D]
+    rows, k, v = cut(q.view(batch, tokens, kv_heads, -1, width)), cut(k), cut(v)
+    g = k.new_zeros(1, CHUNK) if g is None else cut(g)
+    weigh, ends, fade = (_by_head if g.ndim == 2 else _by_channel)(k, g)
+    scores, starts = weigh(rows)  # [M, C*R, C], [M, C*R, D]
+    fades = by_chunk(fade.expand(len(k), -1, -1))
     states = []
     if beta is None:
-        for write, keep in zip(per_chunk(ends.mT @ v), carries, strict=True):
-            states.append(s)
-            s = torch.addcmul(write, s, keep)
+        for write, fade in zip(by_chunk(ends.mT.bmm(v)), fades, strict=True):
+            states.append(state)
+            state = torch.addcmul(write, state, fade)
     else:
-        beta = cut(beta)  # [M, C]
+        beta = cut(beta)[:, :, None]  # [M, C, 1]
         overlap, reads = weigh(k[:, :, None])  # [M, C, C], [M, C, D]
-        solve = torch.linalg.solve_triangular(
-            beta[..., None] * overlap, torch.diag_embed(beta), upper=False, unitriangular=True
-        )  # (I + L)^-1 diag(beta): [M, C, C]
-        parts = (per_chunk(x) for x in (solve @ v, solve @ reads, ends.mT, carry.expand(len(k), -1, -1)))
+        solve = torch.linalg.solve_triangular(  # (I + L)^-1 diag(beta)
+            beta * overlap, beta[:, :, 0].diag_embed(), upper=False, unitriangular=True
+        )
+        parts = by_chunk(solve.bmm(v)), by_chunk(solve.bmm(reads)), by_chunk(ends.mT), fades
         values = []
-        for value, read, key, keep in zip(*parts, strict=True):
-            states.append(s)
-            values.append(torch.baddbmm(value, read, s, alpha=-1))
-            s = (s * keep).baddbmm_(key, values[-1])
+        for value, read, key, fade in zip(*parts, strict=True):
+            states.append(state)
+            values.append(torch.baddbmm(value, read, state, alpha=-1))
+            state = (state * fade).baddbmm_(key, values[-1])
         v = torch.cat(values)  # [M, C, D]
-    out = (starts @ torch.cat(states)).baddbmm_(scores, v, beta=scale, alpha=scale)  # [M, C*R, D]
-    out = out.view(count, batch, heads, CHUNK, group, width).permute(1, 0, 3, 2, 4, 5)
-    return out.reshape(batch, -1, heads, group, width)[:, :tokens], s.view(state.shape)
+    out = starts.bmm(torch.cat(states)).baddbmm_(scores, v, beta=scale, alpha=scale)  # [M, C*R, D]
+    return out.view(count, batch, kv_heads, CHUNK, -1, width).permute(1, 0, 3, 2, 4, 5), state
 
 
 def _by_head(k: Tensor, g: Tensor) -> tuple[Weigh, Tensor, Tensor]:
@@ -155,28 +162,27 @@ def _by_head(k: Tensor, g: Tensor) -> tuple[Weigh, Tensor, Tensor]:
         g: log decays [M, C], or [1, C] where they are the same everywhere.
 
     Returns:
-        How to weigh rows, the keys decayed to the end of the chunk [M, C, D], the decay of the state
-        over the chunk [M, 1, 1].
+        How to weigh rows, the keys decayed until the end of the chunk [M, C, D], and the decay of the
+        state over the chunk [M, 1, 1].
     """
-    total = (g.double() * LOG2_E).cumsum(-1)
-    later = torch.full((CHUNK, CHUNK), -torch.inf, dtype=k.dtype, device=k.device).triu_(1)
-    within = ((total[:, :, None] - total[:, None, :]).to(k.dtype) + later).exp2()  # [M, C, C]
-    start = total.to(k.dtype).exp2()
-    end = (total[:, -1:] - total).to(k.dtype).exp2()
+    total = (g.double() * LOG2_E).cumsum(1)
+    above = torch.full((CHUNK, CHUNK), -torch.inf, dtype=k.dtype, device=k.device).triu_(1)
+    within = ((total[:, :, None] - total[:, None, :]).to(k.dtype) + above).exp2()  # [M, C, C]
+    since = total.to(k.dtype).exp2()  # [M, C]
+    until = (total[:, -1:] - total).to(k.dtype).exp2()  # [M, C]
 
     def weigh(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (rows.flatten(1, 2) @ k.mT).unflatten(1, (CHUNK, -1)) * within[:, :, None]
-        return scores.flatten(1, 2), (rows * start[:, :, None, None]).flatten(1, 2)
+        scores = rows.flatten(1, 2).bmm(k.mT).view(*rows.shape[:3], CHUNK) * within[:, :, None]
+        return scores.flatten(1, 2), (rows * since[:, :, None, None]).flatten(1, 2)
 
-    return weigh, k * end[:, :, None], start[:, -1:, None]
+    return weigh, k * until[:, :, None], since[:, -1:, None]
 
 
 def _by_channel(k: Tensor, g: Tensor) -> tuple[Weigh, Tensor, Tensor]:
     """Decays of each key channel, by doubling: blocks of 1, 2, 4 ... tokens are joined in pairs.
 
-    Rows carry the decay since the start of their block, keys that to its end: their product is the
-    decay between a row of a block and a key of the block before, whatever its size. So each
-    factor stays within [0, 1], and is a product of at most five rounded numbers.
+    Rows carry the decay since the start of their block, keys that until its end; so the product of
+    a row with a key of the block before holds just the decay between the two, whatever its size.
 
     Args:
         k: keys [M, C, D].
@@ -185,31 +191,27 @@ def _by_channel(k: Tensor, g: Tensor) -> tuple[Weigh, Tensor, Tensor]:
     Returns:
         As `_by_head`, but for the state's decay [M, D, 1].
     """
-    total = (g * LOG2_E)[:, :, None]  # [M, blocks, 1, D]
-    fade = first = total.exp2()
-    ends = k[:, :, None]  # [M, blocks, tokens, D]
-    levels = []
-    while ends.shape[1] > 1:
-        (k0, k1), (fade0, fade1), (total0, total1) = _pairs(ends), _pairs(fade), _pairs(total)
-        levels.append((k0, fade0))
-        ends = torch.cat((k0 * fade1, k1), 2)
-        total = total0 + total1
+    total = g.reshape(-1, 1, g.shape[2]) * LOG2_E  # [M*blocks, 1, D]
+    fade = single = total.exp2()
+    ends = k.reshape(total.shape)  # [M*blocks, tokens, D]
+    joins = []
+    while ends.shape[1] < CHUNK:
+        joins.append((ends[::2], fade[::2]))
+        ends = torch.cat((ends[::2] * fade[1::2], ends[1::2]), 1)
+        total = total[::2] + total[1::2]
         fade = total.exp2()
 
     def weigh(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (rows * k[:, :, None]).sum(-1, keepdim=True)  # [M, blocks, tokens*R, tokens]
-        rows = rows * first  # [M, blocks, tokens*R, D]
-        for k0, fade0 in levels:
-            (rows0, rows1), (scores0, scores1) = _pairs(rows), _pairs(scores)
-            cross = rows1 @ k0.mT if k0.shape[2] > 1 else (rows1 * k0).sum(-1, keepdim=True)
-            upper = F.pad(scores0, (0, k0.shape[2]))
-            scores = torch.cat((upper, torch.cat((cross, scores1), 3)), 2)
-            rows = torch.cat((rows0, rows1 * fade0), 2)
-        return scores[:, 0], rows[:, 0]
+        rows = rows.flatten(0, 1)  # [M*blocks, tokens*R, D]
+        scores = (rows * k.reshape(total.shape[0] * CHUNK, 1, -1)).sum(2, keepdim=True)
+        rows = rows * single
+        for key, fade in joins:
+            later = rows[1::2]
+            # A batch of products as small as the first level's is a third faster as a sum.
+            cross = later.bmm(key.mT) if key.shape[1] > 1 else (later * key).sum(2, keepdim=True)
+            upper = F.pad(scores[::2], (0, key.shape[1]))  # [M*blocks/2, tokens*R, tokens*2]
+            scores = torch.cat((upper, torch.cat((cross, scores[1::2]), 2)), 1)
+            rows = torch.cat((rows[::2], later * fade), 1)
+        return scores, rows
 
-    return weigh, ends[:, 0], fade[:, 0].mT
-
-
-def _pairs(x: Tensor) -> tuple[Tensor, ...]:
-    """The even and the odd blocks of [M, blocks, tokens, width]."""
-    return x.unflatten(1, (-1, 2)).unbind(2)
+    return weigh, ends, fade.mT

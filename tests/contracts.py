@@ -108,7 +108,14 @@ TINY_SPACES: dict[str, dict[str, Any]] = {
         "depth": [1, 2, 3],
         "width": [16],
     },
-    "one": {"mixer": ["attention"], "ratios": ["full"], "heads": [1], "ffn": [0], "depth": [1], "width": [16]},
+    "one": {
+        "mixer": ["attention"],
+        "ratios": ["full"],
+        "heads": [1],
+        "ffn": [0],
+        "depth": [1],
+        "width": [16],
+    },
 }
 
 

@@ -155,7 +155,13 @@ def test_two_limits_on_one_quantity_are_refused(first: str, second: str) -> None
 
 
 def test_limits_on_other_devices_metrics_and_workloads_go_together() -> None:
-    texts = ("decode@64<=2ms", "a:decode@64<=2ms", "b:decode@64<=2ms", "decode@65<=2ms", "prefill@64<=2ms")
+    texts: tuple[str, ...] = (
+        "decode@64<=2ms",
+        "a:decode@64<=2ms",
+        "b:decode@64<=2ms",
+        "decode@65<=2ms",
+        "prefill@64<=2ms",
+    )
     texts += (
         "decode@64,batch=2<=2ms",
         "decode@64,threads=2<=2ms",

@@ -1,0 +1,522 @@
+"""The command line. Heavy libraries are imported inside the commands that need them."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from space.errors import InputError, LimitError
+
+app = typer.Typer(
+    help="Find the transformer that fits your device: search, extract, export and verify, by measuring.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="A space in YAML.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's configuration in YAML.")]
+RunFolder = Annotated[Path, typer.Option("--supernet", metavar="RUN", help="A run's folder, trained in.")]
+Device = Annotated[str, typer.Option(help="The device card's name.")]
+
+
+@app.callback()
+def settings(
+    context: typer.Context,
+    devices: Annotated[Path, typer.Option(metavar="DIR", help="Where device cards are kept.")] = Path(
+        "devices"
+    ),
+) -> None:
+    """Options that every command has."""
+    context.obj = devices
+
+
+class Bars:
+    """Shows stages as progress bars on stderr."""
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Callable[[float, str], None]]:
+        """A bar for a stage; where stderr is no terminal, a line at its start and its end."""
+        columns = (
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        if not err.is_terminal:
+            err.print(f"{title} ...", highlight=False)
+            last = ""
+
+            def note(_share: float, text: str) -> None:
+                nonlocal last
+                last = text
+
+            yield note
+            err.print(f"{title} done: {last}", highlight=False)
+            return
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task(title, total=1.0, text="")
+            yield lambda share, text: progress.update(task, completed=share, text=text)
+            progress.update(task, completed=1.0)
+
+    def skipped(self, title: str) -> None:
+        """A stage that is done already."""
+        err.print(f"{title}: done already", highlight=False)
+
+
+def show(value: dict[str, Any], as_json: bool, tables: Callable[[], list[Table]]) -> None:
+    """Print a result: one JSON object, or tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+        return
+    for item in tables():
+        out.print(item)
+
+
+def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table for people."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def limit_table(limits: list[dict[str, Any]]) -> Table:
+    """The limits and whether each was kept."""
+    from search.limits import Limit, format_quantity
+
+    rows = []
+    for item in limits:
+        metric = Limit.parse(item["limit"]).metric
+        found = "-" if item["found"] is None else format_quantity(metric, item["found"])
+        used = f"{100 * item['used']:.1f}%" if "used" in item else "-"
+        rows.append([item["limit"], format_quantity(metric, item["bound"]), found, used, item["status"]])
+    return make_table("Limits", ["limit", "bound", "found", "used", "status"], rows)
+
+
+def latency_table(latency: dict[str, Any]) -> Table:
+    """Predicted beside measured latencies."""
+    rows = [
+        [
+            workload,
+            f"{t['predicted_latency_ms']:.3f}",
+            f"{t['predicted_upper_ms']:.3f}",
+            f"{t['measured_latency_ms']:.3f}",
+            f"{t['error_percent']:+.1f}%",
+        ]
+        for workload, t in latency.items()
+    ]
+    return make_table("Latency, ms", ["workload", "predicted", "upper bound", "measured", "error"], rows)
+
+
+def front_table(front: dict[str, Any]) -> Table:
+    """The members of a front."""
+    from space import Architecture
+
+    device = next(iter(front["members"][0]["predicted"]["latency"]))
+    workloads = list(front["members"][0]["predicted"]["latency"][device])
+    names = {key: pick for pick, key in front["picks"].items()}
+    rows = []
+    for member in front["members"]:
+        latency = member["predicted"]["latency"][device]
+        rows.append(
+            [
+                member["key"],
+                names.get(member["key"], ""),
+                f"{member['loss_nats']:.4f}",
+                *(f"{latency[w]['latency_ms']:.3f}" for w in workloads),
+                f"{member['predicted']['params']:,}",
+                Architecture.from_json(member["architecture"]).describe(),
+            ]
+        )
+    columns = ["key", "pick", "loss nats", *(f"{w} ms" for w in workloads), "params", "architecture"]
+    return make_table("Front", columns, rows)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    config: ConfigFile,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", metavar="RUN", help="The run's folder [default: runs/CONFIG].")
+    ] = None,
+    smoke: Annotated[bool, typer.Option(help="The same stages, small: a check, not a result.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check the configuration, say what would be done, stop.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, profile, search, extract, verify, report. Resumes; skips what is done."""
+    from search import run as stages
+
+    loaded = stages.load_run_config(config)
+    if smoke:
+        loaded = stages.smoke(loaded)
+    folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
+    the_run = stages.Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
+    if dry_run:
+        value = describe_space(the_run.space) | {"out": str(folder), "device": loaded.device}
+        show(value, as_json, lambda: [space_table(value)])
+        return
+    summary = stages.execute(the_run, Bars())
+    show(summary, as_json, lambda: [*summary_tables(summary)])
+    if not as_json:
+        report = folder / "searches" / loaded.device / "report.html"
+        err.print(f"summary: {folder / 'summary.json'}   report: {report}", highlight=False)
+
+
+def summary_tables(summary: dict[str, Any]) -> list[Table]:
+    """What a run found."""
+    text = summary["text"]
+    names = ("largest_bits_per_byte", "chosen_bits_per_byte", "order2_bits_per_byte", "gzip_bits_per_byte")
+    bits = make_table(
+        "Bits per byte, same held-out text",
+        ["largest", "chosen", "order-2", "gzip -9"],
+        [[f"{text[name]:.3f}" for name in names]],
+    )
+    front = {"members": summary["front"], "picks": {p: v["key"] for p, v in summary["verified"].items()}}
+    return [
+        front_table(front),
+        latency_table(summary["chosen"]["latency"]),
+        limit_table(summary["limits"]),
+        bits,
+    ]
+
+
+def describe_space(space: Any) -> dict[str, Any]:
+    """What ``formfit space`` says of a space."""
+    from space import genome
+    from space.cost import params
+    from space.ops import space_ops
+
+    ends = {"smallest": genome.smallest(space), "largest": genome.largest(space)}
+    ops = len(space_ops(space))
+    kinds = sorted({m for m, _ in space.mixer_options[1:]})
+    # Two heights, eleven rounds of 12 ms and the warm-up for each op and workload, and 58 whole models.
+    seconds = 2 * (ops * 2 * 0.3 + 58 * 0.3)
+    return {
+        "name": space.name,
+        "architectures": genome.size(space),
+        "mixers": kinds,
+        "ops_to_measure": ops,
+        "expected_profiling_seconds": round(seconds),
+        **{
+            name: {"key": a.key, "params": params(a, space.frame), "architecture": a.describe()}
+            for name, a in ends.items()
+        },
+    }
+
+
+def space_table(value: dict[str, Any]) -> Table:
+    """What ``formfit space`` shows."""
+    rows = [
+        ["architectures", f"{value['architectures']:.3e}"],
+        ["mixers", ", ".join(value["mixers"])],
+        ["smallest", f"{value['smallest']['params']:,} parameters: {value['smallest']['architecture']}"],
+        ["largest", f"{value['largest']['params']:,} parameters: {value['largest']['architecture']}"],
+        ["ops to measure", str(value["ops_to_measure"])],
+        ["expected profiling", f"{value['expected_profiling_seconds']} s for two workloads"],
+    ]
+    return make_table(f"Space {value['name']}", ["", ""], rows)
+
+
+@app.command()
+def space(file: SpaceFile, as_json: Json = False) -> None:
+    """Say how large a space is, its ends, and what profiling it would take."""
+    from space import load_space
+
+    value = describe_space(load_space(file))
+    show(value, as_json, lambda: [space_table(value)])
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Train the supernet of a run's configuration. Resumes."""
+    from search import run as stages
+    from supernet import load_corpus
+
+    the_run = stages.Run(out_dir, stages.load_run_config(config), context.obj)
+    the_run.save_config()
+    found = the_run.trained(Bars(), load_corpus(the_run.config.train.data))
+    value = {"checkpoint": str(found.folder), "step": found.step, "sha256": found.digest}
+    show(value, as_json, lambda: [make_table("Supernet", list(value), [[str(v) for v in value.values()]])])
+
+
+@app.command()
+def profile(
+    context: typer.Context,
+    space: Annotated[Path, typer.Option(metavar="SPACE", help="A space in YAML.")],
+    device: Device,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="prefill@TOKENS or decode@CONTEXT [default: both at the space's context]."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that the device will use.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure a space's ops and some whole models on this machine, and fit the predictor."""
+    from latency import ProfileConfig, load_card
+    from latency import profile as measure
+    from space import load_space
+
+    config = ProfileConfig(workloads=tuple(workload or ()), threads=threads)
+    with Bars().stage("profile") as stage:
+        predictor = measure(
+            load_space(space), context.obj, device, config, lambda what, share: stage(share, what)
+        )
+    problems = load_card(context.obj, device).problems
+    value = {
+        "device": device,
+        "workloads": {str(w): dict(m.errors) for w, m in predictor.models.items()},
+        "problems": problems,
+    }
+    show(value, as_json, lambda: [error_table(value["workloads"])])
+    if problems and not as_json:
+        err.print(f"{len(problems)} problems were seen, such as: {problems[-1]}", highlight=False)
+
+
+def error_table(workloads: Any) -> Table:
+    """How well a predictor does on whole models that it never saw."""
+    rows = []
+    for workload, errors in workloads.items():
+        held = errors["held_out"]
+        rows.append(
+            [
+                workload,
+                f"{held['mape_percent']:.2f}%",
+                f"{100 * held['within_10_percent']:.0f}%",
+                f"{held['spearman']:.4f}",
+                f"{errors['repeat_mape_percent']:.2f}%",
+                f"{errors['flops_and_params']['mape_percent']:.2f}%",
+            ]
+        )
+    columns = ["workload", "MAPE", "within 10%", "Spearman", "repeat floor", "FLOPs+params MAPE"]
+    return make_table("Whole models never seen by the fit", columns, rows)
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    supernet: RunFolder,
+    device: Device,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="Such as 'decode@256<=2ms' or 'prefill@256<=60%'.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD or params.")
+    ] = None,
+    generations: Annotated[int | None, typer.Option(min=1)] = None,
+    population: Annotated[int | None, typer.Option(min=2)] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    confidence: Annotated[float | None, typer.Option(help="With which latency limits are kept.")] = None,
+    name: Annotated[str | None, typer.Option(help="The search's name [default: the device's].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search a trained supernet for the front under limits. Resumes."""
+    from latency import load_card, load_predictor
+    from latency.card import profile_command
+    from search import run as stages
+    from search.search import SearchConfig
+    from space.config import parse
+    from supernet import load_corpus
+
+    the_run = stages.open_run(supernet, context.obj)
+    given = {
+        "limits": limit and tuple(limit),
+        "objectives": objective and tuple(objective),
+        "generations": generations,
+        "population": population,
+        "workers": workers,
+        "seed": seed,
+        "confidence": confidence,
+    }
+    base = the_run.config.search.model_dump()
+    config = parse(SearchConfig, base | {k: v for k, v in given.items() if v is not None}, "search")
+    card = load_card(context.obj, device)
+    path = card.predictor_path(the_run.space.name, "onnxruntime", the_run.config.profile.threads, "fp32")
+    predictor = load_predictor(path, the_run.space, profile_command(device))
+    corpus = load_corpus(the_run.config.train.data)
+    checkpoint = stages.open_supernet(the_run, corpus)
+    front = stages.search_front(
+        supernet / "searches" / (name or device),
+        the_run.space,
+        checkpoint,
+        {device: predictor},
+        config,
+        corpus,
+        the_run.config.train.length,
+        Bars(),
+    )
+    show(front, as_json, lambda: [front_table(front)])
+
+
+@app.command()
+def extract(
+    context: typer.Context,
+    supernet: RunFolder,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the sub-model's folder goes.")],
+    search: Annotated[str | None, typer.Option(metavar="NAME", help="A search of the run.")] = None,
+    pick: Annotated[str, typer.Option(help="best, knee, fastest, or a key of the front.")] = "best",
+    architecture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An architecture in JSON, instead of a search's.")
+    ] = None,
+    format_: Annotated[
+        list[str] | None, typer.Option("--format", help="onnx, beside the weights that are always written.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take a sub-network out of the supernet as a plain model in a folder of its own."""
+    from search import run as stages
+    from search.verify import export_onnx
+    from supernet import load_corpus
+    from supernet.extract import write_submodel
+    from supernet.train import load_supernet
+
+    unknown = set(format_ or ()) - {"onnx"}
+    if unknown:
+        raise InputError(f"--format {unknown.pop()}: not one of onnx")
+    if (search is None) == (architecture is None):
+        raise InputError("give one of --search NAME and --architecture FILE")
+    the_run = stages.open_run(supernet, context.obj)
+    checkpoint = stages.open_supernet(the_run, load_corpus(the_run.config.train.data))
+    chosen, found = stages.chosen_architecture(the_run, search, pick, architecture)
+    inputs = {"supernet": checkpoint.digest}
+    submodel = write_submodel(out_dir, load_supernet(the_run.space, checkpoint), found, inputs, chosen)
+    files = ["architecture.json", "model.safetensors", "README.md"]
+    if format_:
+        files.append(export_onnx(submodel).name)
+    value = {"key": found.key, "folder": str(out_dir), "files": files}
+    show(value, as_json, lambda: [make_table("Sub-model", list(value), [[str(v) for v in value.values()]])])
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sub-model's folder, with its model.onnx.")],
+    device: Device,
+    as_json: Json = False,
+) -> None:
+    """Check parity, measure on this device, compare with prediction and limits. Exit 3 if one is missed."""
+    from latency import load_card
+    from search.verify import VerifyConfig
+    from search.verify import verify as check
+    from space.files import file_digest
+    from supernet.extract import read_submodel
+
+    submodel = read_submodel(folder)
+    card = load_card(context.obj, device)
+    model = folder / "model.onnx"
+    inputs = {"model": file_digest(model)} if model.exists() else {}
+    value = check(submodel, card, VerifyConfig(), inputs)
+    show(value, as_json, lambda: [latency_table(value["latency"]), limit_table(value["limits"])])
+    if not as_json:
+        worst = max(value["parity"]["errors"].values())
+        err.print(f"parity: worst error {worst:.1e}, bound {value['parity']['bound']:.1e}", highlight=False)
+    missed = [item["limit"] for item in value["limits"] if item["status"] == "missed"]
+    if not value["parity"]["kept"]:
+        raise LimitError(f"{folder}: the exported model differs from the plain one; see verify.json")
+    if missed:
+        raise LimitError(f"{folder}: missed {', '.join(missed)} when measured")
+
+
+@app.command()
+def devices(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="One device, in detail.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the device cards, or show one with its predictors' errors."""
+    from latency import OnnxRuntime, load_card
+    from latency.card import differences
+    from space.files import read_json
+
+    root: Path = context.obj
+    names = [name] if name else sorted(p.parent.name for p in root.glob("*/device.json"))
+    cards = [load_card(root, n) for n in names]
+    here = OnnxRuntime().fingerprint()
+    value: dict[str, Any] = {"devices": []}
+    for card in cards:
+        predictors = {}
+        for path in sorted((card.folder / "predictors").glob("*.json")):
+            fitted = read_json(path, "latency predictor", "formfit profile")
+            predictors[path.stem] = {w: model["errors"] for w, model in fitted["workloads"].items()}
+        entry = {"name": card.name, "measured": card.measured, "fingerprint": card.fingerprint}
+        entry |= {"this_machine": not differences(card.fingerprint, here), "predictors": predictors}
+        value["devices"].append(entry | {"problems": card.problems})
+
+    def tables() -> list[Table]:
+        rows = [
+            [d["name"], str(d["measured"]), str(d["fingerprint"]["cpu"]), "yes" if d["this_machine"] else "no",
+             ", ".join(d["predictors"])]
+            for d in value["devices"]
+        ]  # fmt: skip
+        found = [
+            make_table(f"Devices in {root}", ["name", "measured", "cpu", "this machine", "predictors"], rows)
+        ]
+        if name:
+            found += [error_table(errors) for errors in value["devices"][0]["predictors"].values()]
+        return found
+
+    show(value, as_json, tables)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write the HTML report of a finished run again, and say where it is."""
+    from latency import load_card
+    from search import run as stages
+    from search.report import write_report
+    from search.search import FRONT_KIND
+    from space.files import read_json
+
+    the_run = stages.open_run(folder, context.obj)
+    summary = read_json(folder / "summary.json", stages.SUMMARY_KIND, "formfit run")
+    name = summary["device"]["name"]
+    front = read_json(folder / "searches" / name / "front.json", FRONT_KIND, "formfit search")
+    path = folder / "searches" / name / "report.html"
+    write_report(path, the_run.space, front, summary, load_card(context.obj, name))
+    show({"report": str(path)}, as_json, lambda: [make_table("Report", ["file"], [[str(path)]])])
+
+
+def main() -> None:
+    """Run the command line and turn what happened into an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = app(standalone_mode=False)
+    except (InputError, LimitError) as error:
+        sys.stderr.write(f"formfit: {error}\n")
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except click.ClickException as error:
+        sys.stderr.write(f"formfit: {' '.join(error.format_message().split())}\n")
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("formfit: stopped\n")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

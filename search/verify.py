@@ -1,0 +1,245 @@
+"""Export and verification: the sub-model as one ONNX graph, and proof that it keeps its promise.
+
+Verification checks that the exported graph computes what the plain model computes, for
+prefill and token by token with state, then measures it on the device and compares with what
+was predicted and asked. Latencies are in the card's units: the ratio to the anchor times the
+card's anchor, so that a machine that has slowed down since is not taken for a slower model.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import save_model
+from pydantic import BaseModel, ConfigDict, Field
+
+from latency import Card, OnnxRuntime
+from latency.card import differences
+from latency.runtime import Run
+from latency.timer import TimerConfig, measure, pinned
+from search.limits import Limit
+from space import InputError, Workload
+from space.blocks import Model, State
+from space.cost import memory_bytes, params
+from space.files import atomic_path, canonical_json, write_json
+from space.graphs import model_graph
+from space.shapes import state_shapes
+from supernet.extract import SubModel
+
+KIND = "verification"
+PARITY = 1e-5  # max|a-b| / max|b|
+States = dict[str, NDArray[Any]]
+
+
+class VerifyConfig(BaseModel):
+    """How a sub-model is verified."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(default=128, gt=1)  # of the parity check
+    copies: int = Field(default=3, gt=0)  # sessions measured, since memory layout differs between them
+    rounds: int = Field(default=20, ge=4)
+    block_ms: float = Field(default=20.0, gt=0)
+
+
+def export_onnx(submodel: SubModel) -> Path:
+    """Write ``model.onnx`` beside the weights; returns its path."""
+    weights = {name: p.numpy() for name, p in submodel.model().named_parameters()}
+    metadata = {
+        "formfit.key": submodel.architecture.key,
+        "formfit.architecture": canonical_json(submodel.architecture.to_json()),
+        "formfit.frame": canonical_json(vars(submodel.frame)),
+        "formfit.chosen": canonical_json(dict(submodel.chosen)),
+    }
+    model = model_graph(submodel.architecture, submodel.frame, weights, metadata)
+    path = submodel.folder / "model.onnx"
+    with atomic_path(path) as temporary:
+        save_model(model, str(temporary))
+    return path
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """``max|a-b| / max|b|``; infinite where something is not finite."""
+    if not np.isfinite(found).all():
+        return math.inf
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+class OnnxModel:
+    """An exported model, run call by call with its state."""
+
+    def __init__(self, path: Path, submodel: SubModel) -> None:
+        self.submodel = submodel
+        try:
+            self.session = OnnxRuntime().session(path)
+        except Exception as error:  # onnxruntime's own classes have no common base but this one
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{path}: onnxruntime cannot load it ({reason}); `formfit extract` writes it"
+            ) from None
+        self.names = [output.name for output in self.session.get_outputs()]
+
+    def empty(self, batch: int = 1) -> States:
+        """The state at the start of a sequence."""
+        return {
+            f"state.{slot}.{name}": np.zeros(shape, np.float32)
+            for slot, layer in enumerate(self.submodel.architecture.layers)
+            for name, shape in state_shapes(layer, self.submodel.frame, batch, 0).items()
+        }
+
+    def __call__(self, tokens: NDArray[Any], position: int, states: States) -> tuple[NDArray[Any], States]:
+        """Tokens [B, T] -> (logits [B, T, vocabulary], states)."""
+        feeds = {"tokens": tokens, "position": np.array([position]), **states}
+        known = {item.name for item in self.session.get_inputs()}
+        found = self.session.run(self.names, {k: v for k, v in feeds.items() if k in known})
+        values = dict(zip(self.names, found, strict=True))
+        logits = values.pop("logits")
+        return logits, {name.removesuffix(".next"): value for name, value in values.items()}
+
+
+@torch.inference_mode()
+def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0) -> dict[str, Any]:
+    """Errors of the plain fp32 model and of the exported graph against the plain model in fp64.
+
+    Prefill, token by token, and a prefill split in two are compared, logits and final states.
+    The bound is 1e-5, or three times the plain fp32 model's own error where that is more.
+    """
+    plain, onnx_model = submodel.model(), OnnxModel(path, submodel)
+    precise = Model(submodel.architecture, submodel.frame).double()
+    precise.load_state_dict({name: p.double() for name, p in plain.state_dict().items()})
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, submodel.frame.vocabulary, (1, min(tokens, submodel.frame.context)))
+    length = text.shape[1]
+    expected, expected_states = precise(torch.from_numpy(text))
+
+    def torch_run(cuts: list[int]) -> tuple[NDArray[Any], States]:
+        logits, states = [], None
+        for start, end in pairwise(cuts):
+            out, states = plain(torch.from_numpy(text[:, start:end]), start, states)
+            logits.append(out.numpy())
+        return np.concatenate(logits, axis=1), flat(states or {})
+
+    def onnx_run(cuts: list[int]) -> tuple[NDArray[Any], States]:
+        logits, states = [], onnx_model.empty()
+        for start, end in pairwise(cuts):
+            out, states = onnx_model(text[:, start:end], start, states)
+            logits.append(out)
+        return np.concatenate(logits, axis=1), states
+
+    reference = {"logits": expected.numpy(), **flat(expected_states)}
+    errors = {}
+    ways = {"prefill": [0, length], "split": [0, length // 3, length], "decode": list(range(length + 1))}
+    for name, run in (("torch", torch_run), ("onnx", onnx_run)):
+        for way, cuts in ways.items():
+            logits, states = run(cuts)
+            errors[f"{name}_{way}"] = max(
+                relative_error(value, reference[key]) for key, value in {"logits": logits, **states}.items()
+            )
+    own = max(error for name, error in errors.items() if name.startswith("torch"))
+    bound = max(PARITY, 3 * own)
+    return {"errors": errors, "bound": bound, "tokens": length, "kept": max(errors.values()) <= bound}
+
+
+def flat(states: Mapping[int, State]) -> States:
+    """States by the names that the exported graph gives them."""
+    return {f"state.{slot}.{name}": t.numpy() for slot, state in states.items() for name, t in state.items()}
+
+
+def measure_onnx(
+    submodel: SubModel, path: Path, card: Card, workloads: list[Workload], config: VerifyConfig
+) -> dict[str, Any]:
+    """Measured latencies by workload, in the card's units, with intervals and raw clock times.
+
+    Raises:
+        InputError: this machine, or its runtime, is not the card's.
+    """
+    here = OnnxRuntime(1).fingerprint()
+    other = differences(card.fingerprint, here)
+    if other or card.anchor_reference is None:
+        raise InputError(f"device {card.name}: this machine is not the one of the card ({'; '.join(other)})")
+    found: dict[str, Any] = {}
+    for threads in sorted({w.threads for w in workloads}):
+        runtime = OnnxRuntime(threads)
+        some = [w for w in workloads if w.threads == threads]
+        with pinned(threads):
+            items: dict[str, Run] = {}
+            for copy in range(config.copies):
+                for w in some:
+                    items[f"{w}|{copy}"] = runtime.load(path, submodel.architecture, w, submodel.frame)
+            timer = TimerConfig(
+                block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
+            )
+            measured = measure(items, runtime.anchors(), timer)
+        scale = card.anchor_reference / measured.anchor_reference
+        for w in some:
+            timings = [measured.timings[f"{w}|{copy}"] for copy in range(config.copies)]
+            middle = sorted(timings, key=lambda t: t.median)[len(timings) // 2]
+            found[str(w)] = {
+                "latency_ms": 1e3 * scale * middle.median,
+                "interval_ms": [1e3 * scale * value for value in middle.interval],
+                "copies_ms": [1e3 * scale * t.median for t in timings],
+                "clock_ms": 1e3 * middle.raw_median,
+                "problems": middle.problems(),
+            }
+    return found
+
+
+def judge(submodel: SubModel, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each limit that the sub-model was chosen under: what was found, and whether it was kept."""
+    rows = []
+    for item in submodel.chosen.get("limits", []):
+        limit = Limit.parse(item["limit"])
+        if limit.workload is None:
+            value: float | None = params(submodel.architecture, submodel.frame)
+        elif limit.metric == "memory":
+            value = memory_bytes(submodel.architecture, limit.workload, submodel.frame)
+        else:
+            timing = measured.get(str(limit.workload))
+            value = timing["latency_ms"] / 1e3 if timing else None
+        row = {**item, "found": value, "status": "UNMEASURED"}
+        if value is not None:
+            row["used"] = value / item["bound"]
+            row["status"] = "kept" if value <= item["bound"] else "missed"
+        rows.append(row)
+    return rows
+
+
+def verify(submodel: SubModel, card: Card, config: VerifyConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Verify an exported sub-model on its device and write ``verify.json``.
+
+    Raises:
+        InputError: there is no exported model, or this is not the card's machine.
+    """
+    path = submodel.folder / "model.onnx"
+    if not path.exists():
+        raise InputError(f"{path}: not found; `formfit extract --format onnx` writes it")
+    predicted = submodel.chosen.get("predicted", {}).get("latency", {}).get(card.name, {})
+    measured = measure_onnx(submodel, path, card, [Workload.parse(text) for text in predicted], config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked = parity(submodel, path, config.tokens)
+    latency = {
+        text: {
+            **{f"predicted_{key}": value for key, value in predicted[text].items()},
+            **{f"measured_{key}" if key.endswith("_ms") else key: value for key, value in timing.items()},
+            "error_percent": 100 * (predicted[text]["latency_ms"] / timing["latency_ms"] - 1),
+        }
+        for text, timing in measured.items()
+    }
+    body = {
+        "key": submodel.architecture.key,
+        "device": card.name,
+        "runtime": f"onnxruntime {ort.__version__}",
+        "parity": checked,
+        "latency": latency,
+        "limits": judge(submodel, measured),
+    }
+    write_json(submodel.folder / "verify.json", KIND, inputs, body)
+    return body

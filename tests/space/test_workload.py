@@ -1,0 +1,95 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from space import InputError, Workload
+
+COUNTS = st.integers(1, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("text", "workload"),
+    [
+        ("prefill@512", Workload(phase="prefill", length=512)),
+        ("decode@1", Workload(phase="decode", length=1)),
+        (" decode@2048 , batch=4 ", Workload(phase="decode", length=2048, batch=4)),
+        ("prefill@8,threads=2,batch=3", Workload(phase="prefill", length=8, batch=3, threads=2)),
+        ("prefill@8,precision=fp32", Workload(phase="prefill", length=8)),
+    ],
+)
+def test_parse(text: str, workload: Workload) -> None:
+    assert Workload.parse(text) == workload
+
+
+@given(
+    st.builds(
+        Workload, phase=st.sampled_from(["prefill", "decode"]), length=COUNTS, batch=COUNTS, threads=COUNTS
+    )
+)
+@settings(max_examples=100, derandomize=True, deadline=None)
+def test_text_round_trip(workload: Workload) -> None:
+    assert Workload.parse(str(workload)) == workload
+
+
+def test_text_leaves_out_what_is_usual() -> None:
+    assert str(Workload(phase="decode", length=9)) == "decode@9"
+    assert str(Workload(phase="decode", length=9, batch=2, threads=3)) == "decode@9,batch=2,threads=3"
+
+
+def test_tokens_read_and_tokens_before() -> None:
+    """Decoding at a context of 5 reads the fifth token, with four in the state."""
+    prefill, decode = (
+        Workload(phase="prefill", length=5, batch=7),
+        Workload(phase="decode", length=5, batch=7),
+    )
+    assert (prefill.past, prefill.tokens) == (0, 5)
+    assert (decode.past, decode.tokens) == (4, 1)
+    assert prefill.past + prefill.tokens == decode.past + decode.tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@0", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@-4", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@4.5", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@4k", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("train@4", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@4@5", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@" + "9" * 5000, "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@\N{ARABIC-INDIC DIGIT FOUR}", "expected prefill@TOKENS or decode@CONTEXT"),
+        ("prefill@4,", "'' is not understood"),
+        ("prefill@4,batch", "'batch' is not understood"),
+        ("prefill@4,batch=0", "'batch=0' is not understood"),
+        ("prefill@4,batch=-1", "'batch=-1' is not understood"),
+        ("prefill@4,batch=\N{SUPERSCRIPT TWO}", "is not understood"),
+        ("prefill@4,batch=" + "9" * 5000, "is not understood"),
+        ("prefill@4,bach=2", "'bach=2' is not understood"),
+        ("prefill@4,batch=2,batch=3", "batch is given twice"),
+        ("prefill@4,precision=int8", "precision 'int8' is not one of fp32"),
+        ("prefill@4,batch=2\nthreads=2", "is not understood"),
+    ],
+)
+def test_bad_text_is_refused_in_one_line(text: str, fragment: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Workload.parse(text)
+    message = str(caught.value)
+    assert message.startswith(f"workload {text!r}: ")
+    assert fragment in message
+    assert len(message.splitlines()) == 1
+
+
+@given(st.text(alphabet="prefildco@0123456789,=batchs \n\N{FULLWIDTH DIGIT ONE}", max_size=24))
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_any_text_is_read_or_refused(text: str) -> None:
+    for attempt in (text, f"prefill@4,{text}", f"decode@{text}"):
+        try:
+            workload = Workload.parse(attempt)
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert Workload.parse(str(workload)) == workload
+            assert min(workload.length, workload.batch, workload.threads) > 0
