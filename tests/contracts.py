@@ -1,18 +1,21 @@
 """What several folders of tests share: small spaces, and their members listed one by one."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from space.architecture import Architecture, Layer
 from space.config import parse
+from space.errors import InputError
 from space.genome import Genomes, decode
 from space.space import LayerChoices, Space
 
+T = TypeVar("T")
 LAYER_KEYS = ("mixer", "heads", "kv_heads", "ffn", "window")
 HYBRID_KEYS = ("ratios", "linear_kinds", "full_layers", "local")
 
@@ -44,6 +47,14 @@ def tiny_value(**changes: Any) -> dict[str, Any]:
 def tiny_space(**changes: Any) -> Space:
     """The space of :func:`tiny_value`."""
     return parse(Space, tiny_value(**changes), "tiny")
+
+
+def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
+    """What a call returns, or the message with which it refuses its input; all else is raised."""
+    try:
+        return call(), ""
+    except InputError as error:
+        return None, str(error)
 
 
 # Between them: none or not, FFN 0 or not, windows, every way to choose kv heads, forced layers,
@@ -190,3 +201,17 @@ def every_genome(space: Space) -> Genomes:
     genomes = rows[sorted(first.values())]
     genomes.setflags(write=False)
     return genomes
+
+
+def scatter(module: Any, seed: int = 0) -> None:
+    """Give every parameter distinct values at initialisation scale, so that a wrong slice shows.
+
+    Norms and gates too: ones and zeros would hide it.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += (0.1 * noise).to(parameter.dtype) * (1.0 if parameter.ndim == 1 else 0.3)

@@ -37,8 +37,9 @@ def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> Non
     bad = ~np.isfinite(actual) | ~(difference <= tolerance * np.abs(expected).max(initial=0.0))
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     raise AssertionError(
-        f"{name}: largest absolute error {difference.max():.3g}, relative {error:.3g} (allowed {tolerance:.3g}); "
-        f"{int(bad.sum())} of {bad.size} off, first at {first}: {actual[first]:.9g}, expected {expected[first]:.9g}"
+        f"{name}: largest error {difference.max():.3g}, relative {error:.3g}, allowed {tolerance:.3g}; "
+        f"{int(bad.sum())} of {bad.size} elements off, the first at {first}: {actual[first]:.9g}, "
+        f"expected {expected[first]:.9g}"
     )
 
 

@@ -81,7 +81,7 @@ def test_content_is_synced_before_the_name_and_the_folder_after(
     sync, rename = os.fsync, Path.replace
 
     def spy_sync(descriptor: int) -> None:
-        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
         events.append(("sync", target.name if target == tmp_path else target.read_text()))
         sync(descriptor)
 
