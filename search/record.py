@@ -7,6 +7,7 @@ line, after which Optuna could not read the journal again, or a lock that nobody
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def open_study(path: Path, name: str, objectives: Sequence[str]) -> optuna.Study
     )
     if len(study.directions) != len(objectives) or study.metric_names not in (None, list(objectives)):
         raise InputError(f"{path}: the study's objectives are {study.metric_names}, not {list(objectives)}")
-    study.set_metric_names(list(objectives))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(objectives))
     return study
 
 

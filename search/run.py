@@ -272,7 +272,7 @@ class Run:
             "held_out_bytes": int(data.recallable.size),
             "recall_share": data.recall_share,
             "largest_bits_per_byte": quality.bits_per_token,
-            "largest_recall_loss_nats": quality.recall_loss_nats,
+            "largest_recall_loss_nats": quality.recall_loss_nats if data.recallable.any() else None,
             "chosen_bits_per_byte": member["loss_nats"] / 0.6931471805599453,
             "gzip_bits_per_byte": gzip_bits_per_byte(corpus.train, data.windows),
             "order2_bits_per_byte": order2_bits_per_byte(corpus.train, data.windows),
@@ -350,6 +350,8 @@ def search_front(
             "search": evaluation_set(corpus, config.windows, length or space.context),
             "front": evaluation_set(corpus, config.front_windows, length or space.context),
         }
+        if "recall_loss" in problem.objectives and not sets["search"].recall_share:
+            raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")
         supernet = load_supernet(space, checkpoint)
         with evaluator(supernet, sets, config.workers) as evaluate_all:
             search.run(evaluate_all, lambda done, total, text: stage(done / total, text))

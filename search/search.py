@@ -6,6 +6,7 @@ the same ``front.json``, byte for byte, with any number of workers.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,7 @@ class Search:
             "key": architecture.key,
             "architecture": architecture.to_json(),
             "loss_nats": float(row["loss"]),
-            "recall_loss_nats": float(row["recall_loss"]),
+            "recall_loss_nats": None if math.isnan(row["recall_loss"]) else float(row["recall_loss"]),
             "predicted": predictions(self.problem, architecture),
         }
 

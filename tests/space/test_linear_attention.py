@@ -97,7 +97,9 @@ def over(inputs: Inputs, tokens: slice) -> Inputs:
 
 def with_gradients(function: Any, dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
     """Both results, and the gradients of a fixed random weighing of them."""
-    leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items() if isinstance(x, Tensor)}
+    leaves = {
+        name: x.to(dtype, copy=True).requires_grad_() for name, x in inputs.items() if isinstance(x, Tensor)
+    }
     results = function(**{**inputs, **leaves})
     random = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=random).to(dtype) for x in results]
@@ -235,7 +237,7 @@ def test_transposed_inputs() -> None:
         ({"rule": "delta"}, "decay"),
         ({"decay": None}, "decay"),
         ({"beta": None}, "beta"),
-        ({"q": torch.zeros(2, 5, 3, 16)}, "3 heads on 2"),
+        ({"q": torch.zeros(2, 5, 3, 16)}, "3 query heads"),
     ],
 )
 def test_misuse(change: dict[str, Any], message: str) -> None:

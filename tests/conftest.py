@@ -1,0 +1,101 @@
+"""A small run that several tests start from: trained, profiled and searched once a session."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.contracts import tiny_value
+
+
+class Quiet:
+    """A reporter that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.skips: list[str] = []
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[object]:
+        self.stages.append(title)
+        yield lambda share, text: None
+
+    def skipped(self, title: str) -> None:
+        self.skips.append(title)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text with some regularity, in enough files to be split."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(words[j] for j in rng.integers(0, len(words), 300)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """A run's configuration on a small space: seconds for each stage."""
+    folder = tmp_path_factory.mktemp("config")
+    space = tiny_value(
+        name="small",
+        vocabulary=256,
+        width=[16, 32],
+        depth=[1, 2, 3],
+        mixer=["attention", "sliding", "linear", "gated_deltanet", "none"],
+        window=[16],
+        heads=[1, 2],
+        ffn=[0, 32, 64],
+        ratios=["full", 1, "linear"],
+    )
+    (folder / "space.yaml").write_text(yaml.safe_dump(space))
+    value = {
+        "space": "space.yaml",
+        "device": "desk",
+        "train": {
+            "steps": 20, "batch": 4, "checkpoint_every": 10, "threads": 1,
+            "data": {"path": str(text_folder), "held_out": 0.2},
+        },
+        "profile": {
+            "block_ms": 0.5, "min_rounds": 2, "max_rounds": 2, "optimal_models": 6, "random_models": 4,
+            "held_out_models": 5, "repeated_models": 2,
+        },
+        "search": {
+            "limits": ["prefill@64<=90%", "params<=95%"], "generations": 4, "population": 8, "windows": 8,
+            "front_windows": 12, "workers": 0,
+        },
+        "verify": {"tokens": 20, "copies": 1, "rounds": 4, "block_ms": 1.0},
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
+    """A folder with ``run`` (trained and searched) and ``devices``."""
+    from search.run import Run, load_run_config
+    from supernet import load_corpus
+
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(folder / "run", load_run_config(config_file), folder / "devices")
+    run.save_config()
+    corpus = load_corpus(run.config.train.data)
+    checkpoint = run.trained(Quiet(), corpus)
+    predictor = run.profiled(Quiet())
+    front = run.searched(Quiet(), checkpoint, predictor, corpus)
+    assert json.loads(json.dumps(front)) == front
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))

@@ -1,0 +1,169 @@
+"""Profiling for real, on a tiny space: cards, resuming, other machines, bad files."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor, profile
+from latency.card import Card, open_card
+from latency.profile import choose_models
+from latency.runtime import bind, random_weights, stack_graph
+from space import InputError, Space, Workload, genome
+from space.graphs import model_graph
+from space.ops import Op, space_ops
+from space.shapes import model_shapes
+from tests.contracts import tiny_space
+from tests.numerics import TOLERANCE, assert_close
+
+QUICK = ProfileConfig(
+    block_ms=0.5,
+    min_rounds=2,
+    max_rounds=2,
+    optimal_models=5,
+    random_models=3,
+    held_out_models=4,
+    repeated_models=2,
+)
+
+
+def space() -> Space:
+    return tiny_space(
+        mixer=["attention", "sliding", "linear"], window=[8], width=[16], heads=[1], depth=[1, 2, 3]
+    )
+
+
+@pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
+def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    profile(space(), tmp_path, "this", QUICK, lambda what, share: seen.append((what, share)))
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    card = load_card(tmp_path, "this")
+    ops, models = card.table("ops"), card.table("models")
+    assert len(ops) == 2 * len(space_ops(space()))
+    assert (ops["seconds"] > 0).all()
+    assert set(models["role"]) == {"fit", "held_out", "repeat"}
+    assert models[models["role"] == "fit"]["key"].nunique() == 8
+    path = card.predictor_path("tiny", "onnxruntime", 1, "fp32")
+    predictor = load_predictor(path, space(), "formfit profile")
+    assert predictor.models[Workload.parse("decode@64")].errors["held_out"]["models"] == 4
+
+    # Ops are lost, models are not: only what is missing is measured again.
+    half = Card(card.folder, card.fingerprint)
+    (card.folder / "ops.parquet").unlink()
+    half.append("ops", ops.iloc[: len(ops) // 2].to_dict("records"))
+    seen.clear()
+    profile(space(), tmp_path, "this", QUICK, lambda what, share: seen.append((what, share)))
+    again = load_card(tmp_path, "this").table("ops")
+    kept = ops.iloc[: len(ops) // 2]
+    merged = kept.merge(again, on=["op", "workload"], suffixes=("", "_again"))
+    assert len(again) == len(ops)
+    assert (merged["seconds"] == merged["seconds_again"]).mean() > 0.9
+    assert not any("whole models" in what for what, _ in seen) or len(card.table("models")) >= len(models)
+
+    # A second space adds to the same card.
+    other = tiny_space(mixer=["attention", "retnet"], width=[16], heads=[1], depth=[1, 2, 3])
+    profile(other, tmp_path, "this", QUICK)
+    assert len(load_card(tmp_path, "this").table("ops")) > len(ops)
+
+
+def test_models_of_the_test_are_not_those_of_the_fit() -> None:
+    ops = {Workload.parse("prefill@64"): {op.key: 1e-3 for op in space_ops(space())}}
+    chosen = choose_models(space(), QUICK, ops)
+    fit, held = ({a.key for a in chosen[role]} for role in ("fit", "held_out"))
+    assert len(fit) == 8
+    assert len(held) == 4
+    assert not fit & held
+    assert {a.key for a in chosen["repeat"]} <= held
+
+
+def test_another_machines_card_is_refused(tmp_path: Path) -> None:
+    here = OnnxRuntime().fingerprint()
+    card = Card(tmp_path / "far", {**here, "cpu": "Another"})
+    card.save()
+    with pytest.raises(InputError, match=r"another device \(cpu: card Another"):
+        open_card(tmp_path, "far", here)
+    with pytest.raises(InputError, match=r"there are far.*formfit profile --space SPACE --device near"):
+        load_card(tmp_path, "near")
+    with pytest.raises(InputError, match="there is none yet"):
+        load_card(tmp_path / "nowhere", "near")
+
+
+def test_a_truncated_card_is_refused(tmp_path: Path) -> None:
+    card = Card(tmp_path / "d", OnnxRuntime().fingerprint())
+    card.save()
+    card.append("ops", [{"op": "x", "seconds": 1.0, "half_width": 0.1, "timing": "{}"}])
+    card.append("ops", [{"op": "x", "seconds": 2.0, "half_width": 0.1, "timing": "{}"}])
+    assert list(card.table("ops")["seconds"]) == [2.0]
+    for name in ("ops.parquet", "device.json"):
+        data = (card.folder / name).read_bytes()
+        (card.folder / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match=name):
+            load_card(tmp_path, "d").table("ops")
+        (card.folder / name).write_bytes(data)
+    pd.DataFrame({"a": [1]}).to_parquet(card.folder / "ops.parquet")
+    with pytest.raises(InputError, match="not a device ops file"):
+        card.table("ops")
+
+
+def test_workloads_must_fit_the_space() -> None:
+    with pytest.raises(InputError, match="longer than the context 64"):
+        ProfileConfig(workloads=("prefill@65",)).parsed(space())
+    with pytest.raises(InputError, match="profiling runs on 1 threads"):
+        ProfileConfig(workloads=("prefill@8,threads=2",)).parsed(space())
+    assert [str(w) for w in ProfileConfig().parsed(space())] == ["prefill@64", "decode@64"]
+
+
+@pytest.mark.parametrize("kind", ["attention", "sliding", "linear", "retnet", "gated_deltanet", "ffn"])
+def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
+    """A stack of two is the first copy followed by the second: no copy is optimised away."""
+    frame = tiny_space().frame
+    op = Op(kind="ffn", width=32, ffn=48) if kind == "ffn" else Op(
+        kind=kind, width=32, heads=2, kv_heads=1, window=8 if kind == "sliding" else 0
+    )  # fmt: skip
+    runtime = OnnxRuntime()
+    one, two = (runtime.session(stack_graph(op, height, frame)) for height in (1, 2))
+    x = np.random.default_rng(0).standard_normal((1, 5, 32)).astype(np.float32)
+
+    def feeds(session: object, slots: int) -> dict[str, np.ndarray]:
+        values: dict[str, np.ndarray] = {"x": x, "position": np.array([0])}
+        for item in session.get_inputs():  # type: ignore[attr-defined]
+            if item.name.startswith("state"):
+                values[item.name] = np.zeros(
+                    [1, *(d if isinstance(d, int) else 0 for d in item.shape[1:])], np.float32
+                )
+        return {k: v for k, v in values.items() if k in {i.name for i in session.get_inputs()}}  # type: ignore[attr-defined]
+
+    first = one.run(["out"], feeds(one, 1))[0]
+    both = two.run(["out"], feeds(two, 2))[0]
+    assert np.abs(both - first).max() > 1e-3
+    assert np.abs(first - x).max() > 1e-3
+
+
+def test_preallocated_caches_give_the_same_logits() -> None:
+    """What is timed (a cache bound in place, longer than the past) computes what a plain call computes."""
+    made = space()
+    architecture = genome.largest(made)
+    weights = random_weights(model_shapes(architecture, made.frame), 0)
+    session = OnnxRuntime().session(model_graph(architecture, made.frame, weights))
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, made.vocabulary, (1, 12))
+    names = [o.name for o in session.get_outputs()]
+
+    def call(tokens: np.ndarray, position: int, states: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        feeds = {"tokens": tokens, "position": np.array([position]), **states}
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    empty = {i.name: np.zeros((1, 1, 0, 16), np.float32) for i in session.get_inputs() if "state" in i.name}
+    before = call(text[:, :11], 0, empty)
+    states = {n.removesuffix(".next"): v for n, v in before.items() if "state" in n}
+    expected = call(text[:, 11:], 11, states)["logits"]
+    roomy = {
+        n: np.concatenate([v, 9 * np.ones((1, 1, 7, 16), np.float32)], axis=2) for n, v in states.items()
+    }
+    assert_close("logits", call(text[:, 11:], 11, roomy)["logits"], expected, TOLERANCE["float32"])
+    run = bind(session, Workload.parse("decode@12"), made.frame, dict(enumerate(architecture.layers)))
+    run(3)

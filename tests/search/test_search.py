@@ -1,0 +1,189 @@
+"""The search: the same front whoever evaluates and whatever happens; limits that bind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search.evolution import non_dominated
+from space import Architecture, genome
+from space.tables import read_table
+
+ROOT = str(Path(__file__).parents[2])
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [
+        sys.executable, "-c", "from search.cli import main; main()", "--devices", str(folder / "devices"),
+        "search", "--supernet", str(folder / "run"), "--device", "desk", *options, "--json",
+    ]  # fmt: skip
+
+
+def call(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *options), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def search(folder: Path, name: str, *options: str) -> bytes:
+    done = call(folder, "--name", name, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["members"]
+    return (folder / "run" / "searches" / name / "front.json").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def expected(finished_run: Path) -> bytes:
+    return (finished_run / "run" / "searches" / "desk" / "front.json").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_change_no_byte(run_folder: Path, expected: bytes, workers: int) -> None:
+    assert search(run_folder, f"with{workers}", "--workers", str(workers)) == expected
+
+
+def test_another_seed_is_another_search(run_folder: Path, expected: bytes) -> None:
+    assert search(run_folder, "other", "--workers", "0", "--seed", "1") != expected
+
+
+def descendants(root: int) -> set[int]:
+    """A process and all below it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int(entry.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, todo = set(), [root]
+    while todo:
+        process = todo.pop()
+        found.add(process)
+        todo += children.get(process, [])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_search_goes_on_to_the_same_front(run_folder: Path, expected: bytes) -> None:
+    """A real SIGKILL of the process group and of Ray's processes, then the same command."""
+    process = subprocess.Popen(
+        command(run_folder, "--name", "killed", "--workers", "2"),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    folder = run_folder / "run" / "searches" / "killed"
+    parts = int(np.random.default_rng().integers(1, 4))
+    deadline = time.monotonic() + 120
+    while not (folder / "evaluations" / f"part-{parts - 1:04d}.parquet").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+    for one in descendants(process.pid):
+        os.kill(one, signal.SIGKILL)
+    process.wait(30)
+    if process.returncode == 0:
+        pytest.fail("the search ended before it was killed")
+    assert not (folder / "front.json").exists()
+    with (folder / "study.log").open("ab") as file:
+        file.write(b'{"op_code": 4, "wor')  # what a kill in the middle of a write leaves
+    (folder / "study.log.lock").touch()
+    assert search(run_folder, "killed", "--workers", "2") == expected
+
+
+def test_the_front_is_what_was_evaluated_and_keeps_the_limits(finished_run: Path) -> None:
+    folder = finished_run / "run" / "searches" / "desk"
+    front = json.loads((folder / "front.json").read_text())
+    space = load_space_of(finished_run)
+    table, _ = read_table(folder / "evaluations" / "part-front.parquet", "evaluations", "formfit search")
+    values = table[front["objectives"]].to_numpy(float)
+    assert {m["key"] for m in front["members"]} == set(table["key"][non_dominated(values)])
+    bounds = {item["limit"]: item["bound"] for item in front["limits"]}
+    for member in front["members"]:
+        architecture = Architecture.from_json(member["architecture"])
+        assert architecture.key == member["key"]
+        assert genome.contains(space, genome.encode(space, [architecture])).all()
+        upper = member["predicted"]["latency"]["desk"]["prefill@64"]["upper_ms"]
+        assert upper / 1e3 <= bounds["prefill@64<=90%"] * (1 + 1e-12)
+        assert member["predicted"]["params"] <= bounds["params<=95%"]
+    assert set(front["picks"].values()) <= {m["key"] for m in front["members"]}
+    best = min(front["members"], key=lambda m: m["loss_nats"])
+    assert front["picks"]["best"] == best["key"]
+    assert "time" not in json.dumps(front)
+
+
+def load_space_of(folder: Path) -> object:
+    from search.run import load_run_config
+
+    return load_run_config(folder / "run" / "config.yaml").the_space
+
+
+def test_no_architecture_is_evaluated_twice(finished_run: Path) -> None:
+    folder = finished_run / "run" / "searches" / "desk" / "evaluations"
+    keys = []
+    for part in sorted(folder.glob("part-0*.parquet")):
+        keys += list(read_table(part, "evaluations", "formfit search")[0]["key"])
+    assert len(keys) == len(set(keys)) == 32
+
+
+def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
+    from search.record import open_study
+
+    folder = run_folder / "run" / "searches" / "desk"
+    study = open_study(folder / "study.log", "desk", ["loss", "latency:prefill@64"])
+    table, _ = read_table(folder / "evaluations" / "part-0000.parquet", "evaluations", "formfit search")
+    trials = study.get_trials()
+    assert len(trials) == 32
+    assert [t.user_attrs["key"] for t in trials[:8]] == list(table["key"])
+    assert [t.values[0] for t in trials[:8]] == list(table["loss"])
+    assert {"width", "depth", "linear_kinds"} <= set(trials[0].params)
+    import optuna
+
+    assert optuna.visualization.plot_pareto_front(study).data
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_journal_is_mended_wherever_its_last_line_was_cut(tmp_path: Path, lock: bool) -> None:
+    import optuna
+
+    from search.record import open_study
+
+    path = tmp_path / "study.log"
+    study = open_study(path, "s", ["loss"])
+    for value in (1.0, 2.0):
+        study.add_trial(optuna.trial.create_trial(values=[value]))
+    data = path.read_bytes()
+    last = len(data.splitlines(keepends=True)[-1])
+    for cut in range(1, last + 1, 1 if not lock else 17):
+        path.write_bytes(data[:-cut])
+        if lock:
+            (tmp_path / "study.log.lock").touch()
+        again = open_study(path, "s", ["loss"])
+        assert [t.values[0] for t in again.get_trials()] == [1.0]
+        again.add_trial(optuna.trial.create_trial(values=[3.0]))
+        assert len(open_study(path, "s", ["loss"]).get_trials()) == 2
+
+
+def test_a_record_of_another_search_is_refused(run_folder: Path) -> None:
+    front = run_folder / "run" / "searches" / "desk" / "front.json"
+    front.unlink()
+    done = call(run_folder, "--seed", "9", "--workers", "0")
+    assert done.returncode == 2
+    assert done.stderr.count("made for search") == 1
+    part = run_folder / "run" / "searches" / "desk" / "evaluations" / "part-0001.parquet"
+    part.write_bytes(part.read_bytes()[:200])
+    done = call(run_folder, "--workers", "0")
+    assert done.returncode == 2
+    assert "part-0001.parquet: not a whole evaluations file" in done.stderr
+
+
+def test_an_impossible_limit_is_refused_with_what_is_possible(run_folder: Path) -> None:
+    done = call(run_folder, "--name", "no", "--limit", "prefill@64<=1ns")
+    assert done.returncode == 3
+    assert "prefill@64<=1ns" in done.stderr
+    assert "the least is" in done.stderr
+    assert done.stdout == ""
+    assert not (run_folder / "run" / "searches" / "no").exists()
