@@ -262,7 +262,8 @@ def _solve(
             integrality=np.ones(len(program.objective), int),
             bounds=Bounds(low, high),
             constraints=program.rows,
-            options={"mip_rel_gap": 0.0},
+            # With its presolve HiGHS prints a line on stdout, once in some thousand programmes; 25% faster though.
+            options={"mip_rel_gap": 0.0, "presolve": False},
         )
         if result.status == _INFEASIBLE:
             continue

@@ -1,0 +1,45 @@
+"""What every benchmark has in common: its options, and a dated, machine-stamped outcome."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from latency.runtime import cpu_model
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--quick", action="store_true", help="a small form, to see that it works")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the outcome is written")
+    return parser
+
+
+def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks: dict[str, bool]) -> int:
+    """Write and print an outcome; the exit code is 3 where a goal was missed."""
+    value = {
+        "benchmark": name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "quick": arguments.quick,
+        "goals": checks,
+        **body,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / (f"{name}-quick.json" if arguments.quick else f"{name}.json")
+    path.write_text(json.dumps(value, indent=1) + "\n")
+    if arguments.json:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    else:
+        for goal, reached in checks.items():
+            sys.stdout.write(f"{'reached' if reached else 'MISSED '}  {goal}\n")
+        sys.stdout.write(f"written to {path}\n")
+    return 0 if all(checks.values()) else 3

@@ -1,0 +1,191 @@
+"""The whole way, small: every shipped configuration, resuming, and bad input in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+SPACES = sorted(ROOT.glob("configs/spaces/*.yaml"))
+
+
+def formfit(*words: object, cwd: Path = ROOT, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from search.cli import main; main()", *map(str, words)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_runs_and_runs_again(config: Path, tmp_path: Path) -> None:
+    words = ("--devices", tmp_path / "devices", "run", config, "--smoke", "--out", tmp_path / "run", "--json")
+    first = formfit(*words)
+    assert first.returncode in (0, 3), first.stderr  # a smoke run's limits may be missed: it measures hardly at all
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    if first.returncode == 0:
+        assert json.loads(first.stdout) == summary
+    check_summary(summary)
+    for member in summary["verified"].values():
+        folder = tmp_path / "run" / "submodels" / member["key"]
+        assert {p.name for p in folder.iterdir()} >= {"model.onnx", "model.safetensors", "verify.json", "README.md"}
+    page = next((tmp_path / "run" / "searches").glob("*/report.html")).read_text()
+    assert "<script src" not in page
+    assert "Plotly.newPlot" in page
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    second = formfit(*words)
+    assert second.returncode == first.returncode
+    assert second.stderr.count("done already") == 5
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def check_summary(summary: dict[str, object]) -> None:
+    """The keys that docs/files.md promises."""
+    chosen = summary["chosen"]
+    assert isinstance(chosen, dict)
+    assert summary["front"]
+    for timing in chosen["latency"].values():
+        assert timing["predicted_latency_ms"] > 0
+        assert timing["measured_latency_ms"] > 0
+    assert {w.split("@")[0] for w in chosen["latency"]} == {"prefill", "decode"}
+    assert chosen["parity"]["kept"]
+    assert max(chosen["parity"]["errors"].values()) <= 1e-5
+    assert {item["status"] for item in chosen["limits"]} <= {"kept", "missed"}
+    text = summary["text"]
+    assert isinstance(text, dict)
+    assert {"largest_bits_per_byte", "gzip_bits_per_byte", "order2_bits_per_byte"} <= set(text)
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda path: path.stem)
+def test_every_space_is_described(space: Path) -> None:
+    done = formfit("space", space, "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["architectures"] >= 10**8
+    assert len(value["mixers"]) >= 4
+    assert value["smallest"]["params"] < value["largest"]["params"]
+
+
+def test_extract_verify_report_and_devices_from_a_finished_search(run_folder: Path, tmp_path: Path) -> None:
+    devices, run = run_folder / "devices", run_folder / "run"
+    out = tmp_path / "model"
+    done = formfit("--devices", devices, "extract", "--supernet", run, "--search", "desk", "--pick", "fastest",
+                   "--format", "onnx", "--out", out, "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"][-1] == "model.onnx"
+    checked = formfit("--devices", devices, "verify", out, "--device", "desk", "--json")
+    assert checked.returncode in (0, 3), checked.stderr
+    assert json.loads(checked.stdout)["parity"]["kept"]
+    by_file = formfit("--devices", devices, "extract", "--supernet", run, "--architecture",
+                      out / "architecture.json", "--out", tmp_path / "same", "--json")  # fmt: skip
+    assert json.loads(by_file.stdout)["key"] == json.loads(done.stdout)["key"]
+    listed = json.loads(formfit("--devices", devices, "devices", "desk", "--json").stdout)
+    assert listed["devices"][0]["this_machine"]
+    assert "held_out" in next(iter(listed["devices"][0]["predictors"].values()))["decode@64"]
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], object]) -> Path:
+    value = yaml.safe_load(path.read_text())
+    change(value)
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
+    "misspelt key": (lambda v: v["train"].update(stepz=3), "train.stepz: unknown key (did you mean steps?)"),
+    "unknown key": (lambda v: v.update(colour="red"), "colour: unknown key"),
+    "wrong type": (lambda v: v["train"].update(steps="many"), "train.steps"),
+    "missing space": (lambda v: v.update(space="nowhere.yaml"), "nowhere.yaml: not found"),
+    "missing corpus": (lambda v: v["train"]["data"].update(path="no/text"), "no/text"),
+    "malformed limit": (lambda v: v["search"].update(limits=["prefill<=5"]), "prefill"),
+    "limit in a wrong unit": (lambda v: v["search"].update(limits=["prefill@64<=5MiB"]), "MiB"),
+    "unknown objective": (lambda v: v["search"].update(objectives=["joy"]), "joy"),
+    "workload too long": (lambda v: v["profile"].update(workloads=["prefill@999"]), "prefill@999"),
+    "unmeasured workload": (lambda v: v["search"].update(limits=["decode@32<=1ms"]), "decode@32"),
+    "two errors": (lambda v: (v["train"].update(steps=0), v.update(x=1)), "train.steps"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configurations_get_one_line(name: str, config_file: Path, run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "config"
+    shutil.copytree(config_file.parent, folder)
+    change, expected = BAD_CONFIGS[name]
+    path = edit(folder / config_file.name, change)
+    done = formfit("--devices", run_folder / "devices", "run", path, "--out", run_folder / "run")
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("formfit: ")
+    assert expected in last
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_empty_corpus(tmp_path: Path, config_file: Path) -> None:
+    folder = tmp_path / "config"
+    shutil.copytree(config_file.parent, folder)
+    (tmp_path / "empty").mkdir()
+    path = edit(folder / config_file.name, lambda v: v["train"]["data"].update(path=str(tmp_path / "empty")))
+    done = formfit("run", path, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "empty" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("search", "--supernet", "RUN", "--device", "moon"), "formfit profile --space SPACE --device moon"),
+        (("search", "--supernet", "nowhere", "--device", "desk"), "formfit train CONFIG --out nowhere"),
+        (("search", "--supernet", "RUN", "--device", "desk", "--limit", "speed<=3"), "speed"),
+        (("extract", "--supernet", "RUN", "--search", "none", "--out", "x"), "formfit search"),
+        (("extract", "--supernet", "RUN", "--search", "desk", "--pick", "odd", "--out", "x"), "odd"),
+        (("extract", "--supernet", "RUN", "--out", "x"), "one of --search NAME and --architecture FILE"),
+        (("extract", "--supernet", "RUN", "--search", "desk", "--format", "pdf", "--out", "x"), "pdf"),
+        (("verify", "nowhere", "--device", "desk"), "formfit extract"),
+        (("devices", "moon"), "formfit profile --space SPACE --device moon"),
+        (("space", "nowhere.yaml"), "nowhere.yaml: not found"),
+        (("run", "nowhere.yaml"), "nowhere.yaml: not found"),
+        (("fly",), "fly"),
+        (("train", "x.yaml"), "--out"),
+    ],
+)
+def test_bad_commands_get_one_line(words: tuple[str, ...], expected: str, finished_run: Path, tmp_path: Path) -> None:
+    given = [str(finished_run / "run") if w == "RUN" else w for w in words]
+    done = formfit("--devices", finished_run / "devices", *given, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert expected in done.stderr
+
+
+def test_another_spaces_artefacts_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint and a predictor of another space, and a card of another version: both sides are named."""
+    config = run_folder / "run" / "config.yaml"
+    kept = config.read_text()
+    edit(config, lambda v: v["space"].update(width=[16, 32, 48]))
+    done = formfit("--devices", run_folder / "devices", "search", "--supernet", run_folder / "run", "--device", "desk")
+    assert done.returncode == 2
+    assert "made for space" in done.stderr
+    config.write_text(kept)
+    card = run_folder / "devices" / "desk" / "device.json"
+    card.write_text(card.read_text().replace('"schema": 1', '"schema": 99'))
+    done = formfit("--devices", run_folder / "devices", "devices", "desk")
+    assert done.returncode == 2
+    assert "schema version 99" in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nsys.argv = ['formfit', '--help']\nfrom search.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'ray', 'onnxruntime', 'optuna', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("run", "space", "train", "profile", "search", "extract", "verify", "devices", "report"):
+        assert command in done.stdout
