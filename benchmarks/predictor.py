@@ -35,7 +35,9 @@ def main() -> int:
         checks |= {
             f"{workload}: MAPE {held['mape_percent']:.2f}% <= 2.5%": held["mape_percent"] <= 2.5,
             f"{workload}: Spearman {held['spearman']:.4f} >= 0.99": held["spearman"] >= 0.99,
-            f"{workload}: at most half of FLOPs and parameters' {proxy['mape_percent']:.2f}%": held["mape_percent"]
+            f"{workload}: at most half of FLOPs and parameters' {proxy['mape_percent']:.2f}%": held[
+                "mape_percent"
+            ]
             <= proxy["mape_percent"] / 2,
             f"{workload}: the 30 span {held['span']:.1f}x >= 5x": held["span"] >= 5,
         }

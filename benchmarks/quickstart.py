@@ -44,7 +44,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         clone = Path(place) / "formfit"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        command = "formfit run configs/quickstart.yaml --smoke --out runs/quickstart" if arguments.quick else first_command()
+        command = (
+            "formfit run configs/quickstart.yaml --smoke --out runs/quickstart"
+            if arguments.quick
+            else first_command()
+        )
         seconds = []
         for _ in range(2):
             began = time.monotonic()
@@ -56,6 +60,7 @@ def main() -> int:
         summary = json.loads((run / "summary.json").read_text())
         stages = [json.loads(line) for line in (run / "supernet" / "metrics.jsonl").read_text().splitlines()]
     text, front, chosen = summary["text"], summary["front"], summary["chosen"]
+    largest, order2 = text["largest_bits_per_byte"], text["order2_bits_per_byte"]
     pairs, mixers, span = patterns(front)
     parity = max(chosen["parity"]["errors"].values())
     checks = {
@@ -64,11 +69,9 @@ def main() -> int:
         f"{seconds[1]:.1f} s when run again < 20 s": seconds[1] < 20,
         f"parity {parity:.1e} <= 1e-5": parity <= 1e-5,
         "every limit kept": all(item["status"] == "kept" for item in summary["limits"]),
-        f"largest {text['largest_bits_per_byte']:.3f} bits per byte < order-2's {text['order2_bits_per_byte']:.3f}": text[
-            "largest_bits_per_byte"
-        ]
-        < text["order2_bits_per_byte"],
-        f"{summary['space']['architectures']:.1e} architectures >= 1e8": summary["space"]["architectures"] >= 1e8,
+        f"largest {largest:.3f} bits per byte < order-2's {order2:.3f}": largest < order2,
+        f"{summary['space']['architectures']:.1e} architectures >= 1e8": summary["space"]["architectures"]
+        >= 1e8,
         f"{len(front)} members of the front >= 5": len(front) >= 5,
         f"{pairs} (width, depth) pairs >= 3": pairs >= 3,
         f"{mixers} mixer patterns >= 2": mixers >= 2,

@@ -59,7 +59,7 @@ class Card:
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a table; a row of the same identity replaces the older one."""
-        identity = [k for k in rows[0] if k not in ("seconds", "half_width", "timing")]
+        identity = [k for k in rows[0] if k not in ("seconds", "half_width", "intercept", "timing")]
         table = pd.concat([self.table(name), pd.DataFrame(rows)], ignore_index=True)
         table = table.drop_duplicates(identity, keep="last", ignore_index=True)
         write_table(self.folder / f"{name}.parquet", f"device {name}", {}, table)

@@ -1,10 +1,13 @@
 """Predicting a model's latency from the latencies of its ops.
 
-``T = c0 + sum over kinds k of a_k * (sum of the op latencies of kind k) + b * depth``, a linear
-model with the prior a_k ~ N(1, 0.1), all coefficients >= 0, relative error; fitted on about
-twenty whole models. ``upper`` multiplies the mean by one factor a workload, the conformal
-quantile of leave-one-out relative residuals (Vovk, Gammerman and Shafer 2005) pooled over
-workloads, so that it is monotone in the mean and limits on it stay additive.
+``T = c0 + s * [has full attention] + sum over kinds k of a_k * (op latencies of kind k) + b * depth``,
+a linear model with the prior a_k ~ N(1, 0.1), all coefficients >= 0, relative error; fitted on about
+twenty whole models. ``s`` is what the full-attention layers of a model compute once together (their
+places and lengths); its prior is the intercept of their stacks.
+
+The upper bound multiplies the mean by one factor a workload, the conformal quantile of
+leave-one-out relative residuals (Vovk, Gammerman and Shafer 2005) pooled over workloads, so
+that it is monotone in the mean and limits on it stay additive.
 """
 
 import math
@@ -22,10 +25,11 @@ from space import InputError, Space, Workload
 from space.cost import flops_table, params_cost
 from space.files import check_inputs, read_json, write_json
 from space.genome import Genomes
-from space.ops import Cost, Op, OpTables, depths, op_kinds
+from space.ops import Cost, Op, OpTables, depths, has_full, op_kinds
 
 KIND = "latency predictor"
 PRIOR_SPREAD = 0.1  # of a_k around 1
+SHARED_SPREAD = 0.5  # of s around the measured intercept, as a share of it
 OVERHEAD_SPREAD = 0.05  # of c0 and depth * b, as a share of the median latency
 LEAST_NOISE = 0.005  # relative; below what any timing here repeats to
 Array = NDArray[np.float64]
@@ -38,6 +42,7 @@ class WorkloadModel:
     op_seconds: Mapping[str, float]  # by op key
     kinds: Mapping[str, float]  # a_k
     constant: float  # c0
+    once_full: float  # s
     per_layer: float  # b
     scale: float  # spread of the relative residuals
     errors: Mapping[str, Any]  # see `accuracy`
@@ -69,7 +74,12 @@ class Predictor:
         def seconds(op: Op) -> float:
             return factor * model.kinds[op.kind] * model.op_seconds[op.key]
 
-        return Cost(OpTables(self.space, seconds), factor * model.constant, factor * model.per_layer)
+        return Cost(
+            OpTables(self.space, seconds),
+            constant=factor * model.constant,
+            per_layer=factor * model.per_layer,
+            once_full=factor * model.once_full,
+        )
 
     def factor(self, workload: Workload, confidence: float) -> float:
         """The factor on the mean that is exceeded with probability at most ``1 - confidence``."""
@@ -97,6 +107,7 @@ def _to_json(model: WorkloadModel) -> dict[str, Any]:
         "op_seconds": dict(model.op_seconds),
         "kinds": dict(model.kinds),
         "constant_seconds": model.constant,
+        "once_full_seconds": model.once_full,
         "per_layer_seconds": model.per_layer,
         "relative_scale": model.scale,
         "errors": dict(model.errors),
@@ -116,6 +127,7 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
             op_seconds=model["op_seconds"],
             kinds=model["kinds"],
             constant=model["constant_seconds"],
+            once_full=model["once_full_seconds"],
             per_layer=model["per_layer_seconds"],
             scale=model["relative_scale"],
             errors=model["errors"],
@@ -127,7 +139,7 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
 
 @dataclass(frozen=True)
 class Composition:
-    """The coefficients of one workload: c0, a_k in the order of `op_kinds`, b."""
+    """The coefficients of one workload: c0, s over its prior, a_k in the order of `op_kinds`, b."""
 
     coefficients: Array
 
@@ -136,20 +148,35 @@ class Composition:
         return np.asarray(design @ self.coefficients)
 
 
-def design_matrix(space: Space, op_seconds: Mapping[str, float], genomes: Genomes) -> Array:
-    """Rows (1, op latency by kind, depth): [N, 2 + kinds]."""
-    sums = OpTables(space, lambda op: op_seconds[op.key]).by_kind(genomes)
-    return np.column_stack([np.ones(len(genomes)), sums, depths(genomes)])
+@dataclass(frozen=True)
+class OpLatencies:
+    """What op measurements say of one workload, seconds."""
+
+    by_key: Mapping[str, float]
+    shared: float = 0.0  # by full-attention layers, once a model
+
+
+def design_matrix(space: Space, ops: OpLatencies, genomes: Genomes) -> Array:
+    """Rows (1, shared where there is full attention, op latency by kind, depth): [N, 3 + kinds]."""
+    sums = op_sums(space, ops, genomes)
+    shared = ops.shared * has_full(space, genomes)
+    return np.column_stack([np.ones(len(genomes)), shared, sums, depths(genomes)])
+
+
+def op_sums(space: Space, ops: OpLatencies, genomes: Genomes) -> Array:
+    """Op latencies summed by kind: [N, kinds]."""
+    return OpTables(space, lambda op: ops.by_key[op.key]).by_kind(genomes)
 
 
 def fit_composition(design: Array, seconds: Array) -> Composition:
     """The maximum a posteriori coefficients under relative error, none below 0."""
-    kinds = design.shape[1] - 2
+    kinds = design.shape[1] - 3
     typical = float(np.median(seconds))
     depth = float(np.median(design[:, -1]))
-    mean = np.concatenate([[0.0], np.ones(kinds), [0.0]])
+    mean = np.concatenate([[0.0, 1.0], np.ones(kinds), [0.0]])
     overhead = OVERHEAD_SPREAD * typical
-    spread = np.concatenate([[overhead], np.full(kinds, PRIOR_SPREAD), [overhead / max(depth, 1.0)]])
+    ends = [overhead / max(depth, 1.0)]
+    spread = np.concatenate([[overhead, SHARED_SPREAD], np.full(kinds, PRIOR_SPREAD), ends])
     noise = 0.02
     coefficients = mean
     for _ in range(4):  # the noise and the coefficients in turn
@@ -201,7 +228,7 @@ def proxy_predictions(
 
 def fit_predictor(
     space: Space,
-    op_seconds: Mapping[Workload, Mapping[str, float]],
+    latencies: Mapping[Workload, OpLatencies],
     fitted: Genomes,
     seconds: Mapping[Workload, Array],
     held_out: Genomes,
@@ -210,7 +237,7 @@ def fit_predictor(
 ) -> Predictor:
     """Fit every workload and test it on whole models that no fit saw."""
     models, residuals = {}, []
-    for workload, ops in op_seconds.items():
+    for workload, ops in latencies.items():
         design = design_matrix(space, ops, fitted)
         left_out = leave_one_out(design, seconds[workload])
         scale = max(LEAST_NOISE, float(np.sqrt(np.mean(left_out**2))))
@@ -221,7 +248,7 @@ def fit_predictor(
             measured = held_out_seconds[workload]
             predicted = design_matrix(space, ops, held_out) @ coefficients
             proxy = proxy_predictions(space, workload, fitted, seconds[workload], held_out)
-            plain = design_matrix(space, ops, held_out)[:, 1:-1].sum(axis=1)
+            plain = op_sums(space, ops, held_out).sum(axis=1)
             errors |= {
                 "held_out": accuracy(predicted, measured),
                 "plain_sum": accuracy(plain, measured),
@@ -229,9 +256,10 @@ def fit_predictor(
                 "repeat_mape_percent": repeat_error[workload],
             }
         models[workload] = WorkloadModel(
-            op_seconds=dict(ops),
-            kinds=dict(zip(op_kinds(space), map(float, coefficients[1:-1]), strict=True)),
+            op_seconds=dict(ops.by_key),
+            kinds=dict(zip(op_kinds(space), map(float, coefficients[2:-1]), strict=True)),
             constant=float(coefficients[0]),
+            once_full=float(coefficients[1]) * ops.shared,
             per_layer=float(coefficients[-1]),
             scale=scale,
             errors=errors,

@@ -8,6 +8,7 @@ saved group by group, so that a profiling that was stopped goes on where it was.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +18,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from latency.card import Card, open_card
-from latency.predictor import Predictor, design_matrix, fit_predictor
+from latency.predictor import OpLatencies, Predictor, design_matrix, fit_predictor, op_sums
 from latency.runtime import OnnxRuntime, Run
 from latency.timer import Measurements, TimerConfig, Timing, measure, pinned
 from space import Architecture, InputError, Space, Workload, genome
+from space.architecture import FULL_MIXERS
+from space.cost import op_params, params_cost
 from space.files import canonical_json, digest
 from space.ops import Op, space_ops
 
 LINEAR_WITHIN = 0.03
+STACKS = (6, 24)  # least and most copies in the taller stack
 Report = Callable[[str, float], None]  # what is going on, and the share that is done
 
 
@@ -35,14 +39,13 @@ class ProfileConfig(BaseModel):
 
     workloads: tuple[str, ...] = ()  # none: prefill and decode at the space's context
     threads: Annotated[int, Field(gt=0)] = 1
-    heights: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=1)]] = (2, 6)
     optimal_models: Annotated[int, Field(ge=4)] = 12
     random_models: Annotated[int, Field(ge=2)] = 8
     held_out_models: Annotated[int, Field(ge=3)] = 30
     repeated_models: Annotated[int, Field(ge=1)] = 8
-    block_ms: Annotated[float, Field(gt=0)] = 12.0
-    min_rounds: Annotated[int, Field(ge=2)] = 8
-    max_rounds: Annotated[int, Field(ge=2)] = 15
+    block_ms: Annotated[float, Field(gt=0)] = 5.0
+    min_rounds: Annotated[int, Field(ge=2)] = 20
+    max_rounds: Annotated[int, Field(ge=2)] = 40
     group: Annotated[int, Field(gt=0)] = 64  # ops measured between two saves
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -154,18 +157,15 @@ class _Session:
         if self.card.anchor_reference is None:
             self.card.anchor_reference = measured.anchor_reference
         self.scale = self.card.anchor_reference / measured.anchor_reference
-        machine = measured.problems()[
-            : len(measured.problems()) - sum(len(t.problems()) for t in measured.timings.values())
-        ]
+        machine = measured.machine_problems()
         unsteady = sum(bool(t.problems()) for t in measured.timings.values())
         if unsteady:
             machine.append(f"{unsteady} of {len(items)} timings unsteady")
         self.card.problems = [*self.card.problems, *(f"{what}: {text}" for text in machine)][-50:]
         return measured.timings
 
-    def ops(self, workloads: Sequence[Workload]) -> dict[Workload, dict[str, float]]:
-        """The latency of every op of the space in every workload, seconds."""
-        wanted = [(op, w) for op in space_ops(self.space) for w in workloads]
+    def ops(self, workloads: Sequence[Workload]) -> dict[Workload, OpLatencies]:
+        """The latency of every op of the space in every workload."""
         rows = self._known("ops", {"frame": self.frame})
         have = set(zip(rows["op"], rows["workload"], strict=True)) if len(rows) else set()
         missing = [op for op in space_ops(self.space) if any((op.key, str(w)) not in have for w in workloads)]
@@ -178,22 +178,26 @@ class _Session:
                 shuffled[i::groups], workloads, checked, (0.6 * i / groups, 0.6 * (i + 1) / groups)
             )
         rows = self._known("ops", {"frame": self.frame})
-        seconds = dict(zip(zip(rows["op"], rows["workload"], strict=True), rows["seconds"], strict=True))
-        table: dict[Workload, dict[str, float]] = {w: {} for w in workloads}
-        for op, workload in wanted:
-            table[workload][op.key] = seconds[op.key, str(workload)]
-        return table
+        keys = {op.key for op in space_ops(self.space)}
+        found = {}
+        for workload in workloads:
+            mine = rows[(rows["workload"] == str(workload)) & rows["op"].isin(keys)]
+            full = mine["op"].str.split("-").str[0].isin(FULL_MIXERS)
+            shared = float(mine["intercept"][full].median()) if full.any() else 0.0
+            found[workload] = OpLatencies(
+                dict(zip(mine["op"], mine["seconds"], strict=True)), max(0.0, shared)
+            )
+        return found
 
     def _op_group(
         self, ops: Sequence[Op], workloads: Sequence[Workload], checked: set[str], share: tuple[float, float]
     ) -> None:
-        low, high = self.config.heights
-        middle = (low + high) // 2
         items: dict[str, Run] = {}
         for op in ops:
+            low, high = stack_heights(self.space, op)
             heights = [low, high]
-            if op.kind not in checked and low < middle < high:
-                heights.append(middle)
+            if op.kind not in checked:
+                heights.append((low + high) // 2)
                 checked.add(op.kind)
             for height in heights:
                 runs = self.runtime.stack(op, height, workloads, self.space.frame)
@@ -201,18 +205,20 @@ class _Session:
         timings = self._measure(f"measuring {len(ops)} ops", items, share)
         rows = []
         for op in ops:
+            low, high = stack_heights(self.space, op)
+            middle = (low + high) // 2
             for w in workloads:
                 ends = [timings[f"{op.key}|{height}|{w}"] for height in (low, high)]
-                slope = (ends[1].median - ends[0].median) / (high - low)
+                slope = (ends[1].seconds - ends[0].seconds) / (high - low)
                 third = timings.get(f"{op.key}|{middle}|{w}")
                 if third:
-                    expected = ends[0].median + (middle - low) * slope
-                    if abs(third.median / expected - 1) > LINEAR_WITHIN:
-                        off = f"{third.median / expected - 1:+.1%}"
+                    expected = ends[0].seconds + (middle - low) * slope
+                    if abs(third.seconds / expected - 1) > LINEAR_WITHIN:
+                        off = f"{third.seconds / expected - 1:+.1%}"
                         self.card.problems.append(f"{op.key} {w}: {middle} copies are {off} from the line")
                 # A slope lost in noise still costs something; no op is free.
-                floor = 1e-3 * ends[1].median / high
-                spread = math.hypot(*(t.half_width * t.median for t in ends)) / (high - low)
+                floor = 1e-3 * ends[1].seconds / high
+                spread = math.hypot(*(t.half_width * t.seconds for t in ends)) / (high - low)
                 seconds = max(slope, floor)
                 rows.append(
                     {
@@ -222,6 +228,7 @@ class _Session:
                         "op": op.key,
                         "seconds": seconds * self.scale,
                         "half_width": spread / seconds,
+                        "intercept": (ends[0].seconds - low * slope) * self.scale,
                         "timing": canonical_json([t.to_json() for t in ends]),
                     }
                 )
@@ -254,7 +261,7 @@ class _Session:
                             "workload": str(w),
                             "key": architecture.key,
                             "architecture": canonical_json(architecture.to_json()),
-                            "seconds": timing.median * self.scale,
+                            "seconds": timing.seconds * self.scale,
                             "half_width": timing.half_width,
                             "timing": canonical_json(timing.to_json()),
                         }
@@ -272,8 +279,27 @@ class _Session:
         return dict(zip(keys, rows["seconds"], strict=True))
 
 
+def stack_heights(space: Space, op: Op) -> tuple[int, int]:
+    """The copies of an op in its two stacks.
+
+    The taller one has about the bytes of the space's median model, so that its weights come from
+    where a model's weights come from; a few copies of a small op would sit in the core's own cache.
+    """
+    each = max(1, op_params(op, space.frame))
+    if op.kind == "head":  # a stack of heads has no embeddings to be tied to
+        each += op.width * space.vocabulary
+    high = int(np.clip(round(median_params(space) / each), *STACKS))
+    return max(2, high // 3), high
+
+
+@lru_cache(maxsize=64)
+def median_params(space: Space) -> float:
+    """The median number of parameters over a fixed sample of the space."""
+    return float(np.median(params_cost(space)(genome.sample(space, np.random.default_rng(0), 501))))
+
+
 def choose_models(
-    space: Space, config: ProfileConfig, ops: Mapping[Workload, Mapping[str, float]]
+    space: Space, config: ProfileConfig, ops: Mapping[Workload, OpLatencies]
 ) -> dict[str, list[Architecture]]:
     """The whole models to measure: ``fit`` (D-optimal, then random), ``held_out`` and ``repeat``.
 
@@ -284,9 +310,12 @@ def choose_models(
     taken = {a.key for a in held_out}
     pool = genome.decode(space, genome.sample(space, rng, 600))
     pool = [a for a in {a.key: a for a in pool}.values() if a.key not in taken]
-    designs = [design_matrix(space, seconds, genome.encode(space, pool)) for seconds in ops.values()]
-    relative = [design / design[:, 1:-1].sum(axis=1, keepdims=True) for design in designs]
-    scaled = [rows / np.abs(rows).max(axis=0) for rows in relative]
+    rows = genome.encode(space, pool)
+    relative = [
+        design_matrix(space, latencies, rows) / op_sums(space, latencies, rows).sum(axis=1, keepdims=True)
+        for latencies in ops.values()
+    ]
+    scaled = [design / np.maximum(np.abs(design).max(axis=0), 1e-12) for design in relative]
     chosen = [pool[i] for i in d_optimal(scaled, config.optimal_models)]
     taken |= {a.key for a in chosen}
     chosen += _distinct(space, rng, config.random_models, taken)

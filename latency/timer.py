@@ -7,14 +7,19 @@ time around it. Drift that slows both alike cancels, and an item that stops earl
 comparable with one that goes on. A timing is kept as data, all rounds of it, as pyperf
 keeps its values (V. Stinner, https://pyperf.readthedocs.io); figures are derived from them.
 
+What other work on the machine does to a timing is one-sided: blocks are slowed for moments,
+never sped up. So a low quantile over rounds estimates the time of the work itself, where the
+median follows the neighbours; and the anchors are smoothed the same way over many visits,
+so that they follow the machine's slow drift and not its moments.
+
 Footguns:
 
 - An item runs its work ``loops`` times itself; one that ignores ``loops`` is refused.
 - Anchors cancel only what they feel: use one bound by arithmetic and one by memory.
 - Intervals cover the noise between rounds, not the scale ``anchor_reference`` that all items
   share: the machine's median speed in this run. Another run has another scale.
-- An item stops because its interval is narrow, which favours narrow ones: in simulation the 95%
-  intervals cover 88 to 92%.
+- Few values lie beyond a low quantile: the nominal 95% intervals cover 83 to 91% at 20 to 40 rounds
+  in simulation, and a little over half at 8, so measure at least 20.
 - A thread pool made before :func:`pinned` stays where it was: build sessions inside. numpy's
   BLAS has such a pool, which made a matmul anchor 8 times slower and erratic: hold it to one thread.
 """
@@ -43,6 +48,8 @@ Clock = Callable[[], int]
 Progress = Callable[[int, int], None]
 
 RESAMPLES = 1000
+QUANTILE = 0.1  # see docs/adr/0005
+ANCHOR_REACH = 10  # visits before and after that the anchors are smoothed over
 MOST_LOOPS = 10**8
 
 
@@ -86,7 +93,7 @@ class Timing:
         loops: runs of the work in one timed block.
         values: one a round, drift-corrected s per loop: ``raw / anchors`` times the run's reference.
         raw: one a round, s per loop as the clock gave them.
-        anchors: one a round, anchor time in s, interpolated at the middle of the block.
+        anchors: one a round, smoothed anchor time in s at the middle of the block.
         steal_ms: taken by the hypervisor from the allowed CPUs during the rounds of all items.
         involuntary_switches: of all threads of the process, during this item's blocks.
         settled: whether the warm-up came to agree.
@@ -110,25 +117,25 @@ class Timing:
             raise ValueError(f"timing {self.name!r}: a time is not positive and finite")
 
     @property
-    def median(self) -> float:
-        """The estimate: drift-corrected seconds per loop, median over rounds."""
-        return float(np.median(self.values))
+    def seconds(self) -> float:
+        """The estimate: drift-corrected seconds per loop, the low quantile over rounds."""
+        return float(np.quantile(self.values, QUANTILE))
 
     @property
-    def raw_median(self) -> float:
-        """Seconds per loop, drift included, median over rounds."""
+    def clock_median(self) -> float:
+        """Seconds per loop as the clock gave them, median over rounds: drift and neighbours included."""
         return float(np.median(self.raw))
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """The 95% bootstrap interval of :attr:`median`, seconds per loop."""
+        """The 95% bootstrap interval of :attr:`seconds`."""
         return bootstrap_interval(self.values)
 
     @property
     def half_width(self) -> float:
-        """Half of the interval's width, relative to the median."""
+        """Half of the interval's width, relative to the estimate."""
         low, high = self.interval
-        return (high - low) / 2 / self.median
+        return (high - low) / 2 / self.seconds
 
     def problems(self) -> list[str]:
         """Why not to trust this timing; empty where nothing was found."""
@@ -167,8 +174,8 @@ class Measurements:
     """The timings of one run by item name, and what is known of the machine during it.
 
     Attributes:
-        anchor_reference: median anchor time, s.
-        anchor_spread: interquartile range of the anchor times, relative to their median.
+        anchor_reference: median of the smoothed anchor times, s.
+        anchor_spread: interquartile range of the anchor times, relative to the reference.
         anchors_settled: whether the warm-up of every anchor came to agree.
         rounds: how many there were until the last item stopped.
         seconds: duration of the rounds, s.
@@ -183,14 +190,21 @@ class Measurements:
     seconds: float
     steal_ms: float | None
 
-    def problems(self) -> list[str]:
-        """Why not to trust this run: the machine first, then each item by name."""
+    def machine_problems(self) -> list[str]:
+        """Why not to trust this run as a whole."""
         found = [] if self.anchors_settled else ["anchors did not settle"]
         if self.anchor_spread > 0.1:
             found.append(f"machine speed varies: anchor quartiles {self.anchor_spread:.0%} apart")
         if self.steal_ms is not None and self.steal_ms > 10 * self.seconds:
             found.append(f"hypervisor took {self.steal_ms:.0f} ms of {self.seconds:.1f} s")
-        return found + [f"{name}: {text}" for name, item in self.timings.items() for text in item.problems()]
+        return found
+
+    def problems(self) -> list[str]:
+        """Why not to trust this run: the machine first, then each item by name."""
+        items = self.timings.items()
+        return self.machine_problems() + [
+            f"{name}: {text}" for name, item in items for text in item.problems()
+        ]
 
 
 @lru_cache(maxsize=64)
@@ -199,14 +213,33 @@ def _resamples(count: int) -> NDArray[np.int64]:
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of a median.
+    """The 95% percentile bootstrap interval of the low quantile.
 
     B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
     The resamples depend on the number of values alone: equal values, equal interval.
     """
-    medians = np.median(np.asarray(values)[_resamples(len(values))], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
+    estimates = np.quantile(np.asarray(values)[_resamples(len(values))], QUANTILE, axis=1)
+    low, high = np.percentile(estimates, [2.5, 97.5])
     return float(low), float(high)
+
+
+def smoothed(anchors: Sequence[float]) -> NDArray[np.float64]:
+    """Anchor times without the moments of disturbance: [visits].
+
+    The running median follows the drift without lag; the running low quantile of what is left
+    over it takes the level down to that of undisturbed visits.
+    """
+    times = np.asarray(anchors)
+    trend = _running(times, 0.5)
+    return trend * _running(times / trend, QUANTILE)
+
+
+def _running(values: NDArray[np.float64], quantile: float) -> NDArray[np.float64]:
+    """A quantile over the visits around each; fewer at the ends."""
+    edge = np.full(ANCHOR_REACH, np.nan)
+    padded = np.concatenate([edge, values, edge])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * ANCHOR_REACH + 1)
+    return np.asarray(np.nanquantile(windows, quantile, axis=1))
 
 
 @contextmanager
@@ -251,6 +284,7 @@ class _Work:
         self.name, self.run, self.clock = name, run, clock
         self.loops, self.settled, self.switches = 1, False, 0
         self.raw: list[float] = []
+        self.middles: list[float] = []
         self.anchors: list[float] = []
 
     def block(self) -> tuple[float, float]:
@@ -345,15 +379,15 @@ def measure(
     visit_anchors()
     while active and rounds < config.max_rounds:
         order = [active[i] for i in rng.permutation(len(active))]
-        middles = []
         for place, work in enumerate(order, 1):
             seconds, middle = work.block()
             work.raw.append(seconds)
-            middles.append(middle)
+            work.middles.append(middle)
             if place % config.anchor_every == 0 or place == len(order):
                 visit_anchors()  # the last of a round is the first of the next
-        for work, anchor in zip(order, np.interp(middles, moments, anchor_times), strict=True):
-            work.anchors.append(float(anchor))
+        smooth = smoothed(anchor_times)
+        for work in order:
+            work.anchors = np.interp(work.middles, moments, smooth).tolist()
         active = [work for work in active if not work.finished(config)]
         rounds += 1
         if progress:
@@ -361,7 +395,11 @@ def measure(
 
     lasted, stolen_after = (clock() - began) * 1e-9, _steal_ms()
     steal = None if stolen is None or stolen_after is None else stolen_after - stolen
-    low, middle, high = (float(quartile) for quartile in np.percentile(anchor_times, [25, 50, 75]))
+    smooth = smoothed(anchor_times)
+    for work in works:
+        work.anchors = np.interp(work.middles, moments, smooth).tolist()
+    low, high = (float(quartile) for quartile in np.percentile(anchor_times, [25, 75]))
+    middle = float(np.median(smooth))
     return Measurements(
         timings={work.name: work.timing(middle, steal, config) for work in works},
         anchor_reference=middle,

@@ -463,16 +463,25 @@ def devices(
         for path in sorted((card.folder / "predictors").glob("*.json")):
             fitted = read_json(path, "latency predictor", "formfit profile")
             predictors[path.stem] = {w: model["errors"] for w, model in fitted["workloads"].items()}
-        entry = {"name": card.name, "measured": card.measured, "fingerprint": card.fingerprint}
+        entry: dict[str, Any] = {
+            "name": card.name,
+            "measured": card.measured,
+            "fingerprint": card.fingerprint,
+        }
         entry |= {"this_machine": not differences(card.fingerprint, here), "predictors": predictors}
         value["devices"].append(entry | {"problems": card.problems})
 
     def tables() -> list[Table]:
         rows = [
-            [d["name"], str(d["measured"]), str(d["fingerprint"]["cpu"]), "yes" if d["this_machine"] else "no",
-             ", ".join(d["predictors"])]
+            [
+                d["name"],
+                str(d["measured"]),
+                str(d["fingerprint"]["cpu"]),
+                "yes" if d["this_machine"] else "no",
+                ", ".join(d["predictors"]),
+            ]
             for d in value["devices"]
-        ]  # fmt: skip
+        ]
         found = [
             make_table(f"Devices in {root}", ["name", "measured", "cpu", "this machine", "predictors"], rows)
         ]

@@ -5,6 +5,7 @@ that who does it, and how many there are, changes no bit of the result. Results 
 the order of submission.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def evaluator(
         num_cpus=None if address else workers,
         include_dashboard=None if address else False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         weights = ray.put({name: value.numpy() for name, value in supernet.state_dict().items()})

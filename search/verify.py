@@ -180,12 +180,12 @@ def measure_onnx(
         scale = card.anchor_reference / measured.anchor_reference
         for w in some:
             timings = [measured.timings[f"{w}|{copy}"] for copy in range(config.copies)]
-            middle = sorted(timings, key=lambda t: t.median)[len(timings) // 2]
+            middle = sorted(timings, key=lambda t: t.seconds)[len(timings) // 2]
             found[str(w)] = {
-                "latency_ms": 1e3 * scale * middle.median,
+                "latency_ms": 1e3 * scale * middle.seconds,
                 "interval_ms": [1e3 * scale * value for value in middle.interval],
-                "copies_ms": [1e3 * scale * t.median for t in timings],
-                "clock_ms": 1e3 * middle.raw_median,
+                "copies_ms": [1e3 * scale * t.seconds for t in timings],
+                "clock_ms": 1e3 * middle.clock_median,
                 "problems": middle.problems(),
             }
     return found

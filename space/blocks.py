@@ -55,7 +55,7 @@ def rotate(x: Tensor, position: int) -> Tensor:
 
 def heads_of(x: Tensor, head_dim: int) -> Tensor:
     """[B, T, H*D] -> [B, T, H, D]."""
-    return x.unflatten(-1, (-1, head_dim))
+    return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
@@ -93,7 +93,7 @@ def _block_local(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) ->
     blocks = length // window
 
     def fold(x: Tensor) -> Tensor:  # [B, H, T, D] -> [B, n, H, W, D]
-        return x.unflatten(2, (blocks, window)).transpose(1, 2)
+        return x.reshape(batch, -1, blocks, window, head_dim).transpose(1, 2)
 
     def pairs(x: Tensor) -> Tensor:  # [B, n, H, W, D] -> [B, n, H, 2W, D]
         return torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], dim=3)
@@ -107,7 +107,8 @@ def _block_local(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) ->
     out = F.scaled_dot_product_attention(
         fold(q).flatten(0, 1), keys, values, attn_mask=mask.repeat(batch, 1, 1, 1), enable_gqa=grouped
     )
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).reshape(batch, -1, length, head_dim)
+    out = out.reshape(batch, blocks, -1, window, head_dim)
+    return out.transpose(1, 2).reshape(batch, -1, length, head_dim)
 
 
 def causal_conv(x: Tensor, taps: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ def _linear_mixer(
         taps = torch.cat([weights["conv_q"], weights["conv_k"], weights["conv_v"]])
         mixed, after["conv"] = causal_conv(joined, taps, state.get("conv"))
         sizes = [q.shape[2], k.shape[2], v.shape[2]]
-        q, k, v = heads_of(F.silu(mixed), q.shape[-1]).split(sizes, dim=2)
+        q, k, v = torch.split(heads_of(F.silu(mixed), q.shape[-1]), sizes, dim=2)
         q, k = unit(q), unit(k)
         beta = torch.sigmoid(project(hidden, weights["beta"]).to(hidden.dtype))
         step = F.softplus(project(hidden, weights["decay"]).to(hidden.dtype) + weights["dt_bias"])
@@ -269,7 +270,7 @@ def initial(name: str, shape: tuple[int, ...], slots: int, generator: torch.Gene
         return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
     if kind.startswith("conv_"):
         return (2 * uniform - 1) / math.sqrt(CONV)
-    scale = shape[-1] ** -0.5
+    scale = 1 / math.sqrt(shape[-1])
     if kind in ("o", "down"):
         scale /= math.sqrt(2 * slots)
     return torch.randn(shape, generator=generator) * scale

@@ -143,12 +143,12 @@ def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
     """Which rows [N] are canonical genomes of the space."""
     lay = layout(space)
     genomes = np.asarray(genomes)
-    inside = ((genomes >= 0) & (genomes < lay.alphabet)).all(axis=1)
+    inside = np.asarray(((genomes >= 0) & (genomes < lay.alphabet)).all(axis=1))
     safe = np.where(inside[:, None], genomes, 0).astype(np.int16)
     classes = slot_classes(space, safe)
     counts = pattern_counts(classes)
     known = (counts[:, None, :] == lay.patterns[None]).all(axis=2).any(axis=1)
-    forced = np.asarray(classes == FULL)[:, lay.forced].all(axis=1)
+    forced = np.equal(classes[:, lay.forced], FULL).all(axis=1)
     kinds = (kinds_used(space, safe) > 0).sum(axis=1) <= space.linear_kinds
     ffn = ~((split(safe)[3] < lay.least_ffn) & (classes > FFN_ONLY)).any(axis=1)
     same = (canonical(space, safe) == safe).all(axis=1)

@@ -210,7 +210,7 @@ def _by_channel(k: Tensor, g: Tensor) -> tuple[Weigh, Tensor, Tensor]:
         rows = rows * single
         for key, fade in joins:
             later = rows[1::2]
-            # The first level's products, of one row and one key, take a third of the time as a sum.
+            # The first level's products, of one row and one key, are cheaper as a sum than as a batch.
             cross = later.bmm(key.mT) if key.shape[1] > 1 else (later * key).sum(2, keepdim=True)
             upper = F.pad(scores[::2], (0, key.shape[1]))  # [M*blocks/2, tokens*R, tokens*2]
             scores = torch.cat((upper, torch.cat((cross, scores[1::2]), 2)), 1)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from space.architecture import HEADLESS_MIXERS, Architecture, Layer
-from space.genome import Genomes, split
+from space.genome import FULL, Genomes, layout, split
 from space.space import Space
 
 
@@ -149,6 +149,11 @@ class OpTables:
         return sums
 
 
+def has_full(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
+    """Which genomes have a layer of full attention: [N]."""
+    return np.asarray((layout(space).classes[split(genomes)[1]] == FULL).any(axis=1))
+
+
 def depths(genomes: Genomes) -> NDArray[np.int64]:
     """The depth of each genome: [N]."""
     _, mixer, _, ffn = split(genomes)
@@ -159,16 +164,20 @@ def depths(genomes: Genomes) -> NDArray[np.int64]:
 class Cost:
     """What an architecture costs in one respect, in a form that can be minimised exactly.
 
-    ``constant + per_layer * depth + sum over ops of table``, plus, where there is a ``peak``,
-    the greatest of it over the ops.
+    ``constant + per_layer * depth + sum over ops of table``, plus ``once_full`` where a layer has
+    full attention (what such layers share is paid once), plus, where there is a ``peak``, the
+    greatest of it over the ops.
     """
 
     table: OpTables
     constant: float = 0.0
     per_layer: float = 0.0
+    once_full: float = 0.0
     peak: OpTables | None = None
 
     def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
         """The cost of each genome: [N]."""
         total = self.constant + self.per_layer * depths(genomes) + self.table.totals(genomes)
+        if self.once_full:
+            total += self.once_full * has_full(self.table.space, genomes)
         return total if self.peak is None else total + self.peak.greatest(genomes)

@@ -122,8 +122,7 @@ def cast_matrices(parameters: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
 def matrix_type(config: TrainConfig) -> torch.dtype:
     """The type that matrix products train in; ``auto`` takes bf16 where the CPU has instructions for it."""
     if config.precision == "auto":
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        fast = fast and "avx512_bf16" in cpu_flags()
+        fast = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
@@ -149,11 +148,10 @@ class Trainer:
         require_length(corpus, self.length)
         self.supernet = Supernet(space, torch.Generator().manual_seed(config.seed))
         self.parameters = dict(self.supernet.named_parameters())
+        matrices: dict[str, Any] = {"params": [p for p in self.parameters.values() if p.ndim == 2]}
+        others: dict[str, Any] = {"params": [p for p in self.parameters.values() if p.ndim != 2]}
         self.optimiser = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters.values() if p.ndim == 2]},
-                {"params": [p for p in self.parameters.values() if p.ndim != 2], "weight_decay": 0.0},
-            ],
+            [matrices, {**others, "weight_decay": 0.0}],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from latency.predictor import (
+    OpLatencies,
     Predictor,
     accuracy,
     design_matrix,
@@ -54,7 +55,7 @@ def fitted(noise: float = 0.01, seed: int = 0) -> tuple[Predictor, Any, dict[str
     train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
     predictor = fit_predictor(
         space(),
-        {W: ops, D: ops},
+        {W: OpLatencies(ops), D: OpLatencies(ops)},
         train,
         {W: truth(train, ops, noise, 1), D: truth(train, ops, 2 * noise, 2)},
         held,
@@ -78,19 +79,19 @@ def test_a_known_law_is_recovered() -> None:
 def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() -> None:
     rng = np.random.default_rng(0)
     ops = op_seconds()
-    design = design_matrix(space(), ops, genome.sample(space(), rng, 8))
+    design = design_matrix(space(), OpLatencies(ops), genome.sample(space(), rng, 8))
     for _ in range(20):
-        seconds = design[:, 1:-1].sum(axis=1) * rng.uniform(0.3, 3.0, len(design))
+        seconds = design[:, 2:-1].sum(axis=1) * rng.uniform(0.3, 3.0, len(design))
         assert (fit_composition(design, seconds).coefficients >= 0).all()
-    exact = design[:, 1:-1].sum(axis=1)
+    exact = design[:, 2:-1].sum(axis=1)
     coefficients = fit_composition(design, exact).coefficients
-    assert np.abs(coefficients[1:-1] - 1).max() < 0.05
+    assert np.abs(coefficients[2:-1] - 1).max() < 0.05
 
 
 def test_leave_one_out_leaves_one_out() -> None:
     ops = op_seconds()
     genomes = genome.sample(space(), np.random.default_rng(0), 20)
-    design, seconds = design_matrix(space(), ops, genomes), truth(genomes, ops, 0.01, 0)
+    design, seconds = design_matrix(space(), OpLatencies(ops), genomes), truth(genomes, ops, 0.01, 0)
     seconds[3] *= 2
     residuals = leave_one_out(design, seconds)
     assert residuals[3] > 0.8  # a fit that saw it would have bent towards it
@@ -152,3 +153,18 @@ def test_d_optimal_beats_random_choices() -> None:
 
     best = information(chosen)
     assert all(information(rng.choice(200, 10, replace=False)) < best for _ in range(200))
+
+
+def test_what_full_attention_shares_is_paid_once() -> None:
+    ops = op_seconds()
+    rng = np.random.default_rng(0)
+    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 100)
+
+    def law(genomes: Any) -> NDArray[np.float64]:
+        full = ["attention" in a.pattern for a in genome.decode(space(), genomes)]
+        return truth(genomes, ops, 0.0, 0) + 2e-3 * np.array(full)
+
+    latencies = {W: OpLatencies(ops, shared=1.5e-3)}
+    predictor = fit_predictor(space(), latencies, train, {W: law(train)}, held, {W: law(held)}, {W: 1.0})
+    assert predictor.models[W].once_full == pytest.approx(2e-3, rel=0.25)
+    assert predictor.models[W].errors["held_out"]["mape_percent"] < 1.5

@@ -8,6 +8,7 @@ import pytest
 
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor, profile
 from latency.card import Card, open_card
+from latency.predictor import OpLatencies
 from latency.profile import choose_models
 from latency.runtime import bind, random_weights, stack_graph
 from space import InputError, Space, Workload, genome
@@ -71,7 +72,7 @@ def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None
 
 
 def test_models_of_the_test_are_not_those_of_the_fit() -> None:
-    ops = {Workload.parse("prefill@64"): {op.key: 1e-3 for op in space_ops(space())}}
+    ops = {Workload.parse("prefill@64"): OpLatencies({op.key: 1e-3 for op in space_ops(space())})}
     chosen = choose_models(space(), QUICK, ops)
     fit, held = ({a.key for a in chosen[role]} for role in ("fit", "held_out"))
     assert len(fit) == 8

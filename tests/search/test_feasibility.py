@@ -1,5 +1,6 @@
 """Feasibility against brute force: every architecture of small spaces, under random costs."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.optimize import milp
 
+from search import feasibility
 from search.feasibility import Bounded, certify, feasible, least, within
 from search.limits import Limit, format_quantity
 from space import LimitError, Space, Workload, load_space
@@ -28,7 +31,7 @@ def space_of(hybrid: dict[str, Any], **changes: Any) -> Space:
 SPACES = {
     "one kind of two, layers may be absent": space_of(
         {"ratios": ["full", 1, 2, "linear"], "linear_kinds": 1},
-        depth=[1, 2, 3],
+        depth=[2, 3],
         layer={"mixer": ["attention", "linear", "retnet", "none"], "heads": [1, 2], "ffn": [0, 16]},
     ),
     "two kinds of four, every layer whole": space_of(
@@ -90,6 +93,9 @@ def random_table(space: Space, rng: np.random.Generator, style: str) -> OpTables
     def number(op: Op) -> float:
         if op not in numbers:
             numbers[op] = float(rng.integers(1, 5)) if style == "ties" else float(rng.lognormal())
+            if style == "kinds" and op.kind != "ffn":  # what one cost likes, another does not
+                numbers[op] = {"attention": 20.0, "embedding": 0.1, "head": 0.1}.get(op.kind, numbers[op])
+                numbers[op] = numbers.setdefault(replace(op, heads=0, kv_heads=0, window=0), numbers[op])
             if style == "lacking" and rng.random() < 0.25 and op.kind not in ("embedding", "head"):
                 numbers[op] = np.inf
         return numbers[op]
@@ -102,7 +108,8 @@ def random_cost(space: Space, rng: np.random.Generator, style: str) -> Cost:
     peak = random_table(space, rng, "ties" if style == "ties" else "any") if rng.random() < 0.6 else None
     if peak is not None and rng.random() < 0.5:  # a peak that matters more than the sum
         peak.ends, peak.mixer, peak.ffn = peak.ends * 0.1, peak.mixer * 5, peak.ffn * 5
-    return Cost(table, float(rng.integers(0, 3)), float(rng.integers(0, 3)), peak)
+    constant, per_layer, once_full = rng.integers(8, 11), rng.integers(-2, 3), rng.integers(0, 4)
+    return Cost(table, float(constant), float(per_layer), float(once_full), peak)
 
 
 def priced(costs: list[Cost], genomes: Genomes) -> Floats:
@@ -111,7 +118,7 @@ def priced(costs: list[Cost], genomes: Genomes) -> Floats:
         return np.stack([cost(genomes) for cost in costs], axis=1)
 
 
-@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
 def test_least_is_that_of_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
@@ -136,10 +143,13 @@ def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
         return [np.full(values.shape[1], 1e9)]
     picked = finite[rng.integers(0, len(finite), 3)]
     low, high = finite.min(axis=0), np.median(finite, axis=0)
+    ends = finite[finite.argmin(axis=0)]  # of each cost, the architecture that is best in it
     good = finite[np.argmin((finite / low) @ rng.dirichlet(np.ones(values.shape[1])))]
     return [
         *picked,
         low,
+        ends.mean(axis=0),
+        ends.mean(axis=0) * rng.uniform(0.8, 1.2),
         good,
         good * (1 - 3e-8),
         good * np.where(np.arange(len(good)) == 0, 1 - 1e-7, 1.0),
@@ -151,7 +161,7 @@ def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
     ]
 
 
-@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
 def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
@@ -173,6 +183,35 @@ def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None
                 comfort = (values[kept] / bounds).sum(axis=1).min()
                 assert (found / bounds).sum() == pytest.approx(comfort, rel=1e-8)
     assert decided == {True, False}
+
+
+@pytest.mark.parametrize("name", ["no FFN", "one kind of two, layers may be absent"])
+def test_what_the_solver_takes_for_kept_is_priced_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs about 1e-7 apart, in a solver made too coarse to tell: its finds must be cut away one by one."""
+    monkeypatch.setattr(feasibility, "_SCALE", 1.0)
+    solved = 0
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal solved
+        solved += 1
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(feasibility, "milp", counting)
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(6)
+    tables = [random_table(space, rng, "any") for _ in range(2)]
+    for seed in range(3):
+        close = random_table(space, np.random.default_rng(seed), "any")
+        for part in (close.mixer, close.ffn):
+            part[part > 0] = 1 + 1e-7 * part[part > 0]
+        costs = [Cost(close), Cost(tables[0]), Cost(tables[1])]
+        values = priced(costs, genomes)
+        for place in rng.integers(0, min(len(values), 60), 3):
+            row = values[np.argsort(values[:, 0])[place]]
+            for bounds in (row, row * [1, 1.2, 1.2], row * [1, 0.9, 2], values.min(axis=0) * [1, 2, 2]):
+                kept = (values <= bounds * (1 + 1e-9)).all(axis=1)
+                assert (feasible(space, costs, list(bounds)) is not None) == kept.any()
+    assert solved > 100
 
 
 def test_bounds_that_are_not_above_zero_are_refused() -> None:

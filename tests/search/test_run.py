@@ -27,14 +27,21 @@ def formfit(*words: object, cwd: Path = ROOT, timeout: float = 200) -> subproces
 def test_every_configuration_runs_and_runs_again(config: Path, tmp_path: Path) -> None:
     words = ("--devices", tmp_path / "devices", "run", config, "--smoke", "--out", tmp_path / "run", "--json")
     first = formfit(*words)
-    assert first.returncode in (0, 3), first.stderr  # a smoke run's limits may be missed: it measures hardly at all
+    assert first.returncode in (0, 3), (
+        first.stderr
+    )  # a smoke run's limits may be missed: it measures hardly at all
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     if first.returncode == 0:
         assert json.loads(first.stdout) == summary
     check_summary(summary)
     for member in summary["verified"].values():
         folder = tmp_path / "run" / "submodels" / member["key"]
-        assert {p.name for p in folder.iterdir()} >= {"model.onnx", "model.safetensors", "verify.json", "README.md"}
+        assert {p.name for p in folder.iterdir()} >= {
+            "model.onnx",
+            "model.safetensors",
+            "verify.json",
+            "README.md",
+        }
     page = next((tmp_path / "run" / "searches").glob("*/report.html")).read_text()
     assert "<script src" not in page
     assert "Plotly.newPlot" in page
@@ -75,15 +82,17 @@ def test_every_space_is_described(space: Path) -> None:
 def test_extract_verify_report_and_devices_from_a_finished_search(run_folder: Path, tmp_path: Path) -> None:
     devices, run = run_folder / "devices", run_folder / "run"
     out = tmp_path / "model"
-    done = formfit("--devices", devices, "extract", "--supernet", run, "--search", "desk", "--pick", "fastest",
-                   "--format", "onnx", "--out", out, "--json")  # fmt: skip
+    source = ("--devices", devices, "extract", "--supernet", run)
+    done = formfit(
+        *source, "--search", "desk", "--pick", "fastest", "--format", "onnx", "--out", out, "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"][-1] == "model.onnx"
     checked = formfit("--devices", devices, "verify", out, "--device", "desk", "--json")
     assert checked.returncode in (0, 3), checked.stderr
     assert json.loads(checked.stdout)["parity"]["kept"]
-    by_file = formfit("--devices", devices, "extract", "--supernet", run, "--architecture",
-                      out / "architecture.json", "--out", tmp_path / "same", "--json")  # fmt: skip
+    file = out / "architecture.json"
+    by_file = formfit(*source, "--architecture", file, "--out", tmp_path / "same", "--json")
     assert json.loads(by_file.stdout)["key"] == json.loads(done.stdout)["key"]
     listed = json.loads(formfit("--devices", devices, "devices", "desk", "--json").stdout)
     assert listed["devices"][0]["this_machine"]
@@ -113,7 +122,9 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_bad_configurations_get_one_line(name: str, config_file: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_bad_configurations_get_one_line(
+    name: str, config_file: Path, run_folder: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "config"
     shutil.copytree(config_file.parent, folder)
     change, expected = BAD_CONFIGS[name]
@@ -155,7 +166,9 @@ def test_empty_corpus(tmp_path: Path, config_file: Path) -> None:
         (("train", "x.yaml"), "--out"),
     ],
 )
-def test_bad_commands_get_one_line(words: tuple[str, ...], expected: str, finished_run: Path, tmp_path: Path) -> None:
+def test_bad_commands_get_one_line(
+    words: tuple[str, ...], expected: str, finished_run: Path, tmp_path: Path
+) -> None:
     given = [str(finished_run / "run") if w == "RUN" else w for w in words]
     done = formfit("--devices", finished_run / "devices", *given, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -168,7 +181,9 @@ def test_another_spaces_artefacts_are_refused(run_folder: Path, tmp_path: Path) 
     config = run_folder / "run" / "config.yaml"
     kept = config.read_text()
     edit(config, lambda v: v["space"].update(width=[16, 32, 48]))
-    done = formfit("--devices", run_folder / "devices", "search", "--supernet", run_folder / "run", "--device", "desk")
+    done = formfit(
+        "--devices", run_folder / "devices", "search", "--supernet", run_folder / "run", "--device", "desk"
+    )
     assert done.returncode == 2
     assert "made for space" in done.stderr
     config.write_text(kept)

@@ -164,10 +164,12 @@ def test_cost_is_constant_and_layers_and_sum_and_peak(space: Space) -> None:
     table, peak = OpTables(space, numbers.__getitem__), OpTables(space, lambda op: 7 * numbers[op] % 1013)
     without = Cost(table, constant=3.0, per_layer=0.5)(genomes)
     with_peak = Cost(table, constant=3.0, per_layer=0.5, peak=peak)(genomes)
+    with_once = Cost(table, constant=3.0, per_layer=0.5, once_full=0.25)(genomes)
     for i, architecture in enumerate(decode(space, genomes)):
         ops = count_ops(architecture)
         expected = 3 + 0.5 * architecture.depth + sum(n * numbers[op] for op, n in ops.items())
         assert without[i] == expected
+        assert with_once[i] == expected + 0.25 * ("attention" in architecture.pattern)
         assert with_peak[i] == expected + max(7 * numbers[op] % 1013 for op in ops)
 
 
