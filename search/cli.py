@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from space.errors import InputError, LimitError
 
@@ -522,10 +522,11 @@ def main() -> None:
     except (InputError, LimitError) as error:
         sys.stderr.write(f"formfit: {error}\n")
         sys.exit(2 if isinstance(error, InputError) else 3)
-    except click.ClickException as error:
-        sys.stderr.write(f"formfit: {' '.join(error.format_message().split())}\n")
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        sys.stderr.write(f"formfit: {' '.join(message.split())}; `formfit --help` says what there is\n")
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("formfit: stopped\n")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

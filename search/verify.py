@@ -28,7 +28,7 @@ from search.limits import Limit
 from space import InputError, Workload
 from space.blocks import Model, State
 from space.cost import memory_bytes, params
-from space.files import atomic_path, canonical_json, write_json
+from space.files import atomic_path, canonical_json, read_json, write_json
 from space.graphs import model_graph
 from space.shapes import state_shapes
 from supernet.extract import SubModel
@@ -242,4 +242,4 @@ def verify(submodel: SubModel, card: Card, config: VerifyConfig, inputs: Mapping
         "limits": judge(submodel, measured),
     }
     write_json(submodel.folder / "verify.json", KIND, inputs, body)
-    return body
+    return read_json(submodel.folder / "verify.json", KIND, "formfit verify")

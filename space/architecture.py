@@ -115,8 +115,10 @@ def _is_count(value: Any) -> bool:
 
 def _layer(item: Any, where: str) -> Layer:
     known = ("mixer", "heads", "kv_heads", "window", "ffn")
-    if not isinstance(item, Mapping) or set(item) - set(known):
-        raise InputError(f"{where}: expected an object with keys among {', '.join(known)}")
+    if not isinstance(item, Mapping) or set(item) - set(known) or not {"mixer", "ffn"} <= set(item):
+        raise InputError(
+            f"{where}: expected an object with mixer, ffn and, where they apply, heads, kv_heads, window"
+        )
     layer = Layer(**item)
     if layer.mixer not in (*MIXERS, "none"):
         raise InputError(f"{where}.mixer: {layer.mixer!r} is not one of {', '.join(MIXERS)}, none")
@@ -125,8 +127,8 @@ def _layer(item: Any, where: str) -> Layer:
             raise InputError(f"{where}.{name}: {getattr(layer, name)!r} is not a whole number >= 0")
     if (layer.heads == 0) != (layer.mixer in HEADLESS_MIXERS):
         raise InputError(f"{where}.heads: {layer.heads} does not go with mixer {layer.mixer}")
-    if layer.heads and (layer.kv_heads == 0 or layer.heads % layer.kv_heads):
+    if bool(layer.heads) != bool(layer.kv_heads) or (layer.heads and layer.heads % layer.kv_heads):
         raise InputError(f"{where}.kv_heads: {layer.kv_heads} does not divide heads {layer.heads}")
-    if (layer.window > 0) != (layer.mixer in WINDOWED_MIXERS):
+    if (layer.window > 1) != (layer.mixer in WINDOWED_MIXERS) or layer.window == 1:
         raise InputError(f"{where}.window: {layer.window} does not go with mixer {layer.mixer}")
     return layer

@@ -1,6 +1,7 @@
 """Reading YAML that a person wrote: safely, strictly, and with every error at once."""
 
 import difflib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -20,6 +21,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a plain value", key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -28,6 +33,11 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _set(loader: _Loader, node: yaml.Node) -> Any:
+    raise yaml.constructor.ConstructorError(None, None, "a set has no order; give a list", node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:set", _set)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -45,6 +55,11 @@ def load_yaml(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid YAML: nested too deeply") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        # PyYAML's own constructors, on a date 2024-13-45, a number 0x_, a forced tag.
+        raise InputError(f"{path}: not valid YAML: a value is not what its form says ({error})") from None
 
 
 def parse(model: type[Model], value: Any, where: str) -> Model:
@@ -63,7 +78,9 @@ def parse(model: type[Model], value: Any, where: str) -> Model:
 
 
 def _line(model: type[BaseModel], item: Any) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
+    place = "".join(
+        f".{part}" if isinstance(part, str) and part.isprintable() else f"[{part!r}]" for part in item["loc"]
+    ).lstrip(".")
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

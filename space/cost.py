@@ -78,9 +78,13 @@ def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     q, kv = op.heads * d, op.kv_heads * d
     shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, frame)
     packed = sum(shapes[n][0] for n in ("q", "k", "v", "gate", "beta", "decay") if n in shapes)
-    if op.kind in ("attention", "sliding") and not frame.qk_norm:
-        widest = max(2 * w + packed, w + packed + q, 3 * w)
-        return FLOAT * tokens * widest
+    if op.kind in ("attention", "sliding"):
+        widest = max(2 * w + packed, w + (2 * packed if frame.qk_norm else packed + q), 3 * w)
+        if op.kind == "attention":
+            return FLOAT * tokens * widest
+        # The keys and values of state and input side by side, before they are cut to the window.
+        caches = 2 * kv * workload.batch * (min(workload.past, op.window - 1) + workload.tokens)
+        return FLOAT * max(tokens * widest, tokens * (w + packed + q) + caches)
     widest = max(2 * w + packed, w + 2 * packed, 3 * w)
     if op.kind == "gated_deltanet":
         # Beside the gates: the joined past and input, the convolution, its sigmoid and their product.

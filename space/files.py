@@ -76,6 +76,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, kind: str, inputs: Mapping[str, str], body: Mapping[str, Any]) -> None:
     """Write an artefact: a header (kind, schema version, hashes of its inputs), then the body."""
     header = {"kind": kind, "schema": SCHEMA_VERSION, "inputs": dict(inputs)}
+    if "header" in body:
+        raise ValueError("a body has no key 'header'")
     text = json.dumps({"header": header, **body}, indent=1, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -104,14 +106,14 @@ def parse_header(path: Path, text: bytes, kind: str, made_by: str) -> dict[str, 
     """The value of an artefact's JSON text, its header checked; see :func:`read_json`."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a whole {kind} file ({error}); `{made_by}` makes it again") from None
     header = value.get("header") if isinstance(value, dict) else None
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise InputError(f"{path}: not a {kind} file; `{made_by}` makes one")
     if header.get("schema") != SCHEMA_VERSION:
         raise InputError(
-            f"{path}: schema version {header.get('schema')}, this formfit reads {SCHEMA_VERSION}; "
+            f"{path}: schema version {header.get('schema')!r}, this formfit reads {SCHEMA_VERSION}; "
             f"`{made_by}` makes it again"
         )
     return dict(value)
@@ -123,7 +125,8 @@ def check_inputs(path: Path, artefact: Mapping[str, Any], expected: Mapping[str,
     Raises:
         InputError: an input named in ``expected`` has another hash in the artefact's header.
     """
-    inputs = artefact["header"].get("inputs", {})
+    inputs = artefact["header"].get("inputs")
+    inputs = inputs if isinstance(inputs, dict) else {}
     for name, wanted in expected.items():
         found = inputs.get(name)
         if found != wanted:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,17 +82,25 @@ def encode(space: Space, architectures: list[Architecture]) -> Genomes:
         try:
             if len(architecture.layers) != space.slots:
                 raise ValueError(f"{len(architecture.layers)} layers, the space has {space.slots}")
-            row[0] = space.width.index(architecture.width)
+            row[0] = _index(space.width, architecture.width, "width")
             for slot, layer in enumerate(architecture.layers):
+                where = f"layers[{slot}]"
                 heads = (layer.heads, layer.kv_heads)
-                row[1 + 3 * slot] = space.mixer_options.index((layer.mixer, layer.window))
-                row[2 + 3 * slot] = space.head_options.index(heads) if layer.heads else 0
-                row[3 + 3 * slot] = space.ffn_options.index(layer.ffn)
+                head_options = ((0, 0),) if layer.mixer in HEADLESS_MIXERS else space.head_options
+                row[1 + 3 * slot] = _index(space.mixer_options, (layer.mixer, layer.window), where)
+                row[2 + 3 * slot] = _index(head_options, heads, f"{where} (heads, kv_heads)")
+                row[3 + 3 * slot] = _index(space.ffn_options, layer.ffn, f"{where}.ffn")
         except ValueError as error:
             raise InputError(
                 f"architecture {architecture.key} is not of space {space.name}: {error}"
             ) from None
     return rows
+
+
+def _index(options: tuple[Any, ...], value: Any, where: str) -> int:
+    if value not in options:
+        raise ValueError(f"{where}: {value} is not among {', '.join(map(str, options))}")
+    return options.index(value)
 
 
 def decode(space: Space, genomes: Genomes) -> list[Architecture]:
@@ -134,9 +143,7 @@ def kinds_used(space: Space, genomes: Genomes) -> NDArray[np.int64]:
     """How many slots [N, kinds] use each kind of linear mixer."""
     lay = layout(space)
     kinds = lay.kinds[split(genomes)[1]]
-    return np.stack([(kinds == k).sum(axis=1) for k in range(lay.kind_count)], axis=1).reshape(
-        len(genomes), -1
-    )
+    return np.asarray((kinds[:, :, None] == np.arange(lay.kind_count)).sum(axis=1))
 
 
 def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
@@ -180,13 +187,15 @@ def _place(
     classes = slot_classes(space, genomes)
     wanted = np.full((rows, slots), EMPTY)
     free = np.ones((rows, slots), bool)
-    present = _first((classes != EMPTY) + 2.0 * lay.forced + rng.random((rows, slots)), patterns.sum(axis=1))
-    free &= present
-    for kind, column in ((FULL, 1), (FFN_ONLY, 0), (LOCAL, 3), (LINEAR, 2)):
-        keys = (classes == kind) + 2.0 * (lay.forced & (kind == FULL)) + rng.random((rows, slots))
-        chosen = _first(np.where(free, keys, -np.inf), patterns[:, column])
-        wanted[chosen] = kind
-        free &= ~chosen
+    # Those that may stay, then the places still to fill: of slots that must change, then of empty ones.
+    for stay in (True, False):
+        for kind, column in ((FULL, 1), (FFN_ONLY, 0), (LOCAL, 3), (LINEAR, 2)):
+            forced = lay.forced & (kind == FULL)
+            able = free & ((classes == kind) | forced) if stay else free
+            keys = np.where(able, (classes != EMPTY) + 2.0 * forced + rng.random((rows, slots)), -np.inf)
+            chosen = _first(keys, patterns[:, column] - (wanted == kind).sum(axis=1))
+            wanted[chosen] = kind
+            free &= ~chosen
 
     had_heads = ~lay.headless[mixer]
     for kind in (FULL, LOCAL, LINEAR):
@@ -237,6 +246,7 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
     """
     lay = layout(space)
     raw = rng.integers(0, lay.alphabet, (count, lay.genes)).astype(np.int16)
+    raw[:, 1::3] = rng.integers(1, len(space.mixer_options), (count, lay.slots))
     raw[:, 3::3] = rng.integers(lay.least_ffn, len(space.ffn_options), (count, lay.slots))
     cells = list(space.patterns)
     depths = sorted({depth for depth, _ in cells})
@@ -272,8 +282,9 @@ def repair(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
     """The nearest canonical genomes of the space to any integers [N, G]; ties at random."""
     lay = layout(space)
     clipped = np.clip(genomes, 0, lay.alphabet - 1).astype(np.int16)
-    counts = pattern_counts(slot_classes(space, clipped))
-    distance = np.abs(counts[:, None, :] - lay.patterns[None]).sum(axis=2)  # [N, P]
+    classes = np.where(lay.forced, FULL, slot_classes(space, clipped))
+    apart = pattern_counts(classes)[:, None, :] - lay.patterns[None]  # [N, P, 4]
+    distance = np.abs(apart).sum(axis=2) + np.abs(apart.sum(axis=2))  # twice the slots that change
     nearest = np.argmin(distance + 0.5 * rng.random(distance.shape), axis=1)
     kinds = np.full(len(clipped), space.linear_kinds)
     return _place(space, clipped, lay.patterns[nearest], kinds, rng)

@@ -9,16 +9,26 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from space.architecture import BUILT_MIXERS, FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, Frame
 from space.config import load_yaml, parse
 from space.files import canonical_json, digest
 
-Positive = Annotated[int, Field(gt=0)]
-Ratio = Literal["full", "linear"] | Positive
+MOST = 2**31 - 1
+Positive = Annotated[int, Field(strict=True, gt=0, le=MOST)]
+Depth = Annotated[int, Field(strict=True, gt=0, le=256)]
+
+
+def _ratio(value: Any) -> Any:
+    if value in ("full", "linear") or (type(value) is int and 0 < value <= MOST):
+        return value
+    raise ValueError(f"{value!r} is not full, linear, or a whole number above 0")
+
+
+Ratio = Annotated[Literal["full", "linear"] | int, BeforeValidator(_ratio)]
 
 
 class LayerChoices(BaseModel):
@@ -29,8 +39,8 @@ class LayerChoices(BaseModel):
     mixer: tuple[str, ...]
     heads: tuple[Positive, ...]
     kv_heads: tuple[Positive, ...] | None = None
-    ffn: tuple[Annotated[int, Field(ge=0)], ...]
-    window: tuple[Annotated[int, Field(gt=1)], ...] = ()
+    ffn: tuple[Annotated[int, Field(strict=True, ge=0, le=MOST)], ...]
+    window: tuple[Annotated[int, Field(strict=True, gt=1, le=MOST)], ...] = ()
 
 
 class Hybrid(BaseModel):
@@ -40,7 +50,7 @@ class Hybrid(BaseModel):
 
     ratios: tuple[Ratio, ...] = ("full",)
     linear_kinds: Positive | None = None
-    full_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    full_layers: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = ()
     local: Literal["linear", "separate"] = "linear"
 
 
@@ -62,12 +72,12 @@ class Space(BaseModel):
     vocabulary: Positive = 256
     context: Positive
     head_dim: Positive
-    tied: bool = True
-    qk_norm: bool = False
+    tied: StrictBool = True
+    qk_norm: StrictBool = False
     kv_group: Positive | None = None
     sharing: Literal["qkvo", "none"] = "qkvo"
     width: tuple[Positive, ...]
-    depth: tuple[Positive, ...]
+    depth: tuple[Depth, ...]
     layer: LayerChoices
     hybrid: Hybrid = Hybrid()
 
@@ -85,8 +95,9 @@ class Space(BaseModel):
             "width": self.width,
             "depth": self.depth,
             "layer.heads": self.layer.heads,
-            "layer.kv_heads": self.layer.kv_heads or (1,),
+            "layer.kv_heads": (1,) if self.layer.kv_heads is None else self.layer.kv_heads,
             "layer.ffn": self.layer.ffn,
+            "layer.window": self.layer.window or (2,),
         }
         for name, values in axes.items():
             if not values:

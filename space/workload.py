@@ -52,18 +52,22 @@ class Workload:
             InputError: the text has another form, or a value is not allowed.
         """
         head, *options = [part.strip() for part in text.split(",")]
-        match = re.fullmatch(r"(\w+)@(\d+)", head)
+        match = re.fullmatch(r"(\w+)@([0-9]{1,9})", head)
         if not match or match[1] not in PHASES or int(match[2]) == 0:
             raise InputError(f"workload {text!r}: expected {FORM}")
         values = {"batch": 1, "threads": 1}
+        given: set[str] = set()
         for option in options:
             name, _, value = option.partition("=")
+            if name in given:
+                raise InputError(f"workload {text!r}: {name} is given twice")
+            given.add(name)
             if name == "precision":
                 if value not in PRECISIONS:
                     raise InputError(
                         f"workload {text!r}: precision {value!r} is not one of {', '.join(PRECISIONS)}"
                     )
-            elif name in values and value.isdecimal() and int(value) > 0:
+            elif name in values and re.fullmatch("[0-9]{1,9}", value) and int(value) > 0:
                 values[name] = int(value)
             else:
                 raise InputError(f"workload {text!r}: {option!r} is not understood; expected {FORM}")

@@ -294,7 +294,7 @@ def test_the_interval_is_scipys(count: int, seed: int) -> None:
         )
         return result.confidence_interval.low, result.confidence_interval.high
 
-    # 1000 resamples know the level roughly, and a resampled quantile of few values jumps: bounds are compared.
+    # 1000 resamples know the level roughly, a resampled quantile of few values jumps: bounds are compared.
     low, high = bootstrap_interval(values.tolist())
     (outer_low, outer_high), (inner_low, inner_high) = expected(0.98), expected(0.91)
     assert outer_low <= low <= inner_low
