@@ -524,7 +524,9 @@ def main() -> None:
         sys.exit(2 if isinstance(error, InputError) else 3)
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        sys.stderr.write(f"formfit: {' '.join(message.split())}; `formfit --help` says what there is\n")
+        if message:  # none where the help was shown, for want of a command
+            text = " ".join(message.split()).rstrip(".")
+            sys.stderr.write(f"formfit: {text}; `formfit --help` says what there is\n")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("formfit: stopped\n")
