@@ -44,8 +44,8 @@ class ProfileConfig(BaseModel):
     held_out_models: Annotated[int, Field(ge=3)] = 30
     repeated_models: Annotated[int, Field(ge=1)] = 8
     block_ms: Annotated[float, Field(gt=0)] = 5.0
-    min_rounds: Annotated[int, Field(ge=2)] = 20
-    max_rounds: Annotated[int, Field(ge=2)] = 40
+    min_rounds: Annotated[int, Field(ge=2)] = 30
+    max_rounds: Annotated[int, Field(ge=2)] = 60
     group: Annotated[int, Field(gt=0)] = 64  # ops measured between two saves
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -303,10 +303,11 @@ def choose_models(
 ) -> dict[str, list[Architecture]]:
     """The whole models to measure: ``fit`` (D-optimal, then random), ``held_out`` and ``repeat``.
 
-    The held-out ones are drawn with a seed of their own, and none of them is among the others.
+    The held-out ones are drawn with a seed of their own, none of them is among the others, and
+    they are spread over the latencies that there are.
     """
     rng = np.random.default_rng([config.seed, 1])
-    held_out = list(_distinct(space, np.random.default_rng([config.seed, 2]), config.held_out_models, set()))
+    held_out = _spread(space, np.random.default_rng([config.seed, 2]), config.held_out_models, ops)
     taken = {a.key for a in held_out}
     pool = genome.decode(space, genome.sample(space, rng, 600))
     pool = [a for a in {a.key: a for a in pool}.values() if a.key not in taken]
@@ -320,6 +321,20 @@ def choose_models(
     taken |= {a.key for a in chosen}
     chosen += _distinct(space, rng, config.random_models, taken)
     return {"fit": chosen, "held_out": held_out, "repeat": held_out[: config.repeated_models]}
+
+
+def _spread(
+    space: Space, rng: np.random.Generator, count: int, ops: Mapping[Workload, OpLatencies]
+) -> list[Architecture]:
+    """``count`` of ten times as many random architectures, evenly over the order of their op sums.
+
+    They stand in random order, so that the first few are spread as well.
+    """
+    drawn = list(_distinct(space, rng, 10 * count, set()))
+    latencies = next(iter(ops.values()))
+    order = np.argsort(op_sums(space, latencies, genome.encode(space, drawn)).sum(axis=1))
+    places = np.unique(np.linspace(0, len(drawn) - 1, count).round().astype(int))
+    return [drawn[order[place]] for place in rng.permutation(places)]
 
 
 def _distinct(space: Space, rng: np.random.Generator, count: int, taken: set[str]) -> Iterator[Architecture]:
