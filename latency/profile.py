@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from latency.card import Card, open_card
 from latency.predictor import OpLatencies, Predictor, design_matrix, fit_predictor, op_sums
 from latency.runtime import OnnxRuntime, Run
-from latency.timer import Measurements, TimerConfig, Timing, measure, pinned
+from latency.timer import TimerConfig, measure, pinned
+from latency.timing import Measurements, Timing
 from space import Architecture, InputError, Space, Workload, genome
 from space.architecture import FULL_MIXERS
 from space.cost import op_params, params_cost

@@ -4,8 +4,7 @@ A machine's speed changes with heat, clock frequency and neighbours, by more tha
 differences that matter here. So every round visits each item once, in random order, with
 fixed reference work (the anchors) between; an item's value is its time over the anchors'
 time around it. Drift that slows both alike cancels, and an item that stops early stays
-comparable with one that goes on. A timing is kept as data, all rounds of it, as pyperf
-keeps its values (V. Stinner, https://pyperf.readthedocs.io); figures are derived from them.
+comparable with one that goes on.
 
 What other work on the machine does to a timing is one-sided: blocks are slowed for moments,
 never sped up. So a low quantile over rounds estimates the time of the work itself, where the
@@ -15,7 +14,7 @@ so that they follow the machine's slow drift and not its moments.
 Footguns:
 
 - An item runs its work ``loops`` times itself; one that ignores ``loops`` is refused.
-- Anchors cancel only what they feel: use one bound by arithmetic and one by memory.
+- Anchors cancel only what they feel, and add what disturbs them alone: see docs/adr/0005.
 - Intervals cover the noise between rounds, not the scale ``anchor_reference`` that all items
   share: the machine's median speed in this run. Another run has another scale.
 - Few values lie beyond a low quantile: the nominal 95% intervals cover 83 to 91% at 20 to 40 rounds
@@ -30,13 +29,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from latency.timing import QUANTILE, Measurements, Timing
 
 try:
     import resource
@@ -47,8 +46,6 @@ Run = Callable[[int], None]
 Clock = Callable[[], int]
 Progress = Callable[[int, int], None]
 
-RESAMPLES = 1000
-QUANTILE = 0.1  # see docs/adr/0005
 ANCHOR_REACH = 10  # visits before and after that the anchors are smoothed over
 MOST_LOOPS = 10**8
 
@@ -83,144 +80,6 @@ class TimerConfig:
         for name in ("block_ms", "half_width", "anchor_every", "settle", "settle_blocks"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """All that was measured of one item.
-
-    Attributes:
-        loops: runs of the work in one timed block.
-        values: one a round, drift-corrected s per loop: ``raw / anchors`` times the run's reference.
-        raw: one a round, s per loop as the clock gave them.
-        anchors: one a round, smoothed anchor time in s at the middle of the block.
-        steal_ms: taken by the hypervisor from the allowed CPUs during the rounds of all items.
-        involuntary_switches: of all threads of the process, during this item's blocks.
-        settled: whether the warm-up came to agree.
-        wanted_half_width: what was asked of :attr:`half_width`.
-    """
-
-    name: str
-    loops: int
-    values: tuple[float, ...]
-    raw: tuple[float, ...]
-    anchors: tuple[float, ...]
-    steal_ms: float | None
-    involuntary_switches: int | None
-    settled: bool
-    wanted_half_width: float
-
-    def __post_init__(self) -> None:
-        if not 0 < len(self.values) == len(self.raw) == len(self.anchors):
-            raise ValueError(f"timing {self.name!r}: needs as many values as raw and anchors, at least one")
-        if not all(0 < seconds < math.inf for seconds in self.values + self.raw + self.anchors):
-            raise ValueError(f"timing {self.name!r}: a time is not positive and finite")
-
-    @property
-    def seconds(self) -> float:
-        """The estimate: drift-corrected seconds per loop, the low quantile over rounds."""
-        return float(np.quantile(self.values, QUANTILE))
-
-    @property
-    def clock_median(self) -> float:
-        """Seconds per loop as the clock gave them, median over rounds: drift and neighbours included."""
-        return float(np.median(self.raw))
-
-    @cached_property
-    def interval(self) -> tuple[float, float]:
-        """The 95% bootstrap interval of :attr:`seconds`."""
-        return bootstrap_interval(self.values)
-
-    @property
-    def half_width(self) -> float:
-        """Half of the interval's width, relative to the estimate."""
-        low, high = self.interval
-        return (high - low) / 2 / self.seconds
-
-    def problems(self) -> list[str]:
-        """Why not to trust this timing; empty where nothing was found."""
-        found = [] if self.settled else ["did not settle"]
-        rounds, switches = len(self.values), self.involuntary_switches or 0
-        if self.half_width > self.wanted_half_width:
-            found.append(f"interval +-{self.half_width:.1%} after {rounds} rounds")
-        if switches > rounds:  # the median bears some disturbed blocks, not every one
-            found.append(f"preempted {switches} times in {rounds} rounds")
-        low = np.percentile(self.anchors, 10, method="higher")  # inwards: one spike is no drift
-        drift = np.percentile(self.anchors, 90, method="lower") / low - 1
-        if drift > 0.2:
-            found.append(f"anchors drifted by {drift:.0%}")
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a plain JSON value."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Timing":
-        """Read a timing; the inverse of :meth:`to_json`.
-
-        Raises:
-            ValueError: a field is missing or unknown, or times are not positive numbers.
-        """
-        try:
-            series = {name: tuple(map(float, value[name])) for name in ("values", "raw", "anchors")}
-            return Timing(**{**value, **series})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a timing: {error}") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """The timings of one run by item name, and what is known of the machine during it.
-
-    Attributes:
-        anchor_reference: median of the smoothed anchor times, s.
-        anchor_spread: interquartile range of the anchor times, relative to the reference.
-        anchors_settled: whether the warm-up of every anchor came to agree.
-        rounds: how many there were until the last item stopped.
-        seconds: duration of the rounds, s.
-        steal_ms: as in :class:`Timing`; None where the platform does not tell.
-    """
-
-    timings: dict[str, Timing]
-    anchor_reference: float
-    anchor_spread: float
-    anchors_settled: bool
-    rounds: int
-    seconds: float
-    steal_ms: float | None
-
-    def machine_problems(self) -> list[str]:
-        """Why not to trust this run as a whole."""
-        found = [] if self.anchors_settled else ["anchors did not settle"]
-        if self.anchor_spread > 0.1:
-            found.append(f"machine speed varies: anchor quartiles {self.anchor_spread:.0%} apart")
-        if self.steal_ms is not None and self.steal_ms > 10 * self.seconds:
-            found.append(f"hypervisor took {self.steal_ms:.0f} ms of {self.seconds:.1f} s")
-        return found
-
-    def problems(self) -> list[str]:
-        """Why not to trust this run: the machine first, then each item by name."""
-        items = self.timings.items()
-        return self.machine_problems() + [
-            f"{name}: {text}" for name, item in items for text in item.problems()
-        ]
-
-
-@lru_cache(maxsize=64)
-def _resamples(count: int) -> NDArray[np.int64]:
-    return np.random.default_rng(count).integers(count, size=(RESAMPLES, count))
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the low quantile.
-
-    B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
-    The resamples depend on the number of values alone: equal values, equal interval.
-    """
-    estimates = np.quantile(np.asarray(values)[_resamples(len(values))], QUANTILE, axis=1)
-    low, high = np.percentile(estimates, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def smoothed(anchors: Sequence[float]) -> NDArray[np.float64]:

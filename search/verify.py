@@ -45,8 +45,8 @@ class VerifyConfig(BaseModel):
 
     tokens: int = Field(default=128, gt=1)  # of the parity check
     copies: int = Field(default=3, gt=0)  # sessions measured, since memory layout differs between them
-    rounds: int = Field(default=20, ge=4)
-    block_ms: float = Field(default=20.0, gt=0)
+    rounds: int = Field(default=40, ge=4)
+    block_ms: float = Field(default=5.0, gt=0)
 
 
 def export_onnx(submodel: SubModel) -> Path:

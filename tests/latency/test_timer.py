@@ -13,16 +13,8 @@ import pytest
 import scipy.stats
 
 from latency import timer
-from latency.timer import (
-    QUANTILE,
-    Measurements,
-    Run,
-    TimerConfig,
-    Timing,
-    bootstrap_interval,
-    measure,
-    pinned,
-)
+from latency.timer import Run, TimerConfig, measure, pinned
+from latency.timing import QUANTILE, Measurements, Timing, bootstrap_interval
 
 ANCHOR = 1e-3  # seconds that the simulated anchor takes while the machine is at full speed
 LONG = 0.05  # seconds, more than a block: such an item runs once a block
