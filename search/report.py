@@ -144,7 +144,7 @@ def strips_figure(front: Mapping[str, Any]) -> go.Figure:
                 base=[slot + 0.04],
                 orientation="h",
                 marker={"color": COLOURS.get(layer.mixer, OTHER_COLOUR)},
-                text=[f"{layer.heads or ''}·{layer.ffn}"],
+                text=[f"{layer.heads}·{layer.ffn}" if layer.heads else f"{layer.ffn}"],
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
@@ -175,7 +175,7 @@ def write_report(
         prediction_figure(summary),
         strips_figure(front),
     ]
-    config = {"displaylogo": False, "responsive": True}
+    config = {"displayModeBar": False, "responsive": True}
     drawn = [
         to_html(f, full_html=False, include_plotlyjs=(i == 0), config=config, div_id=f"figure-{i}")
         for i, f in enumerate(figures)
