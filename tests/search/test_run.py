@@ -1,6 +1,7 @@
 """The whole way, small: every shipped configuration, resuming, and bad input in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ SPACES = sorted(ROOT.glob("configs/spaces/*.yaml"))
 
 def formfit(*words: object, cwd: Path = ROOT, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from search.cli import main; main()", *map(str, words)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
