@@ -5,6 +5,7 @@ whose files are there with the same hashes is skipped; one that was interrupted 
 what it left.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -273,7 +274,7 @@ class Run:
             "recall_share": data.recall_share,
             "largest_bits_per_byte": quality.bits_per_token,
             "largest_recall_loss_nats": quality.recall_loss_nats if data.recallable.any() else None,
-            "chosen_bits_per_byte": member["loss_nats"] / 0.6931471805599453,
+            "chosen_bits_per_byte": member["loss_nats"] / math.log(2),
             "gzip_bits_per_byte": gzip_bits_per_byte(corpus.train, data.windows),
             "order2_bits_per_byte": order2_bits_per_byte(corpus.train, data.windows),
         }

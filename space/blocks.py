@@ -19,12 +19,19 @@ from torch import Tensor, nn
 
 from space.architecture import Architecture, Frame, Layer
 from space.linear_attention import linear_attention
-from space.shapes import CONV, NORM_EPS, Shapes, ffn_shapes, mixer_shapes, model_shapes
+from space.shapes import (
+    CONV,
+    MIN_LOG_DECAY,
+    NORM_EPS,
+    ROPE_BASE,
+    Shapes,
+    ffn_shapes,
+    mixer_shapes,
+    model_shapes,
+)
 
 Weights = Mapping[str, Tensor]
 State = dict[str, Tensor]
-ROPE_BASE = 10000.0
-MIN_LOG_DECAY = -20.0  # e^-20 forgets everything within fp32; the chunked form is exact down to here
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:

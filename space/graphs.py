@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from space.architecture import Architecture, Frame, Layer
-from space.shapes import CONV, NORM_EPS, ffn_shapes, mixer_shapes, state_shapes
+from space.shapes import CONV, MIN_LOG_DECAY, NORM_EPS, ROPE_BASE, ffn_shapes, mixer_shapes, state_shapes
 
 Arrays = Mapping[str, NDArray[Any]]
 OPSET = 21
 CONTRIB = "com.microsoft"
-ROPE_BASE = 10000.0
-MIN_LOG_DECAY = -20.0
 
 
 @dataclass

@@ -12,6 +12,8 @@ Shapes = dict[str, tuple[int, ...]]
 CONV = 4  # taps of the causal depthwise convolution before the delta rule (Yang et al. 2024)
 SHARED = ("q", "k", "v", "o")  # shared by the mixers of a layer unless the space says otherwise
 NORM_EPS = 1e-5
+ROPE_BASE = 10000.0
+MIN_LOG_DECAY = -20.0  # e^-20 forgets everything within fp32; the chunked form is exact down to here
 
 
 def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, frame: Frame) -> Shapes:

@@ -93,8 +93,9 @@ def test_a_killed_run_ends_with_the_same_weights(text: Path, tmp_path: Path) -> 
     undisturbed, killed = tmp_path / "a", tmp_path / "b"
     assert call(undisturbed).wait(120) == 0
     process = call(killed)
+    moment = 7 * int(np.random.default_rng().integers(1, 6))  # another one each time
     deadline = time.monotonic() + 60
-    while not (killed / "step-000014" / "state.json").exists() and process.poll() is None:
+    while not (killed / f"step-{moment:06d}" / "state.json").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         os.sched_yield()
     process.send_signal(signal.SIGKILL)
