@@ -6,7 +6,7 @@ and output, so that a decode step writes its token in place and copies nothing.
 """
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +16,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from space import Architecture, Frame, Layer, Workload
-from space.graphs import Graph, add_embedding, add_ffn, add_head, add_mixer, model_graph
-from space.ops import Op
+from space import Architecture, Frame, InputError, Layer, Workload
+from space.graphs import add_embedding, add_ffn, add_head, model_graph
+from space.mixer_graphs import add_mixer
+from space.onnx_writer import Graph
+from space.ops import Op, mixer_op
 from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 
 Run = Callable[[int], None]
@@ -78,21 +80,45 @@ class OnnxRuntime:
 
     def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
         """Runners of ``height`` copies of an op, one for each workload."""
-        session = self.session(stack_graph(op, height, frame))
-        layers = dict.fromkeys(range(height), op.layer) if op.kind not in ("embedding", "head") else {}
-        return {w: bind(session, w, frame, layers) for w in workloads}
+        session = self._checked_session(stack_graph(op, height, frame), [op.layer], op.width, frame)
+        layers = [op.layer] * height if op.kind not in ("embedding", "head") else []
+        return {w: bind(session, w, frame, op.width, layers) for w in workloads}
 
     def model(
         self, architecture: Architecture, workloads: Sequence[Workload], frame: Frame, seed: int
     ) -> dict[Workload, Run]:
         """Runners of a whole model with random weights, one for each workload."""
         weights = random_weights(model_shapes(architecture, frame), seed)
-        session = self.session(model_graph(architecture, frame, weights))
-        return {w: bind(session, w, frame, dict(enumerate(architecture.layers))) for w in workloads}
+        graph = model_graph(architecture, frame, weights)
+        session = self._checked_session(graph, architecture.layers, architecture.width, frame)
+        return {w: bind(session, w, frame, architecture.width, architecture.layers) for w in workloads}
+
+    def lacking(self, layers: Sequence[Layer], width: int, frame: Frame) -> list[str]:
+        """The mixers of these layers that this onnxruntime cannot run, each tried alone."""
+        alone = {layer.mixer: mixer_op(width, layer) for layer in layers if layer.mixer != "none"}
+        found = []
+        for mixer, op in alone.items():
+            try:
+                self.session(stack_graph(op, 1, frame))
+            except Exception:  # onnxruntime's own classes have no common base but this one
+                found.append(mixer)
+        return found
+
+    def _checked_session(
+        self, model: onnx.ModelProto, layers: Sequence[Layer], width: int, frame: Frame
+    ) -> ort.InferenceSession:
+        """A session, or an InputError that names the mixers which this onnxruntime lacks."""
+        try:
+            return self.session(model)
+        except Exception as error:
+            lacking = self.lacking(layers, width, frame)
+            if not lacking:
+                raise
+            raise InputError(lacks(lacking, error)) from None
 
     def load(self, path: Path, architecture: Architecture, workload: Workload, frame: Frame) -> Run:
         """A runner of an exported model."""
-        return bind(self.session(path), workload, frame, dict(enumerate(architecture.layers)))
+        return bind(self.session(path), workload, frame, architecture.width, architecture.layers)
 
     def anchors(self) -> list[Run]:
         """A square matrix product in this runtime; see docs/adr/0005 for why there is no copy of memory."""
@@ -127,6 +153,15 @@ class OnnxRuntime:
             "runtime": self.name,
             "runtime_version": ort.__version__,
         }
+
+
+def lacks(mixers: Sequence[str], error: Exception) -> str:
+    """What to tell a person whose onnxruntime cannot run some mixers."""
+    reason = str(error).splitlines()[0]
+    return (
+        f"mixer {', '.join(mixers)}: onnxruntime {ort.__version__} cannot run it ({reason}); "
+        "leave it out of layer.mixer, or install another onnxruntime"
+    )
 
 
 def cpu_model() -> str:
@@ -176,18 +211,20 @@ def stack_graph(op: Op, height: int, frame: Frame) -> onnx.ModelProto:
     return graph.model()
 
 
-def bind(session: ort.InferenceSession, workload: Workload, frame: Frame, layers: Mapping[int, Layer]) -> Run:
+def bind(
+    session: ort.InferenceSession, workload: Workload, frame: Frame, width: int, layers: Sequence[Layer]
+) -> Run:
     """A function that runs a workload a number of times on preallocated buffers."""
     rng = np.random.default_rng(0)
     binding = session.io_binding()
     keep: list[ort.OrtValue] = []
     batch, tokens = workload.batch, workload.tokens
     after = {}
-    for slot, layer in layers.items():
+    for slot, layer in enumerate(layers):
         # A softmax cache has room for the whole workload and is bound to both ends.
         room = workload.length if layer.mixer == "attention" else workload.past
-        before = state_shapes(layer, frame, batch, room)
-        for name, shape in state_shapes(layer, frame, batch, workload.length).items():
+        before = state_shapes(layer, width, frame, batch, room)
+        for name, shape in state_shapes(layer, width, frame, batch, workload.length).items():
             value = ort.OrtValue.ortvalue_from_numpy(0.1 * rng.standard_normal(before[name], np.float32))
             out = (
                 value

@@ -17,7 +17,6 @@ FULL_MIXERS = ("attention",)
 LOCAL_MIXERS = ("sliding", "short_conv")
 LINEAR_MIXERS = ("linear", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda")
 MIXERS = (*FULL_MIXERS, *LOCAL_MIXERS, *LINEAR_MIXERS)
-BUILT_MIXERS = ("attention", "sliding", "linear", "retnet", "gated_deltanet")
 WINDOWED_MIXERS = ("sliding",)
 HEADLESS_MIXERS = ("none", "short_conv")
 

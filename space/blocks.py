@@ -9,6 +9,7 @@ Matrices may be bf16 and the rest fp32: a projection runs in its weight's type, 
 recurrences and the residual stream run in fp32 (or fp64, where everything is).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import cast
@@ -18,17 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from space.architecture import Architecture, Frame, Layer
+from space.convolution import causal_conv
+from space.gates import gla_decay, hgrn2_forget, kda_decay, retnet_decay, step_decay, unit
 from space.linear_attention import linear_attention
 from space.shapes import (
-    CONV,
-    MIN_LOG_DECAY,
     NORM_EPS,
+    RECURRENCES,
     ROPE_BASE,
+    Recurrence,
     Shapes,
     ffn_shapes,
     mixer_shapes,
     model_shapes,
 )
+from space.softmax_attention import softmax_attention
 
 Weights = Mapping[str, Tensor]
 State = dict[str, Tensor]
@@ -37,6 +41,12 @@ State = dict[str, Tensor]
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` in the weight's type: [..., in] -> [..., out]."""
     return F.linear(x.to(weight.dtype), weight)
+
+
+def project_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """A projection that makes gates of the state: in its own types, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return project(x, weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -52,12 +62,24 @@ def rope_angles(positions: Tensor, head_dim: int) -> Tensor:
 
 def rotate(x: Tensor, position: int) -> Tensor:
     """Rotary embedding of [B, T, H, D] whose first token stands at ``position``; halves are paired."""
-    positions = torch.arange(position, position + x.shape[1], device=x.device)
-    angles = rope_angles(positions, x.shape[-1])[:, None, :]  # [T, 1, D/2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    cos, sin = _turns(position, x.shape[1], x.shape[-1], wide, x.device)
     first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(
+    position: int, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What `rotate` multiplies by, [T, 1, D] each: cos, and sin with the sign of each half.
+
+    Kept for the other calls of a forward pass: in float64 they cost as much as the rotation itself.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        angles = rope_angles(torch.arange(position, position + tokens, device=device), head_dim)
+        cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]  # [T, 1, D/2]
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def heads_of(x: Tensor, head_dim: int) -> Tensor:
@@ -65,74 +87,14 @@ def heads_of(x: Tensor, head_dim: int) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
-    """Causal attention of the last T of S tokens over all S.
-
-    q [B, T, H, D], k and v [B, S, Hkv, D] with S >= T; out [B, T, H, D]. With a window W, a
-    token sees itself and the W - 1 before it.
-    """
-    tokens, keys = q.shape[1], k.shape[1]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    if tokens == keys and (not window or tokens <= window):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    elif tokens == keys and tokens % window == 0:
-        out = _block_local(q, k, v, window, grouped)
-    elif tokens == 1 and (not window or keys <= window):
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-    else:
-        row = torch.arange(keys - tokens, keys, device=q.device)[:, None]
-        distance = row - torch.arange(keys, device=q.device)
-        seen = distance >= 0
-        if window:
-            seen &= distance < window
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-    return out.transpose(1, 2)
-
-
-def _block_local(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) -> Tensor:
-    """Sliding attention block by block: a block of W queries sees its own and the previous block.
-
-    All of [B, H, T, D] with T a multiple of W. Costs T * 2W instead of T * T; a mask over the
-    whole square is slower than no window at all.
-    """
-    batch, length, head_dim = q.shape[0], q.shape[2], q.shape[3]
-    blocks = length // window
-
-    def fold(x: Tensor) -> Tensor:  # [B, H, T, D] -> [B, n, H, W, D]
-        return x.reshape(batch, -1, blocks, window, head_dim).transpose(1, 2)
-
-    def pairs(x: Tensor) -> Tensor:  # [B, n, H, W, D] -> [B, n, H, 2W, D]
-        return torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], dim=3)
-
-    row = torch.arange(window, device=q.device)[:, None] + window
-    column = torch.arange(2 * window, device=q.device)
-    seen = (row >= column) & (row - column < window)  # [W, 2W]
-    first = seen & (column >= window)  # the first block has nothing before it
-    mask = torch.cat([first[None], seen.expand(blocks - 1, -1, -1)])[:, None]  # [n, 1, W, 2W]
-    keys, values = pairs(fold(k)).flatten(0, 1), pairs(fold(v)).flatten(0, 1)
-    out = F.scaled_dot_product_attention(
-        fold(q).flatten(0, 1), keys, values, attn_mask=mask.repeat(batch, 1, 1, 1), enable_gqa=grouped
-    )
-    out = out.reshape(batch, blocks, -1, window, head_dim)
-    return out.transpose(1, 2).reshape(batch, -1, length, head_dim)
-
-
-def causal_conv(x: Tensor, taps: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution: x [B, T, C], taps [C, K], past [B, C, K-1] -> (out, next past)."""
-    x = x.transpose(1, 2)
-    if past is None:
-        past = x.new_zeros(x.shape[0], x.shape[1], CONV - 1)
-    joined = torch.cat([past.to(x.dtype), x], dim=2)
-    out = F.conv1d(joined, taps.to(x.dtype)[:, None], groups=x.shape[1])
-    return out.transpose(1, 2), joined[:, :, -(CONV - 1) :]
-
-
 def mixer(
     weights: Weights, x: Tensor, layer: Layer, frame: Frame, position: int = 0, state: State | None = None
 ) -> tuple[Tensor, State]:
     """One mixer block with its pre-norm and residual: x [B, T, width] -> (x, state after)."""
     hidden = rms_norm(x, weights["pre_norm"])
+    if layer.mixer == "short_conv":
+        out, state = _short_conv(weights, hidden, state or {})
+        return x + project(out, weights["out"]), state
     q, k, v = (heads_of(project(hidden, weights[name]), frame.head_dim) for name in ("q", "k", "v"))
     state = state or {}
     if layer.mixer in ("attention", "sliding"):
@@ -169,47 +131,71 @@ def _linear_mixer(
 ) -> tuple[Tensor, State]:
     """The mixers on the linear recurrence; the state is S [B, Hkv, D, D] and that of the convolution.
 
-    Heads and sizes follow q, k, v, which the mixers of a layer share, so value heads are as
-    wide as key heads where a paper has them wider (RetNet doubles the values).
+    Heads and sizes follow q, k, v, which the mixers of a layer share, and a norm is of one head. Where
+    the papers differ: RetNet doubles the values; Mamba-2 expands the width by 2, has a state of 128,
+    biases in its convolution and norms all heads together; GLA halves the keys; HGRN2 accumulates its
+    lower bounds over the layers; Kimi Linear's output gate is of low rank.
     """
+    recurrence, d = RECURRENCES[layer.mixer], q.shape[-1]
     after: State = {}
-    decay = beta = None
-    rule = "linear"
-    if layer.mixer == "linear":  # Katharopoulos et al. 2020
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-    elif layer.mixer == "retnet":  # Sun et al. 2023
-        rule = "gated"
-        q, k = rotate(q, position), rotate(k, position)
-        decay = retnet_decay(layer.kv_heads, hidden).expand(*hidden.shape[:2], -1)
-    elif layer.mixer == "gated_deltanet":  # Yang, Kautz and Hatamizadeh 2024
-        rule = "gated_delta"
+    decay = beta = scale = skip = None
+    if recurrence.conv:
         joined = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], dim=-1)
         taps = torch.cat([weights["conv_q"], weights["conv_k"], weights["conv_v"]])
         mixed, after["conv"] = causal_conv(joined, taps, state.get("conv"))
         sizes = [q.shape[2], k.shape[2], v.shape[2]]
-        q, k, v = torch.split(heads_of(F.silu(mixed), q.shape[-1]), sizes, dim=2)
+        q, k, v = torch.split(heads_of(F.silu(mixed), d), sizes, dim=2)
+    if recurrence.delta:
         q, k = unit(q), unit(k)
-        beta = torch.sigmoid(project(hidden, weights["beta"]).to(hidden.dtype))
-        step = F.softplus(project(hidden, weights["decay"]).to(hidden.dtype) + weights["dt_bias"])
-        decay = (-weights["A_log"].exp() * step).clamp(min=MIN_LOG_DECAY)
-    out, after["s"] = linear_attention(q, k, v, rule=rule, decay=decay, beta=beta, state=state.get("s"))
-    out = rms_norm(out, weights["norm"])
-    if "gate" in weights:
-        out = out * heads_of(F.silu(project(hidden, weights["gate"])), out.shape[-1])
-    return out, after
+        beta = torch.sigmoid(project_wide(hidden, weights["beta"]))
+    if recurrence.decay == "head":
+        step = F.softplus(project_wide(hidden, weights["decay"]) + weights["dt_bias"])
+        decay = step_decay(step, weights["A_log"])
+        if layer.mixer == "mamba2":  # q, k, v are its C, B, x
+            scale, skip = 1.0, v * weights["D"][:, None]
+            v = v * step[..., None]
+    elif layer.mixer == "linear":
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+    elif layer.mixer == "retnet":
+        q, k = rotate(q, position), rotate(k, position)
+        decay = retnet_decay(layer.kv_heads, hidden).expand(*hidden.shape[:2], -1)
+    elif layer.mixer == "hgrn2":
+        q = F.silu(q)
+        k, decay = hgrn2_forget(k, weights["lower_bound"])
+    elif layer.mixer == "gla":
+        decay = gla_decay(heads_of(_low_rank(weights, hidden) + weights["decay_bias"], d))
+    elif layer.mixer == "kda":
+        logits = heads_of(_low_rank(weights, hidden) + weights["dt_bias"], d)
+        decay = kda_decay(logits, weights["slope_log"])
+    out, after["s"] = linear_attention(
+        q, k, v, rule=recurrence.rule, decay=decay, beta=beta, state=state.get("s"), scale=scale
+    )
+    if skip is not None:
+        out = out + skip.repeat_interleave(layer.heads // layer.kv_heads, dim=2)
+    return _norm_and_gate(weights, hidden, out, recurrence), after
 
 
-def retnet_decay(kv_heads: int, like: Tensor) -> Tensor:
-    """RetNet's fixed log decays, log(1 - 2^(-5-h)) for kv head h: [Hkv]."""
-    head = torch.arange(kv_heads, dtype=torch.float64, device=like.device)
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.log1p(-torch.exp2(-5 - head)).to(wide)
+def _low_rank(weights: Weights, hidden: Tensor) -> Tensor:
+    """The product of two matrices that makes decays of channels: [B, T, Hkv*D]."""
+    return project_wide(project_wide(hidden, weights["decay_down"]), weights["decay_up"])
 
 
-def unit(x: Tensor) -> Tensor:
-    """L2-normalised over the last dimension, in fp32 at least, with 1e-6 under the root."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+def _norm_and_gate(weights: Weights, hidden: Tensor, out: Tensor, recurrence: Recurrence) -> Tensor:
+    """The norm of each head and the output gate, on what the recurrence gave: [B, T, H, D]."""
+    if not recurrence.gate:
+        return rms_norm(out, weights["norm"])
+    activation = torch.sigmoid if recurrence.gate == "sigmoid" else F.silu
+    gate = heads_of(activation(project(hidden, weights["gate"])), out.shape[-1])
+    if recurrence.gate_first:
+        return rms_norm(out * gate, weights["norm"])
+    return rms_norm(out, weights["norm"]) * gate
+
+
+def _short_conv(weights: Weights, hidden: Tensor, state: State) -> tuple[Tensor, State]:
+    """LFM2's gated short convolution (Liquid AI 2025) before its output projection: [B, T, width]."""
+    b, c, x = (project(hidden, weights[name]) for name in ("in_b", "in_c", "in_x"))
+    mixed, past = causal_conv(b * x, weights["conv_x"], state.get("conv"))
+    return c * mixed, {"conv": past}
 
 
 def ffn(weights: Weights, x: Tensor) -> Tensor:
@@ -259,16 +245,26 @@ def forward(
     return project(rms_norm(x, weights["norm"]), head), after
 
 
-def initial(name: str, shape: tuple[int, ...], slots: int, generator: torch.Generator) -> Tensor:
+def initial(name: str, shape: tuple[int, ...], generator: torch.Generator, *, tied: bool = True) -> Tensor:
     """A parameter's first value, by its name.
 
-    Matrices are normal with variance 1/fan-in; what writes to the residual stream is divided
-    by sqrt(2 * slots) (Radford et al. 2019). The gated delta rule starts as in its paper:
-    A uniform on [1, 16], time steps log-uniform on [1e-3, 0.1].
+    Matrices are normal with variance 1/fan-in; those that write to the residual stream start at zero, so
+    that every sub-network starts as the same function (docs/log.md has the gain). Decays of heads start
+    as in Mamba-2 and Gated DeltaNet: A uniform on [1, 16], time steps log-uniform on [1e-3, 0.1]; gla's at
+    log(1/2) / 16. kda's slope starts at 1, which with the same time steps gives decays of -0.5 to -0.005
+    (steeper, its bounded gate would start shut and without a gradient), and hgrn2's lower bound at
+    sigmoid(-4) = 0.018.
+
+    An embedding that is no head as well starts at variance 1, so that what the blocks learn to add does
+    not drown it. One that is also the head cannot, or the logits would start at sqrt(width).
     """
     kind = name.rsplit(".", 1)[-1]
-    if kind.endswith("norm"):
+    if kind.endswith("norm") or kind == "D":
         return torch.ones(shape)
+    if kind in ("slope_log", "decay_bias", "o", "out", "down"):
+        return torch.zeros(shape)
+    if kind == "lower_bound":
+        return torch.full(shape, -4.0)
     uniform = torch.rand(shape, generator=generator)
     if kind == "A_log":
         return torch.log(1 + 15 * uniform)
@@ -276,10 +272,8 @@ def initial(name: str, shape: tuple[int, ...], slots: int, generator: torch.Gene
         step = torch.exp(math.log(1e-3) + uniform * (math.log(0.1) - math.log(1e-3)))
         return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
     if kind.startswith("conv_"):
-        return (2 * uniform - 1) / math.sqrt(CONV)
-    scale = 1 / math.sqrt(shape[-1])
-    if kind in ("o", "down"):
-        scale /= math.sqrt(2 * slots)
+        return (2 * uniform - 1) / math.sqrt(shape[-1])
+    scale = 1 / math.sqrt(shape[-1]) if tied or kind != "embedding" else 1.0
     return torch.randn(shape, generator=generator) * scale
 
 
@@ -294,7 +288,8 @@ class Model(nn.Module):
         self.frame = frame
         generator = generator or torch.Generator().manual_seed(0)
         for name, shape in model_shapes(architecture, frame).items():
-            add_parameter(self, name, initial(name, shape, len(architecture.layers), generator))
+            value = initial(name, shape, generator, tied=frame.tied)
+            add_parameter(self, name, value)
 
     def forward(
         self, tokens: Tensor, position: int = 0, states: Mapping[int, State] | None = None

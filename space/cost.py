@@ -9,12 +9,12 @@ from math import prod
 
 from space.architecture import Architecture, Frame
 from space.ops import Cost, Op, OpTables, count_ops
-from space.shapes import CONV, end_shapes, ffn_shapes, mixer_shapes, state_shapes
+from space.shapes import CONV, PACKED, RECURRENCES, end_shapes, ffn_shapes, mixer_shapes, state_shapes
 from space.space import Space
 from space.workload import Workload
 
 FLOAT = 4
-MATRICES = ("q", "k", "v", "o", "gate", "beta", "decay", "up", "down")
+MATRICES = (*PACKED, "decay_up", "o", "out", "up", "down")
 
 
 def op_params(op: Op, frame: Frame) -> int:
@@ -43,21 +43,28 @@ def op_flops(op: Op, workload: Workload, frame: Frame) -> int:
     flops = 2 * tokens * sum(prod(shapes[name]) for name in MATRICES if name in shapes)
     if op.kind == "ffn":
         return flops
-    flops += 2 * tokens * CONV * sum(shape[0] for name, shape in shapes.items() if name.startswith("conv_"))
+    flops += 2 * tokens * sum(prod(shape) for name, shape in shapes.items() if name.startswith("conv_"))
     d = frame.head_dim
-    if op.kind in ("attention", "sliding"):
-        pairs = sum(min(place + 1, op.window or place + 1) for place in range(workload.past, workload.length))
-        return flops + workload.batch * 4 * pairs * op.heads * d
-    # S += k v^T for each kv head, S^T q for each query head; the delta rule first reads S^T k.
-    reads = op.heads + (2 if op.kind == "gated_deltanet" else 1) * op.kv_heads
-    return flops + 2 * tokens * reads * d * d
+    if op.kind in RECURRENCES:
+        # S += k v^T for each kv head, S^T q for each query head; the delta rule first reads S^T k.
+        reads = op.heads + (2 if RECURRENCES[op.kind].delta else 1) * op.kv_heads
+        return flops + 2 * tokens * reads * d * d
+    window = op.window or workload.length
+    pairs = _pairs(workload.length, window) - _pairs(workload.past, window)
+    return flops + workload.batch * 4 * pairs * op.heads * d
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """How many (query, key) pairs the first tokens of a sequence make, each seeing at most a window."""
+    full = min(tokens, window)
+    return full * (full + 1) // 2 + (tokens - full) * window
 
 
 def op_state_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     """Bytes that an op carries to the next call once a workload's ``length`` tokens are read."""
     if op.kind in ("embedding", "head", "ffn"):
         return 0
-    shapes = state_shapes(op.layer, frame, workload.batch, workload.length)
+    shapes = state_shapes(op.layer, op.width, frame, workload.batch, workload.length)
     return FLOAT * sum(prod(shape) for shape in shapes.values())
 
 
@@ -77,7 +84,7 @@ def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     d = frame.head_dim
     q, kv = op.heads * d, op.kv_heads * d
     shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, frame)
-    packed = sum(shapes[n][0] for n in ("q", "k", "v", "gate", "beta", "decay") if n in shapes)
+    packed = sum(shapes[name][0] for name in PACKED if name in shapes)
     if op.kind in ("attention", "sliding"):
         widest = max(2 * w + packed, w + (2 * packed if frame.qk_norm else packed + q), 3 * w)
         if op.kind == "attention":
@@ -86,12 +93,14 @@ def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
         caches = 2 * kv * workload.batch * (min(workload.past, op.window - 1) + workload.tokens)
         return FLOAT * max(tokens * widest, tokens * (w + packed + q) + caches)
     widest = max(2 * w + packed, w + 2 * packed, 3 * w)
-    if op.kind == "gated_deltanet":
-        # Beside the gates: the joined past and input, the convolution, its sigmoid and their product.
-        mixed = q + 2 * kv
-        inside = FLOAT * (tokens * (w + packed + 3 * mixed) + workload.batch * (CONV - 1) * mixed)
-        return max(FLOAT * tokens * widest, inside)
-    return FLOAT * tokens * widest
+    if op.kind == "hgrn2":
+        widest = max(widest, w + 3 * q + 2 * kv)  # silu of the queries with its parts
+    if op.kind not in RECURRENCES or not RECURRENCES[op.kind].conv:
+        return FLOAT * tokens * widest
+    # Beside the gates: past and input joined with what they are convolved to; its silu with its parts.
+    mixed = q + 2 * kv
+    convolving = tokens * (w + packed + mixed) + workload.batch * (CONV - 1) * mixed
+    return FLOAT * max(tokens * max(widest, w + packed + 2 * mixed), convolving)
 
 
 def params(architecture: Architecture, frame: Frame) -> int:

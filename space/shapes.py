@@ -5,22 +5,69 @@ slices prefixes to them, extraction copies those slices, the graphs name their w
 by them, and the parameter count is their sum.
 """
 
+from dataclasses import dataclass
+
 from space.architecture import Architecture, Frame, Layer
 
 Shapes = dict[str, tuple[int, ...]]
 
-CONV = 4  # taps of the causal depthwise convolution before the delta rule (Yang et al. 2024)
+CONV = 4  # taps of the causal depthwise convolution before a recurrence (Yang et al. 2024)
+SHORT_CONV = 3  # taps of the mixer short_conv
+GLA_RANK = 16  # of the product that makes gla's decays (Yang et al. 2023)
 SHARED = ("q", "k", "v", "o")  # shared by the mixers of a layer unless the space says otherwise
+# The projections of a mixer's input, in the order in which a graph packs them into one product.
+PACKED = ("q", "k", "v", "gate", "beta", "decay", "decay_down", "in_b", "in_c", "in_x")
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
 MIN_LOG_DECAY = -20.0  # e^-20 forgets everything within fp32; the chunked form is exact down to here
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """What a mixer adds to the linear recurrence that it runs on; see :mod:`space.linear_attention`.
+
+    The delta rules take unit queries and keys, and a write strength ``beta`` for each kv head.
+    """
+
+    rule: str
+    decay: str = ""  # "" none, "fixed", "head" a learned one per kv head, "channel" one per key channel
+    conv: bool = False  # q, k and v pass a causal depthwise convolution and silu first
+    gate: str = ""  # the activation of the output gate: "", "silu" or "sigmoid"
+    gate_first: bool = False  # the gate comes before the norm
+
+    @property
+    def delta(self) -> bool:
+        """Whether a write first takes away what the state holds under its key."""
+        return "delta" in self.rule
+
+
+RECURRENCES = {
+    "linear": Recurrence(rule="linear"),  # Katharopoulos et al. 2020
+    "retnet": Recurrence(rule="gated", decay="fixed", gate="silu"),  # Sun et al. 2023
+    # Dao and Gu 2024
+    "mamba2": Recurrence(rule="gated", decay="head", conv=True, gate="silu", gate_first=True),
+    "gla": Recurrence(rule="gated", decay="channel", gate="silu"),  # Yang et al. 2023
+    "hgrn2": Recurrence(rule="gated", decay="channel"),  # Qin et al. 2024
+    "deltanet": Recurrence(rule="delta", conv=True),  # Yang et al. 2024
+    # Yang, Kautz and Hatamizadeh 2024
+    "gated_deltanet": Recurrence(rule="gated_delta", decay="head", conv=True, gate="silu"),
+    "kda": Recurrence(rule="gated_delta", decay="channel", conv=True, gate="sigmoid"),  # Kimi Linear, 2025
+}
+
+
 def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, frame: Frame) -> Shapes:
     """Parameters of one mixer block: its pre-norm, projections and private parts.
 
-    Matrices are [out, in], as in ``torch.nn.functional.linear``.
+    Matrices are [out, in], as in ``torch.nn.functional.linear``. What belongs to the state (decays,
+    write strengths, mamba2's D) has one row for each kv head, or one for each of its channels.
+
+    Raises:
+        ValueError: there is no such mixer.
     """
+    if mixer == "short_conv":
+        square = (width, width)
+        inner: Shapes = {"in_b": square, "in_c": square, "in_x": square, "conv_x": (width, SHORT_CONV)}
+        return {"pre_norm": (width,)} | inner | {"out": square}
     d = frame.head_dim
     q, kv = heads * d, kv_heads * d
     shapes: Shapes = {
@@ -34,23 +81,27 @@ def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, frame: Frame
         if frame.qk_norm:
             shapes |= {"q_norm": (d,), "k_norm": (d,)}
         return shapes
+    if mixer not in RECURRENCES:
+        raise ValueError(f"there is no mixer {mixer!r}")
+    recurrence = RECURRENCES[mixer]
     shapes["norm"] = (d,)
-    if mixer == "linear":
-        return shapes
-    shapes["gate"] = (q, width)
-    if mixer == "retnet":
-        return shapes
-    if mixer == "gated_deltanet":
-        return shapes | {
-            "beta": (kv_heads, width),
-            "decay": (kv_heads, width),
-            "A_log": (kv_heads,),
-            "dt_bias": (kv_heads,),
-            "conv_q": (q, CONV),
-            "conv_k": (kv, CONV),
-            "conv_v": (kv, CONV),
-        }
-    raise ValueError(f"mixer {mixer} is not built")
+    if recurrence.gate:
+        shapes["gate"] = (q, width)
+    if recurrence.delta:
+        shapes["beta"] = (kv_heads, width)
+    if recurrence.decay == "head":
+        shapes |= {"decay": (kv_heads, width), "A_log": (kv_heads,), "dt_bias": (kv_heads,)}
+    if mixer == "mamba2":
+        shapes["D"] = (kv_heads,)
+    elif mixer == "gla":
+        shapes |= {"decay_down": (GLA_RANK, width), "decay_up": (kv, GLA_RANK), "decay_bias": (kv,)}
+    elif mixer == "hgrn2":
+        shapes["lower_bound"] = (kv,)
+    elif mixer == "kda":
+        shapes |= {"decay_down": (d, width), "decay_up": (kv, d), "slope_log": (kv_heads,), "dt_bias": (kv,)}
+    if recurrence.conv:
+        shapes |= {"conv_q": (q, CONV), "conv_k": (kv, CONV), "conv_v": (kv, CONV)}
+    return shapes
 
 
 def ffn_shapes(width: int, ffn: int) -> Shapes:
@@ -86,8 +137,8 @@ def model_shapes(architecture: Architecture, frame: Frame) -> Shapes:
     return shapes
 
 
-def state_shapes(layer: Layer, frame: Frame, batch: int, past: int) -> Shapes:
-    """What a layer carries from one call to the next, after ``past`` tokens.
+def state_shapes(layer: Layer, width: int, frame: Frame, batch: int, past: int) -> Shapes:
+    """What a layer of a model of this width carries from one call to the next, after ``past`` tokens.
 
     ``key``, ``value`` [B, Hkv, tokens held, D]; ``s`` [B, Hkv, D, D]; ``conv`` [B, channels, taps - 1].
     """
@@ -95,9 +146,11 @@ def state_shapes(layer: Layer, frame: Frame, batch: int, past: int) -> Shapes:
     if layer.mixer in ("attention", "sliding"):
         held = min(past, layer.window - 1) if layer.mixer == "sliding" else past
         return {"key": (batch, kv, held, d), "value": (batch, kv, held, d)}
-    if layer.mixer in ("linear", "retnet"):
-        return {"s": (batch, kv, d, d)}
-    if layer.mixer == "gated_deltanet":
-        channels = (layer.heads + 2 * kv) * d
-        return {"s": (batch, kv, d, d), "conv": (batch, channels, CONV - 1)}
-    return {}
+    if layer.mixer == "short_conv":
+        return {"conv": (batch, width, SHORT_CONV - 1)}
+    if layer.mixer not in RECURRENCES:
+        return {}
+    shapes: Shapes = {"s": (batch, kv, d, d)}
+    if RECURRENCES[layer.mixer].conv:
+        shapes["conv"] = (batch, (layer.heads + 2 * kv) * d, CONV - 1)
+    return shapes

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
-from space.architecture import BUILT_MIXERS, FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, Frame
+from space.architecture import FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, Frame
 from space.config import load_yaml, parse
 from space.files import canonical_json, digest
 
@@ -134,8 +134,6 @@ class Space(BaseModel):
         for i, mixer in enumerate(mixers):
             if mixer not in (*MIXERS, "none"):
                 yield f"layer.mixer[{i}]: {mixer!r} is not one of {', '.join(MIXERS)}, none"
-            elif mixer not in (*BUILT_MIXERS, "none"):
-                yield f"layer.mixer[{i}]: {mixer} is not built yet; built are {', '.join(BUILT_MIXERS)}"
         if len(set(mixers)) < len(mixers):
             yield f"layer.mixer: {list(mixers)} names a mixer twice"
         if not set(mixers) - {"none"}:

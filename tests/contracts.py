@@ -203,6 +203,12 @@ def every_genome(space: Space) -> Genomes:
     return genomes
 
 
+def unknown_operator(block: Any) -> tuple[str, dict[str, str]]:
+    """How a mixer would be written whose operator no runtime has."""
+    out = block.graph.add("Nowhere", block.joined, domain="com.microsoft")
+    return out, {name: block.graph.add("Identity", value) for name, value in block.state.items()}
+
+
 def scatter(module: Any, seed: int = 0) -> None:
     """Give every parameter distinct values at initialisation scale, so that a wrong slice shows.
 

@@ -11,11 +11,12 @@ from latency.card import Card, open_card
 from latency.predictor import OpLatencies
 from latency.profile import choose_models
 from latency.runtime import bind, random_weights, stack_graph
-from space import InputError, Space, Workload, genome
+from space import Architecture, InputError, Layer, Space, Workload, genome, mixer_graphs
+from space.architecture import HEADLESS_MIXERS, MIXERS
 from space.graphs import model_graph
-from space.ops import Op, space_ops
+from space.ops import Op, mixer_op, space_ops
 from space.shapes import model_shapes
-from tests.contracts import tiny_space
+from tests.contracts import tiny_space, unknown_operator
 from tests.numerics import TOLERANCE, assert_close
 
 QUICK = ProfileConfig(
@@ -118,13 +119,29 @@ def test_workloads_must_fit_the_space() -> None:
     assert [str(w) for w in ProfileConfig().parsed(space())] == ["prefill@64", "decode@64"]
 
 
-@pytest.mark.parametrize("kind", ["attention", "sliding", "linear", "retnet", "gated_deltanet", "ffn"])
+def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mixer_graphs.WRITERS, "kda", unknown_operator)
+    runtime, frame, workload = OnnxRuntime(), tiny_space().frame, Workload(phase="prefill", length=8)
+    kda, linear = (Layer(mixer=mixer, heads=2, kv_heads=1) for mixer in ("kda", "linear"))
+    message = r"^mixer kda: onnxruntime \S+ cannot run it .*Nowhere.*; leave it out of layer.mixer"
+    with pytest.raises(InputError, match=message):
+        runtime.stack(mixer_op(32, kda), 3, [workload], frame)
+    with pytest.raises(InputError, match=message):
+        runtime.model(Architecture(32, (linear, kda, Layer(ffn=32))), [workload], frame, 0)
+    assert runtime.lacking([linear, kda, Layer(ffn=32)], 32, frame) == ["kda"]
+    runtime.model(Architecture(32, (linear,)), [workload], frame, 0)
+
+
+@pytest.mark.parametrize("kind", [*MIXERS, "ffn"])
 def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
     """A stack of two is the first copy followed by the second: no copy is optimised away."""
     frame = tiny_space().frame
-    op = Op(kind="ffn", width=32, ffn=48) if kind == "ffn" else Op(
-        kind=kind, width=32, heads=2, kv_heads=1, window=8 if kind == "sliding" else 0
-    )  # fmt: skip
+    if kind == "ffn":
+        op = Op(kind="ffn", width=32, ffn=48)
+    elif kind in HEADLESS_MIXERS:
+        op = Op(kind=kind, width=32)
+    else:
+        op = Op(kind=kind, width=32, heads=2, kv_heads=1, window=8 if kind == "sliding" else 0)
     runtime = OnnxRuntime()
     one, two = (runtime.session(stack_graph(op, height, frame)) for height in (1, 2))
     x = np.random.default_rng(0).standard_normal((1, 5, 32)).astype(np.float32)
@@ -166,5 +183,5 @@ def test_preallocated_caches_give_the_same_logits() -> None:
         n: np.concatenate([v, 9 * np.ones((1, 1, 7, 16), np.float32)], axis=2) for n, v in states.items()
     }
     assert_close("logits", call(text[:, 11:], 11, roomy)["logits"], expected, TOLERANCE["float32"])
-    run = bind(session, Workload.parse("decode@12"), made.frame, dict(enumerate(architecture.layers)))
+    run = bind(session, Workload.parse("decode@12"), made.frame, architecture.width, architecture.layers)
     run(3)

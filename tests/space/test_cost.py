@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from space import Architecture, Frame, Layer, Space, Workload, blocks
+from space.convolution import causal_conv
 from space.cost import (
     flops,
     flops_table,
@@ -28,7 +29,9 @@ from space.cost import (
     params_cost,
 )
 from space.genome import decode, encode, sample
-from space.graphs import Graph, add_embedding, add_ffn, add_head, add_mixer, model_graph
+from space.graphs import add_embedding, add_ffn, add_head, model_graph
+from space.mixer_graphs import add_mixer
+from space.onnx_writer import Graph
 from space.ops import Cost, Op, OpTables, count_ops, depths, op_kinds, space_ops
 from space.shapes import end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
@@ -52,7 +55,13 @@ MIXER_LAYERS = {
     "sliding": Layer(mixer="sliding", heads=2, kv_heads=2, window=WINDOW),
     "linear": Layer(mixer="linear", heads=3, kv_heads=1),
     "retnet": Layer(mixer="retnet", heads=4, kv_heads=4),
+    "mamba2": Layer(mixer="mamba2", heads=4, kv_heads=2),
+    "gla": Layer(mixer="gla", heads=4, kv_heads=1),
+    "hgrn2": Layer(mixer="hgrn2", heads=4, kv_heads=2),
+    "deltanet": Layer(mixer="deltanet", heads=3, kv_heads=3),
     "gated_deltanet": Layer(mixer="gated_deltanet", heads=4, kv_heads=2),
+    "kda": Layer(mixer="kda", heads=4, kv_heads=2),
+    "short_conv": Layer(mixer="short_conv"),
 }
 each_mixer = pytest.mark.parametrize("mixer", MIXER_LAYERS)
 each_frame = pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
@@ -218,13 +227,15 @@ def mixing_flops(layer: Layer, workload: Workload, frame: Frame) -> int:
     """Multiply-adds of the mixing itself, one by one, times two."""
     width, done = frame.head_dim, 0
     for place in range(workload.past, workload.length):
+        if layer.mixer == "short_conv":
+            continue
         if layer.mixer in ("attention", "sliding"):
             seen = [key for key in range(place + 1) if not layer.window or place - key < layer.window]
             done += layer.heads * len(seen) * 2 * width  # a score and a weighted value
             continue
         done += layer.kv_heads * width * width  # k v^T into the state
         done += layer.heads * width * width  # the state times q
-        if layer.mixer == "gated_deltanet":
+        if "delta" in layer.mixer or layer.mixer == "kda":
             done += layer.kv_heads * width * width  # the state times k, before it is written
     return 2 * workload.batch * done
 
@@ -235,7 +246,7 @@ def mixing_flops(layer: Layer, workload: Workload, frame: Frame) -> int:
 def test_flops_are_the_counted_products_and_the_mixing(
     mixer: str, workload: Workload, frame: Frame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch counts the projections and the convolution; the mixing is counted by hand."""
+    """torch counts the projections; the convolution's shifted products and the mixing are counted by hand."""
     layer = replace(MIXER_LAYERS[mixer], ffn=48)
     model = blocks.Model(only(layer), frame)
     tokens = torch.zeros(workload.batch, workload.length, dtype=torch.int64)
@@ -250,10 +261,14 @@ def test_flops_are_the_counted_products_and_the_mixing(
 
         return call
 
+    def convolving(x: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None) -> Any:
+        counted.append(2 * x.numel() * taps.shape[1])
+        return causal_conv(x, taps, past)
+
     with torch.no_grad():
         states = model(tokens[:, : workload.past])[1] if workload.past else None
         monkeypatch.setattr(blocks, "project", counting(blocks.project))
-        monkeypatch.setattr(blocks, "causal_conv", counting(blocks.causal_conv))
+        monkeypatch.setattr(blocks, "causal_conv", convolving)
         model(tokens[:, workload.past :], workload.past, states)
     assert min(counted) > 0
     assert flops(only(layer), workload, frame) == sum(counted) + mixing_flops(layer, workload, frame)
@@ -344,7 +359,7 @@ def op_peak_bytes(op: Op, workload: Workload, frame: Frame) -> int:
             graph.input("position", TensorProto.INT64, [1])
             weights = drawn(mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, frame))
             result = add_mixer(graph, x, 0, op.layer, weights, x)
-            states = state_shapes(op.layer, frame, workload.batch, workload.past)
+            states = state_shapes(op.layer, op.width, frame, workload.batch, workload.past)
             feed |= {f"state.0.{name}": np.zeros(shape, np.float32) for name, shape in states.items()}
             feed["position"] = np.array([workload.past])
     graph.outputs.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, None))
@@ -372,7 +387,9 @@ ACTIVATION_OPS = [
         for kind in MIXER_LAYERS
         for width in (16, 80, 400)
         for heads, kv in ((1, 1), (4, 1), (6, 3))
+        if kind != "short_conv"
     ),
+    *(Op(kind="short_conv", width=width) for width in (16, 80, 400)),
 ]
 
 
@@ -397,7 +414,8 @@ def test_memory_is_weights_states_and_the_peak_of_the_whole_graph(workload: Work
                     "position": np.array([workload.past]),
                 }
                 for slot, layer in enumerate(architecture.layers):
-                    for name, shape in state_shapes(layer, frame, workload.batch, workload.past).items():
+                    shapes = state_shapes(layer, 48, frame, workload.batch, workload.past)
+                    for name, shape in shapes.items():
                         feed[f"state.{slot}.{name}"] = np.zeros(shape, np.float32)
                 graph = model_graph(architecture, frame, weights)
                 held = sum(4 * weight.size for weight in weights.values()) + bytes_of(

@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from space import Architecture, Frame, InputError, Space, load_space
-from space.architecture import BUILT_MIXERS, MIXERS
 from space.genome import contains, sample
 from tests.contracts import TINY_SPACES, attempt, every_architecture, tiny_space, tiny_value
 
@@ -147,12 +146,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
 def test_a_contradiction_is_refused(refused: Refused, changes: dict[str, Any], message: str) -> None:
     assert message in refused(yaml.safe_dump(tiny_value(**changes)))
-
-
-@pytest.mark.parametrize("mixer", sorted({*MIXERS} - {*BUILT_MIXERS}))
-def test_a_mixer_that_is_not_built_is_refused_by_name(refused: Refused, mixer: str) -> None:
-    message = refused(yaml.safe_dump(tiny_value(mixer=["attention", "linear", mixer])))
-    assert message == f"layer.mixer[2]: {mixer} is not built yet; built are {', '.join(BUILT_MIXERS)}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""An ONNX graph being written node by node, and the pieces that several blocks use."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from space.architecture import Frame
+from space.shapes import NORM_EPS, ROPE_BASE
+
+Arrays = Mapping[str, NDArray[Any]]
+OPSET = 21
+CONTRIB = "com.microsoft"
+
+
+@dataclass
+class Graph:
+    """An ONNX graph being written; values are known by their names."""
+
+    frame: Frame
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Append a node; returns the name of its output, or a tuple of names."""
+        self.count += 1
+        names = [f"v{self.count}" if outputs == 1 else f"v{self.count}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))
+        return names[0] if outputs == 1 else tuple(names)
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """A constant by name; one that is there already is used again."""
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def once(self, name: str, make: Any) -> str:
+        """The value that ``make()`` appended the first time it was asked for under this name."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    def input(self, name: str, kind: int, shape: list[int | str]) -> str:
+        """Declare a graph input."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, value: str, kind: int, shape: list[int | str]) -> None:
+        """Declare a graph output: the value takes the output's name (an Identity node would copy it)."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for i, known in enumerate(names):
+                    if known == value:
+                        names[i] = name
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def model(self, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+        """The finished model."""
+        graph = helper.make_graph(
+            self.nodes, "formfit", self.inputs, self.outputs, initializer=list(self.constants.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="formfit", ir_version=10)
+        helper.set_model_props(model, dict(metadata or {}))
+        return model
+
+    # Pieces that several blocks use.
+
+    def norm(self, x: str, gain: str, weight: NDArray[Any], eps: float = NORM_EPS) -> str:
+        """RMSNorm over the last dimension."""
+        gain = self.constant(gain, weight.astype(np.float32))
+        return str(self.add("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=eps, stash_type=1))
+
+    def product(self, x: str, name: str, weight: NDArray[Any]) -> str:
+        """``x W^T`` for W [out, in]."""
+        return str(self.add("MatMul", x, self.constant(name, weight.T.astype(np.float32))))
+
+    def split(self, x: str, sizes: list[int]) -> tuple[str, ...]:
+        """Cut the last dimension into pieces of the given sizes."""
+        sizes_name = self.constant("split." + "-".join(map(str, sizes)), np.array(sizes, np.int64))
+        return tuple(self.add("Split", x, sizes_name, outputs=len(sizes), axis=-1))
+
+    def reshape(self, x: str, shape: list[int]) -> str:
+        """Reshape; 0 keeps a dimension."""
+        name = self.constant("shape." + ",".join(map(str, shape)), np.array(shape, np.int64))
+        return str(self.add("Reshape", x, name))
+
+    def silu(self, x: str) -> str:
+        """``x sigmoid(x)``."""
+        return str(self.add("Mul", x, self.add("Sigmoid", x)))
+
+    def rotary(self) -> tuple[str, str]:
+        """The caches of cosines and sines, [context, D/2]."""
+        d = self.frame.head_dim
+        angles = np.arange(self.frame.context)[:, None] * ROPE_BASE ** (-np.arange(0, d, 2) / d)
+        return (
+            self.constant("rope.cos", np.cos(angles).astype(np.float32)),
+            self.constant("rope.sin", np.sin(angles).astype(np.float32)),
+        )
+
+    def rotate(self, x: str, heads: int, position: str) -> str:
+        """Rotary embedding of [B, T, H*D] from a first position [1] or positions [B, T]."""
+        cos, sin = self.rotary()
+        return str(self.add("RotaryEmbedding", x, position, cos, sin, domain=CONTRIB, num_heads=heads))
+
+    def scalar(self, name: str, value: Any, kind: Any = np.float32) -> str:
+        """A scalar constant."""
+        return self.constant(name, np.array(value, kind))
+
+    def size(self, x: str, axis: int) -> str:
+        """A dimension of a value, int64 [1]."""
+        return self.once(f"{x}[{axis}]", lambda: self.add("Shape", x, start=axis, end=axis + 1))
