@@ -5,8 +5,12 @@ and ``state.json``, which is written last and holds the hashes of the other two.
 whose hashes do not match is passed over, whatever its name says.
 """
 
+import fcntl
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from space.files import atomic_path, check_inputs, file_digest, read_json, write
 KIND = "supernet checkpoint"
 KEPT = 2
 PARTS = ("model", "optimizer")
+PATIENCE = 30.0  # seconds; the workers of a killed training outlive it by two or three
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,30 @@ class Checkpoint:
     def load(self, part: str) -> dict[str, Tensor]:
         """The tensors of ``model`` or ``optimizer``."""
         return load_file(self.folder / f"{part}.safetensors")
+
+
+@contextmanager
+def sole_writer(root: Path) -> Iterator[None]:
+    """Hold the folder of a training while writing to it; the system lets go of it when a process dies.
+
+    Raises:
+        InputError: another training holds it, and goes on doing so.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(f"{root}: another training writes here; wait until it ends") from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_checkpoint(

@@ -1,8 +1,9 @@
 """How good a sub-network is, always on the same tokens.
 
 ``loss`` is the mean over all held-out targets; ``recall_loss`` only over those that can be
-recalled from the context (see :func:`supernet.corpus.recall_mask`), since a mean over all
-tokens does not see what linear mixers lose.
+recalled from the context (see :mod:`supernet.recall`), since a mean over all tokens does not
+see what linear mixers lose. MQAR accuracy is a control beside them: its number counts where
+softmax attention reaches 0.99.
 """
 
 import math
@@ -17,43 +18,97 @@ from torch import Tensor
 
 from space import Architecture, Frame
 from space.blocks import forward
-from supernet.corpus import Corpus, held_out_windows, recall_mask
+from supernet.corpus import Corpus, held_out_windows, window_starts
+from supernet.mqar import IGNORED, default_pairs, evaluation_generator, mqar
+from supernet.recall import PIECE_ORDER, PIECE_RARE, recall_mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What evaluation says of one architecture; losses in nats per token."""
+    """What evaluation says of one architecture; losses in nats per token.
+
+    ``bits_per_byte`` is the loss per byte of the text that the tokens stand for; None where that is
+    unknown, as for MQAR sequences and for a tokenizer that does not give a text back.
+    """
 
     loss_nats: float
     recall_loss_nats: float
+    bits_per_byte: float | None = None
 
     @property
     def bits_per_token(self) -> float:
         """The loss in bits; bits per byte where bytes are the tokens."""
         return self.loss_nats / math.log(2)
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         """As a JSON value."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationSet:
-    """Fixed held-out windows [N, L + 1] and which of their targets [N, L] can be recalled."""
+    """Fixed sequences and what is asked of them.
 
-    windows: NDArray[np.int64]
+    Attributes:
+        tokens: [N, L].
+        targets: [N, L], -100 where nothing is asked.
+        recallable: which targets can be recalled from the context [N, L].
+        text_bytes: how many bytes of text all targets together stand for; None where unknown.
+    """
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
     recallable: NDArray[np.bool_]
+    text_bytes: int | None = None
+
+    @property
+    def windows(self) -> NDArray[np.int64]:
+        """Each sequence with its last target [N, L + 1]: the text, where it is one."""
+        return np.concatenate([self.tokens, self.targets[:, -1:]], axis=1)
+
+    @property
+    def count(self) -> int:
+        """How many targets there are."""
+        return int((self.targets != IGNORED).sum())
 
     @property
     def recall_share(self) -> float:
         """The share of targets that count for ``recall_loss``."""
-        return float(self.recallable.mean())
+        return float(self.recallable.sum() / self.count)
+
+    def bits_per_byte(self, loss_nats: float) -> float | None:
+        """A mean loss per token as bits per byte of text; None where the bytes are unknown."""
+        return loss_nats / math.log(2) * self.count / self.text_bytes if self.text_bytes else None
 
 
 def evaluation_set(corpus: Corpus, windows: int, length: int) -> EvaluationSet:
-    """The windows that every evaluation of a run uses."""
-    tokens = held_out_windows(corpus.held_out, windows, length)
-    return EvaluationSet(tokens, recall_mask(tokens, corpus.train))
+    """The sequences that every evaluation of a run uses: held-out text, or MQAR where that is all.
+
+    Raises:
+        InputError: the held-out text is too short for so many windows.
+    """
+    if corpus.recall == 1:
+        return recall_set(corpus.vocabulary, windows, length, corpus.pairs)
+    found = held_out_windows(corpus.held_out, windows, length)
+    if corpus.is_bytes:
+        recallable = recall_mask(found, corpus.train)
+        size: int | None = recallable.size
+    else:
+        recallable = recall_mask(found, corpus.train, PIECE_ORDER, rare_per_million=PIECE_RARE)
+        size = None
+        if corpus.held_out_bytes is not None:
+            starts = window_starts(len(corpus.held_out), windows, length)
+            size = int(corpus.held_out_bytes[starts[:, None] + np.arange(1, length + 1)].sum())
+    return EvaluationSet(tokens=found[:, :-1], targets=found[:, 1:], recallable=recallable, text_bytes=size)
+
+
+def recall_set(
+    vocabulary: int, count: int, length: int, pairs: int | None = None, seed: int = 0
+) -> EvaluationSet:
+    """MQAR sequences that no training draws: every label is a target, and can be recalled."""
+    rng = evaluation_generator(seed)
+    tokens, labels = mqar(rng, count, vocabulary, length, pairs or default_pairs(length))
+    return EvaluationSet(tokens=tokens, targets=labels, recallable=labels != IGNORED)
 
 
 @torch.inference_mode()
@@ -69,14 +124,57 @@ def evaluate(
     The batch shape is part of the result's identity: another one may round differently.
     """
     total = recalled = 0.0
-    for start in range(0, len(data.windows), batch):
-        window = torch.from_numpy(data.windows[start : start + batch])
-        logits, _ = forward(weights, architecture, frame, window[:, :-1])
-        losses = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten(), reduction="none")
-        losses = losses.double()
+    for start in range(0, len(data.tokens), batch):
+        part = slice(start, start + batch)
+        logits, _ = forward(weights, architecture, frame, torch.from_numpy(data.tokens[part]))
+        targets = torch.from_numpy(data.targets[part]).flatten()
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="none"
+        ).double()
         total += float(losses.sum())
-        recalled += float(losses[torch.from_numpy(data.recallable[start : start + batch]).flatten()].sum())
+        recalled += float(losses[torch.from_numpy(data.recallable[part]).flatten()].sum())
     count = int(data.recallable.sum())
+    loss = total / data.count
     return Quality(
-        loss_nats=total / data.recallable.size, recall_loss_nats=recalled / count if count else math.nan
+        loss_nats=loss,
+        recall_loss_nats=recalled / count if count else math.nan,
+        bits_per_byte=data.bits_per_byte(loss),
     )
+
+
+@torch.inference_mode()
+def mqar_accuracy(
+    weights: Mapping[str, Tensor],
+    architecture: Architecture,
+    frame: Frame,
+    *,
+    length: int = 64,
+    pairs: int | None = None,
+    vocabulary: int | None = None,
+    sequences: int = 256,
+    seed: int = 0,
+    batch: int = 64,
+) -> float:
+    """The share of MQAR's labels that are the likeliest token, on the fixed sequences of a seed.
+
+    Args:
+        weights: views, or a plain model's own.
+        architecture: what to run.
+        frame: what its space fixes.
+        length: tokens in a sequence.
+        pairs: of key and value in it; None is an eighth of the length.
+        vocabulary: of the sequences' tokens; None is all that the frame has.
+        sequences: how many there are.
+        seed: of the sequences, which no training draws.
+        batch: sequences run at a time.
+
+    Raises:
+        InputError: the pairs do not fit the length or the vocabulary.
+    """
+    data = recall_set(vocabulary or frame.vocabulary, sequences, length, pairs, seed)
+    right = 0
+    for start in range(0, sequences, batch):
+        part = slice(start, start + batch)
+        logits, _ = forward(weights, architecture, frame, torch.from_numpy(data.tokens[part]))
+        right += int((logits.argmax(-1).numpy() == data.targets[part]).sum())
+    return right / data.count

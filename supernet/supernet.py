@@ -6,7 +6,7 @@ the same functions as a plain model's. The architecture is an argument of every 
 never a state, so that calls are pure.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from space import Architecture, Space
 from space.blocks import State, add_parameter, forward, initial
 from space.shapes import SHARED, Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes
+
+Sources = Mapping[str, tuple[str, tuple[int, ...]]]  # sub-model's name -> supernet's name, shape
 
 
 def supernet_shapes(space: Space) -> Shapes:
@@ -41,7 +43,7 @@ def _owner(space: Space, mixer: str, name: str) -> str:
     return "shared" if space.sharing == "qkvo" and name in SHARED else mixer
 
 
-def sources(space: Space, architecture: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
+def sources(space: Space, architecture: Architecture) -> Sources:
     """For each parameter of a sub-model: the supernet's parameter it is a prefix of, and its shape."""
     table = {}
     for name, shape in model_shapes(architecture, space.frame).items():
@@ -59,6 +61,27 @@ def prefix(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor[tuple(slice(size) for size in shape)]
 
 
+def leaves(parameters: Mapping[str, Tensor], table: Sources) -> dict[str, Tensor]:
+    """A member's weights as views that are leaves of their own.
+
+    So autograd never builds a gradient of the supernet's full size for each of them; what it
+    builds, :func:`add_gradients` adds into prefixes.
+    """
+    return {
+        name: prefix(parameters[source], shape).detach().requires_grad_()
+        for name, (source, shape) in table.items()
+    }
+
+
+def add_gradients(found: Mapping[str, Tensor], table: Sources, totals: Mapping[str, Tensor]) -> None:
+    """Add the gradients of a member's leaves into the prefixes of those of the whole."""
+    for name, (source, shape) in table.items():
+        gradient = found[name].grad
+        if gradient is None:
+            raise RuntimeError(f"parameter {name} got no gradient")
+        prefix(totals[source], shape).add_(gradient)
+
+
 class Supernet(nn.Module):
     """One set of weights that holds every architecture of a space."""
 
@@ -67,7 +90,8 @@ class Supernet(nn.Module):
         self.space = space
         generator = generator or torch.Generator().manual_seed(0)
         for name, shape in supernet_shapes(space).items():
-            add_parameter(self, name, initial(name, shape, space.slots, generator))
+            value = initial(name, shape, generator, tied=space.tied)
+            add_parameter(self, name, value)
 
     def weights(
         self, architecture: Architecture, parameters: Mapping[str, Tensor] | None = None
@@ -94,32 +118,6 @@ class Supernet(nn.Module):
         """Run a sub-network: tokens [B, T] -> (logits [B, T, vocabulary], states)."""
         weights = self.weights(architecture)
         return forward(weights, architecture, self.space.frame, tokens, position=position, states=states)
-
-    def accumulate(
-        self,
-        architecture: Architecture,
-        parameters: Mapping[str, Tensor],
-        loss_of: Callable[[Mapping[str, Tensor]], Tensor],
-    ) -> Tensor:
-        """Add the gradient of a loss to the supernet's, and return the detached loss.
-
-        The sub-network's slices become leaves, so that autograd never builds a gradient of the
-        full size for each of them: each one is added into the prefix of its parameter's ``grad``
-        (which must be there) in fp32.
-        """
-        leaves = {
-            name: view.detach().requires_grad_()
-            for name, view in self.weights(architecture, parameters).items()
-        }
-        loss = loss_of(leaves)
-        loss.backward()  # type: ignore[no-untyped-call]
-        mine = dict(self.named_parameters())
-        for name, (source, shape) in sources(self.space, architecture).items():
-            gradient, total = leaves[name].grad, mine[source].grad
-            if gradient is None or total is None:
-                raise RuntimeError(f"parameter {name} of {architecture.describe()} got no gradient")
-            prefix(total, shape).add_(gradient)
-        return loss.detach()
 
     def count(self) -> int:
         """How many parameters the supernet has."""

@@ -1,111 +1,63 @@
-"""Training the supernet: sandwich steps with in-place distillation (Yu and Huang 2019).
+"""Training: a supernet by its recipe, or one architecture as a plain model, from scratch.
 
-A step trains the maximal-size member with cross-entropy and the smallest plus a few sampled
-members against its detached logits as well. Every second step the maximal-size member is
-``largest()``; on the others its mixers are drawn by a cycle over all (ratio, linear kind)
-pairs, so that linear mixers train at full size as often as each other.
-
-Everything random in step n is drawn from a generator seeded with (seed, n), so that a run
-that was killed and resumed takes the very same steps as one that was not.
+Both go the same way: the same batches, optimiser, schedule and checkpoints, so that what a
+sub-network reaches inside the supernet can be compared with what it reaches alone. With several
+workers each takes its rows of every batch and gradients are summed once a step, so that the
+result is that of one worker with the whole batch, up to rounding.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from space import Architecture, InputError, Space, genome
-from space.blocks import forward
+from space.blocks import Model, forward
 from space.files import canonical_json, digest, write_text
-from supernet.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from supernet.corpus import Corpus, DataConfig, load_corpus, require_length, train_batch
-from supernet.supernet import Supernet
+from supernet.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, sole_writer
+from supernet.corpus import Corpus, load_corpus, require_fits, train_batch
+from supernet.optimiser import PrefixAdamW
+from supernet.pretrained import load_pretrained, pretrained_digest
+from supernet.recipe import TrainConfig, member_count, members, step_rate
+from supernet.supernet import Sources, Supernet, add_gradients, leaves, prefix, sources
 
 Weights = Mapping[str, Tensor]
-FULL_PRECISION = ("beta", "decay")  # what makes the recurrence's gates stays fp32
+FULL_PRECISION = ("beta", "decay", "decay_down", "decay_up")  # what makes the recurrence's gates stays fp32
+LOG_EVERY = 20  # steps between two rows of the metrics
 
 
-class TrainConfig(BaseModel):
-    """How the supernet is trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: DataConfig = DataConfig()
-    steps: Annotated[int, Field(gt=0)] = 2000
-    batch: Annotated[int, Field(gt=0)] = 8
-    length: Annotated[int, Field(gt=1)] | None = None  # None: the space's context
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02  # share of steps in which the rate rises
-    largest_only: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of steps before the sandwich starts
-    sampled: Annotated[int, Field(ge=0)] = 2
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of the teacher against the text
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    threads: Annotated[int, Field(gt=0)] | None = None  # None: all cores
-    checkpoint_every: Annotated[int, Field(gt=0)] = 100
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-def training_inputs(space: Space, config: TrainConfig, corpus: Corpus) -> dict[str, str]:
-    """The hashes that identify a training: another value is another supernet."""
-    settings = config.model_dump(mode="json", exclude={"data", "checkpoint_every"})
-    return {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
-
-
-def members(space: Space, config: TrainConfig, step: int) -> list[Architecture]:
-    """The architectures of a step: the maximal-size one first, then the smallest and the sampled."""
-    rng = np.random.default_rng([config.seed, step, 1])
-    largest = genome.largest(space)
-    if step < config.largest_only * config.steps:
-        return [largest]
-    first = largest if step % 2 == 0 else _maximal(space, config, step // 2, rng)
-    sampled = genome.decode(space, genome.sample(space, rng, config.sampled))
-    return [first, genome.smallest(space), *sampled]
-
-
-def _maximal(space: Space, config: TrainConfig, turn: int, rng: np.random.Generator) -> Architecture:
-    """A member of maximal sizes whose ratio and linear mixer come from a shuffled cycle."""
-    depth = max(d for d, _ in space.patterns)
-    ratios = [r for d, r in space.patterns if d == depth]
-    linear = [i for i, (m, _) in enumerate(space.mixer_options) if i and space.mixer_class(m) == "linear"]
-    pairs = [(r, m) for r in ratios for m in linear or [0] if r != "full" or not linear]
-    if not pairs:
-        return genome.largest(space)
-    cycle = np.random.default_rng([config.seed, turn // len(pairs), 2]).permutation(len(pairs))
-    ratio, option = pairs[cycle[turn % len(pairs)]]
-    lay = genome.layout(space)
-    genomes = genome.encode(space, [genome.largest(space)])
-    full = rng.permutation(space.slots) < space.full_count(ratio, space.slots)
-    full |= lay.forced
-    genomes[0, 1::3] = np.where(full, genomes[0, 1::3], option)
-    return genome.decode(space, genome.repair(space, genomes, rng))[0]
-
-
-def step_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step: a linear rise, then a cosine down to a twentieth."""
-    rise = max(1, round(config.warmup * config.steps))
-    if step < rise:
-        return config.learning_rate * (step + 1) / rise
-    done = (step - rise) / max(1, config.steps - rise)
-    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+def training_inputs(
+    space: Space, config: TrainConfig, corpus: Corpus, architecture: Architecture | None = None
+) -> dict[str, str]:
+    """The hashes that identify a training: another value is another result."""
+    settings = config.model_dump(mode="json", exclude={"data", "init", "checkpoint_every", "workers"})
+    inputs = {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
+    if config.init:
+        inputs["init"] = pretrained_digest(config.init)
+    if architecture:
+        inputs["architecture"] = architecture.key
+    return inputs
 
 
 def member_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
-    """Cross-entropy with the text, mixed with that to the teacher's detached probabilities."""
-    flat = logits.float().flatten(0, 1)
-    text = F.cross_entropy(flat, targets.flatten())
+    """The summed cross-entropy with the text, mixed with that to the teacher's probabilities.
+
+    logits [B, T, V], targets [B, T] with -100 where nothing is to be learned, teacher [B, T, V].
+    """
+    flat, wanted = logits.float().flatten(0, 1), targets.flatten()
+    text = F.cross_entropy(flat, wanted, reduction="sum")
     if teacher is None or distillation == 0:
         return text
-    return (1 - distillation) * text + distillation * F.cross_entropy(flat, teacher)
+    taught = F.cross_entropy(flat, teacher.flatten(0, 1), reduction="none")
+    return (1 - distillation) * text + distillation * (taught * (wanted >= 0)).sum()
 
 
 def cast_matrices(parameters: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -113,7 +65,7 @@ def cast_matrices(parameters: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
 
     def wanted(name: str, parameter: Tensor) -> torch.dtype:
         leaf = name.rsplit(".", 1)[-1]
-        keep = parameter.ndim != 2 or leaf in FULL_PRECISION or leaf.startswith("conv_")
+        keep = parameter.ndim != 2 or leaf in FULL_PRECISION or leaf.startswith("conv")
         return parameter.dtype if keep else dtype
 
     return {name: p.detach().to(wanted(name, p)) for name, p in parameters.items()}
@@ -138,80 +90,173 @@ def cpu_flags() -> frozenset[str]:
 
 
 class Trainer:
-    """The state of a training run: the supernet, the optimiser, and how to take one step."""
+    """The state of a training: the weights, the optimiser, and how to take one step.
 
-    def __init__(self, space: Space, config: TrainConfig, corpus: Corpus) -> None:
-        self.space, self.config, self.corpus = space, config, corpus
+    Args:
+        space: the space that the architectures are of.
+        config: how to train.
+        corpus: what to train on.
+        architecture: train this one alone, as a plain model; None trains the supernet.
+        rank: which of ``workers`` this process is; it takes every ``workers``-th row of a batch.
+        workers: how many processes train together, connected by ``torch.distributed``.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        config: TrainConfig,
+        corpus: Corpus,
+        architecture: Architecture | None = None,
+        *,
+        rank: int = 0,
+        workers: int = 1,
+    ) -> None:
+        self.space, self.config, self.corpus, self.architecture = space, config, corpus, architecture
+        self.rank, self.workers = rank, workers
         self.length = config.length or space.context
         if self.length > space.context:
             raise InputError(f"train.length: {self.length} is more than the space's context {space.context}")
-        require_length(corpus, self.length)
-        self.supernet = Supernet(space, torch.Generator().manual_seed(config.seed))
-        self.parameters = dict(self.supernet.named_parameters())
-        matrices: dict[str, Any] = {"params": [p for p in self.parameters.values() if p.ndim == 2]}
-        others: dict[str, Any] = {"params": [p for p in self.parameters.values() if p.ndim != 2]}
-        self.optimiser = torch.optim.AdamW(
-            [matrices, {**others, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-            fused=True,
+        if config.batch % workers:
+            raise InputError(f"train.batch: {config.batch} rows cannot be shared by {workers} workers evenly")
+        require_fits(corpus, space.vocabulary, self.length)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.module = (
+            Model(architecture, space.frame, generator) if architecture else Supernet(space, generator)
         )
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+        self.parameters = dict(self.module.named_parameters())
+        self.optimiser = PrefixAdamW(self.parameters, config.weight_decay)
+        # One buffer, which one call clears.
+        sizes = [p.numel() for p in self.parameters.values()]
+        self.gradient = torch.zeros(sum(sizes))
+        pieces = torch.split(self.gradient, sizes)
+        self.gradients = {
+            name: piece.view_as(p) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
+        }
         self.dtype = matrix_type(config)
 
+    def prepare(self) -> None:
+        """What precedes the first step: weights from elsewhere, where the configuration names some."""
+        if self.config.init and isinstance(self.module, Supernet):
+            rng = np.random.default_rng([self.config.seed, 4])
+            tokens, _ = train_batch(self.corpus, rng, 16, self.length)
+            load_pretrained(self.module, self.config.init, torch.from_numpy(tokens))
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds."""
-        moments = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state[parameter].items():
-                moments[f"{name}:{key}"] = value
-        return {"model": self.parameters, "optimizer": moments}
+        """What a checkpoint holds; a parameter that was never used has no moments."""
+        moments = {
+            f"{name}:{key}": value
+            for name, state in self.optimiser.state.items()
+            for key, value in state.items()
+        }
+        return {"model": dict(self.parameters), "optimizer": moments}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over the tensors of a checkpoint."""
-        self.supernet.load_state_dict(checkpoint.load("model"))
+        self.module.load_state_dict(checkpoint.load("model"))
         for key, value in checkpoint.load("optimizer").items():
             name, leaf = key.rsplit(":", 1)
-            self.optimiser.state[self.parameters[name]][leaf] = value
+            self.optimiser.state.setdefault(name, {})[leaf] = value
 
-    def step(self, step: int) -> float:
-        """Take one step; returns the maximal-size member's loss in nats per token."""
-        rng = np.random.default_rng([self.config.seed, step, 0])
-        batch = torch.from_numpy(train_batch(self.corpus.train, rng, self.config.batch, self.length))
-        tokens, targets = batch[:, :-1], batch[:, 1:]
-        for group in self.optimiser.param_groups:
-            group["lr"] = step_rate(self.config, step)
-        self.optimiser.zero_grad(set_to_none=False)
+    def step(self, step: int) -> dict[str, float]:
+        """Take one step; returns what the metrics say of it (losses in nats per token).
+
+        Raises:
+            InputError: a loss is not finite; it names the step and the architecture.
+        """
         weights = cast_matrices(self.parameters, self.dtype)
-        chosen = members(self.space, self.config, step)
-        teacher: Tensor | None = None
-        losses = []
-        for architecture in chosen:
-            taught = teacher
+        chosen = [self.architecture] if self.architecture else members(self.space, self.config, step)
+        sandwich = self.config.rule == "sandwich" and len(chosen) > 1
+        in_turn = self.config.members == "in turn"
+        largest = genome.largest(self.space)
+        taught_by = largest if self.config.teacher == "largest" else chosen[0]
+        losses: list[float] = []
+        parts: dict[str, tuple[int, ...]] = {}  # the prefixes that have a gradient
+        teacher: Tensor | None = None  # probabilities [B, T, V]
+        for i, architecture in enumerate(chosen):
+            if i == 0 or in_turn:
+                tokens, targets, count = self._batch(step, i)
+                teacher = None
+            table = self._sources(architecture)
+            for source, shape in table.values():
+                parts[source] = tuple(map(max, parts.get(source, shape), shape))
+            if sandwich and self.config.distillation and teacher is None and architecture != taught_by:
+                with torch.no_grad():
+                    teacher = self._logits(leaves(weights, self._sources(taught_by)), taught_by, tokens)
+                    teacher = teacher.softmax(-1)
+            slices = leaves(weights, table)
+            logits = self._logits(slices, architecture, tokens)
+            loss = member_loss(logits, targets, teacher, self.config.distillation) / max(1, count)
+            if sandwich and architecture == taught_by:
+                teacher = logits.detach().softmax(-1)  # of the same rows, where members are together
+            loss.backward()  # type: ignore[no-untyped-call]
+            add_gradients(slices, table, self.gradients)
+            losses.append(self._summed(loss.detach(), step, architecture))
+            if in_turn or i == len(chosen) - 1:
+                self._update(weights, parts, 1 if in_turn else len(chosen), step)
+                parts.clear()
+        row = {"loss_nats": losses[0]}
+        if sandwich:
+            row["smallest_nats"] = losses[1]
+        if len(chosen) > 2:
+            row["sampled_nats"] = sum(losses[2:]) / len(losses[2:])
+        return row
 
-            def loss_of(
-                leaves: Weights, architecture: Architecture = architecture, taught: Tensor | None = taught
-            ) -> Tensor:
-                nonlocal teacher
-                logits, _ = forward(leaves, architecture, self.space.frame, tokens)
-                if taught is None:
-                    teacher = logits.detach().float().flatten(0, 1).softmax(-1)
-                return member_loss(logits, targets, taught, self.config.distillation)
+    def tokens(self, step: int) -> int:
+        """How many tokens of text a step takes, over all workers."""
+        alone = self.architecture is not None or self.config.members == "together"
+        return self.config.batch * self.length * (1 if alone else member_count(self.config, step))
 
-            loss = self.supernet.accumulate(architecture, weights, loss_of)
-            if not torch.isfinite(loss):
-                raise InputError(
-                    f"training: the loss became {float(loss)} at step {step} for {architecture.describe()}; "
-                    "the last checkpoint is kept; try a lower train.learning_rate"
-                )
-            losses.append(loss)
-        for parameter in self.parameters.values():
-            parameter.grad.div_(len(chosen))  # type: ignore[union-attr]
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
-        self.optimiser.step()
-        return float(losses[0])
+    def _batch(self, step: int, turn: int) -> tuple[Tensor, Tensor, int]:
+        """This worker's rows of a member's batch, and how many targets all workers' rows have."""
+        rng = np.random.default_rng(
+            [self.config.seed, step, 0, turn] if turn else [self.config.seed, step, 0]
+        )
+        drawn = train_batch(self.corpus, rng, self.config.batch, self.length)
+        tokens, targets = (torch.from_numpy(x[self.rank :: self.workers]) for x in drawn)
+        return tokens, targets, int((drawn[1] >= 0).sum())
+
+    def _summed(self, loss: Tensor, step: int, architecture: Architecture) -> float:
+        """A member's loss over all workers, refused where it is not finite."""
+        if self.workers > 1:
+            dist.all_reduce(loss)
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"training: the loss became {float(loss)} at step {step} for {architecture.describe()}; "
+                "the last checkpoint is kept; try a lower train.learning_rate"
+            )
+        return float(loss)
+
+    def _update(self, weights: Weights, parts: Mapping[str, tuple[int, ...]], count: int, step: int) -> None:
+        """Take one step of the optimiser with the mean gradient of ``count`` members.
+
+        What no member used is left alone: no decay, no momentum. Cast weights follow.
+        """
+        if self.workers > 1:
+            self._sum_over_workers([prefix(self.gradients[name], shape) for name, shape in parts.items()])
+        if count > 1:
+            self.gradient.div_(count)
+        self.optimiser.step(parts, self.gradients, step_rate(self.config, step), self.config.clip)
+        self.gradient.zero_()
+        with torch.no_grad():
+            for name in parts:
+                if weights[name].dtype != self.parameters[name].dtype:
+                    weights[name].copy_(self.parameters[name])
+
+    def _sum_over_workers(self, views: list[Tensor]) -> None:
+        """Sum gradients over all workers, in one message."""
+        message = torch.cat([view.reshape(-1) for view in views])
+        dist.all_reduce(message)
+        for view, piece in zip(views, torch.split(message, [view.numel() for view in views]), strict=True):
+            view.copy_(piece.view_as(view))
+
+    def _sources(self, architecture: Architecture) -> Sources:
+        """For each weight of a member: the parameter it is a prefix of, and its shape."""
+        if self.architecture:
+            return {name: (name, tuple(p.shape)) for name, p in self.parameters.items()}
+        return sources(self.space, architecture)
+
+    def _logits(self, weights: Weights, architecture: Architecture, tokens: Tensor) -> Tensor:
+        return forward(weights, architecture, self.space.frame, tokens)[0].float()
 
 
 def train(
@@ -220,54 +265,86 @@ def train(
     root: Path,
     report: Callable[[Mapping[str, Any]], None] | None = None,
     corpus: Corpus | None = None,
+    architecture: Architecture | None = None,
 ) -> Checkpoint:
     """Train to the last step, from the newest whole checkpoint if there is one.
 
     Args:
         space: the space whose supernet is trained.
-        config: how.
-        root: the folder for checkpoints and ``metrics.jsonl``.
+        config: how; with ``workers`` above 0 in so many processes through Ray Train.
+        root: the folder for checkpoints, ``metrics.jsonl`` and ``tensorboard/``.
         report: called with each row of the metrics.
         corpus: the data, where it is loaded already.
+        architecture: train this one alone and from scratch instead of the supernet.
 
     Raises:
-        InputError: bad data, a checkpoint of other inputs, or a loss that is not finite.
+        InputError: bad data, a checkpoint of other inputs, a loss that is not finite, or a folder that
+            another training writes to.
     """
     corpus = corpus or load_corpus(config.data)
-    inputs = training_inputs(space, config, corpus)
+    inputs = training_inputs(space, config, corpus, architecture)
+    found = latest_checkpoint(root, inputs)
+    if not found or found.step < config.steps:
+        if config.workers:
+            from supernet.parallel import train_parallel
+
+            train_parallel(space, config, corpus, root, inputs, report, architecture)
+        else:
+            with sole_writer(root):
+                take_steps(Trainer(space, config, corpus, architecture), root, inputs, report)
+        found = latest_checkpoint(root, inputs)
+    if found is None:
+        raise RuntimeError(f"{root}: the checkpoint just written cannot be read back")
+    return found
+
+
+def take_steps(
+    trainer: Trainer,
+    root: Path,
+    inputs: Mapping[str, str],
+    report: Callable[[Mapping[str, Any]], None] | None = None,
+) -> None:
+    """Take the steps that are left; the first worker writes checkpoints and metrics."""
+    config, writes = trainer.config, trainer.rank == 0
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(True)
     found = latest_checkpoint(root, inputs)
-    if found and found.step == config.steps:
-        return found
-    trainer = Trainer(space, config, corpus)
-    start = 0
+    start = found.step if found else 0
     if found:
         trainer.restore(found)
-        start = found.step
+    else:
+        trainer.prepare()
     log = root / "metrics.jsonl"
-    keep_metrics(log, start)
+    scalars = None
+    if writes:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        keep_metrics(log, start)
+        scalars = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
     began, since = time.monotonic(), start
     for step in range(start, config.steps):
-        loss = trainer.step(step)
+        losses = trainer.step(step)
         done = step + 1
-        if done % 20 == 0 or done == config.steps:
+        if writes and scalars and (done % LOG_EVERY == 0 or done == config.steps):
             now = time.monotonic()
-            rate = (done - since) * config.batch * trainer.length / (now - began)
-            row = {"step": done, "steps": config.steps, "loss_nats": loss, "rate": step_rate(config, step),
-                   "tokens_per_second": round(rate, 1)}  # fmt: skip
+            row = {
+                "step": done,
+                "steps": config.steps,
+                **losses,
+                "rate": step_rate(config, step),
+                "tokens": sum(trainer.tokens(step) for step in range(done)),
+                "tokens_per_second": round(sum(map(trainer.tokens, range(since, done))) / (now - began), 1),
+            }
             began, since = now, done
-            log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step", "steps"}:
+                scalars.add_scalar(name, row[name], done)
             if report:
                 report(row)
-        if done % config.checkpoint_every == 0 or done == config.steps:
+        if writes and (done % config.checkpoint_every == 0 or done == config.steps):
             save_checkpoint(root, done, trainer.tensors(), inputs)
-    last = latest_checkpoint(root, inputs)
-    if last is None:
-        raise RuntimeError(f"{root}: the checkpoint just written cannot be read back")
-    return last
+    if scalars:
+        scalars.close()
 
 
 def keep_metrics(log: Path, step: int) -> None:
@@ -290,3 +367,10 @@ def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
     supernet = Supernet(space)
     supernet.load_state_dict(checkpoint.load("model"))
     return supernet.requires_grad_(False).eval()
+
+
+def load_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:
+    """The plain model of an architecture that was trained alone, without gradients."""
+    model = Model(architecture, space.frame)
+    model.load_state_dict(checkpoint.load("model"))
+    return model.requires_grad_(False).eval()

@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from space import Space, genome
+from space.architecture import MIXERS
 from space.blocks import Model, forward
 from space.shapes import model_shapes
 from supernet.extract import extract
-from supernet.supernet import Supernet, supernet_shapes
+from supernet.supernet import Supernet, add_gradients, leaves, sources, supernet_shapes
+from supernet.train import cast_matrices
 from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
 
 WIDE: dict[str, Any] = {
     "width": [32, 48],
     "depth": [1, 2, 3],
-    "mixer": ["attention", "sliding", "linear", "retnet", "gated_deltanet", "none"],
+    "mixer": [*MIXERS, "none"],
     "heads": [2, 4],
     "kv_heads": [1, 2],
     "ffn": [0, 32, 64],
@@ -83,23 +86,58 @@ def test_gradients_land_in_prefixes_as_autograd_would_put_them(space: Space) -> 
     ours, theirs = Supernet(space), Supernet(space)
     for supernet in (ours, theirs):
         scatter(supernet)
-    for parameter in ours.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
+    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for architecture in architectures:
 
         def loss_of(logits: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
 
-        loss = ours.accumulate(
-            architecture,
-            parameters,
-            lambda leaves, a=architecture: loss_of(forward(leaves, a, space.frame, text)[0]),
-        )
+        table = sources(space, architecture)
+        slices = leaves(parameters, table)
+        loss = loss_of(forward(slices, architecture, space.frame, text)[0])
+        loss.backward()
+        add_gradients(slices, table, totals)
         other = loss_of(theirs(text, architecture)[0])
         other.backward()
         assert_close("loss", loss, other, TOLERANCE["float32"])
-    mine = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert_close(name, mine[name].grad, expected, TOLERANCE["float32"])
+        assert_close(name, totals[name], expected, TOLERANCE["float32"])
+
+
+class Copies(TorchDispatchMode):
+    """Notes every op that reads a tensor of some storage and gives the same numbers a new one."""
+
+    COPYING = ("clone", "contiguous", "copy", "_to_copy", "cat", "stack", "index_select", "empty_like")
+
+    def __init__(self, owned: set[int]) -> None:
+        super().__init__()
+        self.owned, self.found = owned, set[str]()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.__name__.split(".")[0]
+        if any(name.startswith(copying) for copying in self.COPYING):
+            flat = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            for x in flat:
+                if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self.owned:
+                    self.found.add(f"{name} of {tuple(x.shape)}")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_is_copied_in_the_forward(space: Space, dtype: torch.dtype) -> None:
+    """Cast once a step, then prefixes of it alone; small gates and taps aside, which stay fp32."""
+    supernet = Supernet(space)
+    weights = cast_matrices(dict(supernet.named_parameters()), dtype)
+    owned = {w.untyped_storage().data_ptr() for w in weights.values() if w.ndim == 2 and min(w.shape) > 16}
+    text = torch.zeros(2, 33, dtype=torch.int64)
+    architectures = genome.decode(space, genome.sample(space, np.random.default_rng(3), 40))
+    met = {mixer for architecture in architectures for mixer in architecture.pattern}
+    assert met >= set(MIXERS)
+    with Copies(owned) as copies:
+        for architecture in architectures:
+            forward(leaves(weights, sources(space, architecture)), architecture, space.frame, text)
+        assert not copies.found
+        weights["embedding"][:, :16].contiguous()  # what it would notice
+    assert copies.found

@@ -1,0 +1,109 @@
+"""The recipe: which architectures are trained, and how often."""
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from space import Space, genome
+from supernet.recipe import AXES, TrainConfig, _maximal, member_count, members, narrowed, open_axes, step_rate
+from tests.contracts import every_architecture, tiny_space
+
+
+def wide_space() -> Space:
+    return tiny_space(
+        mixer=["attention", "gated_deltanet", "sliding", "linear", "short_conv", "retnet", "none"],
+        window=[8, 16],
+        width=[16, 32, 48],
+        depth=[1, 2, 4],
+        heads=[1, 2],
+        ffn=[0, 16, 32],
+        ratios=["full", 1, "linear"],
+        linear_kinds=2,
+    )
+
+
+def test_members_of_a_step() -> None:
+    space = wide_space()
+    settings = TrainConfig(steps=100, largest_only=0.1, sampled=2)
+    assert members(space, settings, 5) == [genome.largest(space)]
+    chosen = members(space, settings, 50)
+    assert chosen[:2] == [genome.largest(space), genome.smallest(space)]
+    assert len(chosen) == 4
+    assert members(space, settings, 51) == members(space, settings, 51)
+    assert members(space, settings, 51) != members(space, settings, 53)
+    assert members(space, settings, 51)[0] != genome.largest(space)
+    plain = settings.model_copy(update={"maximal_mixers": False})
+    assert members(space, plain, 51)[0] == genome.largest(space)
+    random = settings.model_copy(update={"rule": "random", "sampled": 1})
+    for config in (settings, plain, random):
+        for step in (0, 9, 10, 51):
+            assert len(members(space, config, step)) == member_count(config, step)
+
+
+def test_every_member_is_of_the_space() -> None:
+    space = wide_space()
+    for changes in ({}, {"open_axes": 0.8}, {"rule": "random"}):
+        settings = TrainConfig(steps=200, largest_only=0.0).model_copy(update=changes)
+        chosen = [a for step in range(200) for a in members(space, settings, step)]
+        assert genome.contains(space, genome.encode(space, chosen)).all()
+
+
+def test_axes_open_one_at_a_time() -> None:
+    space = wide_space()
+    top = genome.largest(space)
+    settings = TrainConfig(steps=1000, largest_only=0.1, open_axes=0.5, maximal_mixers=False)
+    opened = [open_axes(settings, step) for step in range(100, 1000)]
+    assert [len(axes) for axes in opened] == sorted(len(axes) for axes in opened)
+    assert set(opened) == {AXES[:n] for n in range(1, 6)}
+    assert opened[499] != AXES or opened[500] == AXES
+    for step in range(100, 600, 7):
+        axes = open_axes(settings, step)
+        for architecture in members(space, settings, step)[1:]:
+            if "width" not in axes:
+                assert architecture.width == top.width
+            if "depth" not in axes:
+                assert architecture.depth == top.depth
+            present = [layer for layer in architecture.layers if layer.present]
+            if "ffn" not in axes:
+                assert {layer.ffn for layer in present} == {32}
+            if "heads" not in axes:
+                assert {layer.heads for layer in present} <= {2, 0}
+
+
+@pytest.mark.parametrize("axes", [AXES[:n] for n in range(1, 5)] + [("width", "depth"), ("ffn",)])
+def test_a_narrowed_space_is_part_of_the_space(axes: tuple[str, ...]) -> None:
+    space = tiny_space(mixer=["attention", "linear", "none"], heads=[1, 2], ffn=[0, 16], depth=[1, 2])
+    inside = every_architecture(narrowed(space, axes))
+    assert inside < every_architecture(space)
+    assert genome.largest(space) in inside
+
+
+def test_the_maximal_member_draws_every_mixer_evenly() -> None:
+    space = tiny_space(
+        mixer=["attention", "gated_deltanet", "sliding", "linear"], window=[8], ratios=["full", 1, "linear"]
+    )
+    drawn: Counter[str] = Counter()
+    pairs = 2 * 3  # ratios 1 and linear, three linear mixers
+    for turn in range(4 * pairs):
+        architecture = _maximal(space, 0, turn, np.random.default_rng(turn))
+        assert genome.contains(space, genome.encode(space, [architecture])).all()
+        top = genome.largest(space)
+        assert (architecture.width, architecture.depth) == (top.width, top.depth)
+        assert all(
+            a.heads == b.heads and a.ffn == b.ffn
+            for a, b in zip(architecture.layers, top.layers, strict=True)
+        )
+        drawn.update({layer.mixer for layer in architecture.layers} - {"attention"})
+    assert set(drawn.values()) == {4 * 2}
+
+
+def test_the_rate_rises_then_falls() -> None:
+    settings = TrainConfig(steps=100, warmup=0.1, learning_rate=1.0)
+    rates = [step_rate(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[-1] < 0.06
