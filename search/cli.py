@@ -270,6 +270,42 @@ def verify(
 
 
 @app.command()
+def audit(
+    context: typer.Context,
+    supernet: RunFolder,
+    device: Annotated[
+        str | None, typer.Option(help="Whose predicted latencies are to be equal (default: the run's).")
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="At which they are (default: prefill at the space's context).")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each training (default: a quarter of the run's).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step (default: the run's).")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each; one gives no ceiling.")] = 2,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at a time (default: one a core).")
+    ] = None,
+    size: Annotated[int, typer.Option(min=3, hidden=True)] = 12,
+    as_json: Json = False,
+) -> None:
+    """Ask whether the supernet ranks architectures as training each alone does. Resumes."""
+    from search import run as stages
+    from search.audit import AuditConfig
+    from search.audit import audit as carry_out
+    from search.audit_report import audit_table
+
+    config = AuditConfig(size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers)
+    found = carry_out(stages.open_run(supernet, context.obj), config, device, Bars())
+    show(found, as_json, lambda: [audit_table(found)])
+    if not as_json:
+        for judged in found["sets"].values():
+            err.print(judged["text"], highlight=False)
+        err.print(f"page: {supernet / 'audit' / 'audit.html'}", highlight=False)
+
+
+@app.command()
 def devices(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="One device, in detail.")] = None,
@@ -328,6 +364,7 @@ def report(
     """Write the HTML report of a finished run again, and say where it is."""
     from latency import load_card
     from search import run as stages
+    from search.audit_report import audit_section
     from search.report import write_report
     from search.search import FRONT_KIND
     from space.files import read_json
@@ -337,7 +374,8 @@ def report(
     name = summary["device"]["name"]
     front = read_json(folder / "searches" / name / "front.json", FRONT_KIND, "formfit search")
     path = folder / "searches" / name / "report.html"
-    write_report(path, the_run.space, front, summary, load_card(context.obj, name))
+    audited = audit_section(folder, summary["header"]["inputs"]["supernet"])
+    write_report(path, the_run.space, front, summary, load_card(context.obj, name), audited)
     show({"report": str(path)}, as_json, lambda: [make_table("Report", ["file"], [[str(path)]])])
 
 

@@ -5,8 +5,6 @@ that who does it, and how many there are, changes no bit of the result. Results 
 the order of submission.
 """
 
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from space import Architecture, Space
 from supernet import Quality, Supernet, evaluate
 from supernet.evaluate import EvaluationSet
+from supernet.parallel import ray_session
 
 RETRIES = 2
 
@@ -73,19 +72,9 @@ def evaluator(
         torch.use_deterministic_algorithms(True)
         yield _Local(supernet, sets)
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
-    import ray
+    with ray_session(workers, address):
+        import ray
 
-    ray.init(
-        address=address,
-        num_cpus=None if address else workers,
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
         weights = ray.put({name: value.numpy() for name, value in supernet.state_dict().items()})
         shared_sets = ray.put(dict(sets))
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
@@ -98,5 +87,3 @@ def evaluator(
             yield from pool.map(lambda worker, value: worker.evaluate.remote(value, data), values)
 
         yield run
-    finally:
-        ray.shutdown()

@@ -17,16 +17,21 @@ from search.limits import format_quantity
 from space import Architecture, Space
 from space.files import write_text
 
-# A colour-blind-safe palette (Wong, Nature Methods 2011), one colour a mixer.
+# One colour a mixer: a colour-blind-safe palette (Wong, Nature Methods 2011), then Tol's muted one.
 COLOURS = {
     "attention": "#D55E00",
     "sliding": "#E69F00",
+    "short_conv": "#F0E442",
     "linear": "#56B4E9",
     "retnet": "#0072B2",
+    "mamba2": "#332288",
+    "gla": "#CC79A7",
+    "hgrn2": "#882255",
+    "deltanet": "#117733",
     "gated_deltanet": "#009E73",
+    "kda": "#999933",
     "none": "#BBBBBB",
 }
-OTHER_COLOUR = "#CC79A7"
 LAYOUT = {
     "template": "plotly_white",
     "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
@@ -143,7 +148,7 @@ def strips_figure(front: Mapping[str, Any]) -> go.Figure:
                 x=[0.92],
                 base=[slot + 0.04],
                 orientation="h",
-                marker={"color": COLOURS.get(layer.mixer, OTHER_COLOUR)},
+                marker={"color": COLOURS[layer.mixer]},
                 text=[f"{layer.heads}·{layer.ffn}" if layer.heads else f"{layer.ffn}"],
                 textposition="inside",
                 insidetextanchor="middle",
@@ -166,9 +171,14 @@ def strips_figure(front: Mapping[str, Any]) -> go.Figure:
 
 
 def write_report(
-    path: Path, space: Space, front: Mapping[str, Any], summary: Mapping[str, Any], card: Card
+    path: Path,
+    space: Space,
+    front: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    card: Card,
+    more: str = "",
 ) -> None:
-    """Write the page."""
+    """Write the page; ``more`` is HTML that stands at its end."""
     device = card.name
     figures = [
         front_figure(front, summary["verified"], device),
@@ -203,6 +213,7 @@ def write_report(
             ]
         )
     text, chosen = summary["text"], summary["chosen"]
+    scored = "unknown" if text["held_out_bytes"] is None else f"{text['held_out_bytes']:,}"
     body = [
         f"<h1>{escape(space.name)} on {escape(device)}</h1>",
         f"<p>{escape(str(card.fingerprint.get('cpu')))}, {escape(str(card.fingerprint.get('runtime')))} "
@@ -223,7 +234,7 @@ def write_report(
             ["largest sub-network", "chosen", "order-2 model", "gzip -9"],
             [
                 [
-                    f"{text[name]:.3f}"
+                    "-" if text[name] is None else f"{text[name]:.3f}"
                     for name in (
                         "largest_bits_per_byte",
                         "chosen_bits_per_byte",
@@ -233,7 +244,8 @@ def write_report(
                 ]
             ],
         ),
-        f'<p class="note">{escape(str(text["source"]))}; {text["held_out_bytes"]:,} bytes held out.</p>',
+        f'<p class="note">{escape(str(text["source"]))}; {scored} bytes held out.</p>',
+        more,
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -5,7 +5,6 @@ whose files are there with the same hashes is skipped; one that was interrupted 
 what it left.
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from latency import OnnxRuntime, Predictor, ProfileConfig, load_card, load_predictor, profile
 from latency.card import open_card
 from latency.profile import settings_digest
+from search.audit_report import audit_section
 from search.evaluators import evaluator
 from search.report import write_report
 from search.search import FRONT_KIND, Search, SearchConfig, make_problem, search_digest
@@ -30,6 +30,7 @@ from supernet import Checkpoint, Supernet, TrainConfig, evaluate, evaluation_set
 from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.checkpoint import latest_checkpoint
 from supernet.corpus import Corpus
+from supernet.evaluate import mqar_accuracy
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, read_submodel, write_submodel
 from supernet.train import load_supernet, training_inputs
@@ -254,29 +255,40 @@ class Run:
             "verified": {pick: {"key": value["key"], **_results(value)} for pick, value in verified.items()},
         }
         write_json(path, SUMMARY_KIND, inputs, body)
-        write_report(self.folder / "searches" / card.name / "report.html", self.space, front, body, card)
+        page = self.folder / "searches" / card.name / "report.html"
+        audited = audit_section(self.folder, checkpoint.digest)
+        write_report(page, self.space, front, body, card, audited)
         return read_json(path, SUMMARY_KIND, "formfit run")
 
     def text_quality(
         self, checkpoint: Checkpoint, corpus: Corpus, member: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Bits per byte of the largest sub-network beside gzip's and an order-2 model's, on the same text."""
-        data = evaluation_set(
-            corpus, self.config.search.front_windows, self.config.train.length or self.space.context
-        )
-        largest = genome.largest(self.space)
-        quality = evaluate(
-            load_supernet(self.space, checkpoint).weights(largest), largest, self.space.frame, data
-        )
+        """Bits per byte of the largest sub-network beside gzip's and an order-2 model's, on the same text.
+
+        None stands for what is unknown: the baselines where bytes are not the tokens, all where there is
+        no text or its bytes are not known, and the accuracy on MQAR where it was not trained on.
+        """
+        length = self.config.train.length or self.space.context
+        data = evaluation_set(corpus, self.config.search.front_windows, length)
+        largest, frame = genome.largest(self.space), self.space.frame
+        weights = load_supernet(self.space, checkpoint).weights(largest)
+        quality = evaluate(weights, largest, frame, data)
+        accuracy = None
+        if corpus.recall:
+            accuracy = mqar_accuracy(
+                weights, largest, frame, length=length, pairs=corpus.pairs, vocabulary=corpus.vocabulary
+            )
+        baselines = corpus.is_bytes and data.text_bytes is not None
         return {
             "source": corpus.source,
-            "held_out_bytes": int(data.recallable.size),
+            "held_out_bytes": data.text_bytes,
             "recall_share": data.recall_share,
-            "largest_bits_per_byte": quality.bits_per_token,
+            "largest_bits_per_byte": quality.bits_per_byte,
             "largest_recall_loss_nats": quality.recall_loss_nats if data.recallable.any() else None,
-            "chosen_bits_per_byte": member["loss_nats"] / math.log(2),
-            "gzip_bits_per_byte": gzip_bits_per_byte(corpus.train, data.windows),
-            "order2_bits_per_byte": order2_bits_per_byte(corpus.train, data.windows),
+            "largest_mqar_accuracy": accuracy,
+            "chosen_bits_per_byte": data.bits_per_byte(member["loss_nats"]),
+            "gzip_bits_per_byte": gzip_bits_per_byte(corpus.train, data.windows) if baselines else None,
+            "order2_bits_per_byte": order2_bits_per_byte(corpus.train, data.windows) if baselines else None,
         }
 
 

@@ -144,7 +144,7 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     bits = make_table(
         "Bits per byte, same held-out text",
         ["largest", "chosen", "order-2", "gzip -9"],
-        [[f"{text[name]:.3f}" for name in names]],
+        [["-" if text[name] is None else f"{text[name]:.3f}" for name in names]],
     )
     front = {"members": summary["front"], "picks": {p: v["key"] for p, v in summary["verified"].items()}}
     return [

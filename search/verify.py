@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Card, OnnxRuntime
 from latency.card import differences
-from latency.runtime import Run
+from latency.runtime import Run, lacks
 from latency.timer import TimerConfig, measure, pinned
 from search.limits import Limit
 from space import InputError, Workload
@@ -77,9 +77,13 @@ class OnnxModel:
 
     def __init__(self, path: Path, submodel: SubModel) -> None:
         self.submodel = submodel
+        runtime, architecture = OnnxRuntime(), submodel.architecture
         try:
-            self.session = OnnxRuntime().session(path)
+            self.session = runtime.session(path)
         except Exception as error:  # onnxruntime's own classes have no common base but this one
+            lacking = runtime.lacking(architecture.layers, architecture.width, submodel.frame)
+            if lacking:
+                raise InputError(f"{path}: {lacks(lacking, error)}") from None
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{path}: onnxruntime cannot load it ({reason}); `formfit extract` writes it"
@@ -88,10 +92,11 @@ class OnnxModel:
 
     def empty(self, batch: int = 1) -> States:
         """The state at the start of a sequence."""
+        architecture, frame = self.submodel.architecture, self.submodel.frame
         return {
             f"state.{slot}.{name}": np.zeros(shape, np.float32)
-            for slot, layer in enumerate(self.submodel.architecture.layers)
-            for name, shape in state_shapes(layer, self.submodel.frame, batch, 0).items()
+            for slot, layer in enumerate(architecture.layers)
+            for name, shape in state_shapes(layer, architecture.width, frame, batch, 0).items()
         }
 
     def __call__(self, tokens: NDArray[Any], position: int, states: States) -> tuple[NDArray[Any], States]:

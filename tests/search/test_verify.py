@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from search.verify import export_onnx, judge, parity, relative_error
-from space import Architecture, InputError, genome
+from space import Architecture, InputError, Layer, genome, mixer_graphs
+from space.architecture import MIXERS
 from space.blocks import Model
 from space.files import canonical_json
 from supernet import Supernet
 from supernet.extract import read_submodel, write_submodel
-from tests.contracts import scatter, tiny_space
+from tests.contracts import scatter, tiny_space, unknown_operator
 
 SPACE = tiny_space(
     width=[32, 48, 64],
     depth=[1, 2, 3, 4],
-    mixer=["attention", "sliding", "linear", "retnet", "gated_deltanet", "none"],
+    mixer=[*MIXERS, "none"],
     heads=[1, 2, 4],
     kv_heads=[1, 2],
     ffn=[0, 32, 64],
@@ -27,7 +28,7 @@ SPACE = tiny_space(
     ratios=["full", 1, 3, "linear"],
     vocabulary=61,
 )
-ARCHITECTURES = genome.decode(SPACE, genome.sample(SPACE, np.random.default_rng(5), 20))
+ARCHITECTURES = genome.decode(SPACE, genome.sample(SPACE, np.random.default_rng(4), 20))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_parity_of_twenty_architectures(
 
 def test_the_twenty_cover_the_space() -> None:
     mixers = {layer.mixer for a in ARCHITECTURES for layer in a.layers}
-    assert mixers == {"attention", "sliding", "linear", "retnet", "gated_deltanet", "none"}
+    assert mixers == {*MIXERS, "none"}
     assert any(layer.heads > layer.kv_heads for a in ARCHITECTURES for layer in a.layers)
     assert any(not layer.present for a in ARCHITECTURES for layer in a.layers)
 
@@ -127,6 +128,17 @@ def test_a_spoilt_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> Non
     (tmp_path / "architecture.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match="but its architecture has"):
         read_submodel(tmp_path)
+
+
+def test_a_mixer_that_the_runtime_lacks_is_named(
+    supernet: Supernet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(mixer_graphs.WRITERS, "gla", unknown_operator)
+    layers = (Layer(mixer="gla", heads=1, kv_heads=1), Layer(mixer="linear", heads=1, kv_heads=1))
+    architecture = Architecture(32, (*layers, Layer(ffn=32), Layer(ffn=32)))
+    submodel = write_submodel(tmp_path, supernet, architecture, {}, {})
+    with pytest.raises(InputError, match=r"model.onnx: mixer gla: onnxruntime \S+ cannot run it .*Nowhere"):
+        parity(submodel, export_onnx(submodel), tokens=8)
 
 
 def test_limits_are_judged_by_what_was_measured(supernet: Supernet, tmp_path: Path) -> None:
