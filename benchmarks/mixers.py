@@ -1,0 +1,271 @@
+"""Claim: on a CPU, linear mixers cost a fraction of softmax attention, and the recurrence keeps its goals.
+
+One thread, float32, batch 1, 4 heads of 64, width 256, at 256, 1024 and 4096 tokens. Every mixer block
+(norm, projections, mixing, residual) is timed forward, forward and backward, and for one decode step
+after that many tokens; the recurrences alone stand beside flash-linear-attention's naive code (chunked
+where it has a chunked form) and onnxruntime's LinearAttention. All in one run, in rounds of random
+order; each figure is a share of causal scaled_dot_product_attention's time in the same round, its
+median over the rounds, beside the ratio of the lower deciles.
+"""
+
+import importlib.util
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import outcome
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from space.architecture import MIXERS, Frame, Layer
+from space.blocks import initial, mixer
+from space.linear_attention import linear_attention
+from space.shapes import mixer_shapes
+from space.softmax_attention import softmax_attention
+
+HEADS, DIM, WIDTH, WINDOW = 4, 64, 256, 128
+# rule, whether decays are per channel, its goal at 1024 tokens, the naive code of flash-linear-attention
+RECURRENCES = {
+    "linear": ("linear", False, 0.28, "linear_attn.naive_chunk_linear_attn"),
+    "gated": ("gated", False, 0.28, "simple_gla.naive_chunk_simple_gla"),
+    "gated per channel": ("gated", True, 0.45, "gla.naive_recurrent_gla"),
+    "delta": ("delta", False, 0.50, "delta_rule.delta_rule_chunkwise"),
+    "gated_delta": ("gated_delta", False, 0.50, "gated_delta_rule.naive_chunk_gated_delta_rule"),
+    "gated_delta per channel": ("gated_delta", True, None, "kda.naive_chunk_kda"),
+}
+SLIDING_GOAL = 0.58
+ROUNDS = {256: 60, 1024: 60, 4096: 12}
+BASE = "sdpa"
+
+Job = Callable[[], Any]
+Jobs = dict[str, Job]
+
+
+def timed(jobs: Jobs, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each job, and its ratio to the job `BASE`, from rounds of random order."""
+    loops, times = {}, {name: np.empty(rounds) for name in jobs}
+    for name, job in jobs.items():  # once to warm up, then to see how many make half a millisecond
+        job()
+        began = time.perf_counter()
+        job()
+        loops[name] = max(1, round(5e-4 / (time.perf_counter() - began)))
+    shuffled = random.Random(0)  # noqa: S311 - the order of the rounds, no secret
+    for i in range(rounds):
+        for name in shuffled.sample(list(jobs), len(jobs)):
+            began = time.perf_counter()
+            for _ in range(loops[name]):
+                jobs[name]()
+            times[name][i] = 1e3 * (time.perf_counter() - began) / loops[name]
+    low = {name: float(np.quantile(t, 0.1)) for name, t in times.items()}
+    return {
+        name: {
+            "median_ms": round(float(np.median(t)), 4),
+            "lower_decile_ms": round(low[name], 4),
+            "ratio": round(float(np.median(t / times[BASE])), 4),
+            "ratio_of_lower_deciles": round(low[name] / low[BASE], 4),
+        }
+        for name, t in times.items()
+    }
+
+
+def forward(function: Callable[..., Any], *inputs: Any, **named: Any) -> Job:
+    """A call that records nothing for a gradient."""
+
+    def run() -> None:
+        with torch.no_grad():
+            function(*inputs, **named)
+
+    return run
+
+
+def backward(function: Callable[..., Tensor], leaves: Iterable[Tensor]) -> Job:
+    """A call of a function without arguments, and its gradient in these leaves."""
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with torch.no_grad():
+        weights = torch.randn_like(function())
+
+    def run() -> None:
+        torch.autograd.grad(function(), leaves, weights)
+
+    return run
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over [B, T, H, D], causal where there is more than one query."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+
+def inputs(rule: str, per_channel: bool, tokens: int) -> dict[str, Tensor]:
+    """The tensors of a recurrence by name, keys normalised."""
+    heads = (1, tokens, HEADS)
+    found = {name: torch.randn(*heads, DIM) for name in "qkv"}
+    found["k"] = F.normalize(found["k"], dim=-1)
+    if "gated" in rule:
+        found["decay"] = -torch.rand(*heads, DIM) if per_channel else -torch.rand(heads)
+    if "delta" in rule:
+        found["beta"] = torch.rand(heads)
+    return found
+
+
+def naive(name: str, given: dict[str, Tensor]) -> Job | None:
+    """Flash-linear-attention's reference, its file loaded by path: importing the package needs triton."""
+    package = importlib.util.find_spec("fla")
+    if package is None or package.submodule_search_locations is None:
+        return None
+    family, function = name.split(".")
+    path = Path(package.submodule_search_locations[0]) / "ops" / family / "naive.py"
+    spec = importlib.util.spec_from_file_location(f"naive_{family}", path)
+    if spec is None or spec.loader is None:
+        return None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    call = getattr(module, function)
+    ordered = [given[key] for key in ("q", "k", "v", "decay", "beta") if key in given]
+    if family == "delta_rule":
+        ordered = [x.transpose(1, 2) for x in ordered]
+    return forward(call, *ordered)
+
+
+def fused(rule: str, given: dict[str, Tensor]) -> Job:
+    """Onnxruntime's LinearAttention, a graph of that one node."""
+    packed = {name: x.flatten(2).numpy() for name, x in given.items()}
+    packed["state"] = np.zeros((1, HEADS, DIM, DIM), np.float32)
+    order = ("q", "k", "v", "state", "decay", "beta")
+    names = [name if name in packed else "" for name in order]
+    while not names[-1]:
+        names.pop()
+    node = helper.make_node(
+        "LinearAttention",
+        names,
+        ["out", "after"],
+        domain="com.microsoft",
+        q_num_heads=HEADS,
+        kv_num_heads=HEADS,
+        update_rule=rule,
+        scale=DIM**-0.5,
+    )
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in packed.items()]
+    results = [
+        helper.make_tensor_value_info("out", TensorProto.FLOAT, packed["q"].shape),
+        helper.make_tensor_value_info("after", TensorProto.FLOAT, packed["state"].shape),
+    ]
+    model = helper.make_model(
+        helper.make_graph([node], "recurrence", values, results),
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda: session.run(None, packed)
+
+
+def recurrences(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """The recurrences alone, and sliding attention without its projections, beside SDPA."""
+    q, k, v = (torch.randn(1, tokens, HEADS, DIM) for _ in range(3))
+    ahead: Jobs = {BASE: forward(sdpa, q, k, v), "sliding": forward(softmax_attention, q, k, v, WINDOW)}
+    back: Jobs = {
+        BASE: backward(lambda: sdpa(q, k, v), (q, k, v)),
+        "sliding": backward(lambda: softmax_attention(q, k, v, WINDOW), (q, k, v)),
+    }
+    for name, (rule, per_channel, _, reference) in RECURRENCES.items():
+        given = inputs(rule, per_channel, tokens)
+        ahead[f"{name}, onnxruntime"] = fused(rule, given)
+        if tokens <= 1024 and (found := naive(reference, given)):  # 4096 tokens would take half the run
+            ahead[f"{name}, naive"] = found
+        learnt = {key: x.clone() for key, x in given.items()}
+        ahead[name] = forward(linear_attention, rule=rule, **given)
+        back[name] = backward(
+            lambda rule=rule, learnt=learnt: linear_attention(rule=rule, **learnt)[0], learnt.values()
+        )
+    return {"forward": timed(ahead, rounds), "forward_backward": timed(back, max(3, rounds // 2))}
+
+
+def blocks(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Whole mixer blocks beside SDPA: forward, forward and backward, and one decode step."""
+    frame = Frame(vocabulary=256, context=2 * tokens, head_dim=DIM)
+    generator = torch.Generator().manual_seed(0)
+    x, step = torch.randn(1, tokens, WIDTH), torch.randn(1, 1, WIDTH)
+    q, k, v = (torch.randn(1, tokens, HEADS, DIM) for _ in range(3))
+    ahead: Jobs = {BASE: forward(sdpa, q, k, v)}
+    back: Jobs = {BASE: backward(lambda: sdpa(q, k, v), (q, k, v))}
+    decode: Jobs = {BASE: forward(sdpa, q[:, :1].detach(), k.detach(), v.detach())}
+    for name in MIXERS:
+        layer = Layer(mixer=name, heads=HEADS, kv_heads=HEADS, window=WINDOW if name == "sliding" else 0)
+        shapes = mixer_shapes(name, WIDTH, HEADS, HEADS, frame)
+        weights = {part: initial(part, shape, generator) for part, shape in shapes.items()}
+        learnt = {part: weight.clone() for part, weight in weights.items()}
+        source = x.clone()
+        ahead[name] = forward(mixer, weights, x, layer, frame)
+        back[name] = backward(
+            lambda layer=layer, learnt=learnt, source=source: mixer(learnt, source, layer, frame)[0],
+            (source, *learnt.values()),
+        )
+        with torch.no_grad():
+            _, state = mixer(weights, x, layer, frame)
+        decode[name] = forward(mixer, weights, step, layer, frame, tokens, state)
+    return {
+        "forward": timed(ahead, rounds),
+        "forward_backward": timed(back, max(3, rounds // 2)),
+        "decode": timed(decode, rounds),
+    }
+
+
+def table(title: str, found: dict[int, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """Ratios to SDPA by name, for each length and kind of pass; SDPA's own line in milliseconds."""
+    columns = [(tokens, kind) for tokens, kinds in found.items() for kind in kinds]
+    short = {"forward": "fwd", "forward_backward": "f+b", "decode": "dec"}
+    names = dict.fromkeys(name for kinds in found.values() for jobs in kinds.values() for name in jobs)
+    lines = [f"{title:36}" + "".join(f"{f'{tokens} {short[kind]}':>10}" for tokens, kind in columns)]
+    for name in names:
+        key = "median_ms" if name == BASE else "ratio"
+        cells = (found[tokens][kind].get(name, {}).get(key) for tokens, kind in columns)
+        label = f"{name} (ms)" if name == BASE else name
+        lines.append(f"{label:36}" + "".join(f"{'-' if c is None else f'{c:.3f}':>10}" for c in cells))
+    return "\n".join(lines) + "\n\n"
+
+
+def main() -> int:
+    arguments = outcome.options(__doc__).parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.empty(7_000_000).fill_(0)  # 28 MB taken and given back: the allocator keeps its pages from here on
+    lengths = {256: 3, 1024: 3} if arguments.quick else ROUNDS
+    began = time.monotonic()
+    alone = {tokens: recurrences(tokens, rounds) for tokens, rounds in lengths.items()}
+    whole = {tokens: blocks(tokens, rounds) for tokens, rounds in lengths.items()}
+    shares = alone[1024]["forward"]
+    checks = {
+        f"{name}: {shares[name]['ratio']:.3f} of SDPA's time <= {goal}": shares[name]["ratio"] <= goal
+        for name, (_, _, goal, _) in RECURRENCES.items()
+        if goal is not None
+    }
+    sliding = shares["sliding"]["ratio"]
+    checks[f"sliding({WINDOW}): {sliding:.3f} of full attention's time <= {SLIDING_GOAL}"] = (
+        sliding <= SLIDING_GOAL
+    )
+    if not arguments.json:
+        sys.stdout.write(table("recurrence alone, share of SDPA", alone))
+        sys.stdout.write(table("mixer block, share of SDPA", whole))
+    body = {
+        "seconds": round(time.monotonic() - began, 1),
+        "setting": {"threads": 1, "batch": 1, "heads": HEADS, "head_dim": DIM, "width": WIDTH},
+        "recurrences": alone,
+        "blocks": whole,
+    }
+    return outcome.write("mixers", arguments, body, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

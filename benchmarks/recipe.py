@@ -1,0 +1,184 @@
+"""Claim: the training recipe beats random sampling at equal time, and which of its parts pay.
+
+Each variant trains the supernet of configs/spaces/small.yaml for the same number of seconds of one
+core, side by side where there are several; how many steps that makes is found by timing a few of its
+own steps, spread over its schedule. It is scored by the mean loss of 24 fixed architectures spread
+over the space, on the same held-out text, and, where an audit of the same space has trained
+architectures from scratch (--audit), by the rank correlation with those.
+
+Resumable: what is trained is kept under --runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outcome
+import torch
+from scipy.stats import kendalltau
+
+from search.spread import choose_spread, sample_pool
+from space import Architecture, Space, genome, load_space
+from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
+from supernet.checkpoint import latest_checkpoint
+from supernet.recipe import members
+from supernet.train import Trainer, load_supernet, training_inputs
+
+SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
+# The papers' sandwich trains its members together; ours lets them take turns. The rows after "in turn"
+# change one thing of it.
+TOGETHER = {"members": "together", "distillation": 0.0, "largest_only": 0.0, "sampled": 3}
+IN_TURN = {"members": "in turn", "distillation": 0.0, "largest_only": 0.0, "sampled": 7}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "random": {"rule": "random", "sampled": 1, "largest_only": 0.0},
+    "sandwich": TOGETHER,
+    "sandwich + distillation": TOGETHER | {"distillation": 0.5},
+    "in turn": IN_TURN,
+    "in turn + distillation": IN_TURN | {"distillation": 0.5},
+    "in turn + teacher largest": IN_TURN | {"distillation": 0.5, "teacher": "largest"},
+    "in turn + warm-up": IN_TURN | {"largest_only": 0.1},
+    "in turn + opening axes": IN_TURN | {"open_axes": 0.3},
+    "in turn, private q, k, v, o": IN_TURN,
+}
+TIMED = 12  # steps that are timed, spread over the schedule
+
+
+def variant_space(name: str) -> Space:
+    space = load_space(SPACE)
+    return space.model_copy(update={"sharing": "none"}) if "private" in name else space
+
+
+def settings(name: str, arguments: argparse.Namespace, steps: int) -> TrainConfig:
+    quick = {"batch": 2, "length": 64} if arguments.quick else {"batch": 4, "length": 256}
+    fixed = {"steps": steps, "threads": 1, "checkpoint_every": 200, "learning_rate": 3e-3}
+    return TrainConfig.model_validate(fixed | quick | VARIANTS[name])
+
+
+def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How many steps of each variant fit in its time, found once and then kept.
+
+    A few steps of every variant, spread over its schedule, are timed in turns: what else goes on
+    in the machine slows all of them alike.
+    """
+    path = arguments.runs / "plan.json"
+    if not path.exists():
+        torch.set_num_threads(1)
+        trainers = {}
+        for name in VARIANTS:
+            config = settings(name, arguments, 1000)
+            trainers[name] = Trainer(variant_space(name), config, load_corpus(config.data))
+            trainers[name].step(0)
+        spent = dict.fromkeys(VARIANTS, 0.0)
+        for step in np.linspace(0, 999, 3 if arguments.quick else TIMED).astype(int):
+            for name, trainer in trainers.items():
+                began = time.process_time()
+                trainer.step(int(step))
+                spent[name] += (time.process_time() - began) / (3 if arguments.quick else TIMED)
+        value = {
+            name: {"steps": max(2, round(arguments.seconds / each)), "seconds_per_step": each}
+            for name, each in spent.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def run_variant(name: str, arguments: argparse.Namespace) -> None:
+    """Train one variant in this process, on one thread."""
+    torch.set_num_threads(1)
+    folder = arguments.runs / name
+    steps = plan(arguments)[name]["steps"]
+    began = time.process_time(), time.monotonic()
+    train(variant_space(name), settings(name, arguments, steps), folder)
+    spent = {"cpu_s": time.process_time() - began[0], "wall_s": time.monotonic() - began[1]}
+    if not (folder / "spent.json").exists():
+        (folder / "spent.json").write_text(json.dumps(spent))
+
+
+def fixed_architectures(space: Space, count: int) -> list[Architecture]:
+    """Architectures spread over the space's axes."""
+    return genome.decode(space, choose_spread(space, sample_pool(space, 24), count))
+
+
+def score(name: str, arguments: argparse.Namespace, audited: dict[str, Any]) -> dict[str, Any]:
+    """The mean loss of the fixed architectures, and how the audited ones are ranked."""
+    folder = arguments.runs / name
+    space = variant_space(name)
+    config = settings(name, arguments, plan(arguments)[name]["steps"])
+    corpus = load_corpus(config.data)
+    checkpoint = latest_checkpoint(folder, training_inputs(space, config, corpus))
+    if checkpoint is None:
+        raise FileNotFoundError(folder)
+    supernet = load_supernet(space, checkpoint)
+    data = evaluation_set(corpus, 8 if arguments.quick else 48, config.length or space.context)
+
+    def losses(architectures: list[Architecture]) -> list[float]:
+        return [evaluate(supernet.weights(a), a, space.frame, data).loss_nats for a in architectures]
+
+    found = losses(fixed_architectures(space, 4 if arguments.quick else 24))
+    value: dict[str, Any] = {
+        **VARIANTS[name],
+        **plan(arguments)[name],
+        **json.loads((folder / "spent.json").read_text()),
+        "mean_loss_nats": float(np.mean(found)),
+        "worst_loss_nats": max(found),
+        "largest_loss_nats": losses([genome.largest(space)])[0],
+        "smallest_loss_nats": losses([genome.smallest(space)])[0],
+        "members": sum(len(members(space, config, s)) for s in range(config.steps)) / config.steps,
+    }
+    for part, rows in audited.items():
+        inside = losses([Architecture.from_json(row["architecture"]) for row in rows])
+        alone = [row["alone_loss_nats"] for row in rows]
+        value[f"tau_{part}"] = float(kendalltau(inside, alone).statistic)
+    return value
+
+
+def main() -> int:
+    parser = outcome.options(__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where variants are trained")
+    parser.add_argument("--seconds", type=float, default=480.0, help="of one core, for each variant")
+    parser.add_argument("--jobs", type=int, default=2, help="variants trained side by side, one core each")
+    parser.add_argument("--audit", type=Path, help="an audit.json of the same space")
+    parser.add_argument("--variant", choices=list(VARIANTS), help="train this one only, and do not score")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seconds = min(arguments.seconds, 5.0)
+    if arguments.variant:
+        run_variant(arguments.variant, arguments)
+        return 0
+
+    def start(name: str) -> None:
+        options = [f"--{k}={getattr(arguments, k)}" for k in ("runs", "seconds")]
+        quick = ["--quick"] if arguments.quick else []
+        subprocess.run([sys.executable, __file__, "--variant", name, *options, *quick], check=True)
+        sys.stderr.write(f"trained: {name}\n")
+
+    plan(arguments)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(start, VARIANTS))
+    audited = json.loads(arguments.audit.read_text())["sets"] if arguments.audit else {}
+    rows = {name: score(name, arguments, audited) for name in VARIANTS}
+    ours, random = rows["+ warm-up"]["mean_loss_nats"], rows["random"]["mean_loss_nats"]
+    checks = {
+        f"the recipe's mean loss {ours:.4f} is lower than random sampling's {random:.4f}": ours < random
+    }
+    if not arguments.json:
+        for name, row in rows.items():
+            taus = "".join(f"  {k} {v:.3f}" for k, v in row.items() if k.startswith("tau_"))
+            sys.stdout.write(
+                f"{name:28s} mean {row['mean_loss_nats']:.4f}  largest {row['largest_loss_nats']:.4f}  "
+                f"smallest {row['smallest_loss_nats']:.4f}  {row['steps']} steps{taus}\n"
+            )
+    body = {"seconds_of_one_core": arguments.seconds, "side_by_side": arguments.jobs, "variants": rows}
+    return outcome.write("recipe", arguments, body, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
