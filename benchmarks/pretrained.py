@@ -132,7 +132,7 @@ def curve(
     for step in range(config.steps + 1):
         if step % every == 0:
             loss = mean_loss(trainer.module, fixed_members(space, count), data)
-            rows.append({"tokens": step * BATCH * LENGTH, "loss_nats": loss})
+            rows.append({"tokens": sum(map(trainer.tokens, range(step))), "loss_nats": loss})
             if loss <= goal:
                 break
         if step < config.steps:

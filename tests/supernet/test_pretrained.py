@@ -466,7 +466,7 @@ def test_a_trained_llama_is_a_better_start(text_folder: Path, tmp_path: Path) ->
         scratch.step(step)
     started = Trainer(space, config.model_copy(update={"init": tmp_path}), corpus)
     started.prepare()
-    for step in range(config.steps // 2):
+    for step in range(config.steps - 2):  # fewer tokens
         started.step(step)
     assert isinstance(scratch.module, Supernet)
     assert isinstance(started.module, Supernet)
