@@ -29,7 +29,7 @@ from space.files import canonical_json, digest, file_digest, read_json, write_js
 from supernet import Checkpoint, Supernet, TrainConfig, evaluate, evaluation_set, load_corpus, train
 from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.checkpoint import latest_checkpoint
-from supernet.corpus import Corpus
+from supernet.corpus import Corpus, window_starts
 from supernet.evaluate import mqar_accuracy
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, read_submodel, write_submodel
@@ -130,6 +130,10 @@ class Run:
 
     def trained(self, reporter: Reporter, corpus: Corpus) -> Checkpoint:
         """The supernet's last checkpoint, trained where it is not there."""
+        settings = self.config.search
+        if corpus.recall < 1:  # what the search will evaluate on, refused now rather than after hours
+            windows = max(settings.windows, settings.front_windows)
+            window_starts(len(corpus.held_out), windows, self.config.train.length or self.space.context)
         root, inputs = self.folder / "supernet", training_inputs(self.space, self.config.train, corpus)
         found = latest_checkpoint(root, inputs)
         if found and found.step == self.config.train.steps:

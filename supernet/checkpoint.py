@@ -81,7 +81,8 @@ def save_checkpoint(
 
 def _folders(root: Path) -> list[Path]:
     """The checkpoint folders under a run's ``supernet``, newest first."""
-    return sorted((p for p in root.glob("step-*") if p.is_dir()), reverse=True)
+    found = {int(p.name[5:]): p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()}
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
 def latest_checkpoint(root: Path, inputs: Mapping[str, str]) -> Checkpoint | None:

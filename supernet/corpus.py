@@ -188,22 +188,23 @@ def train_windows(
     return np.asarray(tokens[starts[:, None] + np.arange(length + 1)], np.int64)
 
 
-def held_out_windows(tokens: NDArray[Any], count: int, length: int, seed: int = 0) -> NDArray[np.int64]:
-    """The fixed windows of an evaluation [count, length + 1]: evenly spaced, none overlapping another.
-
-    The seed shifts them all alike; by arithmetic, since a generator may change with numpy's version.
-    """
-    starts = window_starts(len(tokens), count, length, seed)
+def held_out_windows(tokens: NDArray[Any], count: int, length: int) -> NDArray[np.int64]:
+    """The fixed windows of an evaluation [count, length + 1]: evenly spaced, none overlapping another."""
+    starts = window_starts(len(tokens), count, length)
     return np.asarray(tokens[starts[:, None] + np.arange(length + 1)], np.int64)
 
 
-def window_starts(tokens: int, count: int, length: int, seed: int = 0) -> NDArray[np.int64]:
-    """Where the windows of :func:`held_out_windows` start in a text of so many tokens [count]."""
+def window_starts(tokens: int, count: int, length: int) -> NDArray[np.int64]:
+    """Where the windows of :func:`held_out_windows` start in a text of so many tokens [count].
+
+    Raises:
+        InputError: the text is too short for so many.
+    """
     stride = tokens // count
     if stride <= length:
         found = f"{tokens} tokens held out, {count} windows of {length + 1} need {count * (length + 1)}"
         raise InputError(f"data: {found}; ask for fewer or shorter ones, or {MORE}")
-    return seed * 7919 % (stride - length) + stride * np.arange(count)
+    return stride * np.arange(count)
 
 
 def _recall_alone(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:

@@ -35,11 +35,6 @@ class Quality:
     recall_loss_nats: float
     bits_per_byte: float | None = None
 
-    @property
-    def bits_per_token(self) -> float:
-        """The loss in bits; bits per byte where bytes are the tokens."""
-        return self.loss_nats / math.log(2)
-
     def to_json(self) -> dict[str, float | None]:
         """As a JSON value."""
         return asdict(self)

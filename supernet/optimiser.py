@@ -33,9 +33,15 @@ class PrefixAdamW:
     def step(
         self, parts: Mapping[str, tuple[int, ...]], gradients: Mapping[str, Tensor], rate: float, clip: float
     ) -> None:
-        """Update prefixes of these shapes; their gradients are scaled to a norm of at most ``clip``."""
+        """Update prefixes of these shapes; their gradients are scaled to a norm of at most ``clip``.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; nothing was changed.
+        """
         views = {name: prefix(gradients[name], shape) for name, shape in parts.items()}
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(views.values()))))
+        if not torch.isfinite(norm):
+            raise FloatingPointError("a gradient is not finite")
         torch._foreach_mul_(list(views.values()), (clip / (norm + 1e-6)).clamp(max=1.0))
         for matrices in (True, False):
             names = [name for name, shape in parts.items() if (len(shape) == 2) == matrices]

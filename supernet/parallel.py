@@ -1,7 +1,7 @@
 """Data-parallel training: several processes share every batch, through Ray Train.
 
 Each worker builds the same :class:`~supernet.train.Trainer`, takes its rows of every batch and
-sums gradients with the others once a step; nothing else differs from training in one process, and
+sums gradients with the others before every update; nothing else differs from training in one process, and
 the checkpoints are the same files. A worker that dies is replaced: all go on from the last whole
 checkpoint. The folder of the training must be one that every worker sees.
 

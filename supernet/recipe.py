@@ -14,10 +14,10 @@ resumed takes the very same steps as one that was not.
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from space import Architecture, Space, genome
 from supernet.corpus import DataConfig
@@ -28,7 +28,7 @@ AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order in which they
 class TrainConfig(BaseModel):
     """How the supernet is trained."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     data: DataConfig = DataConfig()
     init: Path | None = None  # a LlamaForCausalLM folder to start from
@@ -47,13 +47,21 @@ class TrainConfig(BaseModel):
     largest_only: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of steps before the rule starts
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the teacher against the text
     teacher: Literal["same-step", "largest"] = "same-step"  # the step's maximal-size member, or largest()
-    open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps until all axes are open
+    open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps, after those, until all are open
     maximal_mixers: bool = True  # every second maximal-size member has linear mixers
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     threads: Annotated[int, Field(gt=0)] | None = None  # None: all cores
     workers: Annotated[int, Field(ge=0)] = 0  # data-parallel processes; 0 trains in this one
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.largest_only + self.open_axes >= 1:
+            raise ValueError("largest_only and open_axes leave no step that trains the whole space")
+        if self.rule == "random" and self.distillation:
+            raise ValueError("rule: random has no teacher, so distillation must be 0")
+        return self
 
 
 def member_count(config: TrainConfig, step: int) -> int:
@@ -106,16 +114,14 @@ def narrowed(space: Space, axes: tuple[str, ...]) -> Space:
         layer["kv_heads"] = layer["kv_heads"] and [kv_heads]
     if "ffn" in closed:
         layer["ffn"] = layer["ffn"][-1:]
-    if "mixer" in closed:
-        top = {layer.mixer for layer in genome.largest(space).layers}
-        layer["mixer"] = [m for m in layer["mixer"] if m in top]
-        value["hybrid"] |= {"ratios": ["full"], "linear_kinds": None, "local": "linear"}
-        layer["window"] = []
     return Space.model_validate(value)
 
 
 def _maximal(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Architecture:
-    """A member of maximal sizes whose ratio and linear mixer come from a shuffled cycle."""
+    """A member of maximal sizes whose ratio and linear mixer come from a shuffled cycle.
+
+    Local mixers that the ratio does not count (``hybrid.local: separate``) are left to the sampled members.
+    """
     depth = max(d for d, _ in space.patterns)
     ratios = [r for d, r in space.patterns if d == depth]
     linear = [i for i, (m, _) in enumerate(space.mixer_options) if i and space.mixer_class(m) == "linear"]
@@ -124,11 +130,12 @@ def _maximal(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Ar
         return genome.largest(space)
     cycle = np.random.default_rng([seed, turn // len(pairs), 2]).permutation(len(pairs))
     ratio, option = pairs[cycle[turn % len(pairs)]]
-    lay = genome.layout(space)
     genomes = genome.encode(space, [genome.largest(space)])
+    attention = next((i for i, (m, _) in enumerate(space.mixer_options) if m == "attention"), option)
     full = rng.permutation(space.slots) < space.full_count(ratio, space.slots)
-    full |= lay.forced
-    genomes[0, 1::3] = np.where(full, genomes[0, 1::3], option)
+    full |= genome.layout(space).forced
+    genomes[0, 1::3] = np.where(full, attention, option)
+    genomes[0, 2::3] = len(space.head_options) - 1
     return genome.decode(space, genome.repair(space, genomes, rng))[0]
 
 

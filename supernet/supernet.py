@@ -7,7 +7,6 @@ never a state, so that calls are pure.
 """
 
 from collections.abc import Mapping
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +99,7 @@ class Supernet(nn.Module):
 
         Args:
             architecture: a member of the space.
-            parameters: where to slice from instead of the supernet's own (a bf16 copy, say).
+            parameters: where to slice from instead of the supernet's own (the training's bf16 copies, say).
         """
         full = dict(self.named_parameters()) if parameters is None else parameters
         return {
@@ -118,7 +117,3 @@ class Supernet(nn.Module):
         """Run a sub-network: tokens [B, T] -> (logits [B, T, vocabulary], states)."""
         weights = self.weights(architecture)
         return forward(weights, architecture, self.space.frame, tokens, position=position, states=states)
-
-    def count(self) -> int:
-        """How many parameters the supernet has."""
-        return sum(prod(shape) for shape in supernet_shapes(self.space).values())

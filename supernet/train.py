@@ -2,7 +2,7 @@
 
 Both go the same way: the same batches, optimiser, schedule and checkpoints, so that what a
 sub-network reaches inside the supernet can be compared with what it reaches alone. With several
-workers each takes its rows of every batch and gradients are summed once a step, so that the
+workers each takes its rows of every batch and gradients are summed before every update, so that the
 result is that of one worker with the whole batch, up to rounding.
 """
 
@@ -23,7 +23,7 @@ from space import Architecture, InputError, Space, genome
 from space.blocks import Model, forward
 from space.files import canonical_json, digest, write_text
 from supernet.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, sole_writer
-from supernet.corpus import Corpus, load_corpus, require_fits, train_batch
+from supernet.corpus import Corpus, load_corpus, require_fits, train_batch, train_windows
 from supernet.optimiser import PrefixAdamW
 from supernet.pretrained import load_pretrained, pretrained_digest
 from supernet.recipe import TrainConfig, member_count, members, step_rate
@@ -138,8 +138,12 @@ class Trainer:
         """What precedes the first step: weights from elsewhere, where the configuration names some."""
         if self.config.init and isinstance(self.module, Supernet):
             rng = np.random.default_rng([self.config.seed, 4])
-            tokens, _ = train_batch(self.corpus, rng, 16, self.length)
-            load_pretrained(self.module, self.config.init, torch.from_numpy(tokens))
+            windows = (
+                train_windows(self.corpus.train, rng, 16, self.length)
+                if self.corpus.recall < 1
+                else train_batch(self.corpus, rng, 16, self.length)[0]
+            )
+            load_pretrained(self.module, self.config.init, torch.from_numpy(windows))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds; a parameter that was never used has no moments."""
@@ -192,12 +196,15 @@ class Trainer:
             add_gradients(slices, table, self.gradients)
             losses.append(self._summed(loss.detach(), step, architecture))
             if in_turn or i == len(chosen) - 1:
-                self._update(weights, parts, 1 if in_turn else len(chosen), step)
+                try:
+                    self._update(weights, parts, 1 if in_turn else len(chosen), step)
+                except FloatingPointError:
+                    raise self._refused("a gradient is not finite", step, architecture) from None
                 parts.clear()
-        row = {"loss_nats": losses[0]}
-        if sandwich:
-            row["smallest_nats"] = losses[1]
-        if len(chosen) > 2:
+        if not sandwich:
+            return {"loss_nats": sum(losses) / len(losses)}
+        row = {"loss_nats": losses[0], "smallest_nats": losses[1]}
+        if len(losses) > 2:
             row["sampled_nats"] = sum(losses[2:]) / len(losses[2:])
         return row
 
@@ -220,16 +227,21 @@ class Trainer:
         if self.workers > 1:
             dist.all_reduce(loss)
         if not torch.isfinite(loss):
-            raise InputError(
-                f"training: the loss became {float(loss)} at step {step} for {architecture.describe()}; "
-                "the last checkpoint is kept; try a lower train.learning_rate"
-            )
+            raise self._refused(f"the loss became {float(loss)}", step, architecture)
         return float(loss)
+
+    @staticmethod
+    def _refused(what: str, step: int, architecture: Architecture) -> InputError:
+        return InputError(
+            f"training: {what} at step {step + 1} for {architecture.describe()}; "
+            "the last checkpoint is kept; try a lower train.learning_rate, in another folder"
+        )
 
     def _update(self, weights: Weights, parts: Mapping[str, tuple[int, ...]], count: int, step: int) -> None:
         """Take one step of the optimiser with the mean gradient of ``count`` members.
 
-        What no member used is left alone: no decay, no momentum. Cast weights follow.
+        What no member used is left alone: no decay, no momentum. Of members that share an update, that is
+        what lies outside the smallest rectangle around their prefixes. Cast weights follow.
         """
         if self.workers > 1:
             self._sum_over_workers([prefix(self.gradients[name], shape) for name, shape in parts.items()])
@@ -308,6 +320,7 @@ def take_steps(
     config, writes = trainer.config, trainer.rank == 0
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer is written before it is read
     found = latest_checkpoint(root, inputs)
     start = found.step if found else 0
     if found:
@@ -321,20 +334,23 @@ def take_steps(
         keep_metrics(log, start)
         scalars = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
     began, since = time.monotonic(), start
+    recent: dict[str, list[float]] = {}  # since the last row
     for step in range(start, config.steps):
-        losses = trainer.step(step)
+        for name, loss in trainer.step(step).items():
+            recent.setdefault(name, []).append(loss)
         done = step + 1
         if writes and scalars and (done % LOG_EVERY == 0 or done == config.steps):
             now = time.monotonic()
             row = {
                 "step": done,
                 "steps": config.steps,
-                **losses,
+                **{name: sum(losses) / len(losses) for name, losses in recent.items()},
                 "rate": step_rate(config, step),
                 "tokens": sum(trainer.tokens(step) for step in range(done)),
                 "tokens_per_second": round(sum(map(trainer.tokens, range(since, done))) / (now - began), 1),
             }
             began, since = now, done
+            recent.clear()
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             for name in row.keys() - {"step", "steps"}:

@@ -80,3 +80,12 @@ def test_what_is_unknown_is_shown_as_a_dash(monkeypatch: pytest.MonkeyPatch) -> 
     summary = {"text": text, "front": [], "verified": {}, "chosen": member, "limits": []}
     table = show.summary_tables(summary)[-1]
     assert [list(column.cells) for column in table.columns] == [["2.000"], ["-"], ["-"], ["-"]]
+
+
+def test_too_little_held_out_text_is_refused_before_training(text_folder: Path, tmp_path: Path) -> None:
+    the_run = run(tmp_path / "run", 256, path=text_folder, held_out=0.2)
+    settings = the_run.config.search.model_copy(update={"front_windows": 5000})
+    long = Run(the_run.folder, the_run.config.model_copy(update={"search": settings}), the_run.devices)
+    with pytest.raises(InputError, match="5000 windows of 33 need"):
+        quality(long)
+    assert not (tmp_path / "run" / "supernet").exists()

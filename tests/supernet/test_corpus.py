@@ -242,11 +242,10 @@ def test_the_digest_knows_all_that_a_batch_depends_on(library: Path) -> None:
     assert len(digests) == 5
 
 
-@pytest.mark.parametrize("seed", [0, 1, 12345])
 @pytest.mark.parametrize(("size", "count", "length"), [(250, 7, 20), (147, 7, 20), (21, 1, 20), (200, 3, 1)])
-def test_held_out_windows_are_spread_and_apart(size: int, count: int, length: int, seed: int) -> None:
+def test_held_out_windows_are_spread_and_apart(size: int, count: int, length: int) -> None:
     tokens = np.arange(size, dtype=np.uint8)
-    windows = held_out_windows(tokens, count, length, seed)
+    windows = held_out_windows(tokens, count, length)
     np.testing.assert_array_equal(windows, windows[:, :1] + np.arange(length + 1))
     assert np.diff(windows[:, 0]).tolist() == [size // count] * (count - 1)
     assert np.unique(windows).size == windows.size
@@ -255,6 +254,5 @@ def test_held_out_windows_are_spread_and_apart(size: int, count: int, length: in
 def test_held_out_windows_do_not_change() -> None:
     tokens = np.arange(100, dtype=np.uint8)
     assert held_out_windows(tokens, 3, 4)[:, 0].tolist() == [0, 33, 66]
-    assert held_out_windows(tokens, 3, 4, seed=1)[:, 0].tolist() == [2, 35, 68]
     with pytest.raises(InputError, match="100 tokens held out, 3 windows of 34 need 102; ask for fewer"):
         held_out_windows(tokens, 3, 33)

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from space import Space, genome
 from supernet.recipe import AXES, TrainConfig, _maximal, member_count, members, narrowed, open_axes, step_rate
@@ -72,7 +74,7 @@ def test_axes_open_one_at_a_time() -> None:
                 assert {layer.heads for layer in present} <= {2, 0}
 
 
-@pytest.mark.parametrize("axes", [AXES[:n] for n in range(1, 5)] + [("width", "depth"), ("ffn",)])
+@pytest.mark.parametrize("axes", [AXES[:n] for n in range(1, 5)])
 def test_a_narrowed_space_is_part_of_the_space(axes: tuple[str, ...]) -> None:
     space = tiny_space(mixer=["attention", "linear", "none"], heads=[1, 2], ffn=[0, 16], depth=[1, 2])
     inside = every_architecture(narrowed(space, axes))
@@ -97,6 +99,32 @@ def test_the_maximal_member_draws_every_mixer_evenly() -> None:
         )
         drawn.update({layer.mixer for layer in architecture.layers} - {"attention"})
     assert set(drawn.values()) == {4 * 2}
+
+
+@pytest.mark.parametrize("mixers", [["attention", "linear", "gla"], ["attention", "short_conv", "gla"]])
+def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]) -> None:
+    space = tiny_space(mixer=mixers, depth=[8], heads=[1, 2], ratios=[1, 3])
+    seen = set()
+    for turn in range(8):
+        architecture = _maximal(space, 0, turn, np.random.default_rng(turn))
+        seen.add(
+            (architecture.pattern.count("attention"), *sorted(set(architecture.pattern) - {"attention"}))
+        )
+        assert {layer.heads for layer in architecture.layers} <= {0, 2}
+    assert seen == {(count, mixer) for count in (2, 4) for mixer in mixers[1:]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"largest_only": 0.5, "open_axes": 0.5}, "leave no step"),
+        ({"rule": "random", "distillation": 0.5}, "has no teacher"),
+        ({"clip": float("inf")}, "finite"),
+    ],
+)
+def test_contradictions_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        TrainConfig.model_validate(settings)
 
 
 def test_the_rate_rises_then_falls() -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from space import InputError, Space, genome
+from space import Architecture, InputError, Space, genome
 from space.files import file_digest
-from supernet.checkpoint import latest_checkpoint
+from supernet.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.corpus import DataConfig, load_corpus
 from supernet.recipe import TrainConfig
-from supernet.train import Trainer, load_alone, load_supernet, member_loss, train, training_inputs
+from supernet.train import Trainer, Weights, load_alone, load_supernet, member_loss, train, training_inputs
 from tests.contracts import tiny_space
 
 
@@ -120,7 +121,34 @@ def test_half_a_checkpoint_does_not_exist(text: Path, tmp_path: Path) -> None:
         path.write_bytes(data)
     again = latest_checkpoint(tmp_path, inputs)
     assert again == whole
-    assert load_supernet(space, whole).count() > 0
+    load_supernet(space, whole)
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    for step in (999_900, 1_000_000, 1_000_100):
+        save_checkpoint(tmp_path, step, {"model": {}, "optimizer": {}}, {})
+    (tmp_path / "step-by-hand").mkdir()
+    found = latest_checkpoint(tmp_path, {})
+    assert found is not None
+    assert found.step == 1_000_100
+    assert sorted(p.name for p in tmp_path.glob("step-*0")) == ["step-1000000", "step-1000100"]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_used(text: Path) -> None:
+    """The loss is finite, its gradient is not: sqrt at 0."""
+    settings = config(text, rule="random", sampled=1, largest_only=0.0)
+    trainer = Trainer(small_space(), settings, load_corpus(settings.data))
+    logits = trainer._logits
+
+    def broken(weights: Weights, architecture: Architecture, tokens: Tensor) -> Tensor:
+        return logits(weights, architecture, tokens) + 0 * weights["norm"].sub(1).square().sum().sqrt()
+
+    trainer._logits = broken  # type: ignore[method-assign]
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    with pytest.raises(InputError, match=r"a gradient is not finite at step 1 for width"):
+        trainer.step(0)
+    for name, parameter in trainer.parameters.items():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_a_checkpoint_of_another_space_is_refused_by_both_names(text: Path, tmp_path: Path) -> None:
@@ -146,7 +174,7 @@ def test_not_finite_loss_stops_and_says_where(
         return original(self, step)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(InputError, match=r"step 4 .*width"):
+    with pytest.raises(InputError, match=r"step 5 .*width"):
         train(space, settings, tmp_path)
     found = latest_checkpoint(tmp_path, training_inputs(space, settings, load_corpus(settings.data)))
     assert found is not None
