@@ -80,13 +80,11 @@ def mean_loss(supernet: Supernet, architectures: list[Architecture], data: Evalu
 
 def small_members(space: Space, count: int) -> list[Architecture]:
     """Fixed architectures below the largest, with attention alone."""
-    only = space.model_copy(
-        update={
-            "layer": space.layer.model_copy(update={"mixer": ("attention",), "window": ()}),
-            "hybrid": space.hybrid.model_copy(update={"ratios": ("full",), "linear_kinds": None}),
-            "depth": space.depth[-2:],  # fewer layers would hide what the order does
-        }
-    )
+    value = space.model_dump(mode="json")
+    value["layer"] |= {"mixer": ["attention"], "window": []}
+    value["hybrid"] |= {"ratios": ["full"], "linear_kinds": None}
+    value["depth"] = value["depth"][-2:]  # fewer layers would hide what the order does
+    only = Space.model_validate(value)
     return genome.decode(only, genome.sample(only, np.random.default_rng(24), count))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import outcome
 
 from search.run import load_run_config
-from space import genome
+from space import Architecture, genome, load_space
 from supernet import evaluate, evaluation_set, load_corpus
 from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.checkpoint import latest_checkpoint
@@ -23,6 +23,7 @@ from supernet.train import load_supernet, training_inputs
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "small.yaml"
+SPACE = ROOT / "configs" / "spaces" / "small.yaml"
 WORKLOAD = "prefill@256"
 MINUTES, BITS_PER_BYTE, TAU = 40, 2.1, 0.75
 
@@ -53,7 +54,7 @@ def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
     data = evaluation_set(corpus, config.search.front_windows, config.train.length or space.context)
     supernet = load_supernet(space, checkpoint)
 
-    def bits(architecture: Any) -> float | None:
+    def bits(architecture: Architecture) -> float | None:
         weights = supernet.weights(architecture)
         return evaluate(weights, architecture, space.frame, data).bits_per_byte
 
@@ -63,8 +64,6 @@ def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
         "smallest": bits(genome.smallest(space)),
         "gzip": gzip_bits_per_byte(corpus.train, data.windows),
         "order2": order2_bits_per_byte(corpus.train, data.windows),
-        "architectures": genome.size(space),
-        "mixers": [m for m in space.layer.mixer if m != "none"],
     }
 
 
@@ -73,28 +72,34 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/ranking"), help="where it is trained")
     parser.add_argument("--steps", type=int, default=300, help="of each training alone")
     arguments = parser.parse_args()
-    run, devices, config = arguments.runs / "small", arguments.runs / "devices", CONFIG
+    run, devices, config = arguments.runs / "run", arguments.runs / "devices", CONFIG
     size = 12
     if arguments.quick:
         arguments.steps, size = 2, 3
-        config = arguments.runs / "quick.yaml"
+        run, config = arguments.runs / "quick", arguments.runs / "quick.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        space = CONFIG.parent / "spaces" / "small.yaml"
         config.write_text(
-            f"space: {space}\ntrain: {{steps: 2, batch: 2, length: 64}}\nsearch: {{front_windows: 4}}\n"
+            f"space: {SPACE}\ntrain: {{steps: 2, batch: 2, length: 64}}\nsearch: {{front_windows: 4}}\n"
         )
     formfit(devices, "train", str(config), "--out", str(run))
-    space = CONFIG.parent / "spaces" / "small.yaml"
-    formfit(devices, "profile", "--space", str(space), "--device", "here", "--workload", WORKLOAD)
+    formfit(devices, "profile", "--space", str(SPACE), "--device", "here", "--workload", WORKLOAD)
     options = ["--workload", WORKLOAD, "--steps", str(arguments.steps), "--size", str(size)]
     formfit(devices, "audit", "--supernet", str(run), "--device", "here", *options)
 
     audit = json.loads((run / "audit" / "audit.json").read_text())
     minutes = training_seconds(run / "supernet" / "metrics.jsonl") / 60
     text = text_quality(run, config)
+    space = load_space(SPACE)
+    mixers = [m for m in space.layer.mixer if m != "none"]
+    sizes = max(len(space.width), len(space.layer.ffn))
+    count, depths = genome.size(space), (min(space.depth), max(space.depth))
     taus = {name: judged["loss"]["kendall_tau"] for name, judged in audit["sets"].items()}
     checks = {
-        f"trained in {minutes:.1f} minutes <= {MINUTES}": minutes <= MINUTES,
+        f"{len(mixers)} mixers >= 7": len(mixers) >= 7,
+        f"{sizes} widths or FFN sizes >= 4": sizes >= 4,
+        f"depths {depths[0]} to {depths[1]}, 2 to 8 asked": depths == (2, 8),
+        f"{count:.1e} architectures > 1e15": count > 1e15,
+        f"its steps took {minutes:.1f} minutes <= {MINUTES}": minutes <= MINUTES,
         f"largest {text['largest']:.3f} bits per byte <= {BITS_PER_BYTE} (gzip -9: {text['gzip']:.3f})": text[
             "largest"
         ]

@@ -65,9 +65,10 @@ class Predictor:
         model = self.models.get(workload)
         if model is None:
             known = ", ".join(map(str, self.models))
+            options = " ".join(f"--workload {w}" for w in [*self.models, workload])
             raise InputError(
                 f"workload {workload}: not measured on this device (measured: {known}); "
-                f"`formfit profile --workload {workload}` measures it"
+                f"`formfit profile --space SPACE --device NAME {options}` measures it too"
             )
         factor = 1.0 if confidence is None else self.factor(workload, confidence)
 

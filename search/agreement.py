@@ -51,7 +51,7 @@ class Agreement:
     """What ranks the stand-alone losses of one set, and how well.
 
     ``kendall_tau`` and ``spearman_rho`` map each predictor's name to its agreement with the mean
-    stand-alone loss; ``two_seeds`` (absent with one seed) is the ceiling, the mean agreement of two
+    stand-alone loss; ``two_seeds`` (absent with one seed) is the mean agreement of two
     seeds' losses; ``supernet_minus_params`` is the paired difference of two taus.
     """
 
@@ -127,11 +127,11 @@ def verdict(found: Agreement, where: str) -> tuple[str, str]:
         found: the figures.
         where: what the set varies, such as ``over the axes``.
     """
-    tau, ceiling = found.kendall_tau["supernet"], found.kendall_tau.get("two_seeds")
+    tau, repeat = found.kendall_tau["supernet"], found.kendall_tau.get("two_seeds")
     apart = tau.low > 0 or tau.high < 0  # neither is true of what is undefined
-    if not apart and ceiling and not ceiling.low > 0:
+    if not apart and repeat and not repeat.low > 0:
         return "unclear", (
-            f"Nothing can be said {where}: two seeds of the same training agree with tau {ceiling}, "
+            f"Nothing can be said {where}: two seeds of the same training agree with tau {repeat}, "
             "no better than chance; train longer (--steps)."
         )
     if tau.high < 0:
@@ -152,5 +152,5 @@ def verdict(found: Agreement, where: str) -> tuple[str, str]:
         elif difference.high < 0:
             told = "is worse than"
         compared = f"it {told} parameter count alone, {params} (difference {difference})"
-    limit = f"two seeds agree with tau {ceiling}" if ceiling else "one seed gives no ceiling"
+    limit = f"two seeds agree with tau {repeat}" if repeat else "one seed cannot say how well two agree"
     return word, f"{text}: tau {tau}; {compared}; {limit}."

@@ -3,8 +3,9 @@
 Two sets of architectures are trained from scratch, one spread over the axes of the space, one at
 equal predicted latency: over the axes size alone ranks well, while a search needs the ranking most
 among architectures of one latency. Each is trained with the run's own batches, optimiser and
-schedule, and again with another seed: how well two seeds agree is the ceiling of what a supernet
-could reach. All are evaluated on the windows on which the supernet's sub-networks are.
+schedule, and again with another seed: how well two seeds agree says what can be asked of a ranking.
+It is no bound, since the supernet is held against the mean of both, which is less noisy. All are
+evaluated on the windows on which the supernet's sub-networks are.
 """
 
 import os
@@ -41,10 +42,10 @@ class AuditConfig(BaseModel):
 
     Attributes:
         size: architectures of each set.
-        seeds: trainings of each architecture; one gives no ceiling.
+        seeds: trainings of each architecture; with one, nothing says how well two agree.
         steps: of each training; None is a quarter of the run's.
         batch: rows of a step; None is the run's.
-        workload: at which predicted latencies are equal; None is prefill at the space's context.
+        workload: at which predicted latencies are equal; None is the first prefill that was measured.
         workers: trainings at a time; None is one a core.
         seed: of the choice of architectures and of the bootstrap.
     """
@@ -164,15 +165,18 @@ def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter)
 def _predictor(run: Run, config: AuditConfig, device: str) -> tuple[Workload, Predictor]:
     """The workload at which latencies are to be equal, and the predictor that says so."""
     threads = run.config.profile.threads
-    text = config.workload or f"prefill@{run.space.context}"
-    workload = Workload.parse(text if "threads=" in text else f"{text},threads={threads}")
     try:
         card = load_card(run.devices, device)
         path = card.predictor_path(run.space.name, "onnxruntime", threads, "fp32")
         predictor = load_predictor(path, run.space, profile_command(device))
     except InputError as error:
         raise InputError(f"audit: the set of equal latency needs a predictor: {error}") from None
-    predictor.cost(workload)  # refuses a workload that was not measured
+    text = config.workload
+    if text:
+        workload = Workload.parse(text if "threads=" in text else f"{text},threads={threads}")
+    else:
+        workload = next((w for w in predictor.models if w.phase == "prefill"), next(iter(predictor.models)))
+    predictor.cost(workload)  # refuses one that was not measured
     return workload, predictor
 
 

@@ -22,7 +22,7 @@ NAMES = {
     "supernet": "supernet",
     "params": "parameters",
     "flops": "FLOPs",
-    "two_seeds": "another seed",  # the ceiling
+    "two_seeds": "another seed",
 }
 AGREEMENT_COLUMNS = ["set", "loss", "ranked by", "Kendall's tau-b", "Spearman's rho"]
 COLOURS = ("#0072B2", "#D55E00")
@@ -67,11 +67,12 @@ def audit_section(run: Path, supernet: str) -> str:
 def findings(audit: Mapping[str, Any]) -> str:
     """The verdict, the figures and how they were found, as HTML."""
     settings = audit["settings"]
+    counts = " and ".join(str(len(audit["sets"][name]["architectures"])) for name in SETS)
     return (
         "<h2>Does the supernet rank as training from scratch does?</h2>"
         + "".join(f"<p>{escape(audit['sets'][name]['text'])}</p>" for name in SETS)
         + table(AGREEMENT_COLUMNS, [[escape(cell) for cell in row] for row in agreement_rows(audit)])
-        + f'<p class="note">{settings["architectures_per_set"]} architectures a set, each trained alone for '
+        + f'<p class="note">{counts} architectures, each trained alone for '
         f"{settings['steps']:,} steps of {settings['batch']} x {settings['length']} tokens, "
         f"{len(settings['seeds'])} seeds; equal latency: within {settings['within_percent']:.0f}% of "
         f"{audit['equal_latency_ms']:.3f} ms at {escape(settings['workload'])} on "

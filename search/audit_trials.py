@@ -114,8 +114,8 @@ def train_trials(
 
 
 def _size(space: Space, trial: Trial) -> int:
-    """FLOPs of reading one context."""
-    workload = Workload(phase="prefill", length=space.context)
+    """FLOPs of reading one row of its batches."""
+    workload = Workload(phase="prefill", length=trial.config.length or space.context)
     return flops(trial.architecture, workload, space.frame)
 
 

@@ -102,7 +102,6 @@ def train(
     from supernet import load_corpus
 
     the_run = stages.Run(out_dir, stages.load_run_config(config), context.obj)
-    the_run.save_config()
     found = the_run.trained(Bars(), load_corpus(the_run.config.train.data))
     value = {"checkpoint": str(found.folder), "step": found.step, "sha256": found.digest}
     show(value, as_json, lambda: [make_table("Supernet", list(value), [[str(v) for v in value.values()]])])
@@ -277,13 +276,13 @@ def audit(
         str | None, typer.Option(help="Whose predicted latencies are to be equal (default: the run's).")
     ] = None,
     workload: Annotated[
-        str | None, typer.Option(help="At which they are (default: prefill at the space's context).")
+        str | None, typer.Option(help="At which they are (default: the first prefill that was measured).")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of each training (default: a quarter of the run's).")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step (default: the run's).")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each; one gives no ceiling.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each; two show how well two agree.")] = 2,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trainings at a time (default: one a core).")
     ] = None,

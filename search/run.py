@@ -135,7 +135,8 @@ class Run:
             windows = max(settings.windows, settings.front_windows)
             window_starts(len(corpus.held_out), windows, self.config.train.length or self.space.context)
         root, inputs = self.folder / "supernet", training_inputs(self.space, self.config.train, corpus)
-        found = latest_checkpoint(root, inputs)
+        found = latest_checkpoint(root, inputs)  # refuses one of another training
+        self.save_config()
         if found and found.step == self.config.train.steps:
             reporter.skipped("train")
             return found
@@ -382,7 +383,6 @@ def execute(run: Run, reporter: Reporter) -> dict[str, Any]:
         InputError: something given is wrong.
         LimitError: a limit is impossible, or the chosen model missed one when measured.
     """
-    run.save_config()
     corpus = load_corpus(run.config.train.data)
     checkpoint = run.trained(reporter, corpus)
     predictor = run.profiled(reporter)
@@ -416,13 +416,18 @@ def open_supernet(run: Run, corpus: Corpus) -> Checkpoint:
     """The finished checkpoint of a run.
 
     Raises:
-        InputError: there is none, or it was made from other inputs.
+        InputError: there is none, it was made from other inputs, or the training is not at its end.
     """
     inputs = training_inputs(run.space, run.config.train, corpus)
     found = latest_checkpoint(run.folder / "supernet", inputs)
     if found is None:
         raise InputError(
             f"{run.folder}: no whole checkpoint; `formfit train CONFIG --out {run.folder}` makes it"
+        )
+    if found.step < run.config.train.steps:
+        raise InputError(
+            f"{run.folder}: the training stopped at step {found.step} of {run.config.train.steps}; "
+            f"`formfit train {run.folder}/config.yaml --out {run.folder}` goes on"
         )
     return found
 

@@ -44,7 +44,7 @@ class TrainConfig(BaseModel):
     # Each member of a step has rows of its own and changes the weights at once; or all share the rows
     # and one update, as in the papers.
     members: Literal["in turn", "together"] = "in turn"
-    largest_only: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of steps before the rule starts
+    largest_only: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps before the rule starts
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the teacher against the text
     teacher: Literal["same-step", "largest"] = "same-step"  # the step's maximal-size member, or largest()
     open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps, after those, until all are open

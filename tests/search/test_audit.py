@@ -81,7 +81,7 @@ def test_agreement_is_that_of_resampled_architectures() -> None:
 
 
 def test_undefined_figures_survive_json() -> None:
-    """Equal sizes rank nothing; one seed has no ceiling."""
+    """Equal sizes rank nothing; one seed is not compared with another."""
     found = agreement(np.arange(5.0)[None], {"supernet": np.arange(5.0), "params": np.ones(5)})
     assert "two_seeds" not in found.kendall_tau
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
@@ -89,7 +89,7 @@ def test_undefined_figures_survive_json() -> None:
     assert str(Estimate.from_json(value["kendall_tau"]["params"])) == "undefined"
     assert Estimate.from_json(value["kendall_tau"]["supernet"]) == Estimate(1.0, 1.0, 1.0)
     assert "parameter count cannot rank these" in verdict(found, "here")[1]
-    assert "one seed gives no ceiling" in verdict(found, "here")[1]
+    assert "one seed cannot say how well two agree" in verdict(found, "here")[1]
 
 
 VERDICTS = {  # supernet's tau, two seeds', supernet minus parameters -> word, text
@@ -103,10 +103,10 @@ VERDICTS = {  # supernet's tau, two seeds', supernet minus parameters -> word, t
 
 @pytest.mark.parametrize("word", VERDICTS)
 def test_verdicts_in_words(word: str) -> None:
-    tau, ceiling, difference, says, compares = VERDICTS[word]
+    tau, repeat, difference, says, compares = VERDICTS[word]
     taus = {"supernet": Estimate(*tau), "params": Estimate(0.7, 0.4, 0.9)}
-    if ceiling:
-        taus["two_seeds"] = Estimate(*ceiling)
+    if repeat:
+        taus["two_seeds"] = Estimate(*repeat)
     found = Agreement(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(*difference))
     given, text = verdict(found, "over the axes")
     assert given == word
@@ -249,7 +249,7 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
 def test_without_a_predictor_one_line_says_what_makes_it(trained: Run) -> None:
     for device, workload, expected in (
         ("moon", None, "audit: .* needs a predictor: .*`formfit profile --space SPACE --device moon`"),
-        ("desk", "prefill@32", "`formfit profile --workload prefill@32`"),
+        ("desk", "prefill@32", "--workload prefill@64 --workload prefill@32`"),
     ):
         with pytest.raises(InputError, match=expected) as found:
             audit(trained, AuditConfig(workload=workload), device, Quiet())
