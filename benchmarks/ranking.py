@@ -70,7 +70,8 @@ def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
 def main() -> int:
     parser = outcome.options(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/ranking"), help="where it is trained")
-    parser.add_argument("--steps", type=int, default=300, help="of each training alone")
+    parser.add_argument("--steps", type=int, default=320, help="of each training alone")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step of each training alone")
     arguments = parser.parse_args()
     run, devices, config = arguments.runs / "run", arguments.runs / "devices", CONFIG
     size = 12
@@ -82,8 +83,10 @@ def main() -> int:
             f"space: {SPACE}\ntrain: {{steps: 2, batch: 2, length: 64}}\nsearch: {{front_windows: 4}}\n"
         )
     formfit(devices, "train", str(config), "--out", str(run))
-    formfit(devices, "profile", "--space", str(SPACE), "--device", "here", "--workload", WORKLOAD)
-    options = ["--workload", WORKLOAD, "--steps", str(arguments.steps), "--size", str(size)]
+    if not (devices / "here" / "predictors").exists():  # profiling again would choose another second set
+        formfit(devices, "profile", "--space", str(SPACE), "--device", "here", "--workload", WORKLOAD)
+    options = ["--workload", WORKLOAD, "--size", str(size)]
+    options += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
     formfit(devices, "audit", "--supernet", str(run), "--device", "here", *options)
 
     audit = json.loads((run / "audit" / "audit.json").read_text())
@@ -116,16 +119,7 @@ def main() -> int:
         "training_minutes": minutes,
         "bits_per_byte": text,
         "audit": {key: audit[key] for key in ("verdict", "settings", "equal_latency_ms", "sets")},
-        "losses": [
-            {
-                "key": row["key"],
-                "sets": row["sets"],
-                "params": row["params"],
-                "supernet": row["supernet"]["loss_nats"],
-                "alone": [item["loss_nats"] for item in row["alone"]],
-            }
-            for row in audit["architectures"]
-        ],
+        "architectures": audit["architectures"],
     }
     return outcome.write("ranking", arguments, body, checks)
 

@@ -181,7 +181,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where variants are trained")
     parser.add_argument("--seconds", type=float, default=480.0, help="of one core, for each variant")
     parser.add_argument("--jobs", type=int, default=2, help="variants trained side by side, one core each")
-    parser.add_argument("--audit", type=Path, help="an audit.json of the same space")
+    parser.add_argument(
+        "--audit", type=Path, help="an audit.json of the same space, or what ranking.py wrote"
+    )
     parser.add_argument("--variant", choices=list(VARIANTS), help="train this one only, and do not score")
     arguments = parser.parse_args()
     if arguments.quick:
