@@ -34,10 +34,10 @@ from supernet.train import Trainer, load_supernet, training_inputs
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 # The papers' sandwich trains its members together; ours lets them take turns. The rows after "in turn"
 # change one thing of it.
-TOGETHER = {"members": "together", "distillation": 0.0, "largest_only": 0.0, "sampled": 3}
-IN_TURN = {"members": "in turn", "distillation": 0.0, "largest_only": 0.0, "sampled": 7}
+TOGETHER = {"members": "together", "distillation": 0.0, "largest_only": 0.0, "sampled": 3, "fair": False}
+IN_TURN = {"members": "in turn", "distillation": 0.0, "largest_only": 0.0, "sampled": 7, "fair": False}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "random": {"rule": "random", "sampled": 1, "largest_only": 0.0},
+    "random": {"rule": "random", "sampled": 1, "largest_only": 0.0, "fair": False},
     "sandwich": TOGETHER,
     "sandwich + distillation": TOGETHER | {"distillation": 0.5},
     "in turn": IN_TURN,
@@ -46,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in turn + warm-up": IN_TURN | {"largest_only": 0.1},
     "in turn + opening axes": IN_TURN | {"open_axes": 0.3},
     "in turn, private q, k, v, o": IN_TURN,
+    "in turn, fair": IN_TURN | {"fair": True},
+    "in turn, fair, private q, k, v, o": IN_TURN | {"fair": True},
 }
 TIMED = 108  # members that are timed, of steps spread over the schedule
 

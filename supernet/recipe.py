@@ -3,8 +3,8 @@
 The sandwich rule (Yu and Huang 2019) trains the maximal-size member, the smallest and a few
 sampled ones in every step. Every second step the maximal-size member is ``largest()``; on the
 others its mixers are drawn by a cycle over all (ratio, linear kind) pairs, so that linear
-mixers train at full size as often as each other (the fairness of FairNAS, Chu et al. 2021). Axes
-may be opened one at a time (Once-for-All, Cai et al. 2020).
+mixers train at full size as often as each other (the fairness of FairNAS, Chu et al. 2021); the
+sampled ones may be drawn fairly too. Axes may be opened one at a time (Once-for-All, Cai et al. 2020).
 
 Each part has a switch, and ``benchmarks/recipe.py`` measures what it is worth. Everything random
 in step n is drawn from a generator seeded with (seed, n), so that a run that was killed and
@@ -20,8 +20,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from space import Architecture, Space, genome
+from space.genome import Genomes
+from space.ops import depths
 from supernet.corpus import DataConfig
 
+CANDIDATES = 32  # genomes drawn for each member that is chosen
 AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order in which they are opened
 
 
@@ -41,6 +44,7 @@ class TrainConfig(BaseModel):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02  # share of steps in which the rate rises
     rule: Literal["sandwich", "random"] = "sandwich"  # random: the sampled members alone
     sampled: Annotated[int, Field(ge=0)] = 7
+    fair: bool = False  # sampled members of a step have every mixer about equally often
     # Each member of a step has rows of its own and changes the weights at once; or all share the rows
     # and one update, as in the papers.
     members: Literal["in turn", "together"] = "in turn"
@@ -77,13 +81,36 @@ def members(space: Space, config: TrainConfig, step: int) -> list[Architecture]:
         return [genome.largest(space)]
     rng = np.random.default_rng([config.seed, step, 1])
     opened = narrowed(space, open_axes(config, step))
+    draw = fair_sample if config.fair else genome.sample
     if config.rule == "random":
-        return genome.decode(opened, genome.sample(opened, rng, member_count(config, step)))
-    sampled = genome.decode(opened, genome.sample(opened, rng, config.sampled))
+        return genome.decode(opened, draw(opened, rng, member_count(config, step)))
+    sampled = genome.decode(opened, draw(opened, rng, config.sampled))
     first = genome.largest(space)
     if config.maximal_mixers and step % 2:
         first = _maximal(space, config.seed, step // 2, rng)
     return [first, genome.smallest(opened), *sampled]
+
+
+def fair_sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
+    """Draw genomes [count, G] that share their layers about equally among the mixers.
+
+    Drawn evenly over ratios, attention has several times the layers of any linear mixer, and what is
+    trained more looks better. Here depths are still drawn evenly, but of the drawn genomes of that depth
+    the one is taken that leaves the mixers' shares of all layers most alike.
+    """
+    if not count:
+        return genome.sample(space, rng, 0)
+    pool = genome.sample(space, rng, CANDIDATES * count)
+    depth, mixer = depths(pool), genome.split(pool)[1]
+    options = [i for i, (name, _) in enumerate(space.mixer_options) if i and name != "none"]
+    layers = np.stack([(mixer == option).sum(axis=1) for option in options], axis=1).astype(np.float64)
+    used, chosen = np.zeros(len(options)), []
+    for wanted in depth[:count]:
+        total = used + layers  # [N, options]
+        unevenness = (total**2).sum(axis=1) / np.maximum(total.sum(axis=1), 1) ** 2
+        chosen.append(int(np.where(depth == wanted, unevenness, np.inf).argmin()))
+        used = total[chosen[-1]]
+    return pool[chosen]
 
 
 def open_axes(config: TrainConfig, step: int) -> tuple[str, ...]:

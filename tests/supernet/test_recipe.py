@@ -1,6 +1,7 @@
 """The recipe: which architectures are trained, and how often."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,17 @@ import pytest
 from pydantic import ValidationError
 
 from space import Space, genome
-from supernet.recipe import AXES, TrainConfig, _maximal, member_count, members, narrowed, open_axes, step_rate
+from supernet.recipe import (
+    AXES,
+    TrainConfig,
+    _maximal,
+    fair_sample,
+    member_count,
+    members,
+    narrowed,
+    open_axes,
+    step_rate,
+)
 from tests.contracts import every_architecture, tiny_space
 
 
@@ -46,7 +57,7 @@ def test_members_of_a_step() -> None:
 
 def test_every_member_is_of_the_space() -> None:
     space = wide_space()
-    for changes in ({}, {"open_axes": 0.8}, {"rule": "random"}):
+    for changes in ({}, {"open_axes": 0.8}, {"rule": "random"}, {"fair": True}):
         settings = TrainConfig(steps=200, largest_only=0.0).model_copy(update=changes)
         chosen = [a for step in range(200) for a in members(space, settings, step)]
         assert genome.contains(space, genome.encode(space, chosen)).all()
@@ -99,6 +110,32 @@ def test_the_maximal_member_draws_every_mixer_evenly() -> None:
         )
         drawn.update({layer.mixer for layer in architecture.layers} - {"attention"})
     assert set(drawn.values()) == {4 * 2}
+
+
+def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
+    kinds = ["linear", "retnet", "mamba2", "gla", "kda"]
+    space = tiny_space(
+        mixer=["attention", *kinds, "none"],
+        depth=[2, 4, 6, 8],
+        ratios=["full", 1, 3, "linear"],
+        linear_kinds=2,
+    )
+
+    def shares(draw: Callable[..., Any]) -> Counter[str]:
+        layers: Counter[str] = Counter()
+        for step in range(40):
+            members = genome.decode(space, draw(space, np.random.default_rng(step), 7))
+            layers.update(mixer for a in members for mixer in a.pattern)
+        return layers
+
+    plain, fair = shares(genome.sample), shares(fair_sample)
+    assert plain["attention"] > 4 * max(plain[kind] for kind in kinds)
+    assert fair["attention"] < 2 * min(fair[kind] for kind in kinds)
+    drawn = fair_sample(space, np.random.default_rng(0), 200)
+    assert genome.contains(space, drawn).all()
+    depths = Counter(a.depth for a in genome.decode(space, drawn))
+    assert min(depths.values()) > 30  # of 200 over four
+    assert len(fair_sample(space, np.random.default_rng(0), 0)) == 0
 
 
 @pytest.mark.parametrize("mixers", [["attention", "linear", "gla"], ["attention", "short_conv", "gla"]])
