@@ -320,7 +320,6 @@ def take_steps(
     config, writes = trainer.config, trainer.rank == 0
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer is written before it is read
     found = latest_checkpoint(root, inputs)
     start = found.step if found else 0
     if found:
