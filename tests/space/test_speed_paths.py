@@ -37,8 +37,12 @@ def compare(ours: Any, plain: Any, inputs: tuple[Tensor, ...]) -> None:
     weights = drawn(*actual.shape, seed=9)
     actual.backward(weights)
     expected.backward(weights.double())
+    largest = max(float(b.grad.abs().max()) for b in leaves[1])
     for i, (a, b) in enumerate(zip(*leaves, strict=True)):
-        assert_close(f"gradient of input {i}", a.grad, b.grad, SINGLE)
+        if b.grad.any():
+            assert_close(f"gradient of input {i}", a.grad, b.grad, SINGLE)
+        else:  # a window of one token has no choice: nothing but the rounding of larger terms is left
+            assert float(a.grad.abs().max()) <= SINGLE * largest
 
 
 # The convolution.
