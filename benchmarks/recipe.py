@@ -34,10 +34,10 @@ from supernet.train import Trainer, load_supernet, training_inputs
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 # The papers' sandwich trains its members together; ours lets them take turns. The rows after "in turn"
 # change one thing of it.
-TOGETHER = {"members": "together", "distillation": 0.0, "largest_only": 0.0, "sampled": 3, "fair": False}
-IN_TURN = {"members": "in turn", "distillation": 0.0, "largest_only": 0.0, "sampled": 7, "fair": False}
+TOGETHER = {"members": "together", "sampled": 3, "fair": False, "grow": 0.0}
+IN_TURN = {"members": "in turn", "sampled": 7, "fair": False, "grow": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "random": {"rule": "random", "sampled": 1, "largest_only": 0.0, "fair": False},
+    "random": {"rule": "random", "sampled": 1, "fair": False, "grow": 0.0},
     "sandwich": TOGETHER,
     "sandwich + distillation": TOGETHER | {"distillation": 0.5},
     "in turn": IN_TURN,
@@ -45,45 +45,44 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in turn + teacher largest": IN_TURN | {"distillation": 0.5, "teacher": "largest"},
     "in turn + warm-up": IN_TURN | {"largest_only": 0.1},
     "in turn + opening axes": IN_TURN | {"open_axes": 0.3},
-    "in turn, private q, k, v, o": IN_TURN,
+    "in turn, shared q, k, v, o": IN_TURN,
     "in turn, fair": IN_TURN | {"fair": True},
-    "in turn, fair, private q, k, v, o": IN_TURN | {"fair": True},
+    "in turn, fair, growing": IN_TURN | {"fair": True, "grow": 0.4},
 }
+OFF = {"distillation": 0.0, "largest_only": 0.0, "open_axes": 0.0}  # unless a variant says otherwise
 TIMED = 108  # members that are timed, of steps spread over the schedule
 
 
 def variant_space(name: str) -> Space:
     space = load_space(SPACE)
-    return space.model_copy(update={"sharing": "none"}) if "private" in name else space
+    return space.model_copy(update={"sharing": "qkvo"}) if "shared" in name else space
 
 
 def settings(name: str, arguments: argparse.Namespace, steps: int) -> TrainConfig:
     quick = {"batch": 2, "length": 64} if arguments.quick else {"batch": 4, "length": 256}
     fixed = {"steps": steps, "threads": 1, "checkpoint_every": 200, "learning_rate": 3e-3}
-    return TrainConfig.model_validate(fixed | quick | VARIANTS[name])
+    return TrainConfig.model_validate(fixed | quick | OFF | VARIANTS[name])
 
 
-def plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How many steps of each variant fit in its time, found once and then kept.
+def plan(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """How many steps of a variant fit in its time, found once and then kept.
 
-    The middles of equal parts of every variant's schedule are timed, as many as make a hundred members:
+    The middles of equal parts of its schedule are timed, as many as make a hundred members:
     architectures differ in cost by a factor of ten.
     """
-    path = runs(arguments) / "plan.json"
+    path = runs(arguments) / name / "plan.json"
     if not path.exists():
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)  # as in training
-        value = {}
-        for name in VARIANTS:
-            config = settings(name, arguments, 1000)
-            trainer = Trainer(variant_space(name), config, load_corpus(config.data))
-            trainer.step(0)
-            count = 3 if arguments.quick else max(12, TIMED // member_count(config, config.steps - 1))
-            began = time.process_time()
-            for i in range(count):
-                trainer.step(int((i + 0.5) / count * config.steps))
-            each = (time.process_time() - began) / count
-            value[name] = {"steps": max(2, round(arguments.seconds / each)), "seconds_per_step": each}
+        config = settings(name, arguments, 1000)
+        trainer = Trainer(variant_space(name), config, load_corpus(config.data))
+        trainer.step(0)
+        count = 3 if arguments.quick else max(12, TIMED // member_count(config, config.steps - 1))
+        began = time.process_time()
+        for i in range(count):
+            trainer.step(int((i + 0.5) / count * config.steps))
+        each = (time.process_time() - began) / count
+        value = {"steps": max(2, round(arguments.seconds / each)), "seconds_per_step": each}
         write_text(path, json.dumps(value))
     found: dict[str, Any] = json.loads(path.read_text())
     return found
@@ -105,7 +104,7 @@ def run_variant(name: str, arguments: argparse.Namespace) -> None:
         return
     tries = sorted(folder.glob("try-*.json"))
     spent = sum(json.loads(path.read_text()) for path in tries)
-    steps = plan(arguments)[name]["steps"]
+    steps = plan(name, arguments)["steps"]
 
     def keep(_: Any = None) -> None:
         write_text(folder / f"try-{len(tries)}.json", json.dumps(time.process_time() - began))
@@ -126,7 +125,7 @@ def shipped() -> str:
     found = [
         name
         for name, changed in VARIANTS.items()
-        if "private" not in name and all(default[key] == value for key, value in changed.items())
+        if "shared" not in name and all(default[key] == value for key, value in (OFF | changed).items())
     ]
     if len(found) != 1:
         raise SystemExit(f"the defaults of TrainConfig are {len(found)} of the variants, not one")
@@ -150,7 +149,7 @@ def score(
     """The mean loss of the fixed architectures, and how the audited ones are ranked."""
     folder = runs(arguments) / name
     space = variant_space(name)
-    config = settings(name, arguments, plan(arguments)[name]["steps"])
+    config = settings(name, arguments, plan(name, arguments)["steps"])
     corpus = load_corpus(config.data)
     checkpoint = latest_checkpoint(folder, training_inputs(space, config, corpus))
     if checkpoint is None:
@@ -164,7 +163,7 @@ def score(
     found = losses(fixed_architectures(space, 4 if arguments.quick else 24))
     value: dict[str, Any] = {
         **VARIANTS[name],
-        **plan(arguments)[name],
+        **plan(name, arguments),
         **json.loads((folder / "spent.json").read_text()),
         "mean_loss_nats": float(np.mean(found)),
         "worst_loss_nats": max(found),
@@ -200,7 +199,6 @@ def main() -> int:
         subprocess.run([sys.executable, __file__, "--variant", name, *options, *quick], check=True)
         sys.stderr.write(f"trained: {name}\n")
 
-    plan(arguments)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(start, VARIANTS))
     audited = audited_rows(arguments.audit)

@@ -4,7 +4,9 @@ The sandwich rule (Yu and Huang 2019) trains the maximal-size member, the smalle
 sampled ones in every step. Every second step the maximal-size member is ``largest()``; on the
 others its mixers are drawn by a cycle over all (ratio, linear kind) pairs, so that linear
 mixers train at full size as often as each other (the fairness of FairNAS, Chu et al. 2021); the
-sampled ones may be drawn fairly too. Axes may be opened one at a time (Once-for-All, Cai et al. 2020).
+sampled ones may be drawn fairly too. Axes may be opened one at a time (Once-for-All, Cai et al. 2020);
+or depth grows: shallow architectures come first, which cost little, and matrices that write to the
+residual stream start at zero, so that a new layer changes nothing at first.
 
 Each part has a switch, and ``benchmarks/recipe.py`` measures what it is worth. Everything random
 in step n is drawn from a generator seeded with (seed, n), so that a run that was killed and
@@ -52,6 +54,7 @@ class TrainConfig(BaseModel):
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the teacher against the text
     teacher: Literal["same-step", "largest"] = "same-step"  # the step's maximal-size member, or largest()
     open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps, after those, until all are open
+    grow: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps in which depth rises to the space's
     maximal_mixers: bool = True  # every second maximal-size member has linear mixers
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     threads: Annotated[int, Field(gt=0)] | None = None  # None: all cores
@@ -63,6 +66,8 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.largest_only + self.open_axes >= 1:
             raise ValueError("largest_only and open_axes leave no step that trains the whole space")
+        if self.grow and self.largest_only + self.open_axes:
+            raise ValueError("grow begins with shallow members, largest_only and open_axes with deep ones")
         if self.rule == "random" and self.distillation:
             raise ValueError("rule: random has no teacher, so distillation must be 0")
         return self
@@ -76,31 +81,45 @@ def member_count(config: TrainConfig, step: int) -> int:
 
 
 def members(space: Space, config: TrainConfig, step: int) -> list[Architecture]:
-    """The architectures of a step: the maximal-size one first, then the smallest and the sampled."""
+    """The architectures of a step: the maximal-size one first, then the smallest and the sampled.
+
+    While depth grows, the first is the largest of those that were drawn.
+    """
     if step < config.largest_only * config.steps:
         return [genome.largest(space)]
     rng = np.random.default_rng([config.seed, step, 1])
     opened = narrowed(space, open_axes(config, step))
-    draw = fair_sample if config.fair else genome.sample
+    deepest = deepest_member(space, config, step)
+    count = member_count(config, step)
     if config.rule == "random":
-        return genome.decode(opened, draw(opened, rng, member_count(config, step)))
-    sampled = genome.decode(opened, draw(opened, rng, config.sampled))
+        return genome.decode(opened, draw_members(opened, rng, count, config.fair, deepest))
+    if deepest < allowed_depths(space)[-1]:  # no member has the maximal size yet
+        drawn = genome.decode(opened, draw_members(opened, rng, count - 1, config.fair, deepest))
+        first, *sampled = sorted(drawn, key=lambda a: (a.depth, a.width), reverse=True)
+        return [first, genome.smallest(opened), *sampled]
+    sampled = genome.decode(opened, draw_members(opened, rng, count - 2, config.fair, deepest))
     first = genome.largest(space)
     if config.maximal_mixers and step % 2:
         first = _maximal(space, config.seed, step // 2, rng)
     return [first, genome.smallest(opened), *sampled]
 
 
-def fair_sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
-    """Draw genomes [count, G] that share their layers about equally among the mixers.
+def draw_members(space: Space, rng: np.random.Generator, count: int, fair: bool, deepest: int) -> Genomes:
+    """Draw genomes [count, G] of at most so many layers, their depths evenly.
 
     Drawn evenly over ratios, attention has several times the layers of any linear mixer, and what is
-    trained more looks better. Here depths are still drawn evenly, but of the drawn genomes of that depth
-    the one is taken that leaves the mixers' shares of all layers most alike.
+    trained more looks better. If ``fair``, of many drawn genomes of a depth the one is taken that leaves
+    the mixers' shares of all layers most alike.
     """
-    if not count:
-        return genome.sample(space, rng, 0)
+    if not count or (deepest == allowed_depths(space)[-1] and not fair):
+        return genome.sample(space, rng, count)
     pool = genome.sample(space, rng, CANDIDATES * count)
+    pool = pool[depths(pool) <= deepest]
+    while len(pool) < count:
+        more = genome.sample(space, rng, CANDIDATES * count)
+        pool = np.concatenate([pool, more[depths(more) <= deepest]])
+    if not fair:
+        return pool[:count]
     depth, mixer = depths(pool), genome.split(pool)[1]
     options = [i for i, (name, _) in enumerate(space.mixer_options) if i and name != "none"]
     layers = np.stack([(mixer == option).sum(axis=1) for option in options], axis=1).astype(np.float64)
@@ -111,6 +130,19 @@ def fair_sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
         chosen.append(int(np.where(depth == wanted, unevenness, np.inf).argmin()))
         used = total[chosen[-1]]
     return pool[chosen]
+
+
+def allowed_depths(space: Space) -> list[int]:
+    """The depths that some architecture of a space has, in rising order."""
+    return sorted({depth for depth, _ in space.patterns})
+
+
+def deepest_member(space: Space, config: TrainConfig, step: int) -> int:
+    """How many layers the sampled members of a step have at most."""
+    allowed = allowed_depths(space)
+    if step >= config.grow * config.steps:
+        return allowed[-1]
+    return allowed[int(step / (config.grow * config.steps) * len(allowed))]
 
 
 def open_axes(config: TrainConfig, step: int) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The recipe: which architectures are trained, and how often."""
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,7 @@ from supernet.recipe import (
     AXES,
     TrainConfig,
     _maximal,
-    fair_sample,
+    draw_members,
     member_count,
     members,
     narrowed,
@@ -121,21 +120,41 @@ def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
         linear_kinds=2,
     )
 
-    def shares(draw: Callable[..., Any]) -> Counter[str]:
+    def shares(fair: bool) -> Counter[str]:
         layers: Counter[str] = Counter()
         for step in range(40):
-            members = genome.decode(space, draw(space, np.random.default_rng(step), 7))
+            drawn = draw_members(space, np.random.default_rng(step), 7, fair, 8)
+            members = genome.decode(space, drawn)
             layers.update(mixer for a in members for mixer in a.pattern)
         return layers
 
-    plain, fair = shares(genome.sample), shares(fair_sample)
+    plain, fair = shares(fair=False), shares(fair=True)
     assert plain["attention"] > 4 * max(plain[kind] for kind in kinds)
     assert fair["attention"] < 2 * min(fair[kind] for kind in kinds)
-    drawn = fair_sample(space, np.random.default_rng(0), 200)
+    drawn = draw_members(space, np.random.default_rng(0), 200, True, 8)
     assert genome.contains(space, drawn).all()
     depths = Counter(a.depth for a in genome.decode(space, drawn))
     assert min(depths.values()) > 30  # of 200 over four
-    assert len(fair_sample(space, np.random.default_rng(0), 0)) == 0
+    assert len(draw_members(space, np.random.default_rng(0), 0, True, 8)) == 0
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("rule", ["sandwich", "random"])
+def test_depth_grows(rule: str, fair: bool) -> None:
+    space = tiny_space(mixer=["attention", "linear", "gla", "none"], depth=[2, 4, 6, 8], ratios=["full", 1])
+    settings = TrainConfig.model_validate(
+        {"steps": 100, "grow": 0.4, "sampled": 7, "rule": rule, "fair": fair}
+    )
+    deepest = []
+    for step in range(0, 100, 5):
+        chosen = members(space, settings, step)
+        assert len(chosen) == member_count(settings, step)
+        assert genome.contains(space, genome.encode(space, chosen)).all()
+        deepest.append(max(a.depth for a in chosen))
+        if rule == "sandwich":
+            assert chosen[1] == genome.smallest(space)
+    assert deepest[:8] == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert set(deepest[8:]) <= ({8} if rule == "sandwich" else {4, 6, 8})
 
 
 @pytest.mark.parametrize("mixers", [["attention", "linear", "gla"], ["attention", "short_conv", "gla"]])
@@ -156,6 +175,7 @@ def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]
     [
         ({"largest_only": 0.5, "open_axes": 0.5}, "leave no step"),
         ({"rule": "random", "distillation": 0.5}, "has no teacher"),
+        ({"grow": 0.2, "open_axes": 0.2}, "grow begins"),
         ({"clip": float("inf")}, "finite"),
     ],
 )
