@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02  # share of steps in which the rate rises
     rule: Literal["sandwich", "random"] = "sandwich"  # random: the sampled members alone
     sampled: Annotated[int, Field(ge=0)] = 7
-    fair: bool = False  # sampled members of a step have every mixer about equally often
+    fair: bool = True  # sampled members of a step have every mixer about equally often
     # Each member of a step has rows of its own and changes the weights at once; or all share the rows
     # and one update, as in the papers.
     members: Literal["in turn", "together"] = "in turn"
@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the teacher against the text
     teacher: Literal["same-step", "largest"] = "same-step"  # the step's maximal-size member, or largest()
     open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps, after those, until all are open
-    grow: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps in which depth rises to the space's
+    grow: Annotated[float, Field(ge=0, lt=1)] = 0.4  # share of steps in which depth rises to the space's
     maximal_mixers: bool = True  # every second maximal-size member has linear mixers
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     threads: Annotated[int, Field(gt=0)] | None = None  # None: all cores
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
         if self.largest_only + self.open_axes >= 1:
             raise ValueError("largest_only and open_axes leave no step that trains the whole space")
         if self.grow and self.largest_only + self.open_axes:
-            raise ValueError("grow begins with shallow members, largest_only and open_axes with deep ones")
+            raise ValueError("largest_only and open_axes begin with deep members: set grow: 0 with them")
         if self.rule == "random" and self.distillation:
             raise ValueError("rule: random has no teacher, so distillation must be 0")
         return self
@@ -89,11 +89,11 @@ def members(space: Space, config: TrainConfig, step: int) -> list[Architecture]:
         return [genome.largest(space)]
     rng = np.random.default_rng([config.seed, step, 1])
     opened = narrowed(space, open_axes(config, step))
-    deepest = deepest_member(space, config, step)
+    deepest = deepest_member(opened, config, step)
     count = member_count(config, step)
     if config.rule == "random":
         return genome.decode(opened, draw_members(opened, rng, count, config.fair, deepest))
-    if deepest < allowed_depths(space)[-1]:  # no member has the maximal size yet
+    if deepest < allowed_depths(opened)[-1]:  # no member has the maximal size yet
         drawn = genome.decode(opened, draw_members(opened, rng, count - 1, config.fair, deepest))
         first, *sampled = sorted(drawn, key=lambda a: (a.depth, a.width), reverse=True)
         return [first, genome.smallest(opened), *sampled]

@@ -136,7 +136,7 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_used(text: Path) -> None:
     """The loss is finite, its gradient is not: sqrt at 0."""
-    settings = config(text, rule="random", sampled=1, largest_only=0.0)
+    settings = config(text, rule="random", sampled=1)
     trainer = Trainer(small_space(), settings, load_corpus(settings.data))
     logits = trainer._logits
 
@@ -200,7 +200,7 @@ def test_an_architecture_alone_trains_as_the_supernet_does(text: Path, tmp_path:
 
 def test_what_no_member_used_is_left_alone(text: Path) -> None:
     """No gradient, no momentum and no decay: the weights stay bit for bit."""
-    space, settings = small_space(), config(text, largest_only=0.5)
+    space, settings = small_space(), config(text, largest_only=0.5, grow=0.0)
     trainer = Trainer(space, settings, load_corpus(settings.data))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     for step in range(3):  # the largest alone
@@ -219,10 +219,10 @@ def test_the_parts_of_the_recipe_run(text: Path) -> None:
         {"members": "together", "teacher": "largest"},
         {"teacher": "largest"},
         {"distillation": 0.0},
-        {"open_axes": 0.9, "largest_only": 0.0},
+        {"open_axes": 0.9, "grow": 0.0},
         {"precision": "bf16"},
     ):
-        settings = config(text, largest_only=0.0).model_copy(update=changes)
+        settings = config(text).model_copy(update=changes)
         trainer = Trainer(space, settings, load_corpus(settings.data))
         for step in range(2):
             assert np.isfinite(trainer.step(step)["loss_nats"])
