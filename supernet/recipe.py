@@ -14,9 +14,10 @@ resumed takes the very same steps as one that was not.
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -54,13 +55,22 @@ class TrainConfig(BaseModel):
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the teacher against the text
     teacher: Literal["same-step", "largest"] = "same-step"  # the step's maximal-size member, or largest()
     open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps, after those, until all are open
-    grow: Annotated[float, Field(ge=0, lt=1)] = 0.4  # share of steps in which depth rises to the space's
+    # Share of steps in which the members' depth rises to the space's; 0 where nothing else is said and the
+    # training starts from a trained model or with its largest members.
+    grow: Annotated[float, Field(ge=0, lt=1)] = 0.4
     maximal_mixers: bool = True  # every second maximal-size member has linear mixers
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     threads: Annotated[int, Field(gt=0)] | None = None  # None: all cores
     workers: Annotated[int, Field(ge=0)] = 0  # data-parallel processes; 0 trains in this one
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grow_from_nothing(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and any(value.get(k) for k in ("init", "largest_only", "open_axes")):
+            return {"grow": 0.0, **value}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -38,7 +38,7 @@ def wide_space() -> Space:
 
 def test_members_of_a_step() -> None:
     space = wide_space()
-    settings = TrainConfig(steps=100, largest_only=0.1, grow=0.0, sampled=2)
+    settings = TrainConfig(steps=100, largest_only=0.1, sampled=2)
     assert members(space, settings, 5) == [genome.largest(space)]
     chosen = members(space, settings, 50)
     assert chosen[:2] == [genome.largest(space), genome.smallest(space)]
@@ -65,7 +65,7 @@ def test_every_member_is_of_the_space() -> None:
 def test_axes_open_one_at_a_time() -> None:
     space = wide_space()
     top = genome.largest(space)
-    settings = TrainConfig(steps=1000, largest_only=0.1, open_axes=0.5, grow=0.0, maximal_mixers=False)
+    settings = TrainConfig(steps=1000, largest_only=0.1, open_axes=0.5, maximal_mixers=False)
     opened = [open_axes(settings, step) for step in range(100, 1000)]
     assert [len(axes) for axes in opened] == sorted(len(axes) for axes in opened)
     assert set(opened) == {AXES[:n] for n in range(1, 6)}
@@ -173,7 +173,7 @@ def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"largest_only": 0.5, "open_axes": 0.5, "grow": 0.0}, "leave no step"),
+        ({"largest_only": 0.5, "open_axes": 0.5}, "leave no step"),
         ({"rule": "random", "distillation": 0.5}, "has no teacher"),
         ({"grow": 0.2, "open_axes": 0.2}, "set grow: 0"),
         ({"clip": float("inf")}, "finite"),

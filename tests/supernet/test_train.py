@@ -200,7 +200,7 @@ def test_an_architecture_alone_trains_as_the_supernet_does(text: Path, tmp_path:
 
 def test_what_no_member_used_is_left_alone(text: Path) -> None:
     """No gradient, no momentum and no decay: the weights stay bit for bit."""
-    space, settings = small_space(), config(text, largest_only=0.5, grow=0.0)
+    space, settings = small_space(), config(text, largest_only=0.5)
     trainer = Trainer(space, settings, load_corpus(settings.data))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     for step in range(3):  # the largest alone
