@@ -203,5 +203,16 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in "run space train profile search audit extract verify devices report".split():
+    for command in [
+        "run",
+        "space",
+        "train",
+        "profile",
+        "search",
+        "audit",
+        "extract",
+        "verify",
+        "devices",
+        "report",
+    ]:
         assert command in done.stdout
