@@ -6,8 +6,9 @@ Three things happen to them, none of which changes the function of ``largest()``
   their importance on a few windows: the size of their first-order effect on the loss (Molchanov et
   al. 2019). Mean absolute activations (Minitron, Muralidharan et al. 2024) order heads and FFN
   channels about as well, but residual channels no better than chance. The residual order is one
-  for the whole model; kv groups move with their query heads, which are sorted within the group too;
-  channels within a head stay, because RoPE pairs them.
+  for the whole model. kv groups move with their query heads, which are sorted within the group;
+  a group is a large part of a layer, where the first order misleads, so groups are ordered by the
+  loss without them. Channels within a head stay, because RoPE pairs them.
 - *Inheritance.* Every mixer takes over the Llama's q, k, v, o and pre-norm, as far as it has them.
 - *Alignment.* What a mixer does not share with attention is fitted, layer by layer, so that its
   residual contribution comes close to the attention's on the Llama's own hidden states.
@@ -56,14 +57,16 @@ AXES = {
 
 @dataclass(frozen=True)
 class Importance:
-    """How much the loss moves at first order when a part is scaled, in nats per token and fp64.
+    """How much the loss depends on a part, in nats per token and fp64.
 
-    The mean over tokens of |a * dL/da|, where a is the part's activation (Molchanov et al. 2019).
+    Of kv groups, the loss without the group less the loss with it. Of the others, the mean over tokens of
+    |a * dL/da|, where a is the part's activation (Molchanov et al. 2019).
     """
 
     residual: Tensor  # [width] a channel after every norm at once
     heads: Tensor  # [slots, heads]
     ffn: Tensor  # [slots, ffn]
+    groups: Tensor  # [slots, kv_heads]
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
         torch.zeros(sizes, dtype=torch.float64, device=windows.device)
         for sizes in ((architecture.width,), (slots, first.heads), (slots, first.ffn))
     ]
+    groups = torch.zeros(slots, first.kv_heads, dtype=torch.float64, device=windows.device)
     for batch in torch.split(windows, BATCH):
         places = (batch.shape[0], batch.shape[1] - 1)
         gates = [
@@ -139,8 +143,16 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
         loss = _gated_loss(weights, architecture, frame, batch, *gates)
         for total, effect in zip(totals, torch.autograd.grad(loss, gates), strict=True):
             total += effect.abs().double().sum((-3, -2))
+        with torch.no_grad():
+            residual, heads, hidden = gates
+            for slot, group in np.ndindex(slots, first.kv_heads):
+                without = heads.clone()
+                without[slot].unflatten(-1, (first.kv_heads, -1))[..., group, :] = 0
+                groups[slot, group] += (
+                    _gated_loss(weights, architecture, frame, batch, residual, without, hidden) - loss
+                )
     count = len(windows) * (windows.shape[1] - 1)
-    return Importance(*(total / count for total in totals))
+    return Importance(*(total / count for total in (*totals, groups)))
 
 
 def _gated_loss(
@@ -183,7 +195,7 @@ def reorder(
     places: list[dict[str, Tensor]] = []
     for slot in range(len(architecture.layers)):
         scores = found.heads[slot].reshape(first.kv_heads, group)
-        groups = _falling(scores.sum(1))  # [Hkv]
+        groups = _falling(found.groups[slot])  # [Hkv]
         heads = (groups[:, None] * group + _falling(scores[groups])).flatten()
         places.append(
             {

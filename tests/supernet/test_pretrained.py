@@ -117,7 +117,10 @@ def test_shards_and_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def effects(llama: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    """By hooks on an fp64 Llama: the mean over tokens of |dL/d(factor)| for every part of it."""
+    """By hooks on an fp64 Llama: for every part of it the mean over tokens of |dL/d(factor)|.
+
+    For kv groups, how much the loss grows when what their heads give is set to 0.
+    """
     llama = llama.double()
     config, layers = llama.config, llama.model.layers
     rows, length = tokens[:, 1:].shape
@@ -149,7 +152,25 @@ def effects(llama: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, np.ndarr
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     for hook in hooks:
         hook.remove()
-    return {name: part.grad.abs().mean((0, 1)).numpy() for name, part in parts.items()}
+    found = {name: part.grad.abs().mean((0, 1)).numpy() for name, part in parts.items()}
+
+    def loss_without(layer: Any, channels: slice) -> float:
+        def cut(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            left = given[0].clone()
+            left[..., channels] = 0
+            return (left,)
+
+        hook = layer.self_attn.o_proj.register_forward_pre_hook(cut)
+        with torch.no_grad():
+            logits = llama(tokens[:, :-1], use_cache=False).logits
+        hook.remove()
+        return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    each = config.num_attention_heads // config.num_key_value_heads * d
+    for i, layer in enumerate(layers):
+        places = [slice(g * each, (g + 1) * each) for g in range(config.num_key_value_heads)]
+        found[f"groups {i}"] = np.array([loss_without(layer, place) for place in places])
+    return found
 
 
 @pytest.mark.parametrize("shape", ["one kv head a head", "group of 2", "kv heads vary", "untied"])
@@ -179,7 +200,7 @@ def test_prefixes_hold_what_matters_most(shape: str, tmp_path: Path) -> None:
     for slot in range(space.slots):
         scores = found[f"heads {slot}"]
         members = [list(range(g * group, (g + 1) * group)) for g in range(layer.kv_heads)]
-        groups = falling([sum(scores[h] for h in heads) for heads in members])
+        groups = falling(found[f"groups {slot}"])
         heads = [members[g][i] for g in groups for i in falling([scores[h] for h in members[g]])]
         rows = [h * d + c for h in heads for c in range(d)]
         kv_rows = [g * d + c for g in groups for c in range(d)]
