@@ -4,7 +4,8 @@ Trains a small Llama with transformers, of the largest shape of configs/spaces/q
 it twice, with heads, channels and residual ordered by importance and without. Two things are held: small
 sub-networks (fixed ones with attention alone, so that only the order differs) lose less when ordered; and the
 supernet reaches the mean loss over fixed sub-networks that training from nothing ends with after fewer
-tokens of its own (the Llama's are not counted; they are shown). All on one thread.
+tokens of its own (the Llama's are not counted; they are shown, as are the losses of the largest). All on one
+thread.
 
 Resumable: the Llama and what each phase found are kept under --runs.
 """
@@ -130,7 +131,9 @@ def curve(
     for step in range(config.steps + 1):
         if step % every == 0:
             loss = mean_loss(trainer.module, fixed_members(space, count), data)
-            rows.append({"tokens": sum(map(trainer.tokens, range(step))), "loss_nats": loss})
+            largest = mean_loss(trainer.module, [genome.largest(space)], data)
+            tokens = sum(map(trainer.tokens, range(step)))
+            rows.append({"tokens": tokens, "loss_nats": loss, "largest_loss_nats": largest})
             if loss <= goal:
                 break
         if step < config.steps:
@@ -150,7 +153,7 @@ def main() -> int:
     parser = outcome.options(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/pretrained"), help="where phases are kept")
     parser.add_argument("--steps", type=int, default=160, help="of the supernet, from nothing")
-    parser.add_argument("--llama-steps", type=int, default=300)
+    parser.add_argument("--llama-steps", type=int, default=1500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.quick:
