@@ -22,7 +22,7 @@ from space import Architecture, genome, load_space
 from space.blocks import forward
 from supernet import Supernet, TrainConfig
 from supernet.supernet import add_gradients, leaves, sources
-from supernet.train import cast_matrices, matrix_type, member_loss
+from supernet.trainer import cast_matrices, matrix_type, member_loss
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 BATCH, LENGTH = 8, 256

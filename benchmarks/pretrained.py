@@ -30,7 +30,7 @@ from supernet.corpus import Corpus, DataConfig, train_batch
 from supernet.evaluate import EvaluationSet
 from supernet.pretrained import load_pretrained
 from supernet.supernet import Supernet
-from supernet.train import Trainer
+from supernet.trainer import Trainer
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"
 LENGTH, BATCH = 128, 8

@@ -29,7 +29,8 @@ from space.files import write_text
 from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
 from supernet.checkpoint import latest_checkpoint
 from supernet.recipe import member_count
-from supernet.train import Trainer, load_supernet, training_inputs
+from supernet.train import load_supernet, training_inputs
+from supernet.trainer import Trainer
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 # The papers' sandwich trains its members together; ours lets them take turns. The rows after "in turn"

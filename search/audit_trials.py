@@ -27,7 +27,8 @@ from supernet.corpus import Corpus
 from supernet.evaluate import EvaluationSet
 from supernet.parallel import ray_session
 from supernet.recipe import TrainConfig
-from supernet.train import Trainer, load_alone
+from supernet.train import load_alone
+from supernet.trainer import Trainer
 
 if TYPE_CHECKING:  # what the stages import, the processes that train here need not
     from search.run import Reporter, Stage

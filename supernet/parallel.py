@@ -1,6 +1,6 @@
 """Data-parallel training: several processes share every batch, through Ray Train.
 
-Each worker builds the same :class:`~supernet.train.Trainer`, takes its rows of every batch and
+Each worker builds the same :class:`~supernet.trainer.Trainer`, takes its rows of every batch and
 sums gradients with the others before every update; nothing else differs from training in one process, and
 the checkpoints are the same files. A worker that dies is replaced: all go on from the last whole
 checkpoint. The folder of the training must be one that every worker sees.
@@ -25,7 +25,7 @@ from space import Architecture, InputError, Space
 from supernet.checkpoint import latest_checkpoint, sole_writer
 from supernet.corpus import Corpus
 from supernet.recipe import TrainConfig
-from supernet.train import Trainer, keep_metrics, take_steps
+from supernet.trainer import Trainer, keep_metrics, take_steps
 
 RETRIES = 2  # how often a training goes on after losing a worker
 POLL = 0.25  # seconds between two looks at the metrics, or at the workers

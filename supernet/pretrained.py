@@ -133,6 +133,7 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
         torch.zeros(sizes, dtype=torch.float64, device=windows.device)
         for sizes in ((architecture.width,), (slots, first.heads), (slots, first.ffn))
     ]
+    each = first.heads // first.kv_heads
     groups = torch.zeros(slots, first.kv_heads, dtype=torch.float64, device=windows.device)
     for batch in torch.split(windows, BATCH):
         places = (batch.shape[0], batch.shape[1] - 1)
@@ -147,7 +148,7 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
             residual, heads, hidden = gates
             for slot, group in np.ndindex(slots, first.kv_heads):
                 without = heads.clone()
-                without[slot].unflatten(-1, (first.kv_heads, -1))[..., group, :] = 0
+                without[slot, ..., group * each : (group + 1) * each] = 0
                 groups[slot, group] += (
                     _gated_loss(weights, architecture, frame, batch, residual, without, hidden) - loss
                 )

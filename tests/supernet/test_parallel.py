@@ -27,7 +27,8 @@ from supernet.checkpoint import Checkpoint, latest_checkpoint, sole_writer
 from supernet.corpus import Corpus, DataConfig, load_corpus
 from supernet.parallel import train_parallel
 from supernet.recipe import TrainConfig
-from supernet.train import Trainer, train, training_inputs
+from supernet.train import train, training_inputs
+from supernet.trainer import Trainer
 from tests.numerics import assert_close
 from tests.supernet.test_train import config as base
 from tests.supernet.test_train import small_space

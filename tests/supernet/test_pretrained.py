@@ -20,7 +20,7 @@ from supernet.evaluate import evaluate, evaluation_set
 from supernet.pretrained import load_pretrained, pretrained_digest
 from supernet.recipe import TrainConfig
 from supernet.supernet import Supernet
-from supernet.train import Trainer
+from supernet.trainer import Trainer
 from tests.contracts import every_architecture, scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
 

@@ -18,7 +18,8 @@ from space.files import file_digest
 from supernet.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.corpus import DataConfig, load_corpus
 from supernet.recipe import TrainConfig
-from supernet.train import Trainer, Weights, load_alone, load_supernet, member_loss, train, training_inputs
+from supernet.train import load_alone, load_supernet, train, training_inputs
+from supernet.trainer import Trainer, Weights, member_loss
 from tests.contracts import tiny_space
 
 
