@@ -50,7 +50,7 @@ def two_layers(mixer: str) -> Architecture:
 
 def trained(architecture: Architecture, rate: float, steps: int, pairs: int) -> tuple[Model, int]:
     """A model and the steps it took, from so many pairs on: AdamW at a constant rate after a short rise."""
-    corpora = {count: load_corpus(DataConfig(recall=1.0, pairs=count)) for count in (2, 4, 8)}
+    corpus = load_corpus(DataConfig(recall=1.0, pairs=pairs))
     model = Model(architecture, FRAME, torch.Generator().manual_seed(SEED))
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), fused=True)
     recent: deque[float] = deque(maxlen=LAST)
@@ -59,7 +59,7 @@ def trained(architecture: Architecture, rate: float, steps: int, pairs: int) -> 
             group["lr"] = rate * min((step + 1) / WARMUP, 1)
         shorter = PAIRS // pairs
         rng = np.random.default_rng([SEED, step])
-        drawn = train_batch(corpora[pairs], rng, BATCH * shorter, LENGTH // shorter)
+        drawn = train_batch(corpus, rng, BATCH * shorter, LENGTH // shorter)
         tokens, targets = (torch.from_numpy(side) for side in drawn)
         logits, _ = model(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -73,6 +73,7 @@ def trained(architecture: Architecture, rate: float, steps: int, pairs: int) -> 
             if pairs == PAIRS:
                 return model, step + 1
             pairs *= 2
+            corpus = load_corpus(DataConfig(recall=1.0, pairs=pairs))
             recent.clear()
     return model, steps
 

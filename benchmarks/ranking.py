@@ -70,7 +70,7 @@ def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
 def main() -> int:
     parser = outcome.options(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/ranking"), help="where it is trained")
-    parser.add_argument("--steps", type=int, default=320, help="of each training alone")
+    parser.add_argument("--steps", type=int, default=600, help="of each training alone")
     parser.add_argument("--batch", type=int, default=4, help="rows of a step of each training alone")
     arguments = parser.parse_args()
     run, devices, config = arguments.runs / "run", arguments.runs / "devices", CONFIG
