@@ -6,10 +6,11 @@ fixed reference work (the anchors) between; an item's value is its time over the
 time around it. Drift that slows both alike cancels, and an item that stops early stays
 comparable with one that goes on.
 
-What other work on the machine does to a timing is one-sided: blocks are slowed for moments,
-never sped up. So a low quantile over rounds estimates the time of the work itself, where the
-median follows the neighbours; and the anchors are smoothed the same way over many visits,
-so that they follow the machine's slow drift and not its moments.
+What other work on the machine does to a timing is one-sided: it is slowed for moments, never
+sped up. So a block is timed in short samples, of which the quickest counts, and a low quantile over
+rounds estimates the time of the work itself, where the median follows the neighbours; and the
+anchors are smoothed the same way over many visits, so that they follow the machine's slow drift
+and not its moments.
 
 Footguns:
 
@@ -17,20 +18,22 @@ Footguns:
 - Anchors cancel only what they feel, and add what disturbs them alone: see docs/adr/0005.
 - Intervals cover the noise between rounds, not the scale ``anchor_reference`` that all items
   share: the machine's median speed in this run. Another run has another scale.
-- Few values lie beyond a low quantile: the nominal 95% intervals cover 83 to 91% at 20 to 40 rounds
-  in simulation, and a little over half at 8, so measure at least 20.
+- Few values lie beyond a low quantile: the nominal 95% intervals cover 82 to 92% at 40 to 120 rounds
+  in simulation, and 62% at 20, so measure at least 40.
 - A thread pool made before :func:`pinned` stays where it was: build sessions inside. numpy's
   BLAS has such a pool, which made a matmul anchor 8 times slower and erratic: hold it to one thread.
 """
+
+from __future__ import annotations
 
 import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,16 +49,17 @@ Run = Callable[[int], None]
 Clock = Callable[[], int]
 Progress = Callable[[int, int], None]
 
-ANCHOR_REACH = 10  # visits before and after that the anchors are smoothed over
+ANCHOR_REACH = 25  # visits before and after that the anchors are smoothed over
 MOST_LOOPS = 10**8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TimerConfig:
     """How long to measure.
 
     Attributes:
         block_ms: least length of an item's timed block, ms; each anchor takes a quarter of it.
+        sample_ms: least length of the samples that a block is timed in, ms.
         min_rounds: rounds that every item gets.
         max_rounds: rounds after which an item stops in any case.
         half_width: relative half-width of the interval at which an item stops.
@@ -66,6 +70,7 @@ class TimerConfig:
     """
 
     block_ms: float = 20.0
+    sample_ms: float = 0.2
     min_rounds: int = 8
     max_rounds: int = 30
     half_width: float = 0.015
@@ -77,7 +82,7 @@ class TimerConfig:
     def __post_init__(self) -> None:
         if not 2 <= self.min_rounds <= self.max_rounds:
             raise ValueError(f"expected 2 <= min_rounds {self.min_rounds} <= max_rounds {self.max_rounds}")
-        for name in ("block_ms", "half_width", "anchor_every", "settle", "settle_blocks"):
+        for name in ("block_ms", "sample_ms", "half_width", "anchor_every", "settle", "settle_blocks"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
 
@@ -141,30 +146,35 @@ class _Work:
 
     def __init__(self, name: str, run: Run, clock: Clock) -> None:
         self.name, self.run, self.clock = name, run, clock
-        self.loops, self.settled, self.switches = 1, False, 0
+        self.loops, self.samples, self.settled, self.switches = 1, 1, False, 0
         self.raw: list[float] = []
         self.middles: list[float] = []
         self.anchors: list[float] = []
 
     def block(self) -> tuple[float, float]:
-        """Time one block: seconds per loop, and the clock at its middle, ns."""
-        if self.loops > 1:
+        """Time one block: seconds per loop of its quickest sample, and the clock at its middle, ns."""
+        if self.loops * self.samples > 1:
             self.run(1)  # untimed, refills the caches: without it 16 MiB of decode weights read 2-3% slow
         collecting = gc.isenabled()
         gc.disable()
         try:
             switches, start = _switches(), self.clock()
-            self.run(self.loops)
-            end, self.switches = self.clock(), self.switches + _switches() - switches
+            quickest, end = math.inf, start
+            for _ in range(self.samples):
+                before = end
+                self.run(self.loops)
+                end = self.clock()
+                quickest = min(quickest, end - before)
+            self.switches += _switches() - switches
         finally:
             if collecting:
                 gc.enable()
-        return (end - start) * 1e-9 / self.loops, (start + end) / 2
+        return quickest * 1e-9 / self.loops, (start + end) / 2
 
     def prepare(self, block_ms: float, config: TimerConfig) -> None:
-        """Find the loops that fill a block; warm up until a pair of blocks agrees."""
+        """Find the loops that fill a sample and the samples of a block; warm up until two blocks agree."""
         self.run(1)  # the first run allocates
-        wanted = block_ms * 1e-3
+        wanted = min(config.sample_ms, block_ms) * 1e-3
         while (seconds := self.block()[0] * self.loops) < wanted:
             growth = min(10.0, 1.1 * wanted / seconds) if seconds > 0 else 10.0
             self.loops = max(self.loops + 1, int(self.loops * growth))
@@ -173,6 +183,7 @@ class _Work:
         for _ in range(config.settle_blocks):
             first, second = self.block()[0], self.block()[0]
             self.loops = max(1, math.ceil(wanted / min(first, second)))
+            self.samples = max(1, math.ceil(block_ms * 1e-3 / (self.loops * min(first, second))))
             self.settled = abs(first - second) <= config.settle * second
             if self.settled:
                 break
@@ -186,6 +197,7 @@ class _Work:
         return Timing(
             name=self.name,
             loops=self.loops,
+            samples=self.samples,
             values=tuple((np.divide(self.raw, self.anchors) * reference).tolist()),
             raw=tuple(self.raw),
             anchors=tuple(self.anchors),

@@ -3,17 +3,18 @@
 Kept as pyperf keeps its values (V. Stinner, https://pyperf.readthedocs.io).
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
-QUANTILE = 0.1  # see docs/adr/0005
+QUANTILE = 0.05  # see docs/adr/0005
 
 
 @lru_cache(maxsize=64)
@@ -32,12 +33,24 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True, kw_only=True)
+_KINDS = {  # of what is not a series of times
+    "name": (str,),
+    "loops": (int,),
+    "samples": (int,),
+    "steal_ms": (int, float, type(None)),
+    "involuntary_switches": (int, type(None)),
+    "settled": (bool,),
+    "wanted_half_width": (int, float),
+}
+
+
+@dataclass(frozen=True)
 class Timing:
     """All that was measured of one item.
 
     Attributes:
-        loops: runs of the work in one timed block.
+        loops: runs of the work in one timed sample.
+        samples: in a block, of which the quickest counts.
         values: one a round, drift-corrected s per loop: ``raw / anchors`` times the run's reference.
         raw: one a round, s per loop as the clock gave them.
         anchors: one a round, smoothed anchor time in s at the middle of the block.
@@ -49,6 +62,7 @@ class Timing:
 
     name: str
     loops: int
+    samples: int
     values: tuple[float, ...]
     raw: tuple[float, ...]
     anchors: tuple[float, ...]
@@ -103,7 +117,7 @@ class Timing:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Timing":
+    def from_json(value: Mapping[str, Any]) -> Timing:
         """Read a timing; the inverse of :meth:`to_json`.
 
         Raises:
@@ -111,12 +125,17 @@ class Timing:
         """
         try:
             series = {name: tuple(map(float, value[name])) for name in ("values", "raw", "anchors")}
-            return Timing(**{**value, **series})
-        except (KeyError, TypeError, ValueError) as error:
+            timing = Timing(**{**value, **series})
+            for name, kinds in _KINDS.items():
+                given = getattr(timing, name)
+                if type(given) not in kinds or (type(given) in (int, float) and not 0 <= given < math.inf):
+                    raise ValueError(f"{name} is {given!r}"[:80])
+            return timing
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a timing: {error}") from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measurements:
     """The timings of one run by item name, and what is known of the machine during it.
 
