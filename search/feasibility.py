@@ -12,12 +12,12 @@ are allowed cannot bind there, since the cheapest layer is of one kind.
 Several together: one integer programme a width over the counts (:func:`feasible`). The solver
 works to 1e-6 of what it is given, so its rows are scaled, and whatever it finds is priced
 again, exactly; where that still shows a bound passed, the found counts alone are cut away and
-the rest is searched on. Infinity in a table marks an op that cannot be had; peaks are never
-negative.
+the rest is searched on. A cost that is the greatest of several sums is bounded by bounding each.
+Infinity in a table marks an op that cannot be had; peaks are never negative.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -27,13 +27,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from search.limits import Limit, format_quantity
 from space import Architecture, LimitError, Space
-from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, layout, smallest
+from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, encode, layout, smallest
 from space.ops import Cost
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 ROOM = 1e-9  # relative: the order in which a sum is taken changes its last digits
 _SCALE = 1e4  # of costs over bounds: what the solver's tolerances of 1e-6 are small against
+_HALVED = 1e-6  # relative: how near the least greatest of sums is come
 _INFEASIBLE = 2  # milp's status
 _LACKS = "every architecture needs an op that the device lacks"
 
@@ -156,10 +157,46 @@ def _assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
 
 
 def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
-    """The least value of a cost in a space, exactly, and an architecture that has it.
+    """The least value of a cost in a space, and an architecture that has it.
 
-    The value is infinite where every architecture has an op of infinite cost (then all are least).
+    The value is exact for a sum, and within 1e-6 for the greatest of several sums. It is infinite where
+    every architecture has an op of infinite cost (then all are least).
     """
+    value, architecture = _least_sum(space, replace(cost, above=()))
+    if not cost.above or not np.isfinite(value):
+        return value, architecture
+    best = _lowered(space, cost, encode(space, [architecture]), [], [])
+    return float(cost(best)[0]), decode(space, best)[0]
+
+
+def _lowered(
+    space: Space, cost: Cost, best: Genomes, others: Sequence[Cost], bounds: Sequence[float]
+) -> Genomes:
+    """The genome [1, G] of the least greatest of sums, by halving; ``best`` has the least first sum."""
+    low, high = float(replace(cost, above=())(best)[0]), float(cost(best)[0])
+    while high > low * (1 + _HALVED):
+        middle = (low + high) / 2
+        costs, limits = _sums([cost, *others], [middle, *bounds])
+        found = _optimum(space, costs, limits, [1.0] + [0.0] * (len(costs) - 1))
+        if found is None:
+            low = middle
+        else:
+            best, high = found, float(cost(found)[0])
+    return best
+
+
+def _sums(costs: Sequence[Cost], bounds: Sequence[float]) -> tuple[list[Cost], list[float]]:
+    """The sums that each cost is the greatest of, the cost's own first, each with the cost's bound."""
+    pairs = [
+        (part, bound)
+        for cost, bound in zip(costs, bounds, strict=True)
+        for part in (replace(cost, above=()), *cost.above)
+    ]
+    return [part for part, _ in pairs], [bound for _, bound in pairs]
+
+
+def _least_sum(space: Space, cost: Cost) -> tuple[float, Architecture]:
+    """The least value of a sum in a space, exactly, and an architecture that has it."""
     tables = [_cheapest(space, _prices(space, cost, width)) for width in range(len(space.width))]
     width = int(np.argmin([totals.min() for totals, _, _ in tables]))
     totals, mixer_at, ffn_at = tables[width]
@@ -329,7 +366,8 @@ def feasible(space: Space, costs: Sequence[Cost], bounds: Sequence[float]) -> Ar
     """
     if min(bounds, default=0) <= 0:
         raise ValueError(f"bounds must be given and above 0, not {list(bounds)}")
-    genome = _optimum(space, costs, bounds, [1 / bound for bound in bounds])
+    sums, limits = _sums(costs, bounds)
+    genome = _optimum(space, sums, limits, [1 / bound for bound in limits])
     return None if genome is None else decode(space, genome)[0]
 
 
@@ -344,7 +382,7 @@ def certify(space: Space, asked: Sequence[Bounded]) -> None:
     alone = []
     for one in asked:
         value, architecture = least(space, one.cost)
-        if not within(value, one.bound):
+        if not within(value, one.bound) and (not one.cost.above or not _together(space, [one])):
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
             alone.append(f"{one.text} cannot be met: {reason}")
     if alone:
@@ -366,12 +404,14 @@ def _conflict(space: Space, some: Sequence[Bounded]) -> str:
     leasts = []
     for one in some:
         others = [other for other in some if other is not one]
-        costs, bounds = [one.cost, *(other.cost for other in others)], [np.inf, *(o.bound for o in others)]
-        genome = _optimum(space, costs, bounds, [1 / one.bound, *(0.0 for _ in others)])
+        costs, bounds = [other.cost for other in others], [other.bound for other in others]
+        sums, limits = _sums([replace(one.cost, above=()), *costs], [np.inf, *bounds])
+        genome = _optimum(space, sums, limits, [1 / one.bound] + [0.0] * (len(sums) - 1))
         met = " and ".join(other.limit.text for other in others)
         if genome is None:
             leasts.append(f"with {met}, {_LACKS}")
         else:
+            genome = _lowered(space, one.cost, genome, costs, bounds)
             value = _has(one.show(float(one.cost(genome)[0])), decode(space, genome)[0])
             leasts.append(f"with {met}, the least {one.limit.subject} is {value}")
     names = f"{', '.join(one.text for one in some[:-1])} and {some[-1].text}"

@@ -68,6 +68,11 @@ def op_state_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     return FLOAT * sum(prod(shape) for shape in shapes.values())
 
 
+def op_held_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+    """Bytes of an op's weights, and of its states once a workload's tokens are read."""
+    return FLOAT * op_params(op, frame) + op_state_bytes(op, workload, frame)
+
+
 def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     """Bytes of the values that stand side by side at the widest node of an op's graph.
 
@@ -134,5 +139,5 @@ def params_cost(space: Space) -> Cost:
 def memory_cost(space: Space, workload: Workload) -> Cost:
     """Bytes of each genome: weights, states after the workload, peak activations."""
     frame = space.frame
-    held = OpTables(space, lambda op: FLOAT * op_params(op, frame) + op_state_bytes(op, workload, frame))
+    held = OpTables(space, lambda op: op_held_bytes(op, workload, frame))
     return Cost(held, peak=OpTables(space, lambda op: op_activation_bytes(op, workload, frame)))

@@ -41,6 +41,13 @@ class Op:
         )
         return "-".join([self.kind, *(f"{letter}{value}" for letter, value in letters if value)])
 
+    @staticmethod
+    def parse(key: str) -> "Op":
+        """The op of a :attr:`key`."""
+        kind, *sizes = key.split("-")
+        names = {"w": "width", "h": "heads", "k": "kv_heads", "n": "window", "f": "ffn"}
+        return Op(kind=kind, **{names[size[0]]: int(size[1:]) for size in sizes})
+
     @property
     def layer(self) -> Layer:
         """The layer that has only this op in it."""
@@ -166,7 +173,8 @@ class Cost:
 
     ``constant + per_layer * depth + sum over ops of table``, plus ``once_full`` where a layer has
     full attention (what such layers share is paid once), plus, where there is a ``peak``, the
-    greatest of it over the ops.
+    greatest of it over the ops. Where there are costs ``above``, the greatest of this one and these: so
+    a convex function of several sums is still made of sums.
     """
 
     table: OpTables
@@ -174,10 +182,15 @@ class Cost:
     per_layer: float = 0.0
     once_full: float = 0.0
     peak: OpTables | None = None
+    above: tuple["Cost", ...] = ()
 
     def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
         """The cost of each genome: [N]."""
         total = self.constant + self.per_layer * depths(genomes) + self.table.totals(genomes)
         if self.once_full:
             total += self.once_full * has_full(self.table.space, genomes)
-        return total if self.peak is None else total + self.peak.greatest(genomes)
+        if self.peak is not None:
+            total += self.peak.greatest(genomes)
+        for other in self.above:
+            total = np.maximum(total, other(genomes))
+        return total

@@ -133,6 +133,56 @@ def test_least_is_that_of_brute_force(name: str, style: str) -> None:
         assert cost(row)[0] == value
 
 
+def greatest_of(space: Space, rng: np.random.Generator, style: str, count: int) -> Cost:
+    """The greatest of so many random sums."""
+    first, *others = (random_cost(space, rng, style) for _ in range(count))
+    return replace(first, above=tuple(others))
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_greatest_of_sums_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(5)
+    bent = 0
+    for _ in range(3):
+        cost = greatest_of(space, rng, style, 3)
+        parts = priced([replace(cost, above=()), *cost.above], genomes)
+        values = priced([cost], genomes)
+        assert np.array_equal(values[:, 0], parts.max(axis=1))
+        value, architecture = least(space, cost)
+        assert value == pytest.approx(values.min(), rel=2e-6)
+        assert cost(encode(space, [architecture]))[0] == value
+        bent += parts[parts[:, 0].argmin()].max() > parts[:, 0].min()
+        other = random_cost(space, rng, style)
+        both = priced([cost, other], genomes)
+        for bounds in bounds_to_try(both, rng):
+            kept = (both <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(both).all(axis=1)
+            assert (feasible(space, [cost, other], list(bounds)) is not None) == kept.any()
+    assert bent  # in some, the least of the first sum is not the answer
+
+
+def test_the_greatest_of_sums_is_refused_with_what_it_can_reach() -> None:
+    name = "no FFN"
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(6)
+    for _ in range(5):
+        costs = [greatest_of(space, rng, "any", 3) for _ in range(2)]
+        values = priced(costs, genomes)
+        low = values.min(axis=0)
+        asked = asked_of(costs, low * [0.999, 2.0])
+        message = refusal(space, asked)
+        assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in message
+        certify(space, asked_of(costs[:1], low[:1]))
+        bounds = low * [1.0, 1.0]
+        bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
+        if bounds[1] > low[1]:
+            message = refusal(space, asked_of(costs, bounds))
+            assert "cannot be met together" in message
+            reached = priced(costs, named_architectures(message, name))
+            assert reached[1, 1] == pytest.approx(bounds[1] / 0.999, rel=1e-5)
+
+
 def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
     """Bounds about what can be met: those of an architecture, its neighbourhood, hopeless and easy ones.
 
