@@ -5,4 +5,12 @@ from latency.predictor import Predictor, load_predictor
 from latency.profile import ProfileConfig, profile
 from latency.runtime import OnnxRuntime
 
-__all__ = ["Card", "OnnxRuntime", "Predictor", "ProfileConfig", "load_card", "load_predictor", "profile"]
+__all__ = [
+    "Card",
+    "OnnxRuntime",
+    "Predictor",
+    "ProfileConfig",
+    "load_card",
+    "load_predictor",
+    "profile",
+]

@@ -1,7 +1,7 @@
 """The device card: everything known of one device, as plain files in one folder.
 
-``device.json`` holds the fingerprint and the anchor time that all its latencies refer to,
-``ops.parquet`` and ``models.parquet`` what was measured, ``predictors/`` what was fitted.
+``device.json`` holds the fingerprint and the times of the reference work that its latencies refer to,
+``ops.parquet``, ``models.parquet`` and ``memory.parquet`` what was measured, ``predictors/`` what was fitted.
 Ops of every space accumulate.
 """
 
@@ -13,12 +13,13 @@ from typing import Any
 
 import pandas as pd
 
+from latency.reference import reference_seconds
+from latency.timing import Timing
 from space import InputError
 from space.files import read_json, write_json
 from space.tables import read_table, write_table
 
 KIND = "device card"
-TABLES = ("ops", "models")
 
 
 @dataclass
@@ -27,29 +28,41 @@ class Card:
 
     folder: Path
     fingerprint: dict[str, Any]
-    anchor_reference: float | None = None  # s; None until something was measured
+    references: dict[str, float] = field(default_factory=dict)  # s, by phase and threads: the card's units
     measured: str | None = None  # when, UTC
     problems: list[str] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)  # mixers that its runtime lacks, and why
+    noise: float | None = None  # relative difference between timings of the same work; see latency.reference
 
     @property
     def name(self) -> str:
         """The device's name: that of its folder."""
         return self.folder.name
 
+    def scale(self, threads: int, timings: Mapping[str, Timing]) -> dict[str, float]:
+        """What a run's seconds are times to be the card's, by phase; the first run gives the units."""
+        return {
+            phase: self.references.setdefault(f"{phase}-t{threads}", seconds) / seconds
+            for phase, seconds in reference_seconds(timings).items()
+        }
+
     def save(self) -> None:
         """Write ``device.json``."""
+        self.problems = self.problems[-50:]
         self.measured = datetime.now(UTC).isoformat(timespec="seconds")
         body = {
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "anchor_reference_seconds": self.anchor_reference,
+            "reference_seconds": self.references,
             "measured": self.measured,
             "problems": self.problems,
+            "unsupported": self.unsupported,
+            "noise": self.noise,
         }
         write_json(self.folder / "device.json", KIND, {}, body)
 
     def table(self, name: str) -> pd.DataFrame:
-        """``ops`` or ``models``; empty where nothing was measured."""
+        """``ops``, ``models`` or ``memory``; empty where nothing was measured."""
         path = self.folder / f"{name}.parquet"
         return (
             read_table(path, f"device {name}", profile_command(self.name))[0]
@@ -59,7 +72,7 @@ class Card:
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a table; a row of the same identity replaces the older one."""
-        identity = [k for k in rows[0] if k not in ("seconds", "half_width", "intercept", "timing")]
+        identity = [k for k in rows[0] if k not in ("seconds", "half_width", "intercept", "timing", "bytes")]
         table = pd.concat([self.table(name), pd.DataFrame(rows)], ignore_index=True)
         table = table.drop_duplicates(identity, keep="last", ignore_index=True)
         write_table(self.folder / f"{name}.parquet", f"device {name}", {}, table)
@@ -85,13 +98,15 @@ def load_card(devices: Path, name: str) -> Card:
         known = sorted(p.parent.name for p in devices.glob("*/device.json"))
         have = f"there are {', '.join(known)}" if known else "there is none yet"
         raise InputError(f"device {name}: no card in {devices} ({have}); `{profile_command(name)}` makes it")
-    value = read_json(path, KIND, profile_command(name))
+    value = read_json(path, KIND, f"mv {path.parent} ELSEWHERE` and then `{profile_command(name)}")
     return Card(
         folder=path.parent,
         fingerprint=value["fingerprint"],
-        anchor_reference=value["anchor_reference_seconds"],
+        references=value["reference_seconds"],
         measured=value["measured"],
         problems=value["problems"],
+        unsupported=value["unsupported"],
+        noise=value["noise"],
     )
 
 
@@ -110,6 +125,18 @@ def open_card(devices: Path, name: str, fingerprint: Mapping[str, Any]) -> Card:
             f"{card.folder}: measured on another device ({'; '.join(other)}); choose another --device name"
         )
     return card
+
+
+def outdated(card: Card, here: Mapping[str, Any]) -> str | None:
+    """What to tell a person whose runtime is of another version than the card's, on the same machine."""
+    other = [key for key in here if card.fingerprint.get(key) != here.get(key)]
+    if other != ["runtime_version"]:
+        return None
+    then, now = card.fingerprint["runtime_version"], here["runtime_version"]
+    return (
+        f"device {card.name}: measured with {card.fingerprint['runtime']} {then}, here is {now}; "
+        f"`{profile_command(f'{card.name}-{now}')}` measures again"
+    )
 
 
 def differences(card: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -1,37 +1,40 @@
-"""Predicting a model's latency from the latencies of its ops.
+"""Predicting a model's latency: the mean, an interval, and an upper bound with stated confidence.
 
-``T = c0 + s * [has full attention] + sum over kinds k of a_k * (op latencies of kind k) + b * depth``,
-a linear model with the prior a_k ~ N(1, 0.1), all coefficients >= 0, relative error; fitted on about
-twenty whole models. ``s`` is what the full-attention layers of a model compute once together (their
-places and lengths); its prior is the intercept of their stacks.
-
-The upper bound multiplies the mean by one factor a workload, the conformal quantile of
-leave-one-out relative residuals (Vovk, Gammerman and Shafer 2005) pooled over workloads, so
-that it is monotone in the mean and limits on it stay additive.
+The mean is a :mod:`latency.composition`. The upper bound multiplies it by one factor a workload, the
+conformal quantile of leave-one-out relative residuals (Vovk, Gammerman and Shafer 2005) of the models that
+were drawn at random, pooled over workloads, so that it is monotone in the mean and limits on it stay exact.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear
 from scipy.stats import spearmanr
 
+from latency.composition import (
+    LEAST_NOISE,
+    OpTimes,
+    conformal,
+    design_matrix,
+    fit_composition,
+    hinge_bytes,
+    leave_one_out,
+    op_sums,
+)
+from latency.memory import MemoryModel
+from latency.op_latencies import OpLatencies
 from space import InputError, Space, Workload
-from space.cost import flops_table, params_cost
+from space.cost import flops_table, op_held_bytes, params_cost
 from space.files import check_inputs, read_json, write_json
 from space.genome import Genomes
-from space.ops import Cost, Op, OpTables, depths, has_full, op_kinds
+from space.ops import Cost, Op, OpTables, op_kinds, space_ops
 
 KIND = "latency predictor"
-PRIOR_SPREAD = 0.1  # of a_k around 1
-SHARED_SPREAD = 0.5  # of s around the measured intercept, as a share of it
-OVERHEAD_SPREAD = 0.05  # of c0 and depth * b, as a share of the median latency
-LEAST_NOISE = 0.005  # relative; below what any timing here repeats to
+RUNS_APART = 0.02  # relative spread of what one machine says in runs of different hours; see docs/adr/0004
 Array = NDArray[np.float64]
 
 
@@ -39,11 +42,12 @@ Array = NDArray[np.float64]
 class WorkloadModel:
     """What was fitted for one workload; times in seconds."""
 
-    op_seconds: Mapping[str, float]  # by op key
+    op_seconds: Mapping[str, float]  # by op key; those that the device cannot run are missing
     kinds: Mapping[str, float]  # a_k
     constant: float  # c0
     once_full: float  # s
     per_layer: float  # b
+    hinges: tuple[float, ...]  # r_j, seconds for the median bytes
     scale: float  # spread of the relative residuals
     errors: Mapping[str, Any]  # see `accuracy`
 
@@ -53,45 +57,132 @@ class Predictor:
     """Latencies of a space's architectures on one device."""
 
     space: Space
+    ops: OpLatencies
     models: Mapping[Workload, WorkloadModel]
     residuals: Sequence[float]  # pooled, leave-one-out, each over its workload's scale
+    memory: Mapping[Workload, MemoryModel] = field(default_factory=dict)  # by prefill workload
+
+    def predict(self, genomes: Genomes, workload: Workload) -> Array:
+        """Predicted seconds of each genome: [N]."""
+        return self.cost(workload)(genomes)
+
+    def upper(self, genomes: Genomes, workload: Workload, confidence: float) -> Array:
+        """Seconds that each genome exceeds with probability at most ``1 - confidence``: [N]."""
+        return self.cost(workload, confidence)(genomes)
+
+    def interval(self, genomes: Genomes, workload: Workload, coverage: float) -> tuple[Array, Array]:
+        """Seconds between which each genome lies with this probability, evenly on both sides: [N], [N]."""
+        mean = self.predict(genomes, workload)
+        low, high = np.quantile(self.residuals, [(1 - coverage) / 2, (1 + coverage) / 2])
+        spread = self.spread(workload)
+        return mean * (1 + low * spread), mean * (1 + high * spread)
+
+    def spread(self, workload: Workload) -> float:
+        """The relative spread of a measurement in another run around the prediction."""
+        return math.hypot(self.model(workload).scale, RUNS_APART)
+
+    def model(self, workload: Workload) -> WorkloadModel:
+        """The model of a workload: fitted, or between those of the lengths around it.
+
+        Raises:
+            InputError: the workload is outside what was measured.
+        """
+        if workload in self.models:
+            return self.models[workload]
+        low, high, share = self._around(workload, self.models)
+        first, second = self.models[low], self.models[high]
+
+        def between(a: float, b: float) -> float:
+            return (1 - share) * a + share * b
+
+        ops = space_ops(self.space)
+        seconds = self.ops.seconds([(op, workload) for op in ops])
+        return WorkloadModel(
+            op_seconds=_finite({op.key: float(value) for op, value in zip(ops, seconds, strict=True)}),
+            kinds={kind: between(value, second.kinds[kind]) for kind, value in first.kinds.items()},
+            constant=between(first.constant, second.constant),
+            once_full=between(first.once_full, second.once_full),
+            per_layer=between(first.per_layer, second.per_layer),
+            hinges=tuple(between(*pair) for pair in zip(first.hinges, second.hinges, strict=True)),
+            scale=max(first.scale, second.scale),
+            errors={},
+        )
+
+    def _around(
+        self, workload: Workload, measured: Mapping[Workload, Any]
+    ) -> tuple[Workload, Workload, float]:
+        """The measured workloads around one, and its place between their lengths."""
+        alike = sorted(w for w in measured if replace(w, length=workload.length) == workload)
+        if not alike or not alike[0].length < workload.length < alike[-1].length:
+            known = ", ".join(map(str, measured)) or "nothing"
+            text = f"workload {workload}: outside what was measured on this device (measured: {known})"
+            if workload.length <= self.space.context and self.models:
+                options = " ".join(f"--workload {w}" for w in [*self.models, workload])
+                text += f"; `formfit profile --space SPACE --device NAME {options}` measures it too"
+            raise InputError(text)
+        above = next(i for i, w in enumerate(alike) if w.length > workload.length)
+        low, high = alike[above - 1], alike[above]
+        return low, high, (workload.length - low.length) / (high.length - low.length)
+
+    def memory_cost(self, workload: Workload, confidence: float | None = None) -> Cost:
+        """The peak resident bytes of a session that reads a workload's tokens at once.
+
+        Raises:
+            InputError: the workload is outside what was measured.
+        """
+        if not self.memory:
+            raise InputError(
+                "rss was not measured on this device; profiling with onnxruntime on Linux measures it, "
+                "a kit does not"
+            )
+        model = self.memory.get(workload)
+        if model is None:
+            low, high, share = self._around(workload, self.memory)
+            model = self.memory[low].between(self.memory[high], share)
+        return model.cost(self.space, workload, confidence)
 
     def cost(self, workload: Workload, confidence: float | None = None) -> Cost:
         """The predicted latency in seconds as an additive cost: the mean, or an upper bound.
 
         Raises:
-            InputError: the workload was not measured.
+            InputError: the workload is outside what was measured.
         """
-        model = self.models.get(workload)
-        if model is None:
-            known = ", ".join(map(str, self.models))
-            options = " ".join(f"--workload {w}" for w in [*self.models, workload])
-            raise InputError(
-                f"workload {workload}: not measured on this device (measured: {known}); "
-                f"`formfit profile --space SPACE --device NAME {options}` measures it too"
-            )
+        model = self.model(workload)
         factor = 1.0 if confidence is None else self.factor(workload, confidence)
 
-        def seconds(op: Op) -> float:
-            return factor * model.kinds[op.kind] * model.op_seconds[op.key]
+        typical, starts = hinge_bytes(self.space, workload)
 
-        return Cost(
-            OpTables(self.space, seconds),
-            constant=factor * model.constant,
-            per_layer=factor * model.per_layer,
-            once_full=factor * model.once_full,
-        )
+        def piece(rate: float, free: float) -> Cost:
+            """The cost with ``rate`` seconds a byte above ``free`` seconds' worth of them."""
+
+            def seconds(op: Op) -> float:
+                alone = model.kinds[op.kind] * model.op_seconds.get(op.key, math.inf)
+                return factor * (alone + rate * op_held_bytes(op, workload, self.space.frame))
+
+            return Cost(
+                OpTables(self.space, seconds),
+                constant=factor * (model.constant - free),
+                per_layer=factor * model.per_layer,
+                once_full=factor * model.once_full,
+            )
+
+        above, rate, free = [], 0.0, 0.0
+        for start, hinge in zip(starts, model.hinges, strict=True):
+            if hinge > 0:
+                rate, free = rate + hinge / typical, free + hinge / typical * start
+                above.append(piece(rate, free))
+        return replace(piece(0.0, 0.0), above=tuple(above))
 
     def factor(self, workload: Workload, confidence: float) -> float:
         """The factor on the mean that is exceeded with probability at most ``1 - confidence``."""
-        ordered = np.sort(self.residuals)
-        rank = min(math.ceil((len(ordered) + 1) * confidence), len(ordered))
-        return 1.0 + max(0.0, float(ordered[rank - 1])) * self.models[workload].scale
+        return 1.0 + conformal(self.residuals, confidence) * self.spread(workload)
 
     def identity(self) -> dict[str, Any]:
         """What determines its predictions, as a JSON value: fitted numbers without their errors."""
         models = {str(w): {**_to_json(m), "errors": None} for w, m in self.models.items()}
-        return {"space": self.space.hash, "residuals": list(self.residuals), "workloads": models}
+        memory = {str(w): {**m.to_json(), "errors": None} for w, m in self.memory.items()}
+        found = {"space": self.space.hash, "residuals": list(self.residuals), "workloads": models}
+        return found | {"memory": memory}
 
     def save(self, path: Path, inputs: Mapping[str, str]) -> None:
         """Write the predictor."""
@@ -99,8 +190,14 @@ class Predictor:
             "space": self.space.name,
             "residuals": list(self.residuals),
             "workloads": {str(w): _to_json(model) for w, model in self.models.items()},
+            "memory": {str(w): model.to_json() for w, model in self.memory.items()},
+            "ops": self.ops.to_json(),
         }
         write_json(path, KIND, {"space": self.space.hash, **inputs}, body)
+
+
+def _finite(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in seconds.items() if math.isfinite(value)}
 
 
 def _to_json(model: WorkloadModel) -> dict[str, Any]:
@@ -110,6 +207,7 @@ def _to_json(model: WorkloadModel) -> dict[str, Any]:
         "constant_seconds": model.constant,
         "once_full_seconds": model.once_full,
         "per_layer_seconds": model.per_layer,
+        "hinge_seconds": list(model.hinges),
         "relative_scale": model.scale,
         "errors": dict(model.errors),
     }
@@ -130,75 +228,18 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
             constant=model["constant_seconds"],
             once_full=model["once_full_seconds"],
             per_layer=model["per_layer_seconds"],
+            hinges=tuple(model["hinge_seconds"]),
             scale=model["relative_scale"],
             errors=model["errors"],
         )
         for text, model in value["workloads"].items()
     }
-    return Predictor(space=space, models=models, residuals=value["residuals"])
+    ops = OpLatencies.from_json(space.frame, value["ops"])
+    memory = {Workload.parse(text): MemoryModel.from_json(item) for text, item in value["memory"].items()}
+    return Predictor(space=space, ops=ops, models=models, residuals=value["residuals"], memory=memory)
 
 
-@dataclass(frozen=True)
-class Composition:
-    """The coefficients of one workload: c0, s over its prior, a_k in the order of `op_kinds`, b."""
-
-    coefficients: Array
-
-    def __call__(self, design: Array) -> Array:
-        """Predicted seconds of rows of a design matrix: [N]."""
-        return np.asarray(design @ self.coefficients)
-
-
-@dataclass(frozen=True)
-class OpLatencies:
-    """What op measurements say of one workload, seconds."""
-
-    by_key: Mapping[str, float]
-    shared: float = 0.0  # by full-attention layers, once a model
-
-
-def design_matrix(space: Space, ops: OpLatencies, genomes: Genomes) -> Array:
-    """Rows (1, shared where there is full attention, op latency by kind, depth): [N, 3 + kinds]."""
-    sums = op_sums(space, ops, genomes)
-    shared = ops.shared * has_full(space, genomes)
-    return np.column_stack([np.ones(len(genomes)), shared, sums, depths(genomes)])
-
-
-def op_sums(space: Space, ops: OpLatencies, genomes: Genomes) -> Array:
-    """Op latencies summed by kind: [N, kinds]."""
-    return OpTables(space, lambda op: ops.by_key[op.key]).by_kind(genomes)
-
-
-def fit_composition(design: Array, seconds: Array) -> Composition:
-    """The maximum a posteriori coefficients under relative error, none below 0."""
-    kinds = design.shape[1] - 3
-    typical = float(np.median(seconds))
-    depth = float(np.median(design[:, -1]))
-    mean = np.concatenate([[0.0, 1.0], np.ones(kinds), [0.0]])
-    overhead = OVERHEAD_SPREAD * typical
-    ends = [overhead / max(depth, 1.0)]
-    spread = np.concatenate([[overhead, SHARED_SPREAD], np.full(kinds, PRIOR_SPREAD), ends])
-    noise = 0.02
-    coefficients = mean
-    for _ in range(4):  # the noise and the coefficients in turn
-        rows = np.vstack([design / seconds[:, None] / noise, np.diag(1 / spread)])
-        target = np.concatenate([np.full(len(seconds), 1 / noise), mean / spread])
-        scaled = lsq_linear(rows * spread, target, bounds=(0, np.inf), method="bvls")
-        coefficients = scaled.x * spread
-        residuals = design @ coefficients / seconds - 1
-        noise = max(LEAST_NOISE, float(np.sqrt(np.mean(residuals**2))))
-    return Composition(coefficients)
-
-
-def leave_one_out(design: Array, seconds: Array) -> Array:
-    """Relative residuals, measured over predicted minus 1, each from a fit without its row."""
-    keep = ~np.eye(len(seconds), dtype=bool)
-    fits = (fit_composition(design[rows], seconds[rows]) for rows in keep)
-    predicted = np.array([fit(row[None])[0] for fit, row in zip(fits, design, strict=True)])
-    return np.asarray(seconds / predicted - 1)
-
-
-def accuracy(predicted: Array, measured: Array) -> dict[str, float]:
+def accuracy(predicted: Array, measured: Array) -> dict[str, float | None]:
     """How well predictions hold: MAPE, shares within 5% and 10%, rank correlation, spread."""
     relative = np.abs(predicted / measured - 1)
     return {
@@ -207,7 +248,7 @@ def accuracy(predicted: Array, measured: Array) -> dict[str, float]:
         "worst_percent": 100 * float(relative.max()),
         "within_5_percent": float((relative <= 0.05).mean()),
         "within_10_percent": float((relative <= 0.10).mean()),
-        "spearman": float(spearmanr(predicted, measured).statistic) if len(measured) > 2 else math.nan,
+        "spearman": float(spearmanr(predicted, measured).statistic) if len(measured) > 2 else None,
         "span": float(measured.max() / measured.min()),
     }
 
@@ -229,27 +270,36 @@ def proxy_predictions(
 
 def fit_predictor(
     space: Space,
-    latencies: Mapping[Workload, OpLatencies],
+    ops: OpLatencies,
+    latencies: Mapping[Workload, OpTimes],
     fitted: Genomes,
     seconds: Mapping[Workload, Array],
+    timing: Mapping[Workload, Array],
     held_out: Genomes,
     held_out_seconds: Mapping[Workload, Array],
-    repeat_error: Mapping[Workload, float],
+    repeat_error: Mapping[Workload, float | None],
+    drawn: int,
 ) -> Predictor:
-    """Fit every workload and test it on whole models that no fit saw."""
+    """Fit every workload and test it on whole models that no fit saw.
+
+    ``timing`` are relative standard deviations of the ``seconds``. The last ``drawn`` of the fitted were
+    drawn at random; the others were chosen to be unlike each other, and the residuals of extremes would say
+    that all predictions are bad. So intervals come from the drawn ones.
+    """
     models, residuals = {}, []
-    for workload, ops in latencies.items():
-        design = design_matrix(space, ops, fitted)
-        left_out = leave_one_out(design, seconds[workload])
-        scale = max(LEAST_NOISE, float(np.sqrt(np.mean(left_out**2))))
-        residuals += list(left_out / scale)
-        coefficients = fit_composition(design, seconds[workload]).coefficients
+    for workload, times in latencies.items():
+        design = design_matrix(space, times, fitted)
+        left_out = leave_one_out(design, seconds[workload], timing[workload])
+        # The median, which no extreme moves; 1.48 times it is a normal's standard deviation.
+        scale = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(left_out))))
+        residuals += list(left_out[-drawn:] / scale)
+        composed = fit_composition(design, seconds[workload], timing[workload])
         errors: dict[str, Any] = {"leave_one_out_mape_percent": 100 * float(np.abs(left_out).mean())}
         if len(held_out):
             measured = held_out_seconds[workload]
-            predicted = design_matrix(space, ops, held_out) @ coefficients
+            predicted = composed(design_matrix(space, times, held_out))
             proxy = proxy_predictions(space, workload, fitted, seconds[workload], held_out)
-            plain = op_sums(space, ops, held_out).sum(axis=1)
+            plain = op_sums(space, times, held_out).sum(axis=1)
             errors |= {
                 "held_out": accuracy(predicted, measured),
                 "plain_sum": accuracy(plain, measured),
@@ -257,12 +307,13 @@ def fit_predictor(
                 "repeat_mape_percent": repeat_error[workload],
             }
         models[workload] = WorkloadModel(
-            op_seconds=dict(ops.by_key),
-            kinds=dict(zip(op_kinds(space), map(float, coefficients[2:-1]), strict=True)),
-            constant=float(coefficients[0]),
-            once_full=float(coefficients[1]) * ops.shared,
-            per_layer=float(coefficients[-1]),
+            op_seconds=_finite(times.by_key),
+            kinds=dict(zip(op_kinds(space), composed.kinds, strict=True)),
+            constant=composed.constant,
+            once_full=composed.shared * times.shared,
+            per_layer=composed.per_layer,
+            hinges=tuple(composed.hinges),
             scale=scale,
             errors=errors,
         )
-    return Predictor(space=space, models=models, residuals=[float(r) for r in residuals])
+    return Predictor(space=space, ops=ops, models=models, residuals=[float(r) for r in residuals])

@@ -1,35 +1,40 @@
-"""Profiling: measure a space's ops and a few whole models, and fit the predictor.
+"""Profiling: measure some of a space's ops and a few whole models, and fit the predictor.
 
 An op costs the slope between two stack heights; a third height, for one op of each kind,
-checks that the stack is linear. Whole models are chosen for the fit (D-optimally, from the
-op latencies) and at random (for the fit, and others for the test). What is measured is
-saved group by group, so that a profiling that was stopped goes on where it was.
+checks that the stack is linear. Which ops are measured is for :mod:`latency.design` to say; it stops
+when latencies are known well enough, or at the end of a budget. What is measured is saved group by
+group, so that a profiling that was stopped goes on where it was.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from latency.card import Card, open_card
-from latency.predictor import OpLatencies, Predictor, design_matrix, fit_predictor, op_sums
-from latency.runtime import OnnxRuntime, Run
+from latency import rss
+from latency.binding import Run
+from latency.card import Card, load_card, open_card
+from latency.design import ModelCounts, OpDesign, choose_models, op_design, seeds, stack_heights, stacks
+from latency.op_latencies import OpLatencies, Point
+from latency.predictor import Predictor
+from latency.records import Records, model_name, stack_name
+from latency.reference import reference_items, require_quiet
+from latency.runtime import OnnxRuntime, Runtime
 from latency.timer import TimerConfig, measure, pinned
-from latency.timing import Measurements, Timing
-from space import Architecture, InputError, Space, Workload, genome
-from space.architecture import FULL_MIXERS
-from space.cost import op_params, params_cost
+from latency.timing import Measurements
+from space import Architecture, InputError, Space, Workload
 from space.files import canonical_json, digest
-from space.ops import Op, space_ops
+from space.ops import space_ops
 
-LINEAR_WITHIN = 0.03
-STACKS = (6, 24)  # least and most copies in the taller stack
+Array = NDArray[np.float64]
+MODEL_GROUP = 30  # whole models between two saves
+BUILD_SECONDS = 0.3  # about what a session takes to build
 Report = Callable[[str, float], None]  # what is going on, and the share that is done
 
 
@@ -44,16 +49,41 @@ class ProfileConfig(BaseModel):
     random_models: Annotated[int, Field(ge=2)] = 8
     held_out_models: Annotated[int, Field(ge=3)] = 30
     repeated_models: Annotated[int, Field(ge=1)] = 8
-    block_ms: Annotated[float, Field(gt=0)] = 5.0
-    min_rounds: Annotated[int, Field(ge=2)] = 30
-    max_rounds: Annotated[int, Field(ge=2)] = 60
-    group: Annotated[int, Field(gt=0)] = 64  # ops measured between two saves
+    block_ms: Annotated[float, Field(gt=0)] = 3.0
+    min_rounds: Annotated[int, Field(ge=2)] = 50
+    op_rounds: Annotated[int, Field(ge=2)] = 50  # at most, of a stack: ops are many, and smoothed
+    max_rounds: Annotated[int, Field(ge=2)] = 120  # at most, of a whole model
+    group: Annotated[int, Field(gt=1)] = 48  # timings of ops between two saves
+    op_error: Annotated[float, Field(gt=0)] = (
+        0.01  # expected relative error at which ops are known well enough
+    )
+    budget_minutes: Annotated[float, Field(gt=0)] | None = (
+        None  # for everything; ops stop when models must begin
+    )
     seed: Annotated[int, Field(ge=0)] = 0
+    runtime: Literal["onnxruntime", "torch", "torch-compiled", "torch-cuda", "torch-cuda-compiled"] = (
+        "onnxruntime"
+    )
+    rss: bool = True  # memory is measured too, where the system tells it
+    rss_models: Annotated[int, Field(ge=1)] = 10  # of those held out, to test the fit
+    # Between two timings of the same work, see latency.reference; None: whatever there is.
+    most_noise: Annotated[float, Field(gt=0)] | None = 0.05
 
-    def timer(self) -> TimerConfig:
-        """The timer's settings."""
+    def timer(self, rounds: int) -> TimerConfig:
+        """The timer's settings, with so many rounds at most."""
+        most = max(self.min_rounds, rounds)
         return TimerConfig(
-            block_ms=self.block_ms, min_rounds=self.min_rounds, max_rounds=self.max_rounds, seed=self.seed
+            block_ms=self.block_ms, min_rounds=self.min_rounds, max_rounds=most, seed=self.seed
+        )
+
+    def counts(self) -> ModelCounts:
+        """How many whole models are measured."""
+        return ModelCounts(
+            optimal=self.optimal_models,
+            random=self.random_models,
+            held_out=self.held_out_models,
+            repeated=self.repeated_models,
+            seed=self.seed,
         )
 
     def parsed(self, space: Space) -> list[Workload]:
@@ -77,45 +107,85 @@ class ProfileConfig(BaseModel):
 
 
 def profile(
-    space: Space, devices: Path, name: str, config: ProfileConfig, report: Report | None = None
+    space: Space,
+    devices: Path,
+    name: str,
+    config: ProfileConfig,
+    report: Report | None = None,
+    prior: OpLatencies | None = None,
 ) -> Predictor:
     """Measure what is missing on this machine's card and fit the predictor of a space.
 
+    Args:
+        space: whose ops are measured.
+        devices: the folder of the cards.
+        name: of the card.
+        config: how it is done.
+        report: told what is going on.
+        prior: of a device that is known already; what is like it need not be measured again.
+
     Raises:
-        InputError: the card is of another device, or a workload is not possible here.
+        InputError: the card is of another device, the machine is too noisy, or a workload is not possible.
     """
-    report = report or (lambda _what, _share: None)
-    runtime = OnnxRuntime(config.threads)
+    runtime = open_runtime(config.runtime, config.threads)
     workloads = config.parsed(space)
     card = open_card(devices, name, runtime.fingerprint())
+    records = Records(card, space, runtime.name, config.threads)
     with pinned(config.threads):
-        session = _Session(space, card, config, runtime, report)
+        session = _Session(records, config, runtime, report or (lambda _what, _share: None), prior)
+        if config.most_noise is not None:
+            card.noise = require_quiet(runtime, config.most_noise)
         ops = session.ops(workloads)
-        architectures = choose_models(space, config, ops)
-        models = session.models(architectures, workloads)
-
-    def column(role: str) -> dict[Workload, NDArray[np.float64]]:
-        keys = [a.key for a in architectures[role]]
-        return {w: np.array([models[role, key, str(w)] for key in keys]) for w in workloads}
-
-    repeats = column("repeat")
-    count = config.repeated_models
-    repeat_error = {
-        w: 100 * float(np.abs(values / column("held_out")[w][:count] - 1).mean())
-        for w, values in repeats.items()
-    }
-    predictor = fit_predictor(
-        space,
-        ops,
-        genome.encode(space, architectures["fit"]),
-        column("fit"),
-        genome.encode(space, architectures["held_out"]),
-        column("held_out"),
-        repeat_error,
-    )
+        times = {w: records.op_times(ops, w) for w in workloads}
+        chosen = choose_models(space, config.counts(), times)
+        session.models(chosen, workloads)
+    session.memory(chosen, workloads)
+    predictor = records.predictor(ops, workloads, chosen)
+    session.report("fitted", 1.0)
     path = card.predictor_path(space.name, runtime.name, config.threads, "fp32")
     predictor.save(path, {"settings": settings_digest(config), "card": card_digest(card)})
     return predictor
+
+
+def load_prior(space: Space, devices: Path, name: str, config: ProfileConfig) -> OpLatencies:
+    """What the card of a known device says of the ops of a space.
+
+    Raises:
+        InputError: there is no such card, or it has no ops like those of the space.
+    """
+    card = load_card(devices, name)
+    found = Records(card, space, config.runtime, config.threads).fitted()
+    if not found.models:
+        raise InputError(
+            f"device {name}: no ops of a space with the frame of {space.name}, {config.runtime} on "
+            f"{config.threads} threads; as a prior it says nothing"
+        )
+    return found
+
+
+def open_runtime(name: str, threads: int) -> Runtime:
+    """A runtime by its name.
+
+    Raises:
+        InputError: this machine does not have it.
+    """
+    if name == "onnxruntime":
+        return OnnxRuntime(threads)
+    from latency.torch_runtime import TorchRuntime  # torch takes seconds to load
+
+    return TorchRuntime(threads, "cuda" if "cuda" in name else "cpu", compiled=name.endswith("compiled"))
+
+
+def minutes(text: str) -> float:
+    """Minutes of a time such as ``90s``, ``10m`` or ``1.5h``.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text.strip())
+    if not match or not float(match[1]):
+        raise InputError(f"budget {text!r}: expected a time above 0 such as 90s, 10m or 1.5h")
+    return float(match[1]) * {"s": 1 / 60, "m": 1.0, "h": 60.0}[match[2]]
 
 
 def settings_digest(config: ProfileConfig) -> str:
@@ -124,247 +194,151 @@ def settings_digest(config: ProfileConfig) -> str:
 
 
 def card_digest(card: Card) -> str:
-    """The hash of the fingerprint and the anchor that a predictor refers to."""
-    return digest(canonical_json([card.fingerprint, card.anchor_reference]))
+    """The hash of the fingerprint and the units that a predictor refers to."""
+    return digest(canonical_json([card.fingerprint, card.references]))
 
 
 class _Session:
     """One profiling on one card: measures in groups and saves after each."""
 
     def __init__(
-        self, space: Space, card: Card, config: ProfileConfig, runtime: OnnxRuntime, report: Report
+        self,
+        records: Records,
+        config: ProfileConfig,
+        runtime: Runtime,
+        report: Report,
+        prior: OpLatencies | None,
     ) -> None:
-        self.space, self.card, self.config, self.runtime, self.report = space, card, config, runtime, report
-        self.anchors = runtime.anchors()
-        self.identity = {"runtime": runtime.name, "threads": config.threads, "precision": "fp32"}
-        self.frame = canonical_json(vars(space.frame))
+        self.records, self.config, self.runtime, self.report = records, config, runtime, report
+        self.prior = prior
+        self.card, self.space = records.card, records.space
+        self.anchors, self.references = runtime.anchors(), reference_items(runtime)
+        self.began = time.monotonic()
+        self.checked: set[tuple[str, str]] = set()  # kinds and phases whose stack was seen to be linear
+        self.expected = ""  # what is known of ops, for people
+        self.points = 1  # that could be measured
 
-    def _known(self, table: str, columns: Mapping[str, Any]) -> pd.DataFrame:
-        """Rows of a table that were measured under the same conditions."""
-        rows = self.card.table(table)
-        for key, value in {**self.identity, **columns}.items():
-            if len(rows):
-                rows = rows[rows[key] == value]
-        return rows
-
-    def _measure(self, what: str, items: Mapping[str, Run], share: tuple[float, float]) -> dict[str, Timing]:
-        """Time one group, in units of the card's anchor."""
+    def _measure(
+        self, what: str, items: Mapping[str, Run], rounds: int, share: tuple[float, float]
+    ) -> Measurements:
+        """Time one group, and the reference work with it."""
 
         def progress(done: int, most: int) -> None:
-            self.report(what, share[0] + (share[1] - share[0]) * done / most)
+            self.report(what + self.expected, share[0] + (share[1] - share[0]) * done / most)
 
-        self.report(what, share[0])
-        measured: Measurements = measure(items, self.anchors, self.config.timer(), progress=progress)
-        if self.card.anchor_reference is None:
-            self.card.anchor_reference = measured.anchor_reference
-        self.scale = self.card.anchor_reference / measured.anchor_reference
+        self.report(what + self.expected, share[0])
+        timed = {**items, **self.references}
+        measured = measure(timed, self.anchors, self.config.timer(rounds), progress=progress)
         machine = measured.machine_problems()
-        unsteady = sum(bool(t.problems()) for t in measured.timings.values())
+        unsteady = sum(bool(measured.timings[name].problems()) for name in items)
         if unsteady:
             machine.append(f"{unsteady} of {len(items)} timings unsteady")
-        self.card.problems = [*self.card.problems, *(f"{what}: {text}" for text in machine)][-50:]
-        return measured.timings
+        self.card.problems += [f"{what}: {text}" for text in machine]
+        return measured
 
-    def ops(self, workloads: Sequence[Workload]) -> dict[Workload, OpLatencies]:
-        """The latency of every op of the space in every workload."""
-        rows = self._known("ops", {"frame": self.frame})
-        have = set(zip(rows["op"], rows["workload"], strict=True)) if len(rows) else set()
-        missing = [op for op in space_ops(self.space) if any((op.key, str(w)) not in have for w in workloads)]
-        order = np.random.default_rng(self.config.seed).permutation(len(missing))
-        shuffled = [missing[i] for i in order]  # so that every group holds a bit of everything
-        groups = max(1, math.ceil(len(missing) / self.config.group))
-        checked: set[str] = set()
-        for i in range(groups if missing else 0):
-            self._op_group(
-                shuffled[i::groups], workloads, checked, (0.6 * i / groups, 0.6 * (i + 1) / groups)
-            )
-        rows = self._known("ops", {"frame": self.frame})
-        keys = {op.key for op in space_ops(self.space)}
-        found = {}
-        for workload in workloads:
-            mine = rows[(rows["workload"] == str(workload)) & rows["op"].isin(keys)]
-            full = mine["op"].str.split("-").str[0].isin(FULL_MIXERS)
-            shared = float(mine["intercept"][full].median()) if full.any() else 0.0
-            found[workload] = OpLatencies(
-                dict(zip(mine["op"], mine["seconds"], strict=True)), max(0.0, shared)
-            )
-        return found
+    def ops(self, workloads: Sequence[Workload]) -> OpLatencies:
+        """Measure ops until latencies are known well enough; what is known of all of them."""
+        design = op_design(self.space, space_ops(self.space), workloads)
+        self.points = len(design.points)
+        known = self.records.ops()
+        self._points([point for point in seeds(design.points) if point not in known])
+        while True:
+            ops = self.records.fitted(self.prior)
+            error = design.expected_error(ops)
+            known = self.records.ops()
+            left = [point for point in design.points if point not in known]
+            done = len(design.points) - len(left)
+            self.expected = f"; ops known to {error:.2%} from {done} of {len(design.points)}"
+            seconds = ops.seconds(design.points)
+            if not left or error <= self.config.op_error or self._time_for_models(design, seconds, workloads):
+                return ops
+            costs = np.array([self._cost(*pair) for pair in zip(design.points, seconds, strict=True)])
+            self._points(design.choose(ops, costs, self.config.group, list(known)))
 
-    def _op_group(
-        self, ops: Sequence[Op], workloads: Sequence[Workload], checked: set[str], share: tuple[float, float]
-    ) -> None:
+    def _cost(self, point: Point, seconds: float) -> float:
+        """About the seconds that measuring an op takes."""
+        block = self.config.block_ms * 1e-3
+        heights = stack_heights(self.space, *point)
+        return sum(self.config.min_rounds * max(block, h * seconds) + BUILD_SECONDS for h in heights)
+
+    def _time_for_models(self, design: OpDesign, seconds: Array, workloads: Sequence[Workload]) -> bool:
+        """Whether what is left of the budget is just enough for the whole models."""
+        config = self.config
+        if config.budget_minutes is None:
+            return False
+        if self._models_begun(workloads):  # other ops would choose others
+            return True
+        count = config.optimal_models + config.random_models + config.held_out_models + config.repeated_models
+        blocks = np.maximum(config.block_ms * 1e-3, (design.counts * seconds).sum(axis=1))
+        rounds = (config.min_rounds + max(config.min_rounds, config.max_rounds)) / 2
+        each = rounds * float(blocks.mean()) + BUILD_SECONDS
+        spent = time.monotonic() - self.began
+        return spent + count * len(workloads) * each > 60 * config.budget_minutes
+
+    def _models_begun(self, workloads: Sequence[Workload]) -> bool:
+        """Whether an earlier run was stopped between its whole models."""
+        config, card = self.config, self.card
+        done = card.predictor_path(self.space.name, self.runtime.name, config.threads, "fp32").exists()
+        measured = {name.split("|")[2] for name in self.records.models()}
+        return not done and measured == {str(w) for w in workloads}
+
+    def _points(self, points: Sequence[Point]) -> None:
+        """Measure points in groups, each with a bit of everything."""
+        order = np.random.default_rng(self.config.seed).permutation(len(points))
+        groups = math.ceil(len(points) / self.config.group)
+        for i in range(groups):
+            self._op_group([points[k] for k in order[i::groups]])
+
+    def _op_share(self, count: int) -> tuple[float, float]:
+        """The shares of the work that are done before and after so many further points."""
+        known = len(self.records.ops())
+        return 0.6 * min(known / self.points, 1.0), 0.6 * min((known + count) / self.points, 1.0)
+
+    def _op_group(self, points: Sequence[Point]) -> None:
         items: dict[str, Run] = {}
-        for op in ops:
-            low, high = stack_heights(self.space, op)
-            heights = [low, high]
-            if op.kind not in checked:
-                heights.append((low + high) // 2)
-                checked.add(op.kind)
-            for height in heights:
-                runs = self.runtime.stack(op, height, workloads, self.space.frame)
-                items |= {f"{op.key}|{height}|{w}": run for w, run in runs.items()}
-        timings = self._measure(f"measuring {len(ops)} ops", items, share)
-        rows = []
-        for op in ops:
-            low, high = stack_heights(self.space, op)
-            middle = (low + high) // 2
-            for w in workloads:
-                ends = [timings[f"{op.key}|{height}|{w}"] for height in (low, high)]
-                slope = (ends[1].seconds - ends[0].seconds) / (high - low)
-                third = timings.get(f"{op.key}|{middle}|{w}")
-                if third:
-                    expected = ends[0].seconds + (middle - low) * slope
-                    if abs(third.seconds / expected - 1) > LINEAR_WITHIN:
-                        off = f"{third.seconds / expected - 1:+.1%}"
-                        self.card.problems.append(f"{op.key} {w}: {middle} copies are {off} from the line")
-                # A slope lost in noise still costs something; no op is free.
-                floor = 1e-3 * ends[1].seconds / high
-                spread = math.hypot(*(t.half_width * t.seconds for t in ends)) / (high - low)
-                seconds = max(slope, floor)
-                rows.append(
-                    {
-                        **self.identity,
-                        "frame": self.frame,
-                        "workload": str(w),
-                        "op": op.key,
-                        "seconds": seconds * self.scale,
-                        "half_width": spread / seconds,
-                        "intercept": (ends[0].seconds - low * slope) * self.scale,
-                        "timing": canonical_json([t.to_json() for t in ends]),
-                    }
-                )
-        self.card.save()
-        self.card.append("ops", rows)
-
-    def models(
-        self, architectures: Mapping[str, Sequence[Architecture]], workloads: Sequence[Workload]
-    ) -> dict[tuple[str, str, str], float]:
-        """Latencies by (role, key, workload), seconds."""
-        wanted = [(role, a) for role, group in architectures.items() for a in group]
-        identity = {"space": self.space.hash}
-        table = self._read_models(identity)
-        missing = [(r, a) for r, a in wanted if any((r, a.key, str(w)) not in table for w in workloads)]
-        if missing:
-            items: dict[str, Run] = {}
-            for i, (role, architecture) in enumerate(missing):
-                runs = self.runtime.model(architecture, workloads, self.space.frame, seed=i)
-                items |= {f"{role}|{architecture.key}|{w}": run for w, run in runs.items()}
-            timings = self._measure(f"measuring {len(missing)} whole models", items, (0.6, 1.0))
-            rows = []
-            for role, architecture in missing:
-                for w in workloads:
-                    timing = timings[f"{role}|{architecture.key}|{w}"]
-                    rows.append(
-                        {
-                            **self.identity,
-                            **identity,
-                            "role": role,
-                            "workload": str(w),
-                            "key": architecture.key,
-                            "architecture": canonical_json(architecture.to_json()),
-                            "seconds": timing.seconds * self.scale,
-                            "half_width": timing.half_width,
-                            "timing": canonical_json(timing.to_json()),
-                        }
-                    )
-            self.card.save()
-            self.card.append("models", rows)
-            table = self._read_models(identity)
-        return table
-
-    def _read_models(self, identity: Mapping[str, Any]) -> dict[tuple[str, str, str], float]:
-        rows = self._known("models", identity)
-        if not len(rows):
-            return {}
-        keys = zip(rows["role"], rows["key"], rows["workload"], strict=True)
-        return dict(zip(keys, rows["seconds"], strict=True))
-
-
-def stack_heights(space: Space, op: Op) -> tuple[int, int]:
-    """The copies of an op in its two stacks.
-
-    The taller one has about the bytes of the space's median model, so that its weights come from
-    where a model's weights come from; a few copies of a small op would sit in the core's own cache.
-    """
-    each = max(1, op_params(op, space.frame))
-    if op.kind == "head":  # a stack of heads has no embeddings to be tied to
-        each += op.width * space.vocabulary
-    high = int(np.clip(round(median_params(space) / each), *STACKS))
-    return max(2, high // 3), high
-
-
-@lru_cache(maxsize=64)
-def median_params(space: Space) -> float:
-    """The median number of parameters over a fixed sample of the space."""
-    return float(np.median(params_cost(space)(genome.sample(space, np.random.default_rng(0), 501))))
-
-
-def choose_models(
-    space: Space, config: ProfileConfig, ops: Mapping[Workload, OpLatencies]
-) -> dict[str, list[Architecture]]:
-    """The whole models to measure: ``fit`` (D-optimal, then random), ``held_out`` and ``repeat``.
-
-    The held-out ones are drawn with a seed of their own, none of them is among the others, and
-    they are spread over the latencies that there are.
-    """
-    rng = np.random.default_rng([config.seed, 1])
-    held_out = _spread(space, np.random.default_rng([config.seed, 2]), config.held_out_models, ops)
-    taken = {a.key for a in held_out}
-    pool = genome.decode(space, genome.sample(space, rng, 600))
-    pool = [a for a in {a.key: a for a in pool}.values() if a.key not in taken]
-    rows = genome.encode(space, pool)
-    relative = [
-        design_matrix(space, latencies, rows) / op_sums(space, latencies, rows).sum(axis=1, keepdims=True)
-        for latencies in ops.values()
-    ]
-    scaled = [design / np.maximum(np.abs(design).max(axis=0), 1e-12) for design in relative]
-    chosen = [pool[i] for i in d_optimal(scaled, config.optimal_models)]
-    taken |= {a.key for a in chosen}
-    chosen += _distinct(space, rng, config.random_models, taken)
-    return {"fit": chosen, "held_out": held_out, "repeat": held_out[: config.repeated_models]}
-
-
-def _spread(
-    space: Space, rng: np.random.Generator, count: int, ops: Mapping[Workload, OpLatencies]
-) -> list[Architecture]:
-    """``count`` of ten times as many random architectures, evenly over the order of their op sums.
-
-    They stand in random order, so that the first few are spread as well.
-    """
-    drawn = list(_distinct(space, rng, 10 * count, set()))
-    latencies = next(iter(ops.values()))
-    order = np.argsort(op_sums(space, latencies, genome.encode(space, drawn)).sum(axis=1))
-    places = np.unique(np.linspace(0, len(drawn) - 1, count).round().astype(int))
-    return [drawn[order[place]] for place in rng.permutation(places)]
-
-
-def _distinct(space: Space, rng: np.random.Generator, count: int, taken: set[str]) -> Iterator[Architecture]:
-    """Up to ``count`` random architectures whose keys are not taken."""
-    for architecture in genome.decode(space, genome.sample(space, rng, 20 * count)):
-        if count and architecture.key not in taken:
-            taken = taken | {architecture.key}
-            count -= 1
-            yield architecture
-
-
-def d_optimal(designs: Sequence[NDArray[np.float64]], count: int) -> list[int]:
-    """Rows that make the information of several designs [N, P] over the same rows large, greedily.
-
-    Each pick maximises the sum over designs of log det(I/100 + X^T X), by the matrix
-    determinant lemma (Fedorov 1972 gives the criterion).
-    """
-    inverses = [np.eye(design.shape[1]) * 100.0 for design in designs]
-    chosen: list[int] = []
-    for _ in range(min(count, len(designs[0]))):
-        gain = sum(
-            np.log1p(np.einsum("ij,jk,ik->i", design, inverse, design))
-            for design, inverse in zip(designs, inverses, strict=True)
+        new = {(op.kind, w.phase): (op, w) for op, w in points if (op.kind, w.phase) not in self.checked}
+        self.checked |= set(new)
+        for (op, height), some in stacks(self.space, points, list(new.values())).items():
+            runs = self.runtime.stack(op, height, some, self.space.frame)
+            items |= {stack_name(op, height, w): run for w, run in runs.items()}
+        measured = self._measure(
+            f"measuring {len(points)} ops", items, self.config.op_rounds, self._op_share(len(points))
         )
-        gain = np.asarray(gain)
-        gain[chosen] = -np.inf
-        best = int(np.argmax(gain))
-        chosen.append(best)
-        for i, design in enumerate(designs):
-            v = inverses[i] @ design[best]
-            inverses[i] = inverses[i] - np.outer(v, v) / (1 + design[best] @ v)
-    return chosen
+        self.records.add_ops(points, measured.timings, measured.anchor_reference)
+
+    def models(self, chosen: Mapping[str, Sequence[Architecture]], workloads: Sequence[Workload]) -> None:
+        """Measure the whole models that are missing."""
+        known = self.records.models()
+        wanted = [(role, a) for role, group in chosen.items() for a in group]
+        missing = [(r, a) for r, a in wanted if any(model_name(r, a, w) not in known for w in workloads)]
+        order = np.random.default_rng(self.config.seed).permutation(len(missing))
+        groups = math.ceil(len(missing) / MODEL_GROUP)
+        for turn in range(groups):
+            some = [missing[i] for i in order[turn::groups]]
+            items: dict[str, Run] = {}
+            for i, (role, architecture) in enumerate(some):
+                runs = self.runtime.model(architecture, workloads, self.space.frame, seed=i)
+                items |= {model_name(role, architecture, w): run for w, run in runs.items()}
+            share = 0.6 + 0.35 * turn / groups, 0.6 + 0.35 * (turn + 1) / groups
+            what = f"measuring whole models, {len(some)} of {len(missing)}"
+            measured = self._measure(what, items, self.config.max_rounds, share)
+            self.records.add_models(some, workloads, measured.timings)
+
+    def memory(self, chosen: Mapping[str, Sequence[Architecture]], workloads: Sequence[Workload]) -> None:
+        """Measure the peak memory of the whole models that is missing."""
+        prefills = [w for w in workloads if w.phase == "prefill"]
+        if not self.config.rss or not isinstance(self.runtime, OnnxRuntime) or not rss.STATUS.exists():
+            return
+        wanted = [(role, a) for role in ("optimal", "random") for a in chosen[role]]
+        wanted += [("held_out", a) for a in chosen["held_out"][: self.config.rss_models]]
+        known = self.records.memory()
+        missing = [(r, a) for r, a in wanted if any(model_name(r, a, w) not in known for w in prefills)]
+        for done, (role, architecture) in enumerate(missing):
+            self.report("measuring memory", 0.95 + 0.05 * done / len(missing))
+            try:
+                found = self.runtime.memory(architecture, prefills, self.space.frame)
+            except OSError as error:  # latency is worth keeping all the same
+                self.card.problems.append(f"memory: {error}")
+                self.card.save()
+                return
+            self.records.add_memory(role, architecture, found)

@@ -5,9 +5,9 @@ weights, fed through preallocated buffers. A softmax cache is bound to one buffe
 and output, so that a decode step writes its token in place and copies nothing.
 """
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from latency.binding import Binding, Feed, Run, bind, session_options
+from latency.probe import fingerprint
+from latency.rss import session_rss
 from space import Architecture, Frame, InputError, Layer, Workload
 from space.graphs import add_embedding, add_ffn, add_head, model_graph
 from space.mixer_graphs import add_mixer
@@ -23,7 +26,6 @@ from space.onnx_writer import Graph
 from space.ops import Op, mixer_op
 from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 
-Run = Callable[[int], None]
 ANCHOR_SIDE = 256  # of the square product that serves as anchor
 
 
@@ -71,18 +73,14 @@ class OnnxRuntime:
 
     def session(self, model: onnx.ModelProto | Path) -> ort.InferenceSession:
         """A session on the CPU that runs one node at a time."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, session_options(self.threads), providers=["CPUExecutionProvider"])
 
     def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
         """Runners of ``height`` copies of an op, one for each workload."""
         session = self._checked_session(stack_graph(op, height, frame), [op.layer], op.width, frame)
         layers = [op.layer] * height if op.kind not in ("embedding", "head") else []
-        return {w: bind(session, w, frame, op.width, layers) for w in workloads}
+        return {w: bind_workload(session, w, frame, op.width, layers) for w in workloads}
 
     def model(
         self, architecture: Architecture, workloads: Sequence[Workload], frame: Frame, seed: int
@@ -91,7 +89,22 @@ class OnnxRuntime:
         weights = random_weights(model_shapes(architecture, frame), seed)
         graph = model_graph(architecture, frame, weights)
         session = self._checked_session(graph, architecture.layers, architecture.width, frame)
-        return {w: bind(session, w, frame, architecture.width, architecture.layers) for w in workloads}
+        return {
+            w: bind_workload(session, w, frame, architecture.width, architecture.layers) for w in workloads
+        }
+
+    def memory(
+        self, architecture: Architecture, workloads: Sequence[Workload], frame: Frame
+    ) -> dict[Workload, int]:
+        """Bytes that a whole model adds to a process at its peak, by workload."""
+        graph = model_graph(architecture, frame, random_weights(model_shapes(architecture, frame), 0))
+        ends = architecture.width, architecture.layers
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(graph.SerializeToString())
+            return {
+                w: session_rss(path, graph_binding(graph, w, frame, *ends), self.threads) for w in workloads
+            }
 
     def lacking(self, layers: Sequence[Layer], width: int, frame: Frame) -> list[str]:
         """The mixers of these layers that this onnxruntime cannot run, each tried alone."""
@@ -118,41 +131,48 @@ class OnnxRuntime:
 
     def load(self, path: Path, architecture: Architecture, workload: Workload, frame: Frame) -> Run:
         """A runner of an exported model."""
-        return bind(self.session(path), workload, frame, architecture.width, architecture.layers)
+        return bind_workload(self.session(path), workload, frame, architecture.width, architecture.layers)
 
     def anchors(self) -> list[Run]:
         """A square matrix product in this runtime; see docs/adr/0005 for why there is no copy of memory."""
-        side = ANCHOR_SIDE
-        weight = np.random.default_rng(0).standard_normal((side, side), np.float32)
-        shape = [side, side]
-        graph = helper.make_graph(
-            [helper.make_node("MatMul", ["x", "w"], ["y"])],
-            "anchor",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-            initializer=[numpy_helper.from_array(weight, "w")],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-        session = self.session(model)
-        binding = session.io_binding()
-        binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(weight))
-        binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(np.zeros_like(weight)))
-
-        def product(loops: int) -> None:
-            for _ in range(loops):
-                session.run_with_iobinding(binding)
-
-        return [product]
+        session = self.session(anchor_graph())
+        return [bind(session, anchor_binding())]
 
     def fingerprint(self) -> dict[str, Any]:
         """CPU, system and versions."""
-        return {
-            "machine": platform.machine(),
-            "cpu": cpu_model(),
-            "system": platform.system(),
-            "runtime": self.name,
-            "runtime_version": ort.__version__,
-        }
+        return fingerprint()
+
+
+def anchor_graph() -> onnx.ModelProto:
+    """A square matrix product; see docs/adr/0005 for why there is no copy of memory beside it."""
+    weight = np.random.default_rng(0).standard_normal((ANCHOR_SIDE, ANCHOR_SIDE), np.float32)
+    shape = list(weight.shape)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "anchor",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        initializer=[numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def anchor_binding() -> Binding:
+    """What the reference product runs on."""
+    shape = (ANCHOR_SIDE, ANCHOR_SIDE)
+    return Binding((Feed("x", shape, "normal", 1.0),), (Feed("y", shape),))
+
+
+def graph_binding(
+    model: onnx.ModelProto, workload: Workload, frame: Frame, width: int, layers: Sequence[Layer]
+) -> Binding:
+    """What a graph is bound to in a workload."""
+
+    def shapes(values: Sequence[onnx.ValueInfoProto]) -> dict[str, list[Any]]:
+        return {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in values}
+
+    ends = shapes(model.graph.input), shapes(model.graph.output)
+    return workload_binding(*ends, workload, frame, width, layers)
 
 
 def lacks(mixers: Sequence[str], error: Exception) -> str:
@@ -162,21 +182,6 @@ def lacks(mixers: Sequence[str], error: Exception) -> str:
         f"mixer {', '.join(mixers)}: onnxruntime {ort.__version__} cannot run it ({reason}); "
         "leave it out of layer.mixer, or install another onnxruntime"
     )
-
-
-def cpu_model() -> str:
-    """The CPU's name and feature flags in short, where the system tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    pairs = (line.partition(":") for line in reversed(lines))
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    name = fields.get("model name", "unknown")
-    wide = [
-        flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in fields.get("flags", "")
-    ]
-    return " ".join([name, f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}", *wide])
 
 
 def stack_graph(op: Op, height: int, frame: Frame) -> onnx.ModelProto:
@@ -211,50 +216,41 @@ def stack_graph(op: Op, height: int, frame: Frame) -> onnx.ModelProto:
     return graph.model()
 
 
-def bind(
+def workload_binding(
+    inputs: Mapping[str, Sequence[Any]],
+    outputs: Mapping[str, Sequence[Any]],
+    workload: Workload,
+    frame: Frame,
+    width: int,
+    layers: Sequence[Layer],
+) -> Binding:
+    """What a graph's inputs and outputs, given with their shapes, are bound to in a workload."""
+    batch, tokens = workload.batch, workload.tokens
+    feeds: list[Feed] = []
+    after: dict[str, Feed] = {}
+    for slot, layer in enumerate(layers):
+        # A softmax cache has room for the whole workload and is bound to both ends.
+        grows = layer.mixer == "attention"
+        before = state_shapes(layer, width, frame, batch, workload.length if grows else workload.past)
+        for name, shape in state_shapes(layer, width, frame, batch, workload.length).items():
+            state = f"state.{slot}.{name}"
+            feeds.append(Feed(state, before[name], "normal", 0.1))
+            after[f"{state}.next"] = Feed(f"{state}.next", shape, same=state if grows else "")
+    for name, given in inputs.items():
+        if name == "tokens":
+            feeds.append(Feed(name, (batch, tokens), "tokens", frame.vocabulary))
+        elif name == "position":
+            feeds.append(Feed(name, (1,), "value", workload.past))
+        elif name == "x":
+            feeds.append(Feed(name, (batch, tokens, given[2]), "normal", 1.0))
+    ends = [after.get(name) or Feed(name, (batch, tokens, given[2])) for name, given in outputs.items()]
+    return Binding(tuple(feeds), tuple(ends))
+
+
+def bind_workload(
     session: ort.InferenceSession, workload: Workload, frame: Frame, width: int, layers: Sequence[Layer]
 ) -> Run:
     """A function that runs a workload a number of times on preallocated buffers."""
-    rng = np.random.default_rng(0)
-    binding = session.io_binding()
-    keep: list[ort.OrtValue] = []
-    batch, tokens = workload.batch, workload.tokens
-    after = {}
-    for slot, layer in enumerate(layers):
-        # A softmax cache has room for the whole workload and is bound to both ends.
-        room = workload.length if layer.mixer == "attention" else workload.past
-        before = state_shapes(layer, width, frame, batch, room)
-        for name, shape in state_shapes(layer, width, frame, batch, workload.length).items():
-            value = ort.OrtValue.ortvalue_from_numpy(0.1 * rng.standard_normal(before[name], np.float32))
-            out = (
-                value
-                if layer.mixer == "attention"
-                else ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            )
-            binding.bind_ortvalue_input(f"state.{slot}.{name}", value)
-            after[f"state.{slot}.{name}.next"] = out
-            keep += [value, out]
-    for item in session.get_inputs():
-        if item.name == "tokens":
-            array: NDArray[Any] = rng.integers(1, frame.vocabulary, (batch, tokens))
-        elif item.name == "position":
-            array = np.array([workload.past])
-        elif item.name == "x":
-            array = rng.standard_normal((batch, tokens, item.shape[2]), np.float32)
-        else:
-            continue
-        keep.append(ort.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_ortvalue_input(item.name, keep[-1])
-    for item in session.get_outputs():
-        if item.name not in after:
-            zeros = np.zeros((batch, tokens, item.shape[2]), np.float32)
-            after[item.name] = ort.OrtValue.ortvalue_from_numpy(zeros)
-        binding.bind_ortvalue_output(item.name, after[item.name])
-    keep += list(after.values())
-
-    def run(loops: int) -> None:
-        for _ in range(loops):
-            session.run_with_iobinding(binding)
-
-    run.buffers = keep  # type: ignore[attr-defined] # the binding does not own them
-    return run
+    inputs = {item.name: item.shape for item in session.get_inputs()}
+    outputs = {item.name: item.shape for item in session.get_outputs()}
+    return bind(session, workload_binding(inputs, outputs, workload, frame, width, layers))

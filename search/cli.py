@@ -3,20 +3,18 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 from typer.exceptions import TyperException
 
+from search.device_commands import devices, profile, verify
+from search.options import ConfigFile, Device, Json, RunFolder, SpaceFile
 from search.show import (
     Bars,
     describe_space,
     err,
-    error_table,
     front_table,
-    latency_table,
-    limit_table,
     make_table,
     show,
     space_table,
@@ -31,11 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="A space in YAML.")]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's configuration in YAML.")]
-RunFolder = Annotated[Path, typer.Option("--supernet", metavar="RUN", help="A run's folder, trained in.")]
-Device = Annotated[str, typer.Option(help="The device card's name.")]
+for command in (profile, verify, devices):
+    app.command()(command)
 
 
 @app.callback()
@@ -108,39 +103,6 @@ def train(
 
 
 @app.command()
-def profile(
-    context: typer.Context,
-    space: Annotated[Path, typer.Option(metavar="SPACE", help="A space in YAML.")],
-    device: Device,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(help="prefill@TOKENS or decode@CONTEXT [default: both at the space's context]."),
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that the device will use.")] = 1,
-    as_json: Json = False,
-) -> None:
-    """Measure a space's ops and some whole models on this machine, and fit the predictor."""
-    from latency import ProfileConfig, load_card
-    from latency import profile as measure
-    from space import load_space
-
-    config = ProfileConfig(workloads=tuple(workload or ()), threads=threads)
-    with Bars().stage("profile") as stage:
-        predictor = measure(
-            load_space(space), context.obj, device, config, lambda what, share: stage(share, what)
-        )
-    problems = load_card(context.obj, device).problems
-    value = {
-        "device": device,
-        "workloads": {str(w): dict(m.errors) for w, m in predictor.models.items()},
-        "problems": problems,
-    }
-    show(value, as_json, lambda: [error_table(value["workloads"])])
-    if problems and not as_json:
-        err.print(f"{len(problems)} problems were seen, such as: {problems[-1]}", highlight=False)
-
-
-@app.command()
 def search(
     context: typer.Context,
     supernet: RunFolder,
@@ -149,7 +111,8 @@ def search(
         list[str] | None, typer.Option(help="Such as 'decode@256<=2ms' or 'prefill@256<=60%'.")
     ] = None,
     objective: Annotated[
-        list[str] | None, typer.Option(help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD or params.")
+        list[str] | None,
+        typer.Option(help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD, rss:WORKLOAD or params."),
     ] = None,
     generations: Annotated[int | None, typer.Option(min=1)] = None,
     population: Annotated[int | None, typer.Option(min=2)] = None,
@@ -162,8 +125,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search a trained supernet for the front under limits. Resumes."""
-    from latency import load_card, load_predictor
-    from latency.card import profile_command
+    from latency import OnnxRuntime, load_card, load_predictor
+    from latency.card import outdated, profile_command
     from search import run as stages
     from search.search import SearchConfig
     from space.config import parse
@@ -182,6 +145,9 @@ def search(
     base = the_run.config.search.model_dump()
     config = parse(SearchConfig, base | {k: v for k, v in given.items() if v is not None}, "search")
     card = load_card(context.obj, device)
+    warning = outdated(card, OnnxRuntime().fingerprint())
+    if warning:
+        err.print(warning, highlight=False, soft_wrap=True)
     path = card.predictor_path(the_run.space.name, "onnxruntime", the_run.config.profile.threads, "fp32")
     predictor = load_predictor(path, the_run.space, profile_command(device))
     corpus = load_corpus(the_run.config.train.data)
@@ -239,36 +205,6 @@ def extract(
 
 
 @app.command()
-def verify(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sub-model's folder, with its model.onnx.")],
-    device: Device,
-    as_json: Json = False,
-) -> None:
-    """Check parity, measure on this device, compare with prediction and limits. Exit 3 if one is missed."""
-    from latency import load_card
-    from search.verify import VerifyConfig
-    from search.verify import verify as check
-    from space.files import file_digest
-    from supernet.extract import read_submodel
-
-    submodel = read_submodel(folder)
-    card = load_card(context.obj, device)
-    model = folder / "model.onnx"
-    inputs = {"model": file_digest(model)} if model.exists() else {}
-    value = check(submodel, card, VerifyConfig(), inputs)
-    show(value, as_json, lambda: [latency_table(value["latency"]), limit_table(value["limits"])])
-    if not as_json:
-        worst = max(value["parity"]["errors"].values())
-        err.print(f"parity: worst error {worst:.1e}, bound {value['parity']['bound']:.1e}", highlight=False)
-    missed = [item["limit"] for item in value["limits"] if item["status"] == "missed"]
-    if not value["parity"]["kept"]:
-        raise LimitError(f"{folder}: the exported model differs from the plain one; see verify.json")
-    if missed:
-        raise LimitError(f"{folder}: missed {', '.join(missed)} when measured")
-
-
-@app.command()
 def audit(
     context: typer.Context,
     supernet: RunFolder,
@@ -302,56 +238,6 @@ def audit(
         for judged in found["sets"].values():
             err.print(judged["text"], highlight=False)
         err.print(f"page: {supernet / 'audit' / 'audit.html'}", highlight=False)
-
-
-@app.command()
-def devices(
-    context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="One device, in detail.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the device cards, or show one with its predictors' errors."""
-    from latency import OnnxRuntime, load_card
-    from latency.card import differences
-    from space.files import read_json
-
-    root: Path = context.obj
-    names = [name] if name else sorted(p.parent.name for p in root.glob("*/device.json"))
-    cards = [load_card(root, n) for n in names]
-    here = OnnxRuntime().fingerprint()
-    value: dict[str, Any] = {"devices": []}
-    for card in cards:
-        predictors = {}
-        for path in sorted((card.folder / "predictors").glob("*.json")):
-            fitted = read_json(path, "latency predictor", "formfit profile")
-            predictors[path.stem] = {w: model["errors"] for w, model in fitted["workloads"].items()}
-        entry: dict[str, Any] = {
-            "name": card.name,
-            "measured": card.measured,
-            "fingerprint": card.fingerprint,
-        }
-        entry |= {"this_machine": not differences(card.fingerprint, here), "predictors": predictors}
-        value["devices"].append(entry | {"problems": card.problems})
-
-    def tables() -> list[Table]:
-        rows = [
-            [
-                d["name"],
-                str(d["measured"]),
-                str(d["fingerprint"]["cpu"]),
-                "yes" if d["this_machine"] else "no",
-                ", ".join(d["predictors"]),
-            ]
-            for d in value["devices"]
-        ]
-        found = [
-            make_table(f"Devices in {root}", ["name", "measured", "cpu", "this machine", "predictors"], rows)
-        ]
-        if name:
-            found += [error_table(errors) for errors in value["devices"][0]["predictors"].values()]
-        return found
-
-    show(value, as_json, tables)
 
 
 @app.command()

@@ -18,12 +18,13 @@ from space.workload import PRECISIONS
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BYTES = {"B": 1.0, "KB": 1e3, "KiB": 2.0**10, "MB": 1e6, "MiB": 2.0**20, "GB": 1e9, "GiB": 2.0**30}
 _COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
-UNITS = {"prefill": _SECONDS, "decode": _SECONDS, "memory": _BYTES, "params": _COUNT}
-METRICS = "prefill@N, decode@N, memory@N, params"
+UNITS = {"prefill": _SECONDS, "decode": _SECONDS, "memory": _BYTES, "rss": _BYTES, "params": _COUNT}
+METRICS = "prefill@N, decode@N, memory@N, rss@N, params"
 _PRINTED = {
     "prefill": (" ns", " us", " ms", " s"),
     "decode": (" ns", " us", " ms", " s"),
     "memory": (" B", " KiB", " MiB", " GiB"),
+    "rss": (" B", " KiB", " MiB", " GiB"),
     "params": (" parameters", "K parameters", "M parameters", "B parameters"),
 }
 _NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
@@ -35,7 +36,7 @@ class Limit:
 
     device: str | None
     metric: str
-    workload: Workload | None  # None for params; memory is that of reading N tokens at once
+    workload: Workload | None  # None for params; memory and rss are those of reading N tokens at once
     bound: float  # seconds, bytes or parameters; where relative, percent
     relative: bool
     text: str  # canonical; Limit.parse(limit.text) == limit
@@ -86,8 +87,6 @@ def _subject(text: str, given: str) -> tuple[str | None, str, Workload | None]:
             text, f"{device!r} is not a device name; one has letters, digits, '.', '_' and '-', then one ':'"
         )
     metric, at, length = [part.strip() for part in head.partition("@")]
-    if metric == "rss":
-        _refuse(text, "rss is not measured yet; memory@N counts weights, states and peak activations")
     if metric not in UNITS:
         _refuse(text, f"metric {metric!r} is not one of {METRICS}")
     if metric == "params":
@@ -101,7 +100,7 @@ def _subject(text: str, given: str) -> tuple[str | None, str, Workload | None]:
         _refuse(text, f"{what}; expected {metric}@N, such as {metric}@512")
     values = _options(text, metric, options)
     workload = Workload(
-        phase="prefill" if metric == "memory" else metric,
+        phase="prefill" if metric in ("memory", "rss") else metric,
         length=int(length),
         batch=int(values.get("batch", 1)),
         threads=int(values.get("threads", 1)),
@@ -164,7 +163,7 @@ def check_limits(limits: Iterable[Limit]) -> None:
 
 def format_quantity(metric: str, value: float, digits: int = 3) -> str:
     """A quantity in base units for people: ``3.21 ms``, ``5.1 MiB``, ``1.2M parameters``."""
-    step = 1024.0 if metric == "memory" else 1e3
+    step = 1024.0 if UNITS[metric] is _BYTES else 1e3
     scales = [_SECONDS["ns"] if UNITS[metric] is _SECONDS else 1.0]
     scales += [scales[0] * step**i for i in (1, 2, 3)]
     rounded = float(f"{value:.{digits}g}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from latency import OnnxRuntime, Predictor, ProfileConfig, load_card, load_predictor, profile
 from latency.card import open_card
@@ -51,6 +51,13 @@ class RunConfig(BaseModel):
     verify: VerifyConfig = VerifyConfig()
     picks: tuple[str, ...] = ("best", "knee", "fastest")
 
+    @field_validator("profile")
+    @classmethod
+    def _deployed(cls, value: ProfileConfig) -> ProfileConfig:
+        if value.runtime != "onnxruntime":
+            raise ValueError(f"runtime {value.runtime}: a run verifies its models with onnxruntime")
+        return value
+
     @property
     def the_space(self) -> Space:
         """The space, read from its file where it was given as a path."""
@@ -73,11 +80,12 @@ def smoke(config: RunConfig) -> RunConfig:
     """The same stages, small: a check that everything works, not a result."""
     changes: dict[str, dict[str, Any]] = {
         "train": {"steps": 12, "batch": 2, "checkpoint_every": 6},
-        "profile": {"block_ms": 1.0, "min_rounds": 2, "max_rounds": 2,
+        "profile": {"block_ms": 1.0, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2,
+                    "op_error": 1.0, "most_noise": None, "rss_models": 1,
                     "optimal_models": 6, "random_models": 4,
                     "held_out_models": 5, "repeated_models": 2},
         "search": {"generations": 2, "population": 8, "windows": 4, "front_windows": 8},
-        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0},
+        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "most_noise": None},
     }  # fmt: skip
     fields = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     data = config.train.data.model_copy(update={"limit_mb": min(config.train.data.limit_mb or 2.0, 2.0)})

@@ -73,10 +73,18 @@ class Problem:
             raise InputError(f"device {name}: not among those given ({', '.join(self.predictors)})")
         return self.predictors[name]
 
+    def timed(self, limit: Limit) -> str | None:
+        """The device whose latency a limit bears on."""
+        if limit.metric not in ("prefill", "decode"):
+            return None
+        return limit.device or next(iter(self.predictors))
+
     def cost(self, limit: Limit, confidence: float | None) -> Cost:
         """What a limit bears on."""
         if limit.workload is not None and limit.metric in ("prefill", "decode"):
             return self.predictor(limit.device).cost(limit.workload, confidence)
+        if limit.workload is not None and limit.metric == "rss":
+            return self.predictor(limit.device).memory_cost(limit.workload, confidence)
         if limit.workload is not None:
             return memory_cost(self.space, limit.workload)
         return params_cost(self.space)
@@ -87,6 +95,10 @@ class Problem:
         found = []
         for limit in self.limits:
             reference = float(self.cost(limit, None)(top)[0])
+            if limit.relative and not math.isfinite(reference):
+                raise InputError(
+                    f"limit {limit.text!r}: the device cannot run the largest architecture; give it in units"
+                )
             found.append(Bounded(limit, self.cost(limit, self.confidence), limit.resolve(reference)))
         return found
 
@@ -103,9 +115,11 @@ class Problem:
             return self.predictor(None).cost(Workload.parse(workload))
         if metric == "memory" and workload:
             return memory_cost(self.space, Workload.parse(workload))
+        if metric == "rss" and workload:
+            return self.predictor(None).memory_cost(Workload.parse(workload))
         if name == "params":
             return params_cost(self.space)
-        allowed = ", ".join([*QUALITIES, "latency:WORKLOAD", "memory:WORKLOAD", "params"])
+        allowed = ", ".join([*QUALITIES, "latency:WORKLOAD", "memory:WORKLOAD", "rss:WORKLOAD", "params"])
         raise InputError(f"objective {name!r}: not one of {allowed}")
 
 
@@ -147,6 +161,8 @@ class Search:
         total = np.zeros(len(genomes))
         for item in self.bounded:
             total += np.maximum(0.0, item.cost(genomes) / item.bound - 1)
+        for predictor in self.problem.predictors.values():
+            total[~np.isfinite(predictor.predict(genomes, next(iter(predictor.models))))] = np.inf
         return total
 
     def check(self) -> None:
@@ -275,20 +291,25 @@ class Search:
 
 def unit_of(metric: str) -> str:
     """The base unit of a metric."""
-    return {"prefill": "seconds", "decode": "seconds", "memory": "bytes", "params": "parameters"}[metric]
+    units = {"prefill": "seconds", "decode": "seconds", "memory": "bytes", "rss": "bytes"}
+    return units.get(metric, "parameters")
 
 
 def predictions(problem: Problem, architecture: Architecture) -> dict[str, Any]:
-    """What is predicted of an architecture: parameters, and the latency of every workload by device."""
+    """What is predicted of an architecture: parameters, and by device the latency of every workload.
+
+    Those that were profiled, and those that limits ask for.
+    """
     row = genome.encode(problem.space, [architecture])
     latency = {}
     for device, predictor in problem.predictors.items():
+        asked = [limit.workload for limit in problem.limits if problem.timed(limit) == device]
         latency[device] = {
             str(w): {
                 "latency_ms": 1e3 * float(predictor.cost(w)(row)[0]),
                 "upper_ms": 1e3 * float(predictor.cost(w, problem.confidence)(row)[0]),
             }
-            for w in predictor.models
+            for w in dict.fromkeys([*predictor.models, *filter(None, asked)])
         }
     return {"params": int(params_cost(problem.space)(row)[0]), "latency": latency}
 

@@ -128,8 +128,8 @@ def error_table(workloads: Any) -> Table:
                 workload,
                 f"{held['mape_percent']:.2f}%",
                 f"{100 * held['within_10_percent']:.0f}%",
-                f"{held['spearman']:.4f}",
-                f"{errors['repeat_mape_percent']:.2f}%",
+                "-" if held["spearman"] is None else f"{held['spearman']:.4f}",
+                "-" if errors["repeat_mape_percent"] is None else f"{errors['repeat_mape_percent']:.2f}%",
                 f"{errors['flops_and_params']['mape_percent']:.2f}%",
             ]
         )
@@ -157,15 +157,19 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
 
 def describe_space(space: Any) -> dict[str, Any]:
     """What ``formfit space`` says of a space."""
-    from space import genome
+    from latency.design import seeds
+    from space import Workload, genome
     from space.cost import params
     from space.ops import space_ops
+    from space.workload import PHASES
 
     ends = {"smallest": genome.smallest(space), "largest": genome.largest(space)}
     ops = len(space_ops(space))
     kinds = sorted({m for m, _ in space.mixer_options[1:]})
-    # Two heights, eleven rounds of 12 ms and the warm-up for each op and workload, and 58 whole models.
-    seconds = 2 * (ops * 2 * 0.3 + 58 * 0.3)
+    # A second for each op and workload that is measured (fifty rounds of two stacks), and 58 models.
+    workloads = [Workload(phase=phase, length=space.context) for phase in PHASES]
+    points = [(op, w) for op in space_ops(space) for w in workloads]
+    seconds = 1.0 * min(len(points), 2 * len(seeds(points))) + 58 * len(workloads) * 0.6
     return {
         "name": space.name,
         "architectures": genome.size(space),

@@ -2,13 +2,13 @@
 
 Verification checks that the exported graph computes what the plain model computes, for
 prefill and token by token with state, then measures it on the device and compares with what
-was predicted and asked. Latencies are in the card's units: the ratio to the anchor times the
-card's anchor, so that a machine that has slowed down since is not taken for a slower model.
+was predicted and asked. Latencies are in the card's units: the ratio to the reference work times what
+that took for the card, so that a machine that has slowed down since is not taken for a slower model.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import save_model
+from onnx import load_model, save_model
 from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Card, OnnxRuntime
-from latency.card import differences
-from latency.runtime import Run, lacks
+from latency.binding import Run
+from latency.card import differences, outdated
+from latency.reference import noise_of, reference_items
+from latency.rss import session_rss
+from latency.runtime import graph_binding, lacks
 from latency.timer import TimerConfig, measure, pinned
+from latency.timing import Timing
 from search.limits import Limit
 from space import InputError, Workload
 from space.blocks import Model, State
@@ -45,8 +49,9 @@ class VerifyConfig(BaseModel):
 
     tokens: int = Field(default=128, gt=1)  # of the parity check
     copies: int = Field(default=3, gt=0)  # sessions measured, since memory layout differs between them
-    rounds: int = Field(default=40, ge=4)
-    block_ms: float = Field(default=5.0, gt=0)
+    rounds: int = Field(default=60, ge=4)
+    block_ms: float = Field(default=3.0, gt=0)
+    most_noise: float | None = 0.05  # between two timings of the same work, see latency.reference; None: any
 
 
 def export_onnx(submodel: SubModel) -> Path:
@@ -163,11 +168,11 @@ def measure_onnx(
     """Measured latencies by workload, in the card's units, with intervals and raw clock times.
 
     Raises:
-        InputError: this machine, or its runtime, is not the card's.
+        InputError: this machine is not the card's, or too noisy.
     """
     here = OnnxRuntime(1).fingerprint()
-    other = differences(card.fingerprint, here)
-    if other or card.anchor_reference is None:
+    other = [] if outdated(card, here) else differences(card.fingerprint, here)
+    if other or not card.references:
         raise InputError(f"device {card.name}: this machine is not the one of the card ({'; '.join(other)})")
     found: dict[str, Any] = {}
     for threads in sorted({w.threads for w in workloads}):
@@ -177,26 +182,57 @@ def measure_onnx(
             items: dict[str, Run] = {}
             for copy in range(config.copies):
                 for w in some:
-                    items[f"{w}|{copy}"] = runtime.load(path, submodel.architecture, w, submodel.frame)
+                    items[f"{copy}|{w}"] = runtime.load(path, submodel.architecture, w, submodel.frame)
             timer = TimerConfig(
                 block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
             )
-            measured = measure(items, runtime.anchors(), timer)
-        scale = card.anchor_reference / measured.anchor_reference
-        for w in some:
-            timings = [measured.timings[f"{w}|{copy}"] for copy in range(config.copies)]
-            middle = sorted(timings, key=lambda t: t.seconds)[len(timings) // 2]
-            found[str(w)] = {
-                "latency_ms": 1e3 * scale * middle.seconds,
-                "interval_ms": [1e3 * scale * value for value in middle.interval],
-                "copies_ms": [1e3 * scale * t.seconds for t in timings],
-                "clock_ms": 1e3 * middle.clock_median,
-                "problems": middle.problems(),
-            }
+            measured = measure({**items, **reference_items(runtime)}, runtime.anchors(), timer)
+        noise = noise_of(measured.timings)
+        if config.most_noise is not None and noise > config.most_noise:
+            raise InputError(
+                f"this machine is too noisy to judge by: the same work, timed twice, differs by {noise:.1%} "
+                f"(at most {config.most_noise:.0%}); stop other programs, wait, or allow it with --noise"
+            )
+        found |= latencies(card, measured.timings, some, config.copies)
     return found
 
 
-def judge(submodel: SubModel, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def latencies(
+    card: Card, timings: Mapping[str, Timing], workloads: Sequence[Workload], copies: int
+) -> dict[str, Any]:
+    """What the timings of some sessions of a model say of each workload, in the card's units."""
+    scales = card.scale(workloads[0].threads, timings)
+    found: dict[str, Any] = {}
+    for w in workloads:
+        scale = scales[w.phase]
+        some = [timings[f"{copy}|{w}"] for copy in range(copies)]
+        middle = sorted(some, key=lambda t: t.seconds)[len(some) // 2]
+        found[str(w)] = {
+            "latency_ms": 1e3 * scale * middle.seconds,
+            "interval_ms": [1e3 * scale * value for value in middle.interval],
+            "copies_ms": [1e3 * scale * t.seconds for t in some],
+            "clock_ms": 1e3 * middle.clock_median,
+            "problems": middle.problems(),
+        }
+    return found
+
+
+def measure_rss(submodel: SubModel, path: Path) -> dict[str, int]:
+    """Peak bytes of a session of the exported model in each workload that a limit on rss names."""
+    limits = [Limit.parse(item["limit"]) for item in submodel.chosen.get("limits", [])]
+    workloads = [limit.workload for limit in limits if limit.metric == "rss" and limit.workload]
+    if not workloads:
+        return {}
+    graph, architecture = load_model(path), submodel.architecture
+    return {
+        str(w): session_rss(
+            path, graph_binding(graph, w, submodel.frame, architecture.width, architecture.layers), w.threads
+        )
+        for w in workloads
+    }
+
+
+def judge(submodel: SubModel, measured: Mapping[str, Any], rss: Mapping[str, int]) -> list[dict[str, Any]]:
     """Each limit that the sub-model was chosen under: what was found, and whether it was kept."""
     rows = []
     for item in submodel.chosen.get("limits", []):
@@ -205,6 +241,8 @@ def judge(submodel: SubModel, measured: Mapping[str, Any]) -> list[dict[str, Any
             value: float | None = params(submodel.architecture, submodel.frame)
         elif limit.metric == "memory":
             value = memory_bytes(submodel.architecture, limit.workload, submodel.frame)
+        elif limit.metric == "rss":
+            value = rss.get(str(limit.workload))
         else:
             timing = measured.get(str(limit.workload))
             value = timing["latency_ms"] / 1e3 if timing else None
@@ -225,11 +263,31 @@ def verify(submodel: SubModel, card: Card, config: VerifyConfig, inputs: Mapping
     path = submodel.folder / "model.onnx"
     if not path.exists():
         raise InputError(f"{path}: not found; `formfit extract --format onnx` writes it")
-    predicted = submodel.chosen.get("predicted", {}).get("latency", {}).get(card.name, {})
+    predicted = chosen_predictions(submodel, card)
     measured = measure_onnx(submodel, path, card, [Workload.parse(text) for text in predicted], config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checked = parity(submodel, path, config.tokens)
+    runtime = f"onnxruntime {ort.__version__}"
+    return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel, path), inputs)
+
+
+def chosen_predictions(submodel: SubModel, card: Card) -> dict[str, Any]:
+    """What was predicted of a sub-model on a device when it was chosen, by workload."""
+    return dict(submodel.chosen.get("predicted", {}).get("latency", {}).get(card.name, {}))
+
+
+def conclude(
+    submodel: SubModel,
+    card: Card,
+    runtime: str,
+    measured: Mapping[str, Any],
+    checked: Mapping[str, Any],
+    rss: Mapping[str, int],
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """Compare what was measured with what was predicted and asked, and write ``verify.json``."""
+    predicted = chosen_predictions(submodel, card)
     latency = {
         text: {
             **{f"predicted_{key}": value for key, value in predicted[text].items()},
@@ -241,10 +299,11 @@ def verify(submodel: SubModel, card: Card, config: VerifyConfig, inputs: Mapping
     body = {
         "key": submodel.architecture.key,
         "device": card.name,
-        "runtime": f"onnxruntime {ort.__version__}",
-        "parity": checked,
+        "runtime": runtime,
+        "parity": dict(checked),
         "latency": latency,
-        "limits": judge(submodel, measured),
+        "rss_bytes": dict(rss),
+        "limits": judge(submodel, measured, rss),
     }
     write_json(submodel.folder / "verify.json", KIND, inputs, body)
     return read_json(submodel.folder / "verify.json", KIND, "formfit verify")

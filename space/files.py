@@ -16,7 +16,14 @@ from typing import Any
 
 from space.errors import InputError
 
-SCHEMA_VERSION = 1
+_SCHEMAS = dict.fromkeys(
+    ("device card", "device ops", "device models", "latency predictor", "verification"), 2
+)  # every other kind is at 1
+
+
+def schema_version(kind: str) -> int:
+    """The version of a kind of artefact that this formfit writes and reads."""
+    return _SCHEMAS.get(kind, 1)
 
 
 def digest(data: bytes | str) -> str:
@@ -75,7 +82,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, kind: str, inputs: Mapping[str, str], body: Mapping[str, Any]) -> None:
     """Write an artefact: a header (kind, schema version, hashes of its inputs), then the body."""
-    header = {"kind": kind, "schema": SCHEMA_VERSION, "inputs": dict(inputs)}
+    header = {"kind": kind, "schema": schema_version(kind), "inputs": dict(inputs)}
     if "header" in body:
         raise ValueError("a body has no key 'header'")
     text = json.dumps({"header": header, **body}, indent=1, allow_nan=False)
@@ -111,9 +118,9 @@ def parse_header(path: Path, text: bytes, kind: str, made_by: str) -> dict[str, 
     header = value.get("header") if isinstance(value, dict) else None
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise InputError(f"{path}: not a {kind} file; `{made_by}` makes one")
-    if header.get("schema") != SCHEMA_VERSION:
+    if header.get("schema") != schema_version(kind):
         raise InputError(
-            f"{path}: schema version {header.get('schema')!r}, this formfit reads {SCHEMA_VERSION}; "
+            f"{path}: schema version {header.get('schema')!r}, this formfit reads {schema_version(kind)}; "
             f"`{made_by}` makes it again"
         )
     return dict(value)

@@ -8,6 +8,7 @@ it draws from; nothing loops until it happens to succeed.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
@@ -71,7 +72,7 @@ def split(genomes: Genomes) -> tuple[Genomes, Genomes, Genomes, Genomes]:
     return genomes[:, 0], genomes[:, 1::3], genomes[:, 2::3], genomes[:, 3::3]
 
 
-def encode(space: Space, architectures: list[Architecture]) -> Genomes:
+def encode(space: Space, architectures: Sequence[Architecture]) -> Genomes:
     """The genomes [N, G] of architectures.
 
     Raises:

@@ -30,7 +30,12 @@ class Graph:
     count: int = 0
 
     def add(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Append a node; returns the name of its output, or a tuple of names."""
+        """Append a node; returns the name of its output, or a tuple of names.
+
+        Inputs left out at the end are not written: an older operator may not know of them.
+        """
+        while inputs and not inputs[-1]:
+            inputs = inputs[:-1]
         self.count += 1
         names = [f"v{self.count}" if outputs == 1 else f"v{self.count}.{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))

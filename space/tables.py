@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from space.errors import InputError
-from space.files import SCHEMA_VERSION, atomic_path, canonical_json, parse_header
+from space.files import atomic_path, canonical_json, parse_header, schema_version
 
 
 def write_table(
@@ -20,7 +20,7 @@ def write_table(
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a table atomically; ``extra`` is a JSON value kept beside its header."""
-    header = {"kind": kind, "schema": SCHEMA_VERSION, "inputs": dict(inputs)}
+    header = {"kind": kind, "schema": schema_version(kind), "inputs": dict(inputs)}
     metadata = {"formfit": canonical_json({"header": header, **(extra or {})})}
     arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:

@@ -1,5 +1,6 @@
 """The predictor on latencies whose law is known."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,23 +8,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from latency.predictor import (
-    OpLatencies,
-    Predictor,
-    accuracy,
+from latency.composition import (
+    OpTimes,
     design_matrix,
     fit_composition,
-    fit_predictor,
+    held_bytes,
+    hinge_bytes,
     leave_one_out,
-    load_predictor,
 )
-from latency.profile import d_optimal
+from latency.design import d_optimal
+from latency.op_latencies import OpLatencies
+from latency.predictor import Predictor, accuracy, fit_predictor, load_predictor
 from space import InputError, Space, Workload, genome
 from space.ops import count_ops, op_kinds, space_ops
 from tests.contracts import tiny_space
 
 W = Workload(phase="prefill", length=64)
 D = Workload(phase="decode", length=64)
+EXACT = np.zeros(20)  # timings without error, as many as are fitted
+UNMEASURED = OpLatencies(tiny_space().frame, {}, {})
 
 
 def space() -> Space:
@@ -55,12 +58,15 @@ def fitted(noise: float = 0.01, seed: int = 0) -> tuple[Predictor, Any, dict[str
     train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
     predictor = fit_predictor(
         space(),
-        {W: OpLatencies(ops), D: OpLatencies(ops)},
+        UNMEASURED,
+        {W: OpTimes(W, ops), D: OpTimes(D, ops)},
         train,
         {W: truth(train, ops, noise, 1), D: truth(train, ops, 2 * noise, 2)},
+        {W: EXACT, D: EXACT},
         held,
         {W: truth(held, ops, noise, 3), D: truth(held, ops, 2 * noise, 4)},
         {W: 1.0, D: 1.0},
+        20,
     )
     return predictor, held, ops
 
@@ -79,24 +85,35 @@ def test_a_known_law_is_recovered() -> None:
 def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() -> None:
     rng = np.random.default_rng(0)
     ops = op_seconds()
-    design = design_matrix(space(), OpLatencies(ops), genome.sample(space(), rng, 8))
+    design = design_matrix(space(), OpTimes(W, ops), genome.sample(space(), rng, 8))
     for _ in range(20):
-        seconds = design[:, 2:-1].sum(axis=1) * rng.uniform(0.3, 3.0, len(design))
-        assert (fit_composition(design, seconds).coefficients >= 0).all()
-    exact = design[:, 2:-1].sum(axis=1)
-    coefficients = fit_composition(design, exact).coefficients
-    assert np.abs(coefficients[2:-1] - 1).max() < 0.05
+        seconds = design[:, 2:-5].sum(axis=1) * rng.uniform(0.3, 3.0, len(design))
+        assert (fit_composition(design, seconds, EXACT[:8]).coefficients >= 0).all()
+    exact = design[:, 2:-5].sum(axis=1)
+    coefficients = fit_composition(design, exact, EXACT[:8]).coefficients
+    assert np.abs(coefficients[2:-5] - 1).max() < 0.05
+
+
+def test_a_noisy_timing_counts_less() -> None:
+    ops, rng = op_seconds(), np.random.default_rng(0)
+    design = design_matrix(space(), OpTimes(W, ops), genome.sample(space(), rng, 20))
+    exact = design[:, 2:-5].sum(axis=1)
+    seconds, timing = exact.copy(), EXACT.copy()
+    seconds[:5] *= 1.3
+    timing[:5] = 0.3
+    found = [np.abs(fit_composition(design, seconds, t)(design) / exact - 1).mean() for t in (EXACT, timing)]
+    assert found[1] < found[0] / 3
 
 
 def test_leave_one_out_leaves_one_out() -> None:
     ops = op_seconds()
     genomes = genome.sample(space(), np.random.default_rng(0), 20)
-    design, seconds = design_matrix(space(), OpLatencies(ops), genomes), truth(genomes, ops, 0.01, 0)
+    design, seconds = design_matrix(space(), OpTimes(W, ops), genomes), truth(genomes, ops, 0.01, 0)
     seconds[3] *= 2
-    residuals = leave_one_out(design, seconds)
+    residuals = leave_one_out(design, seconds, EXACT)
     assert residuals[3] > 0.8  # a fit that saw it would have bent towards it
     keep = np.arange(20) != 7
-    alone = fit_composition(design[keep], seconds[keep])(design[7:8])[0]
+    alone = fit_composition(design[keep], seconds[keep], EXACT[keep])(design[7:8])[0]
     assert residuals[7] == pytest.approx(seconds[7] / alone - 1)
 
 
@@ -113,6 +130,9 @@ def test_upper_is_the_mean_times_one_factor_and_covers() -> None:
     factors = [predictor.factor(W, c) for c in (0.6, 0.75, 0.9, 0.975)]
     assert factors == sorted(factors)
     assert predictor.factor(D, 0.9) > predictor.factor(W, 0.9)
+    sharp = replace(predictor.models[W], scale=1e-9)  # runs of different hours still lie apart
+    certain = replace(predictor, models={W: sharp})
+    assert certain.factor(W, 0.9) - 1 == pytest.approx(0.02 * np.sort(predictor.residuals)[-4], rel=0.5)
 
 
 def test_saved_and_read_and_refused(tmp_path: Path) -> None:
@@ -164,7 +184,33 @@ def test_what_full_attention_shares_is_paid_once() -> None:
         full = ["attention" in a.pattern for a in genome.decode(space(), genomes)]
         return truth(genomes, ops, 0.0, 0) + 2e-3 * np.array(full)
 
-    latencies = {W: OpLatencies(ops, shared=1.5e-3)}
-    predictor = fit_predictor(space(), latencies, train, {W: law(train)}, held, {W: law(held)}, {W: 1.0})
+    latencies = {W: OpTimes(W, ops, shared=1.5e-3)}
+    predictor = fit_predictor(
+        space(), UNMEASURED, latencies, train, {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
+    )
     assert predictor.models[W].once_full == pytest.approx(2e-3, rel=0.25)
     assert predictor.models[W].errors["held_out"]["mape_percent"] < 1.5
+
+
+def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
+    """A law with a hinge: beyond some bytes, each more costs; the cost is the greatest of sums."""
+    ops, rng = op_seconds(), np.random.default_rng(0)
+    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
+    typical, starts = hinge_bytes(space(), W)
+
+    def law(genomes: Any) -> NDArray[np.float64]:
+        over = np.maximum(0.0, held_bytes(space(), W, genomes) - starts[1]) / typical
+        return truth(genomes, ops, 0.0, 0) + 6e-3 * over
+
+    times = {W: OpTimes(W, ops)}
+    predictor = fit_predictor(
+        space(), UNMEASURED, times, train, {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
+    )
+    assert predictor.models[W].errors["held_out"]["mape_percent"] < 2.0
+    cost = predictor.cost(W)
+    assert 1 <= len(cost.above) <= 4
+    parts = np.array([part(held) for part in (replace(cost, above=()), *cost.above)])
+    assert np.array_equal(cost(held), parts.max(axis=0))
+    model = predictor.models[W]
+    over = np.maximum(0.0, held_bytes(space(), W, held)[:, None] - np.array(starts)) / typical
+    assert cost(held) == pytest.approx(parts[0] + over @ model.hinges)

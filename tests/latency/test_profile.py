@@ -8,11 +8,13 @@ import pytest
 
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor, profile
 from latency.card import Card, open_card
-from latency.predictor import OpLatencies
-from latency.profile import choose_models
-from latency.runtime import bind, random_weights, stack_graph
+from latency.composition import OpTimes
+from latency.design import choose_models
+from latency.profile import load_prior
+from latency.runtime import bind_workload, random_weights, stack_graph
 from space import Architecture, InputError, Layer, Space, Workload, genome, mixer_graphs
 from space.architecture import HEADLESS_MIXERS, MIXERS
+from space.cost import params_cost
 from space.graphs import model_graph
 from space.ops import Op, mixer_op, space_ops
 from space.shapes import model_shapes
@@ -23,6 +25,9 @@ QUICK = ProfileConfig(
     block_ms=0.5,
     min_rounds=2,
     max_rounds=2,
+    op_rounds=2,
+    most_noise=None,
+    rss=False,
     optimal_models=5,
     random_models=3,
     held_out_models=4,
@@ -47,8 +52,8 @@ def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None
     ops, models = card.table("ops"), card.table("models")
     assert len(ops) == 2 * len(space_ops(space()))
     assert (ops["seconds"] > 0).all()
-    assert set(models["role"]) == {"fit", "held_out", "repeat"}
-    assert models[models["role"] == "fit"]["key"].nunique() == 8
+    assert set(models["role"]) == {"optimal", "random", "held_out", "repeat"}
+    assert models[models["role"].isin(["optimal", "random"])]["key"].nunique() == 8
     path = card.predictor_path("tiny", "onnxruntime", 1, "fp32")
     predictor = load_predictor(path, space(), "formfit profile")
     assert predictor.models[Workload.parse("decode@64")].errors["held_out"]["models"] == 4
@@ -73,9 +78,11 @@ def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None
 
 
 def test_models_of_the_test_are_not_those_of_the_fit() -> None:
-    ops = {Workload.parse("prefill@64"): OpLatencies({op.key: 1e-3 for op in space_ops(space())})}
-    chosen = choose_models(space(), QUICK, ops)
-    fit, held = ({a.key for a in chosen[role]} for role in ("fit", "held_out"))
+    prefill = Workload.parse("prefill@64")
+    ops = {prefill: OpTimes(prefill, {op.key: 1e-3 for op in space_ops(space())})}
+    chosen = choose_models(space(), QUICK.counts(), ops)
+    fit = {a.key for role in ("optimal", "random") for a in chosen[role]}
+    held = {a.key for a in chosen["held_out"]}
     assert len(fit) == 8
     assert len(held) == 4
     assert not fit & held
@@ -183,5 +190,50 @@ def test_preallocated_caches_give_the_same_logits() -> None:
         n: np.concatenate([v, 9 * np.ones((1, 1, 7, 16), np.float32)], axis=2) for n, v in states.items()
     }
     assert_close("logits", call(text[:, 11:], 11, roomy)["logits"], expected, TOLERANCE["float32"])
-    run = bind(session, Workload.parse("decode@12"), made.frame, architecture.width, architecture.layers)
+    run = bind_workload(
+        session, Workload.parse("decode@12"), made.frame, architecture.width, architecture.layers
+    )
     run(3)
+
+
+def test_a_known_device_is_a_prior(tmp_path: Path) -> None:
+    config = QUICK.model_copy(update={"op_error": 9.0})
+    profile(space(), tmp_path, "known", QUICK)
+    source = load_prior(space(), tmp_path, "known", QUICK)
+    predictor = profile(space(), tmp_path, "new", config, prior=source)
+    assert all(len(model.processes) == 2 for model in predictor.ops.models.values())
+    path = load_card(tmp_path, "new").predictor_path("tiny", "onnxruntime", 1, "fp32")
+    again = load_predictor(path, space(), "formfit profile")
+    rows = genome.sample(space(), np.random.default_rng(0), 20)
+    for workload in QUICK.parsed(space()):
+        assert (again.predict(rows, workload) == predictor.predict(rows, workload)).all()
+    with pytest.raises(InputError, match="as a prior it says nothing"):
+        load_prior(tiny_space(head_dim=32), tmp_path, "known", QUICK)
+    with pytest.raises(InputError, match="there are known, new"):
+        load_prior(space(), tmp_path, "moon", QUICK)
+
+
+def test_memory_is_measured_beside_latency(tmp_path: Path) -> None:
+    predictor = profile(space(), tmp_path, "this", QUICK.model_copy(update={"rss": True, "rss_models": 2}))
+    rows = genome.sample(space(), np.random.default_rng(0), 50)
+    mean, upper = (predictor.memory_cost(Workload.parse("prefill@64"), c)(rows) for c in (None, 0.9))
+    assert (mean > 4 * params_cost(space())(rows)).all()
+    assert (upper >= mean).all()
+    table = load_card(tmp_path, "this").table("memory")
+    assert table["key"].nunique() == 8 + 2
+    assert predictor.memory[Workload.parse("prefill@64")].errors["models"] == 2
+
+
+def test_lengths_between_the_measured_ones_are_predicted(tmp_path: Path) -> None:
+    config = QUICK.model_copy(update={"workloads": ("prefill@8", "prefill@64")})
+    predictor = profile(space(), tmp_path, "this", config)
+    rows = genome.sample(space(), np.random.default_rng(0), 20)
+    between = predictor.predict(rows, Workload.parse("prefill@32"))
+    assert (between > 0).all()
+    for outside, expected in (
+        ("prefill@4", "--workload prefill@64 --workload prefill@4` measures it too"),
+        ("prefill@65", r"\(measured: prefill@8, prefill@64\)$"),  # beyond the context nothing measures it
+        ("decode@32", "formfit profile"),
+    ):
+        with pytest.raises(InputError, match=f"outside what was measured.*{expected}"):
+            predictor.predict(rows, Workload.parse(outside))

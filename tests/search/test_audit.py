@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from latency import Card, Predictor, load_card, load_predictor
+from latency.op_latencies import OpLatencies
 from latency.predictor import WorkloadModel
 from search.agreement import Agreement, Estimate, agreement, correlations, verdict
 from search.audit import AuditConfig, audit, judge
@@ -237,11 +238,13 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
         once_full=2e-6,
         per_layer=1e-6,
         scale=0.01,
+        hinges=(0.0,) * 4,
         errors={},
     )
     card = Card(run.devices / "desk", {"cpu": "made up"})
     card.save()
-    predictor = Predictor(space=space, models={workload: model}, residuals=[0.0])
+    unmeasured = OpLatencies(space.frame, {}, {})
+    predictor = Predictor(space=space, ops=unmeasured, models={workload: model}, residuals=[0.0])
     predictor.save(card.predictor_path(space.name, "onnxruntime", 1, "fp32"), {})
     return run
 

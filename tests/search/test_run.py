@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,38 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from search.cli import main
+from tests.conftest import Program
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 SPACES = sorted(ROOT.glob("configs/spaces/*.yaml"))
 
 
-Program = Callable[..., subprocess.CompletedProcess[str]]
-
-
 def new_process(*words: object) -> subprocess.CompletedProcess[str]:
     """What the program says and does, as a person starts it."""
     command = [sys.executable, "-c", "from search.cli import main; main()", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-
-
-@pytest.fixture
-def formfit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
-    """The same within this process, which has torch already: seconds less for each command."""
-
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["formfit", *map(str, words)])
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, int(str(ended.value.code)), said.out, said.err)
-
-    return run
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -112,7 +90,7 @@ def test_extract_verify_report_and_devices_from_a_finished_search(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"][-1] == "model.onnx"
-    checked = formfit("--devices", devices, "verify", out, "--device", "desk", "--json")
+    checked = formfit("--devices", devices, "verify", out, "--device", "desk", "--noise", "900", "--json")
     assert checked.returncode in (0, 3), checked.stderr
     assert json.loads(checked.stdout)["parity"]["kept"]
     file = out / "architecture.json"
@@ -120,6 +98,8 @@ def test_extract_verify_report_and_devices_from_a_finished_search(
     assert json.loads(by_file.stdout)["key"] == json.loads(done.stdout)["key"]
     listed = json.loads(formfit("--devices", devices, "devices", "desk", "--json").stdout)
     assert listed["devices"][0]["this_machine"]
+    assert listed["devices"][0]["warning"] is None
+    assert 0 <= listed["devices"][0]["age_days"] < 1
     assert "held_out" in next(iter(listed["devices"][0]["predictors"].values()))["decode@64"]
 
 
@@ -218,10 +198,26 @@ def test_another_spaces_artefacts_are_refused(run_folder: Path, formfit: Program
     assert "made for space" in done.stderr
     config.write_text(kept)
     card = run_folder / "devices" / "desk" / "device.json"
-    card.write_text(card.read_text().replace('"schema": 1', '"schema": 99'))
+    card.write_text(card.read_text().replace('"schema": 2', '"schema": 99'))
     done = formfit("--devices", run_folder / "devices", "devices", "desk")
     assert done.returncode == 2
     assert "schema version 99" in done.stderr
+
+
+def test_devices_warns_of_what_no_longer_fits(run_folder: Path, formfit: Program) -> None:
+    card = run_folder / "devices" / "desk" / "device.json"
+    text = card.read_text()
+    version = json.loads(text)["fingerprint"]["runtime_version"]
+    card.write_text(text.replace(f'"{version}"', '"1.0.0"'))
+    done = formfit("--devices", run_folder / "devices", "devices")
+    assert done.returncode == 0
+    assert f"measured with onnxruntime 1.0.0, here is {version}" in done.stderr
+    assert f"formfit profile --space SPACE --device desk-{version}" in done.stderr
+    value = json.loads(text)
+    value["fingerprint"]["cpu"] = "Other"
+    card.write_text(json.dumps(value))
+    done = formfit("--devices", run_folder / "devices", "devices", "desk")
+    assert "not this machine: cpu: card Other" in done.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

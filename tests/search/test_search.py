@@ -14,6 +14,7 @@ import pytest
 from search.evolution import non_dominated
 from space import Architecture, genome
 from space.tables import read_table
+from tests.conftest import Program
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -187,3 +188,83 @@ def test_an_impossible_limit_is_refused_with_what_is_possible(run_folder: Path) 
     assert "the least is" in done.stderr
     assert done.stdout == ""
     assert not (run_folder / "run" / "searches" / "no").exists()
+
+
+def words(folder: Path) -> tuple[object, ...]:
+    """A search under another name, in this process."""
+    return (
+        "--devices", folder / "devices", "search", "--supernet", folder / "run", "--device", "desk",
+        "--workers", "0", "--name", "other",
+    )  # fmt: skip
+
+
+def card_file(folder: Path) -> Path:
+    return next((folder / "devices" / "desk" / "predictors").glob("*.json"))
+
+
+@pytest.mark.parametrize("limit", ["params<=95%", "prefill@64<=9s"])
+def test_what_a_device_lacks_stays_out_of_its_searches(
+    run_folder: Path, limit: str, formfit: Program
+) -> None:
+    path = card_file(run_folder)
+    value = json.loads(path.read_text())
+    for model in value["workloads"].values():
+        lacked = {key for key in model["op_seconds"] if key.startswith("linear-")}
+        assert lacked
+        model["op_seconds"] = {k: v for k, v in model["op_seconds"].items() if k not in lacked}
+    path.write_text(json.dumps(value))
+    done = formfit(*words(run_folder), "--limit", limit, "--json")
+    assert done.returncode == 0, done.stderr
+    front = json.loads(done.stdout)
+    assert front["members"]
+    for member in front["members"]:
+        assert all(layer["mixer"] != "linear" for layer in member["architecture"]["layers"])
+
+
+def test_a_percentage_of_what_cannot_run_is_refused(run_folder: Path, formfit: Program) -> None:
+    path = card_file(run_folder)
+    value = json.loads(path.read_text())
+    for model in value["workloads"].values():
+        model["op_seconds"] = {k: v for k, v in model["op_seconds"].items() if not k.startswith("attention")}
+    path.write_text(json.dumps(value))
+    done = formfit(*words(run_folder), "--limit", "prefill@64<=50%")
+    assert done.returncode == 2
+    assert "cannot run the largest architecture; give it in units" in done.stderr.splitlines()[-1]
+
+
+def test_rss_is_a_limit_and_an_objective(run_folder: Path, formfit: Program) -> None:
+    objectives = ("--objective", "loss", "--objective", "rss:prefill@64")
+    done = formfit(*words(run_folder), "--limit", "rss@64<=64MiB", *objectives, "--json")
+    assert done.returncode == 0, done.stderr
+    front = json.loads(done.stdout)
+    assert front["limits"][0] == {"limit": "rss@64<=64MiB", "bound": 2**26, "unit": "bytes"}
+    refused = formfit(*words(run_folder), "--limit", "rss@32<=1MiB")
+    assert refused.returncode == 2
+    assert "outside what was measured" in refused.stderr.splitlines()[-1]
+
+
+def test_a_card_of_another_onnxruntime_is_warned_of(run_folder: Path, formfit: Program) -> None:
+    path = run_folder / "devices" / "desk" / "device.json"
+    value = json.loads(path.read_text())
+    version = value["fingerprint"]["runtime_version"]
+    value["fingerprint"]["runtime_version"] = "1.0.0"
+    path.write_text(json.dumps(value))
+    done = formfit(*words(run_folder)[:-2])  # the search that is there: nothing is evaluated
+    assert done.returncode == 0, done.stderr
+    expected = f"device desk: measured with onnxruntime 1.0.0, here is {version}"
+    assert expected in done.stderr
+    assert f"formfit profile --space SPACE --device desk-{version}" in done.stderr
+
+
+def test_limits_between_the_profiled_lengths_are_predicted_and_so_verified(run_folder: Path) -> None:
+    """What a limit asks for stands among the predictions, which are what verification measures."""
+    path = card_file(run_folder)
+    value = json.loads(path.read_text())
+    value["workloads"]["prefill@16"] = value["workloads"]["prefill@64"]
+    for model in value["ops"]["models"]:
+        assert model["phase"] in ("prefill", "decode")
+    path.write_text(json.dumps(value))
+    done = call(run_folder, "--name", "between", "--workers", "0", "--limit", "prefill@32<=9s")
+    assert done.returncode == 0, done.stderr
+    member = json.loads(done.stdout)["members"][0]
+    assert "prefill@32" in member["predicted"]["latency"]["desk"]

@@ -146,8 +146,9 @@ def test_limits_are_judged_by_what_was_measured(supernet: Supernet, tmp_path: Pa
         {"limit": "prefill@64<=2ms", "bound": 0.002, "unit": "seconds"},
         {"limit": "decode@64<=1ms", "bound": 0.001, "unit": "seconds"},
         {"limit": "params<=1K", "bound": 1000.0, "unit": "parameters"},
+        {"limit": "rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
     ]
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {"limits": limits})
-    rows = judge(submodel, {"prefill@64": {"latency_ms": 1.5}})
-    assert [row["status"] for row in rows] == ["kept", "UNMEASURED", "missed"]
+    rows = judge(submodel, {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900})
+    assert [row["status"] for row in rows] == ["kept", "UNMEASURED", "missed", "kept"]
     assert rows[0]["used"] == pytest.approx(0.75)
