@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from latency.runtime import cpu_model
+from latency.probe import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,7 +30,7 @@ def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
         "quick": arguments.quick,
-        "goals": checks,
+        "goals": {goal: bool(reached) for goal, reached in checks.items()},
         **body,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

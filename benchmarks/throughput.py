@@ -1,0 +1,71 @@
+"""Claim: 200,000 architectures a second go through `predict` and `upper` for two workloads.
+
+On configs/spaces/small.yaml, by one process: the latencies are those of made-up ops, since what ops take does
+not change how long a prediction takes. Medians of repeated runs over the same genomes.
+"""
+
+import sys
+import time
+
+import numpy as np
+import outcome
+from latency_self import SPACE
+
+from latency.composition import OpTimes
+from latency.design import choose_models
+from latency.op_latencies import fit_op_latencies
+from latency.predictor import fit_predictor
+from latency.profile import ProfileConfig
+from space import Workload, genome, load_space
+from space.cost import op_flops, op_params
+from space.ops import count_ops, space_ops
+
+WORKLOADS = (Workload.parse("prefill@256"), Workload.parse("decode@256"))
+
+
+def main() -> int:
+    arguments = outcome.options(__doc__).parse_args()
+    space, rng = load_space(SPACE), np.random.default_rng(0)
+    seconds = {
+        (op, w): (1e-6 + 1e-10 * op_flops(op, w, space.frame) + 1e-10 * op_params(op, space.frame), 0.01)
+        for op in space_ops(space)
+        for w in WORKLOADS
+    }
+    ops = fit_op_latencies(space.frame, seconds)
+    times = {w: OpTimes(w, {op.key: seconds[op, w][0] for op in space_ops(space)}) for w in WORKLOADS}
+    chosen = choose_models(space, ProfileConfig().counts(), times)
+    rows = {role: genome.encode(space, chosen[role]) for role in ("optimal", "held_out")}
+    made = {
+        role: {
+            w: np.array([sum(n * seconds[op, w][0] for op, n in count_ops(a).items()) for a in chosen[role]])
+            for w in WORKLOADS
+        }
+        for role in rows
+    }
+    predictor = fit_predictor(
+        space,
+        ops,
+        times,
+        rows["optimal"],
+        made["optimal"],
+        {w: np.zeros(len(rows["optimal"])) for w in WORKLOADS},
+        rows["held_out"],
+        made["held_out"],
+        dict.fromkeys(WORKLOADS, 0.0),
+        drawn=8,
+    )
+    genomes = genome.sample(space, rng, 20_000 if arguments.quick else 400_000)
+    found = []
+    for _ in range(3 if arguments.quick else 11):
+        began = time.perf_counter()
+        for w in WORKLOADS:
+            predictor.predict(genomes, w)
+            predictor.upper(genomes, w, 0.975)
+        found.append(time.perf_counter() - began)
+    rate = len(genomes) / float(np.median(found))
+    body = {"architectures": len(genomes), "seconds": found, "architectures_per_second": round(rate)}
+    return outcome.write("throughput", arguments, body, {f"{rate:,.0f} a second >= 200,000": rate >= 200_000})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
