@@ -67,7 +67,7 @@ class ProfileConfig(BaseModel):
     rss: bool = True  # memory is measured too, where the system tells it
     rss_models: Annotated[int, Field(ge=1)] = 10  # of those held out, to test the fit
     # Between two timings of the same work, see latency.reference; None: whatever there is.
-    most_noise: Annotated[float, Field(gt=0)] | None = 0.05
+    most_noise: Annotated[float, Field(gt=0)] | None = 0.1
 
     def timer(self, rounds: int) -> TimerConfig:
         """The timer's settings, with so many rounds at most."""

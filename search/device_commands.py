@@ -36,7 +36,7 @@ def profile(
     prior: Annotated[
         str | None, typer.Option(metavar="NAME", help="A known device's card: less need be measured.")
     ] = None,
-    noise: Noise = 5.0,
+    noise: Noise = 10.0,
     pack_to: Annotated[Path | None, PackTo] = None,
     unpack_from: Annotated[
         Path | None, typer.Option("--unpack", metavar="JSON", help="Make the card of what a kit measured.")
@@ -103,7 +103,7 @@ def verify(
     unpack_from: Annotated[
         Path | None, typer.Option("--unpack", metavar="JSON", help="Judge by what a kit measured.")
     ] = None,
-    noise: Noise = 5.0,
+    noise: Noise = 10.0,
     as_json: Json = False,
 ) -> None:
     """Check parity, measure on this device, compare with prediction and limits. Exit 3 if one is missed."""
