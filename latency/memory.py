@@ -65,6 +65,11 @@ class MemoryModel:
             ),
         )
 
+    def times(self, factor: float) -> "MemoryModel":
+        """A model that predicts so many times as much."""
+        names = ("once", "per_layer", "weights", "states", "activations")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
     def to_json(self) -> dict[str, Any]:
         """As a plain JSON value."""
         return {**vars(self), "residuals": list(self.residuals), "errors": dict(self.errors)}

@@ -51,6 +51,17 @@ class WorkloadModel:
     scale: float  # spread of the relative residuals
     errors: Mapping[str, Any]  # see `accuracy`
 
+    def times(self, factor: float) -> "WorkloadModel":
+        """A model that predicts so many times as much."""
+        return replace(
+            self,
+            kinds={kind: factor * value for kind, value in self.kinds.items()},
+            constant=factor * self.constant,
+            once_full=factor * self.once_full,
+            per_layer=factor * self.per_layer,
+            hinges=tuple(factor * value for value in self.hinges),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
@@ -135,11 +146,18 @@ class Predictor:
                 "rss was not measured on this device; profiling with onnxruntime on Linux measures it, "
                 "a kit does not"
             )
-        model = self.memory.get(workload)
-        if model is None:
-            low, high, share = self._around(workload, self.memory)
-            model = self.memory[low].between(self.memory[high], share)
-        return model.cost(self.space, workload, confidence)
+        return self.memory_model(workload).cost(self.space, workload, confidence)
+
+    def memory_model(self, workload: Workload) -> MemoryModel:
+        """The model of a workload's peak memory: fitted, or between those of the lengths around it.
+
+        Raises:
+            InputError: the workload is outside what was measured.
+        """
+        if workload in self.memory:
+            return self.memory[workload]
+        low, high, share = self._around(workload, self.memory)
+        return self.memory[low].between(self.memory[high], share)
 
     def cost(self, workload: Workload, confidence: float | None = None) -> Cost:
         """The predicted latency in seconds as an additive cost: the mean, or an upper bound.
@@ -172,6 +190,30 @@ class Predictor:
                 rate, free = rate + hinge / typical, free + hinge / typical * start
                 above.append(piece(rate, free))
         return replace(piece(0.0, 0.0), above=tuple(above))
+
+    def recalibrated(
+        self, genomes: Genomes, seconds: Mapping[Workload, Array], rss: Mapping[Workload, Array]
+    ) -> "Predictor":
+        """The predictor after some models [N, G] were measured: seconds [N], and peak bytes [N], by workload.
+
+        Models that a search chose are alike, and what the composition misses of one it misses of the
+        others: their mean relative residual moves every prediction, and what is left of the residuals is the
+        new spread. Both are shrunk towards what was known before, which counts as much as one measurement.
+        """
+        models = dict(self.models)
+        for workload, measured in seconds.items():
+            model = self.model(workload)
+            residuals = measured / self.predict(genomes, workload) - 1
+            count = len(residuals)
+            shift = float(residuals.sum()) / (count + 1)
+            squares = float(((residuals - shift) ** 2).sum()) + model.scale**2
+            models[workload] = replace(model.times(1 + shift), scale=math.sqrt(squares / (count + 1)))
+        memory = dict(self.memory)
+        for workload, measured in rss.items():
+            predicted = self.memory_cost(workload)(genomes)
+            shift = float((measured / predicted - 1).sum()) / (len(measured) + 1)
+            memory[workload] = self.memory_model(workload).times(1 + shift)
+        return replace(self, models=models, memory=memory)
 
     def factor(self, workload: Workload, confidence: float) -> float:
         """The factor on the mean that is exceeded with probability at most ``1 - confidence``."""

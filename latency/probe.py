@@ -177,7 +177,7 @@ class Probe:
                 found["problems"].append(f"{item['name']} does not run: {reason}")
                 continue
             items.update({f"{item['name']}|{w}": run for w, run in runs.items()})
-        if items:
+        if any(not name.startswith("reference|") for name in items):
             progress = Progress(number, groups, len(items))
             measured = measure(items, anchors, TimerConfig(**group["timer"]), progress=progress)
             timings.update({name: timing.to_json() for name, timing in measured.timings.items()})

@@ -24,7 +24,7 @@ from latency.design import ModelCounts, OpDesign, choose_models, op_design, seed
 from latency.op_latencies import OpLatencies, Point
 from latency.predictor import Predictor
 from latency.records import Records, model_name, stack_name
-from latency.reference import reference_items, require_quiet
+from latency.reference import reference_items, require_quiet, time_references
 from latency.runtime import OnnxRuntime, Runtime
 from latency.timer import TimerConfig, measure, pinned
 from latency.timing import Measurements
@@ -54,12 +54,10 @@ class ProfileConfig(BaseModel):
     op_rounds: Annotated[int, Field(ge=2)] = 50  # at most, of a stack: ops are many, and smoothed
     max_rounds: Annotated[int, Field(ge=2)] = 120  # at most, of a whole model
     group: Annotated[int, Field(gt=1)] = 48  # timings of ops between two saves
-    op_error: Annotated[float, Field(gt=0)] = (
-        0.01  # expected relative error at which ops are known well enough
-    )
-    budget_minutes: Annotated[float, Field(gt=0)] | None = (
-        None  # for everything; ops stop when models must begin
-    )
+    # The expected relative error at which ops are known well enough.
+    op_error: Annotated[float, Field(gt=0)] = 0.01
+    # For everything; ops stop when models must begin.
+    budget_minutes: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     runtime: Literal["onnxruntime", "torch", "torch-compiled", "torch-cuda", "torch-cuda-compiled"] = (
         "onnxruntime"
@@ -134,7 +132,7 @@ def profile(
     with pinned(config.threads):
         session = _Session(records, config, runtime, report or (lambda _what, _share: None), prior)
         if config.most_noise is not None:
-            card.noise = require_quiet(runtime, config.most_noise)
+            card.noise = require_quiet(time_references(runtime), config.most_noise)
         ops = session.ops(workloads)
         times = {w: records.op_times(ops, w) for w in workloads}
         chosen = choose_models(space, config.counts(), times)

@@ -73,16 +73,21 @@ def noise_of(timings: Mapping[str, Timing]) -> float:
     return float(np.mean(pairs))
 
 
-def require_quiet(runtime: Runtime, most: float) -> float:
-    """The noise of this machine, where it is at most ``most``; takes a few seconds.
+def require_quiet(timings: Mapping[str, Timing], most: float) -> float:
+    """The noise of the machine in a run with the reference work, where it is at most ``most``.
 
     Raises:
         InputError: it is more; says what to do.
     """
-    noise = noise_of(measure(reference_items(runtime), runtime.anchors(), TIMER).timings)
+    noise = noise_of(timings)
     if noise > most:
         raise InputError(
-            f"this machine is too noisy to measure: the same work, timed twice, differs by {noise:.1%} "
+            f"this machine is too noisy for claims: the same work, timed twice, differs by {noise:.1%} "
             f"(at most {most:.0%}); stop other programs, plug the device in, wait, or allow it with --noise"
         )
     return noise
+
+
+def time_references(runtime: Runtime) -> dict[str, Timing]:
+    """The timings of the reference work alone; takes a few seconds."""
+    return measure(reference_items(runtime), runtime.anchors(), TIMER).timings

@@ -5,6 +5,7 @@ the some ten microseconds that waiting costs.
 """
 
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -44,6 +45,17 @@ class TorchRuntime:
     ) -> dict[Workload, Run]:
         """Runners of a whole model with random weights, one for each workload."""
         weights = self._weights(model_shapes(architecture, frame), seed)
+        return self.load(weights, architecture, workloads, frame)
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        architecture: Architecture,
+        workloads: Sequence[Workload],
+        frame: Frame,
+    ) -> dict[Workload, Run]:
+        """Runners of a model with these weights, copied to the device; one for each workload."""
+        weights = {name: tensor.to(self.device, copy=True) for name, tensor in weights.items()}
         found = {}
         for workload in workloads:
             tokens = self._tokens(workload, frame)
@@ -120,6 +132,10 @@ class TorchRuntime:
             code = step.__code__.replace()
             own = FunctionType(code, step.__globals__, step.__name__, step.__defaults__, step.__closure__)
             step = torch.compile(own, dynamic=False)
+            with warnings.catch_warnings(), torch.inference_mode():
+                # The cache holds tables of rotary angles, which are the same each time.
+                warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+                step()  # compiled here, not within a timed block
 
         def run(loops: int) -> None:
             with torch.inference_mode():

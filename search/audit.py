@@ -21,8 +21,9 @@ from latency.card import profile_command
 from search.agreement import agreement, verdict
 from search.audit_report import KIND, SETS, write_audit_page
 from search.audit_trials import MADE_BY, Trial, losses, train_trials
-from search.evaluators import evaluator
-from search.run import Reporter, Run, open_supernet
+from search.evaluators import Failed, evaluator
+from search.reporter import Reporter
+from search.run import Run, open_supernet
 from search.spread import choose_equal, choose_spread, sample_pool
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
@@ -212,8 +213,10 @@ def _inside(
         reporter.stage("evaluate inside") as stage,
         evaluator(load_supernet(space, checkpoint), {"audit": data}, 0) as evaluate_all,
     ):
-        for quality in evaluate_all(architectures, "audit"):
-            found.append(quality)
+        for architecture, outcome in zip(architectures, evaluate_all(architectures, "audit"), strict=True):
+            if isinstance(outcome, Failed):
+                raise InputError(f"audit: {architecture.key} cannot be evaluated: {outcome.reason}")
+            found.append(outcome)
             stage(len(found) / len(architectures), f"{len(found)} of {len(architectures)} architectures")
     return found
 

@@ -1,7 +1,7 @@
-"""The trainings of an audit: each architecture alone, from scratch, scheduled by Ray Tune.
+"""Trainings scheduled by Ray Tune; those of an audit are of each architecture alone, from scratch.
 
 Tune gives every training a CPU of its own, runs as many at a time as there is room for and tries
-again what was lost. What makes an audit go on after it was killed is not Tune's record, which is
+again what was lost. What makes trainings go on after they were killed is not Tune's record, which is
 pickled and runs what it holds when it is read, but each training's own checkpoints and its
 ``result.json``.
 """
@@ -14,8 +14,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -31,12 +32,23 @@ from supernet.train import load_alone
 from supernet.trainer import Trainer
 
 if TYPE_CHECKING:  # what the stages import, the processes that train here need not
-    from search.run import Reporter, Stage
+    from search.reporter import Reporter, Stage
 
 KIND = "audit trial"
 MADE_BY = "formfit audit"
 RETRIES = 2  # of a training whose process was lost
 Losses = dict[str, float | None]
+Share = Callable[[float], None]  # is told which share of a training is done
+Job = TypeVar("Job")
+Shared = TypeVar("Shared")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a training has no result, in one line."""
+
+    reason: str
+    refused: bool  # by the training, which would end alike again; else it failed again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +88,30 @@ def train_alone(
 
     The checkpoints go once the result is there: it is all that the audit keeps.
     """
-    torch.set_num_threads(1)
     architecture, folder = trial.architecture, trial.folder
-    checkpoint = train(space, trial.config, folder, report, corpus, architecture)
-    model = load_alone(space, checkpoint, architecture)
-    quality = evaluate(dict(model.named_parameters()), architecture, space.frame, data)
+    with one_thread():
+        checkpoint = train(space, trial.config, folder, report, corpus, architecture)
+        model = load_alone(space, checkpoint, architecture)
+        quality = evaluate(dict(model.named_parameters()), architecture, space.frame, data)
     write_json(folder / "result.json", KIND, trial.inputs, losses(quality))
+    remove_checkpoints(folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a training that is finished."""
     for old in folder.glob("step-*"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread, so that a result is the same wherever it is found."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def train_trials(
@@ -105,8 +133,16 @@ def train_trials(
         left.sort(key=lambda trial: -_size(space, trial))  # the longest first, so that all end together
         seconds = expected_seconds(space, left, corpus) / min(workers, len(left))
         title = f"train {len(left)} alone for {left[0].config.steps} steps, about {_span(seconds)}"
-        with reporter.stage(title) as stage, ray_session(workers):
-            _fit(space, left, corpus, data, workers, stage)
+        storage = left[0].folder.parent.parent / "tune"
+        with reporter.stage(title) as stage:
+            failures = run_trials(_train, left, (space, corpus, data), workers, storage, stage)
+        failed = [failure for failure in failures if failure]
+        for trial, failure in zip(left, failures, strict=True):
+            if failure and failure.refused:
+                raise InputError(f"audit: {trial.architecture.key}: {failure.reason}")
+        if failed:
+            many = f"{len(failed)} trainings failed, what is done is kept"
+            raise RuntimeError(f"audit: {many}: {failed[0].reason}")
     found = [trial.result() for trial in trials]
     missing = [trial.folder for trial, result in zip(trials, found, strict=True) if result is None]
     if missing:
@@ -114,26 +150,31 @@ def train_trials(
     return [result for result in found if result is not None]
 
 
+def _train(trial: Trial, shared: tuple[Space, Corpus, EvaluationSet], tell: Share) -> None:
+    space, corpus, data = shared
+    train_alone(space, trial, corpus, data, lambda row: tell(row["step"] / row["steps"]))
+
+
 def _size(space: Space, trial: Trial) -> int:
     """FLOPs of reading one row of its batches."""
-    workload = Workload(phase="prefill", length=trial.config.length or space.context)
-    return flops(trial.architecture, workload, space.frame)
+    return row_flops(space, trial.architecture, trial.config.length or space.context)
+
+
+def row_flops(space: Space, architecture: Architecture, length: int) -> int:
+    """FLOPs of reading so many tokens."""
+    return flops(architecture, Workload(phase="prefill", length=length), space.frame)
 
 
 def expected_seconds(space: Space, trials: Sequence[Trial], corpus: Corpus) -> float:
     """About what trainings take on one thread: two steps of the middle one, scaled by everyone's FLOPs."""
     middle = trials[len(trials) // 2]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         trainer = Trainer(space, middle.config, corpus, middle.architecture)
         trainer.step(0)
         began = time.monotonic()
         trainer.step(1)
         trainer.step(2)
         step = (time.monotonic() - began) / 2
-    finally:
-        torch.set_num_threads(threads)
     return step / _size(space, middle) * sum(_size(space, trial) * trial.config.steps for trial in trials)
 
 
@@ -143,72 +184,109 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _fit(
-    space: Space, trials: Sequence[Trial], corpus: Corpus, data: EvaluationSet, workers: int, stage: "Stage"
-) -> None:
-    """Have Tune run the trials. Its own notes are pickled, so they are never read and do not stay."""
-    with _quiet_tune():
+def run_trials(
+    work: Callable[[Job, Shared, Share], None],
+    jobs: Sequence[Job],
+    shared: Shared,
+    workers: int,
+    storage: Path,
+    stage: "Stage",
+) -> list[Failure | None]:
+    """Train, each in a process of its own on one CPU, so many at a time; with no workers, here.
+
+    Tune's own notes are pickled, so they are never read and do not stay.
+
+    Args:
+        work: a function of a module; what it reaches it writes to files that this machine sees.
+        jobs: what it is called with, one at a time.
+        shared: what every call needs too.
+        workers: trainings at a time; 0 trains in this process, where only what is refused is a failure.
+        storage: a folder for Tune's notes, deleted before and after.
+        stage: shown how far all are.
+
+    Returns:
+        What went wrong, if anything, by job.
+    """
+    progress = Progress(len(jobs), stage)
+    if not workers:
+        return [_refusal(work, job, shared, partial(progress, i)) for i, job in enumerate(jobs)]
+    with _quiet_tune(), ray_session(workers):
         from ray import tune
 
-        count = len(trials)
+        def trainable(config: dict[str, Any], everything: tuple[Any, Any]) -> None:
+            jobs, shared = everything
 
-        def trainable(config: dict[str, Any], shared: tuple[Any, ...]) -> None:
-            space, trials, corpus, data = shared
-            trial: Trial = trials[config["trial"]]
+            def tell(share: float) -> None:
+                tune.report({"share": share, "refused": None})
 
-            def report(row: Mapping[str, Any]) -> None:
-                tune.report({"share": row["step"] / row["steps"], "refused": None})
+            refused = _refusal(work, jobs[config["job"]], shared, tell)
+            if refused:
+                tune.report({"share": 1.0, "refused": refused.reason})
 
-            try:
-                train_alone(space, trial, corpus, data, report)
-            except InputError as error:  # another try would end alike
-                tune.report({"share": 1.0, "refused": f"{trial.architecture.key}: {error}"})
-
-        class Progress(tune.Callback):
-            """Tells the stage how far all trials are."""
-
-            def __init__(self) -> None:
-                self.shares: dict[int, float] = {}
-                self.began = time.monotonic()
+        class Told(tune.Callback):
+            """Hears of all trainings."""
 
             def on_trial_result(
                 self, iteration: int, trials: list[Any], trial: Any, result: dict[Any, Any], **info: Any
             ) -> None:
-                self.shares[trial.config["trial"]] = result["share"]
-                share = sum(self.shares.values()) / count
-                done = sum(value >= 1 for value in self.shares.values())
-                left = (time.monotonic() - self.began) * (1 - share) / max(share, 1e-6)
-                stage(share, f"{done} of {count} trained, about {_span(left)} left")
+                progress(trial.config["job"], result["share"])
 
             def __getstate__(self) -> dict[str, Any]:
                 return {}  # Tune keeps callbacks among its notes, and a stage cannot be kept
 
-        storage = trials[0].folder.parent.parent / "tune"
         shutil.rmtree(storage, ignore_errors=True)
-        shared = (space, list(trials), corpus, data)
+        given = tune.with_parameters(trainable, everything=(list(jobs), shared))
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(trainable, shared=shared), {"cpu": 1}),
-            param_space={"trial": tune.grid_search(list(range(count)))},
+            tune.with_resources(given, {"cpu": 1}),
+            param_space={"job": tune.grid_search(list(range(len(jobs))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=workers, reuse_actors=True),
             run_config=tune.RunConfig(
-                name="audit",
+                name="trials",
                 storage_path=str(storage),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[Progress()],
+                callbacks=[Told()],
             ),
         )
         try:
             grid = tuner.fit()
-            found = [grid[i] for i in range(len(grid))]
+            return [_failure(grid[i]) for i in range(len(grid))]  # in the order of the jobs
         finally:
             shutil.rmtree(storage, ignore_errors=True)
-    refused = [item.metrics["refused"] for item in found if item.metrics and item.metrics.get("refused")]
-    if refused:
-        raise InputError(f"audit: {refused[0]}")
-    failed = [item.error for item in found if item.error]
-    if failed:
-        raise RuntimeError(f"audit: {len(failed)} trainings failed, what is done is kept: {failed[0]}")
+
+
+class Progress:
+    """Shows how far several trainings are together."""
+
+    def __init__(self, count: int, stage: "Stage") -> None:
+        self.stage, self.shares, self.began = stage, [0.0] * count, time.monotonic()
+
+    def __call__(self, job: int, share: float) -> None:
+        """Take note of how far one of them is."""
+        self.shares[job] = share
+        together = sum(self.shares) / len(self.shares)
+        done = sum(value >= 1 for value in self.shares)
+        left = (time.monotonic() - self.began) * (1 - together) / max(together, 1e-6)
+        self.stage(together, f"{done} of {len(self.shares)} trained, about {_span(left)} left")
+
+
+def _refusal(
+    work: Callable[[Job, Shared, Share], None], job: Job, shared: Shared, tell: Share
+) -> Failure | None:
+    """Train; what the training refuses, another try would refuse too."""
+    try:
+        work(job, shared, tell)
+    except InputError as error:
+        return Failure(str(error), refused=True)
+    return None
+
+
+def _failure(item: Any) -> Failure | None:
+    """What went wrong in one of Tune's trials."""
+    if item.error:
+        return Failure(str(item.error).strip().splitlines()[-1].strip(), refused=False)
+    refused = (item.metrics or {}).get("refused")
+    return Failure(refused, refused=True) if refused else None
 
 
 @contextlib.contextmanager

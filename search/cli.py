@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +10,13 @@ import typer
 from typer.exceptions import TyperException
 
 from search.device_commands import devices, profile, verify
-from search.options import ConfigFile, Device, Json, RunFolder, SpaceFile
+from search.options import ConfigFile, Json, RunFolder, SpaceFile
 from search.show import (
     Bars,
     describe_space,
     err,
-    front_table,
     make_table,
+    search_tables,
     show,
     space_table,
     summary_tables,
@@ -106,63 +107,91 @@ def train(
 def search(
     context: typer.Context,
     supernet: RunFolder,
-    device: Device,
+    device: Annotated[
+        list[str],
+        typer.Option(help="A device card; several may have limits, the first is the default."),
+    ],
     limit: Annotated[
-        list[str] | None, typer.Option(help="Such as 'decode@256<=2ms' or 'prefill@256<=60%'.")
+        list[str] | None,
+        typer.Option(help="Such as 'decode@256<=2ms', 'prefill@256<=60%' or 'phone:decode@256<=9ms'."),
     ] = None,
     objective: Annotated[
         list[str] | None,
         typer.Option(help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD, rss:WORKLOAD or params."),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="evolution, hat, random, optuna-nsga2 or optuna-tpe.")
+    ] = None,
+    surrogate: Annotated[
+        bool | None, typer.Option(help="Screen evolution's children by predicted quality.")
     ] = None,
     generations: Annotated[int | None, typer.Option(min=1)] = None,
     population: Annotated[int | None, typer.Option(min=2)] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process.")
     ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, HOST:PORT or auto; else one of this machine.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     confidence: Annotated[float | None, typer.Option(help="With which latency limits are kept.")] = None,
-    name: Annotated[str | None, typer.Option(help="The search's name [default: the device's].")] = None,
+    compare: Annotated[
+        bool | None, typer.Option(help="Random search at equal evaluations too, for the report.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Measure the finalists, learn from misses, search again.")
+    ] = False,
+    finalists: Annotated[
+        int, typer.Option(min=0, help="Distil so many of the best for a while before one is chosen.")
+    ] = 0,
+    noise: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Percent that timings of the same work may differ, with --verify."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The search's name [default: the first device's].")] = None,
     as_json: Json = False,
 ) -> None:
     """Search a trained supernet for the front under limits. Resumes."""
-    from latency import OnnxRuntime, load_card, load_predictor
-    from latency.card import outdated, profile_command
     from search import run as stages
+    from search.promise import require_kept
     from search.search import SearchConfig
+    from search.search_command import require_tuned, search_run
     from space.config import parse
-    from supernet import load_corpus
 
     the_run = stages.open_run(supernet, context.obj)
     given = {
         "limits": limit and tuple(limit),
         "objectives": objective and tuple(objective),
+        "strategy": strategy,
+        "surrogate": surrogate,
         "generations": generations,
         "population": population,
         "workers": workers,
+        "ray_address": ray_address,
         "seed": seed,
         "confidence": confidence,
+        "compare": compare,
     }
     base = the_run.config.search.model_dump()
     config = parse(SearchConfig, base | {k: v for k, v in given.items() if v is not None}, "search")
-    card = load_card(context.obj, device)
-    warning = outdated(card, OnnxRuntime().fingerprint())
-    if warning:
-        err.print(warning, highlight=False, soft_wrap=True)
-    path = card.predictor_path(the_run.space.name, "onnxruntime", the_run.config.profile.threads, "fp32")
-    predictor = load_predictor(path, the_run.space, profile_command(device))
-    corpus = load_corpus(the_run.config.train.data)
-    checkpoint = stages.open_supernet(the_run, corpus)
-    front = stages.search_front(
-        supernet / "searches" / (name or device),
-        the_run.space,
-        checkpoint,
-        {device: predictor},
+    if noise is not None:
+        measuring = the_run.config.verify.model_copy(update={"most_noise": noise / 100})
+        the_run = replace(the_run, config=the_run.config.model_copy(update={"verify": measuring}))
+    found = search_run(
+        the_run,
+        device,
         config,
-        corpus,
-        the_run.config.train.length,
+        name or device[0],
         Bars(),
+        verify=verify,
+        finalists=finalists,
     )
-    show(front, as_json, lambda: [front_table(front)])
+    show(found, as_json, lambda: search_tables(found))
+    if "tuned" in found and not as_json:
+        err.print(f"tuned sub-model: {found['tuned']['folder']}", highlight=False, soft_wrap=True)
+    if verify:
+        require_kept(found["promise"])
+    require_tuned(found)
 
 
 @app.command()
@@ -171,7 +200,10 @@ def extract(
     supernet: RunFolder,
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the sub-model's folder goes.")],
     search: Annotated[str | None, typer.Option(metavar="NAME", help="A search of the run.")] = None,
-    pick: Annotated[str, typer.Option(help="best, knee, fastest, or a key of the front.")] = "best",
+    pick: Annotated[
+        str | None,
+        typer.Option(help="chosen (after --verify), best, knee, fastest, or a key."),
+    ] = None,
     architecture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An architecture in JSON, instead of a search's.")
     ] = None,
@@ -244,13 +276,17 @@ def audit(
 def report(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each figure as a PNG into this folder too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the HTML report of a finished run again, and say where it is."""
     from latency import load_card
     from search import run as stages
     from search.audit_report import audit_section
-    from search.report import write_report
+    from search.images import write_images
+    from search.report import figures, write_report
     from search.search import FRONT_KIND
     from space.files import read_json
 
@@ -260,8 +296,12 @@ def report(
     front = read_json(folder / "searches" / name / "front.json", FRONT_KIND, "formfit search")
     path = folder / "searches" / name / "report.html"
     audited = audit_section(folder, summary["header"]["inputs"]["supernet"])
-    write_report(path, the_run.space, front, summary, load_card(context.obj, name), audited)
-    show({"report": str(path)}, as_json, lambda: [make_table("Report", ["file"], [[str(path)]])])
+    write_report(path, the_run.space, front, summary, load_card(context.obj, name), audited, path.parent)
+    files = [path]
+    if png:
+        files += write_images(png, figures(the_run.space, front, summary, path.parent))
+    value = {"report": str(path), **({"images": [str(f) for f in files[1:]]} if png else {})}
+    show(value, as_json, lambda: [make_table("Report", ["file"], [[str(f)] for f in files])])
 
 
 def main() -> None:

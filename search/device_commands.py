@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,9 +13,13 @@ from search.show import Bars, err, error_table, latency_table, limit_table, make
 from space.errors import InputError, LimitError
 
 Noise = Annotated[
-    float, typer.Option(min=0.0, help="How far, in percent, two timings of the same work may differ.")
+    float, typer.Option(min=0.01, help="How far, in percent, two timings of the same work may differ.")
 ]
 PackTo = typer.Option("--pack", metavar="ZIP", help="Write a kit instead: `python3 ZIP` on the device.")
+
+
+if TYPE_CHECKING:
+    from latency import Card
 
 
 def profile(
@@ -107,10 +111,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check parity, measure on this device, compare with prediction and limits. Exit 3 if one is missed."""
-    from latency import OnnxRuntime, load_card
+    from latency import load_card
     from latency.card import outdated
     from search.remote import pack_submodel, unpack_submodel
-    from search.verify import VerifyConfig
+    from search.verify import VerifyConfig, open_card_runtime
     from search.verify import verify as check
     from space.files import file_digest
     from supernet.extract import read_submodel
@@ -128,7 +132,7 @@ def verify(
     if unpack_from:
         value = unpack_submodel(submodel, card, unpack_from, inputs)
     else:
-        warning = outdated(card, OnnxRuntime().fingerprint())
+        warning = outdated(card, open_card_runtime(card).fingerprint())
         if warning:
             err.print(warning, highlight=False, soft_wrap=True)
         value = check(submodel, card, VerifyConfig(most_noise=noise / 100), inputs)
@@ -149,13 +153,12 @@ def devices(
     as_json: Json = False,
 ) -> None:
     """List the device cards: what they are of, how old, how good; warns of those that no longer fit."""
-    from latency import OnnxRuntime, load_card
+    from latency import load_card
     from latency.card import differences, outdated
     from space.files import read_json
 
     root = context.obj
     names = [name] if name else sorted(p.parent.name for p in root.glob("*/device.json"))
-    here = OnnxRuntime().fingerprint()
     value: dict[str, Any] = {"devices": []}
     for each in names:
         try:
@@ -169,6 +172,7 @@ def devices(
         for path in sorted((card.folder / "predictors").glob("*.json")):
             fitted = read_json(path, "latency predictor", "formfit profile")
             predictors[path.stem] = {w: model["errors"] for w, model in fitted["workloads"].items()}
+        here = _fingerprint(card)
         other = differences(card.fingerprint, here)
         entry = {
             "name": card.name,
@@ -210,6 +214,17 @@ def devices(
         if name and entry["differences"] and not as_json:
             text = f"not this machine: {'; '.join(entry['differences'])}"
             err.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _fingerprint(card: "Card") -> dict[str, Any]:
+    """This machine's under the runtime that a card is of; under onnxruntime where it does not have that."""
+    from latency import OnnxRuntime
+    from search.verify import open_card_runtime
+
+    try:
+        return open_card_runtime(card).fingerprint()
+    except InputError:
+        return OnnxRuntime().fingerprint()
 
 
 def _age(measured: str | None) -> float:

@@ -1,128 +1,107 @@
-"""NSGA-II under constraint domination (Deb et al. 2002), on arrays of genomes.
+"""Evolution: NSGA-II whose children are screened by a surrogate, and HAT's single-objective search.
 
-Survivors are chosen from everything evaluated so far, so that the state of the search is a
-function of its record alone. Limits bear on predicted costs, which cost nothing to know:
-children that break one are dropped before they are evaluated.
+NSGA-II (Deb et al. 2002) keeps the best of all that was evaluated; parents meet by binary tournament,
+cross and mutate. With a surrogate (:mod:`search.surrogate`) a generation is the outcome of several that
+are only predicted, in the manner of NSGANetV2 (Lu et al. 2020): costs are known exactly, the qualities are
+foretold from what was evaluated, and the children evaluated in the end are those that would survive.
 """
 
-from collections.abc import Callable
-
 import numpy as np
-from numpy.typing import NDArray
 
-from space import Space
-from space.genome import Genomes, crossover, mutate, sample
+from search.pareto import Array, survivors
+from search.strategies import OVERSAMPLE, Strategy, Task, unseen
+from search.surrogate import Surrogate
+from space.genome import Genomes, crossover, mix, mutate
 
-Array = NDArray[np.float64]
-OVERSAMPLE = 16  # candidates drawn for each one evaluated
-
-
-def dominates(a: Array, b: Array) -> NDArray[np.bool_]:
-    """Whether rows of ``a`` [N, M] dominate rows of ``b`` [K, M], all to be minimised: [N, K]."""
-    no_worse = (a[:, None] <= b[None]).all(axis=2)
-    better = (a[:, None] < b[None]).any(axis=2)
-    return np.asarray(no_worse & better)
+IMAGINED = 4  # generations that are only predicted, before one is evaluated
+CROWD = 2  # how many times the population such a generation keeps,
+BORN = 4  # and is born in it
 
 
-def non_dominated(objectives: Array) -> NDArray[np.bool_]:
-    """Which rows [N] no other row dominates."""
-    return np.asarray(~dominates(objectives, objectives).any(axis=0))
+class Evolution(Strategy):
+    """NSGA-II over everything that was evaluated."""
+
+    def __init__(self, task: Task, surrogate: bool = True) -> None:
+        super().__init__(task)
+        self.parents = np.empty((0, task.seeds.shape[1]), np.int16)  # best first
+        self.values = np.empty((0, len(task.costs)))
+        self.surrogate = Surrogate(task) if surrogate else None
+
+    def ask(self) -> Genomes:
+        """The next genomes: children that are expected to survive; first the seeds and samples."""
+        task, rng = self.task, self.rng()
+        if not len(self.parents):
+            return self.fill(task.seeds, task.population, rng)
+        if self.surrogate is None or not self.surrogate.ready:
+            candidates = children(task, self.parents, OVERSAMPLE * task.population, rng)
+        else:
+            candidates = self._imagined(self.surrogate, rng)
+        return self.fill(candidates, task.population, rng)
+
+    def tell(self, genomes: Genomes, values: Array) -> None:
+        """Keep the best of what was evaluated, and fit the surrogate to all of it."""
+        super().tell(genomes, values)
+        everyone = np.concatenate([self.parents, genomes])
+        reached = np.concatenate([self.values, values])
+        failed = np.where(np.isfinite(reached).all(axis=1), 0.0, np.inf)
+        best = survivors(reached, failed, self.task.population)
+        best = best[failed[best] == 0]
+        self.parents, self.values = everyone[best], reached[best]
+        if self.surrogate:
+            self.surrogate.tell(genomes, values)
+
+    def foretold(self, genomes: Genomes) -> Array | None:
+        """What the surrogate expects."""
+        return self.surrogate(genomes) if self.surrogate and self.surrogate.ready else None
+
+    def _imagined(self, surrogate: Surrogate, rng: np.random.Generator) -> Genomes:
+        """New genomes that survive generations of which nothing is evaluated, best first."""
+        task = self.task
+        crowd = self.parents
+        for _ in range(IMAGINED):
+            born = children(task, crowd, BORN * task.population, rng)
+            everyone = np.unique(np.concatenate([crowd, born]), axis=0)
+            best = survivors(surrogate(everyone), task.violations(everyone), CROWD * task.population)
+            crowd = everyone[best]
+        return unseen(crowd, self.seen, len(crowd))
 
 
-def ranks(objectives: Array, violations: Array) -> NDArray[np.int64]:
-    """The front that each row belongs to, 0 the best.
+class Hat(Strategy):
+    """The evolution of HAT (Wang et al. 2020): one objective, the best quarter as parents.
 
-    A row that keeps the limits goes before every one that breaks them; those that break them
-    are ordered by their violation alone.
+    A population of 125 has 25 parents, 50 mutants with 0.3 as the probability of a gene, and 50
+    crossed; parents are not evaluated again.
     """
-    rank = np.zeros(len(objectives), np.int64)
-    kept = np.flatnonzero(violations <= 0)
-    level = 0
-    while len(kept):
-        best = non_dominated(objectives[kept])
-        rank[kept[best]] = level
-        kept = kept[~best]
-        level += 1
-    broken = violations > 0
-    if broken.any():
-        rank[broken] = level + np.unique(violations[broken], return_inverse=True)[1]
-    return rank
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.parents = np.empty((0, task.seeds.shape[1]), np.int16)
+        self.values = np.empty((0, len(task.costs)))
+
+    def ask(self) -> Genomes:
+        """The next genomes: mutants and crossed; first the seeds and samples."""
+        task, rng = self.task, self.rng()
+        if not len(self.parents):
+            return self.fill(task.seeds, task.population, rng)
+        each = 2 * task.population // 5
+        draws = rng.integers(0, len(self.parents), (3, OVERSAMPLE * each))
+        mutants = mutate(task.space, self.parents[draws[0]], rng, 0.3)
+        crossed = crossover(task.space, self.parents[draws[1]], self.parents[draws[2]], rng)
+        first = unseen(self.kept(mutants), self.seen, each)
+        return self.fill(np.concatenate([first, crossed, mutants]), 2 * each, rng)
+
+    def tell(self, genomes: Genomes, values: Array) -> None:
+        """Keep the parents."""
+        super().tell(genomes, values)
+        everyone = np.concatenate([self.parents, genomes])
+        reached = np.concatenate([self.values, values])
+        kept = np.isfinite(reached[:, 0])
+        best = np.flatnonzero(kept)[np.argsort(reached[kept, 0], kind="stable")][: self.task.population // 5]
+        self.parents, self.values = everyone[best], reached[best]
 
 
-def crowding(objectives: Array) -> Array:
-    """Crowding distance of each row within its front: [N]; infinite at the ends."""
-    count, dimensions = objectives.shape
-    distance = np.zeros(count)
-    for m in range(dimensions):
-        order = np.argsort(objectives[:, m], kind="stable")
-        values = objectives[order, m]
-        span = values[-1] - values[0]
-        distance[order[[0, -1]]] = np.inf
-        if span > 0 and count > 2:
-            distance[order[1:-1]] += (values[2:] - values[:-2]) / span
-    return distance
-
-
-def survivors(objectives: Array, violations: Array, count: int) -> NDArray[np.int64]:
-    """The indices of the best ``count`` rows, best first: by rank, then by crowding."""
-    rank = ranks(objectives, violations)
-    distance = np.zeros(len(rank))
-    for level in np.unique(rank):
-        rows = np.flatnonzero(rank == level)
-        distance[rows] = crowding(objectives[rows])
-    return np.lexsort((np.arange(len(rank)), -distance, rank))[:count]
-
-
-def first_generation(
-    space: Space,
-    rng: np.random.Generator,
-    count: int,
-    violation_of: Callable[[Genomes], Array],
-    seeds: Genomes,
-) -> Genomes:
-    """Architectures to begin with: the seeds, then samples, those that keep the limits first.
-
-    Where samples do not keep the limits, mutants of the seeds (which do) fill the generation.
-    """
-    drawn = sample(space, rng, OVERSAMPLE * count)
-    near = mutate(space, seeds[rng.integers(0, len(seeds), OVERSAMPLE * count)], rng)
-    kept = [rows[violation_of(rows) <= 0] for rows in (seeds, drawn, near)]
-    return _unseen(np.concatenate([*kept, drawn]), set(), count)
-
-
-def next_generation(
-    space: Space,
-    rng: np.random.Generator,
-    parents: Genomes,
-    count: int,
-    violation_of: Callable[[Genomes], Array],
-    seen: set[bytes],
-) -> Genomes:
-    """Children of parents that stand best first, none of them evaluated before.
-
-    Parents meet by binary tournament, cross, and mutate; fresh samples fill up where too few
-    children are new and keep the limits.
-    """
-    draws = OVERSAMPLE * count
-    picks = rng.integers(0, len(parents), (4, draws))
+def children(task: Task, parents: Genomes, count: int, rng: np.random.Generator) -> Genomes:
+    """Genomes [count, G] of parents that stand best first: by binary tournament, crossed and mutated."""
+    picks = rng.integers(0, len(parents), (4, count))
     first, second = np.minimum(picks[0], picks[1]), np.minimum(picks[2], picks[3])
-    children = mutate(space, crossover(space, parents[first], parents[second], rng), rng)
-    fresh = sample(space, rng, draws)
-    violations = violation_of(children)
-    kept = children[violations <= 0]
-    kept_fresh = fresh[violation_of(fresh) <= 0]
-    nearest = children[np.argsort(violations, kind="stable")]
-    return _unseen(np.concatenate([kept, kept_fresh, nearest]), seen, count)
-
-
-def _unseen(genomes: Genomes, seen: set[bytes], count: int) -> Genomes:
-    """The first ``count`` distinct rows that are not in ``seen``."""
-    chosen, taken = [], set(seen)
-    for row in genomes:
-        key = row.tobytes()
-        if key not in taken:
-            taken.add(key)
-            chosen.append(row)
-            if len(chosen) == count:
-                break
-    return np.array(chosen, dtype=np.int16).reshape(len(chosen), genomes.shape[1])
+    return mutate(task.space, mix(parents[first], parents[second], rng), rng)

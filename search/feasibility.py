@@ -16,6 +16,7 @@ the rest is searched on. A cost that is the greatest of several sums is bounded 
 Infinity in a table marks an op that cannot be had; peaks are never negative.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -35,6 +36,7 @@ Ints = NDArray[np.int64]
 ROOM = 1e-9  # relative: the order in which a sum is taken changes its last digits
 _SCALE = 1e4  # of costs over bounds: what the solver's tolerances of 1e-6 are small against
 _HALVED = 1e-6  # relative: how near the least greatest of sums is come
+_NEAR = 5e-3  # relative: how near the nearest point is come
 _INFEASIBLE = 2  # milp's status
 _LACKS = "every architecture needs an op that the device lacks"
 
@@ -386,13 +388,54 @@ def certify(space: Space, asked: Sequence[Bounded]) -> None:
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
             alone.append(f"{one.text} cannot be met: {reason}")
     if alone:
-        raise LimitError(f"space {space.name}: {'; '.join(alone)}")
+        raise LimitError(f"space {space.name}: {'; '.join(alone)}{_nearest_text(space, asked)}")
     if not asked or _together(space, asked):
         return
     for size in range(2, len(asked) + 1):
         for some in combinations(asked, size):
             if not _together(space, some):
-                raise LimitError(f"space {space.name}: {_conflict(space, some)}")
+                text = f"{_conflict(space, some)}{_nearest_text(space, asked)}"
+                raise LimitError(f"space {space.name}: {text}")
+
+
+def nearest(space: Space, asked: Sequence[Bounded]) -> tuple[float, Architecture] | None:
+    """The architecture whose greatest cost over its bound is least, within 0.5%, and that ratio.
+
+    None where every architecture needs an op that a device lacks.
+    """
+    costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
+
+    def within_times(factor: float) -> tuple[float, Genomes] | None:
+        sums, limits = _sums(costs, bounds)
+        found = _optimum(space, sums, [factor * one for one in limits], [1 / one for one in limits])
+        if found is None:
+            return None
+        return max(float(c(found)[0]) / b for c, b in zip(costs, bounds, strict=True)), found
+
+    start = within_times(math.inf)  # the least sum of all
+    if start is None:
+        return None
+    high, best = start
+    low = max(least(space, cost)[0] / bound for cost, bound in zip(costs, bounds, strict=True))
+    while high > low * (1 + _NEAR):
+        middle = math.sqrt(low * high)
+        found = within_times(middle)
+        if found is None:
+            low = middle
+        else:
+            high, best = found
+    return high, decode(space, best)[0]
+
+
+def _nearest_text(space: Space, asked: Sequence[Bounded]) -> str:
+    """What comes nearest to limits that cannot be met, for people; nothing for a single one."""
+    found = nearest(space, asked) if len(asked) > 1 else None
+    if found is None:
+        return ""
+    factor, architecture = found
+    row = encode(space, [architecture])
+    values = ", ".join(f"{one.limit.subject} {one.show(float(one.cost(row)[0]))}" for one in asked)
+    return f"; with all limits {factor:.3g} times as large {_has(values, architecture)} would do"
 
 
 def _together(space: Space, asked: Sequence[Bounded]) -> bool:

@@ -6,33 +6,32 @@ what it left.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from latency import OnnxRuntime, Predictor, ProfileConfig, load_card, load_predictor, profile
+from latency import Predictor, ProfileConfig, load_card, load_predictor, profile
 from latency.card import open_card
-from latency.profile import settings_digest
+from latency.profile import open_runtime, settings_digest
 from search.audit_report import audit_section
-from search.evaluators import evaluator
+from search.front import Trained, made_from, member_choice, pick_key, search_front
+from search.promise import KIND as PROMISE_KIND
+from search.promise import keep_promise, make_workbench, require_kept
 from search.report import write_report
-from search.search import FRONT_KIND, Search, SearchConfig, make_problem, search_digest
-from search.verify import KIND as VERIFY_KIND
-from search.verify import VerifyConfig, export_onnx, verify
-from space import Architecture, InputError, LimitError, Space, genome, load_space
+from search.reporter import Reporter
+from search.search import FRONT_KIND, SearchConfig
+from search.verify import VerifyConfig
+from space import Architecture, InputError, Space, genome, load_space
 from space.config import load_yaml, parse
-from space.files import canonical_json, digest, file_digest, read_json, write_json, write_text
-from supernet import Checkpoint, Supernet, TrainConfig, evaluate, evaluation_set, load_corpus, train
+from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json, write_text
+from supernet import Checkpoint, TrainConfig, evaluate, evaluation_set, load_corpus, train
 from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.checkpoint import latest_checkpoint
 from supernet.corpus import Corpus, window_starts
 from supernet.evaluate import mqar_accuracy
-from supernet.extract import KIND as SUBMODEL_KIND
-from supernet.extract import SubModel, read_submodel, write_submodel
 from supernet.train import load_supernet, training_inputs
 
 SUMMARY_KIND = "summary"
@@ -49,14 +48,7 @@ class RunConfig(BaseModel):
     profile: ProfileConfig = ProfileConfig()
     search: SearchConfig = SearchConfig()
     verify: VerifyConfig = VerifyConfig()
-    picks: tuple[str, ...] = ("best", "knee", "fastest")
-
-    @field_validator("profile")
-    @classmethod
-    def _deployed(cls, value: ProfileConfig) -> ProfileConfig:
-        if value.runtime != "onnxruntime":
-            raise ValueError(f"runtime {value.runtime}: a run verifies its models with onnxruntime")
-        return value
+    picks: tuple[str, ...] = ("knee", "fastest")  # verified beside the chosen one
 
     @property
     def the_space(self) -> Space:
@@ -85,32 +77,13 @@ def smoke(config: RunConfig) -> RunConfig:
                     "optimal_models": 6, "random_models": 4,
                     "held_out_models": 5, "repeated_models": 2},
         "search": {"generations": 2, "population": 8, "windows": 4, "front_windows": 8},
-        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "most_noise": None},
+        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "most_noise": None,
+                   "searches": 1},
     }  # fmt: skip
     fields = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     data = config.train.data.model_copy(update={"limit_mb": min(config.train.data.limit_mb or 2.0, 2.0)})
     fields["train"] = fields["train"].model_copy(update={"data": data})
     return config.model_copy(update=fields)
-
-
-class Stage(Protocol):
-    """Says what a long stage is doing."""
-
-    def __call__(self, share: float, text: str) -> None:
-        """Report the share that is done, and what is known so far."""
-        ...
-
-
-class Reporter(Protocol):
-    """Shows the progress of stages to a person."""
-
-    def stage(self, title: str) -> AbstractContextManager[Stage]:
-        """A stage that is about to start."""
-        ...
-
-    def skipped(self, title: str) -> None:
-        """A stage whose files are there already."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -133,6 +106,10 @@ class Run:
         text = yaml.safe_dump(value, sort_keys=False)
         if not path.exists() or path.read_text() != text:
             write_text(path, text)
+
+    def the_trained(self, checkpoint: Checkpoint, corpus: Corpus) -> Trained:
+        """What a search needs to know of the training."""
+        return Trained(self.space, checkpoint, corpus, self.config.train.length or self.space.context)
 
     # Stages, in order. Each returns what the next ones need.
 
@@ -159,7 +136,7 @@ class Run:
     def profiled(self, reporter: Reporter) -> Predictor:
         """The predictor of this machine, profiled where it is not there."""
         config = self.config.profile
-        runtime = OnnxRuntime(config.threads)
+        runtime = open_runtime(config.runtime, config.threads)
         card = open_card(self.devices, self.config.device, runtime.fingerprint())
         path = card.predictor_path(self.space.name, runtime.name, config.threads, "fp32")
         if path.exists():
@@ -179,98 +156,69 @@ class Run:
         card = load_card(self.devices, self.config.device)
         return search_front(
             self.folder / "searches" / card.name,
-            self.space,
-            checkpoint,
+            self.the_trained(checkpoint, corpus),
             {card.name: predictor},
             self.config.search,
-            corpus,
-            self.config.train.length,
             reporter,
         )
 
-    def extracted(
-        self, reporter: Reporter, checkpoint: Checkpoint, front: Mapping[str, Any]
-    ) -> dict[str, SubModel]:
-        """The picked sub-models with their graphs, by pick."""
-        members = {m["key"]: m for m in front["members"]}
-        wanted = {pick: members[pick_key(front, pick)] for pick in self.config.picks}
-        inputs = {"supernet": checkpoint.digest, "front": digest(canonical_json(front["members"]))}
-        found: dict[str, SubModel] = {}
-        missing = []
-        for pick, member in wanted.items():
-            folder = self.folder / "submodels" / member["key"]
-            if (
-                _made_from(folder / "architecture.json", SUBMODEL_KIND, inputs)
-                and (folder / "model.onnx").exists()
-            ):
-                found[pick] = read_submodel(folder)
-            else:
-                missing.append(pick)
-        if not missing:
-            reporter.skipped("extract")
-            return found
-        with reporter.stage("extract") as stage:
-            supernet = load_supernet(self.space, checkpoint)
-            for i, pick in enumerate(missing):
-                stage(i / len(missing), wanted[pick]["key"])
-                found[pick] = extract_member(self.folder / "submodels", supernet, wanted[pick], front, inputs)
-        return {pick: found[pick] for pick in wanted}
-
-    def verified(self, reporter: Reporter, submodels: Mapping[str, SubModel]) -> dict[str, dict[str, Any]]:
-        """What verification found, by pick."""
+    def promised(
+        self, reporter: Reporter, checkpoint: Checkpoint, predictor: Predictor, corpus: Corpus
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What came of searching and measuring, and the chosen and picked members by pick, verified."""
         card = load_card(self.devices, self.config.device)
-        settings = digest(canonical_json(self.config.verify.model_dump(mode="json")))
-        found: dict[str, dict[str, Any]] = {}
-        done: dict[str, dict[str, Any]] = {}
-        for pick, submodel in submodels.items():
-            inputs = {"model": file_digest(submodel.folder / "model.onnx"), "settings": settings}
-            path = submodel.folder / "verify.json"
-            if _made_from(path, VERIFY_KIND, inputs):
-                found[pick] = read_json(path, VERIFY_KIND, "formfit verify")
-                continue
-            if submodel.architecture.key not in done:
-                with reporter.stage(f"verify {pick}") as stage:
-                    stage(0.0, submodel.architecture.key)
-                    done[submodel.architecture.key] = verify(submodel, card, self.config.verify, inputs)
-            found[pick] = done[submodel.architecture.key]
-        if not done:
-            reporter.skipped("verify")
-        return found
+        bench = make_workbench(
+            self.folder / "submodels", self.the_trained(checkpoint, corpus), card, self.config.verify
+        )
+        folder = self.folder / "searches" / card.name
+        promise = keep_promise(folder, bench, {card.name: predictor}, self.config.search, reporter)
+        front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
+        members = {m["key"]: m for m in front["members"]}
+        measured = {row["key"]: row for one in promise["rounds"] for row in one["finalists"]}
+        keys = {pick: pick_key(front, pick) for pick in self.config.picks}
+        picked = {"chosen": promise["chosen"]}
+        picked |= {pick: measured.get(key, members[key]) for pick, key in keys.items()}
+        found = {}
+        for pick, member in picked.items():
+            choice = member.get("choice") or member_choice(front, member)
+            submodel = bench.extracted(Architecture.from_json(member["architecture"]), choice)
+            found[pick] = {**_member(member), **_results(bench.verified(submodel, reporter))}
+        return promise, found
 
     def summarised(
         self,
         checkpoint: Checkpoint,
         corpus: Corpus,
         predictor: Predictor,
-        front: Mapping[str, Any],
+        promise: Mapping[str, Any],
         verified: Mapping[str, Mapping[str, Any]],
     ) -> dict[str, Any]:
         """Write ``summary.json`` and the report."""
         card = load_card(self.devices, self.config.device)
+        folder = self.folder / "searches" / card.name
+        front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
         inputs = {
             "supernet": checkpoint.digest,
             "front": digest(canonical_json(front["members"])),
             "verified": digest(canonical_json([dict(v) for v in verified.values()])),
         }
         path = self.folder / "summary.json"
-        if _made_from(path, SUMMARY_KIND, inputs):
+        if made_from(path, SUMMARY_KIND, inputs):
             return read_json(path, SUMMARY_KIND, "formfit run")
-        chosen = self.config.picks[0]
-        member = next(m for m in front["members"] if m["key"] == verified[chosen]["key"])
         body = {
             "space": {"name": self.space.name, "architectures": genome.size(self.space)},
             "device": {"name": card.name, **card.fingerprint},
-            "text": self.text_quality(checkpoint, corpus, member),
+            "text": self.text_quality(checkpoint, corpus, verified["chosen"]),
             "predictor": {str(w): dict(model.errors) for w, model in predictor.models.items()},
             "front": front["members"],
-            "limits": verified[chosen]["limits"],
-            "chosen": {"pick": chosen, **member, **_results(verified[chosen])},
-            "verified": {pick: {"key": value["key"], **_results(value)} for pick, value in verified.items()},
+            "rounds": len(promise["rounds"]),
+            "limits": verified["chosen"]["limits"],
+            "chosen": dict(verified["chosen"]),
+            "verified": {pick: dict(value) for pick, value in verified.items()},
         }
         write_json(path, SUMMARY_KIND, inputs, body)
-        page = self.folder / "searches" / card.name / "report.html"
         audited = audit_section(self.folder, checkpoint.digest)
-        write_report(page, self.space, front, body, card, audited)
+        write_report(folder / "report.html", self.space, front, body, card, audited)
         return read_json(path, SUMMARY_KIND, "formfit run")
 
     def text_quality(
@@ -305,83 +253,13 @@ class Run:
         }
 
 
+def _member(member: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("key", "architecture", "loss_nats", "recall_loss_nats", "predicted")
+    return {name: member[name] for name in names}
+
+
 def _results(verified: Mapping[str, Any]) -> dict[str, Any]:
     return {name: verified[name] for name in ("latency", "limits", "parity")}
-
-
-def _made_from(path: Path, kind: str, inputs: Mapping[str, str]) -> bool:
-    """Whether a whole artefact is there that was made from these inputs."""
-    try:
-        header = read_json(path, kind, "formfit run")["header"]
-    except InputError:
-        return False
-    return all(header["inputs"].get(name) == value for name, value in inputs.items())
-
-
-def pick_key(front: Mapping[str, Any], pick: str) -> str:
-    """The key of a front's member by name (``best``, ``knee``, ``fastest``) or by key.
-
-    Raises:
-        InputError: there is no such member.
-    """
-    keys = [m["key"] for m in front["members"]]
-    key = front["picks"].get(pick, pick)
-    if key not in keys:
-        raise InputError(f"pick {pick!r}: not one of {', '.join(front['picks'])}, nor a key of the front")
-    return str(key)
-
-
-def extract_member(
-    root: Path,
-    supernet: Supernet,
-    member: Mapping[str, Any],
-    front: Mapping[str, Any],
-    inputs: Mapping[str, str],
-) -> SubModel:
-    """Extract a front's member into its folder under ``root``, and export it."""
-    architecture = Architecture.from_json(member["architecture"])
-    submodel = write_submodel(
-        root / architecture.key, supernet, architecture, inputs, member_choice(front, member)
-    )
-    export_onnx(submodel)
-    return submodel
-
-
-def search_front(
-    folder: Path,
-    space: Space,
-    checkpoint: Checkpoint,
-    predictors: Mapping[str, Predictor],
-    config: SearchConfig,
-    corpus: Corpus,
-    length: int | None,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Search, or read the front that is there already."""
-    problem = make_problem(space, predictors, config)
-    inputs = {
-        "space": space.hash,
-        "supernet": checkpoint.digest,
-        "predictors": digest(canonical_json({d: p.identity() for d, p in predictors.items()})),
-    }
-    path = folder / "front.json"
-    if _made_from(path, FRONT_KIND, {**inputs, "search": search_digest(problem, config)}):
-        reporter.skipped("search")
-        return read_json(path, FRONT_KIND, "formfit search")
-    search = Search(problem, config, folder, inputs)
-    search.check()
-    with reporter.stage("search") as stage:
-        stage(0.0, "starting the evaluators")
-        sets = {
-            "search": evaluation_set(corpus, config.windows, length or space.context),
-            "front": evaluation_set(corpus, config.front_windows, length or space.context),
-        }
-        if "recall_loss" in problem.objectives and not sets["search"].recall_share:
-            raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")
-        supernet = load_supernet(space, checkpoint)
-        with evaluator(supernet, sets, config.workers) as evaluate_all:
-            search.run(evaluate_all, lambda done, total, text: stage(done / total, text))
-    return read_json(path, FRONT_KIND, "formfit search")
 
 
 def execute(run: Run, reporter: Reporter) -> dict[str, Any]:
@@ -394,15 +272,9 @@ def execute(run: Run, reporter: Reporter) -> dict[str, Any]:
     corpus = load_corpus(run.config.train.data)
     checkpoint = run.trained(reporter, corpus)
     predictor = run.profiled(reporter)
-    front = run.searched(reporter, checkpoint, predictor, corpus)
-    submodels = run.extracted(reporter, checkpoint, front)
-    verified = run.verified(reporter, submodels)
-    summary = run.summarised(checkpoint, corpus, predictor, front, verified)
-    missed = [item["limit"] for item in summary["limits"] if item["status"] == "missed"]
-    if missed:
-        raise LimitError(
-            f"{run.folder}: the chosen model missed {', '.join(missed)} when measured; see summary.json"
-        )
+    promise, verified = run.promised(reporter, checkpoint, predictor, corpus)
+    summary = run.summarised(checkpoint, corpus, predictor, promise, verified)
+    require_kept(promise)
     return summary
 
 
@@ -441,7 +313,7 @@ def open_supernet(run: Run, corpus: Corpus) -> Checkpoint:
 
 
 def chosen_architecture(
-    run: Run, search: str | None, pick: str, file: Path | None
+    run: Run, search: str | None, pick: str | None, file: Path | None
 ) -> tuple[dict[str, Any], Architecture]:
     """An architecture to extract, with what it was chosen under: a search's member, or a file's.
 
@@ -458,16 +330,15 @@ def chosen_architecture(
                 f"{file}: not an architecture of space {run.space.name}: its hybrid rule excludes it"
             )
         return {}, architecture
-    front = read_json(run.folder / "searches" / str(search) / "front.json", FRONT_KIND, "formfit search")
-    member = next(m for m in front["members"] if m["key"] == pick_key(front, pick))
-    return member_choice(front, member), Architecture.from_json(member["architecture"])
-
-
-def member_choice(front: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
-    """What a front's member was chosen under, to be kept beside its sub-model."""
-    return {
-        "limits": front["limits"],
-        "confidence": front["confidence"],
-        "predicted": member["predicted"],
-        "loss_nats": member["loss_nats"],
-    }
+    folder = run.folder / "searches" / str(search)
+    front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
+    members = {m["key"]: m for m in front["members"]}
+    if (folder / "promise.json").exists():
+        promise = read_json(folder / "promise.json", PROMISE_KIND, "formfit search --verify")
+        check_inputs(folder / "promise.json", promise, {"front": file_digest(folder / "front.json")})
+        members |= {row["key"]: row for one in promise["rounds"] for row in one["finalists"]}
+        front["picks"] = {"chosen": promise["chosen"]["key"], **front["picks"]}
+        front["members"] = list(members.values())
+    member = members[pick_key(front, pick or next(iter(front["picks"])))]
+    choice = member.get("choice") or member_choice(front, member)
+    return choice, Architecture.from_json(member["architecture"])

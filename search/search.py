@@ -8,32 +8,42 @@ the same ``front.json``, byte for byte, with any number of workers.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.stats import spearmanr
 
 from latency import Predictor
-from search import evolution
-from search.evaluators import Evaluator
-from search.feasibility import Bounded, certify, feasible
+from search.evaluators import Evaluator, Failed, Machine, Outcome
+from search.evolution import Evolution, Hat
+from search.feasibility import ROOM, Bounded, certify, feasible
 from search.limits import Limit, check_limits
-from search.record import Record, genomes_of, open_study, project
+from search.pareto import non_dominated, survivors
+from search.record import KIND as RECORD_KIND
+from search.record import Record, genomes_of, open_study
+from search.strategies import Random, Strategy, Task
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import memory_cost, params_cost
 from space.files import canonical_json, digest, write_json
 from space.genome import Genomes
 from space.ops import Cost
+from space.tables import read_table
 from supernet import Quality
+from supernet.checkpoint import sole_writer
 
 QUALITIES = ("loss", "recall_loss")
+OBJECTIVES = "loss, recall_loss, [DEVICE:]latency:WORKLOAD, memory:WORKLOAD, [DEVICE:]rss:WORKLOAD, params"
 FRONT_KIND = "front"
-FRONT_LIMIT = 32  # architectures evaluated again on more tokens
+RESCORED = {"middle": 64, "front": 32}  # how many are evaluated again, on more and more tokens
+SIZES = {"hat": (125, 30)}  # population and generations; of all other strategies:
+SIZE = (24, 12)
 Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, what is known
+Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
 
 
 class SearchConfig(BaseModel):
@@ -42,14 +52,29 @@ class SearchConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     limits: tuple[str, ...] = ()
-    objectives: tuple[str, ...] = ()  # none: loss and the latency of the first workload
-    generations: Annotated[int, Field(gt=0)] = 12
-    population: Annotated[int, Field(gt=1)] = 24
+    objectives: tuple[str, ...] = ()  # none: loss and the latency of the first workload; of hat: loss
+    strategy: Literal["evolution", "hat", "random", "optuna-nsga2", "optuna-tpe"] = "evolution"
+    surrogate: bool = True  # evolution's children are screened by predicted quality
+    generations: Annotated[int, Field(gt=0)] | None = None  # None: 12; of hat 30
+    population: Annotated[int, Field(gt=1)] | None = None  # None: 24; of hat 125
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.975
     windows: Annotated[int, Field(gt=0)] = 24
     front_windows: Annotated[int, Field(gt=0)] = 96
+    compare: bool = False  # random search at equal evaluations too, for the report
     workers: Annotated[int, Field(ge=0)] = 2
+    ray_address: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Population and generations."""
+        population, generations = SIZES.get(self.strategy, SIZE)
+        return self.population or population, self.generations or generations
+
+    def windows_of(self) -> dict[str, int]:
+        """How many windows each evaluation uses, by its name."""
+        middle = round(math.sqrt(self.windows * self.front_windows))
+        return {"search": self.windows, "middle": middle, "front": self.front_windows}
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,18 @@ class Problem:
     objectives: tuple[str, ...]
     limits: tuple[Limit, ...]
     confidence: float
+    units: Mapping[str, Predictor]  # by device; whose predictions percentages are of
+
+    def device(self, name: str | None) -> str:
+        """A device's name; the first where none is given.
+
+        Raises:
+            InputError: that device is not among those given.
+        """
+        name = name or next(iter(self.predictors))
+        if name not in self.predictors:
+            raise InputError(f"device {name}: not among those given ({', '.join(self.predictors)})")
+        return name
 
     def predictor(self, device: str | None) -> Predictor:
         """The predictor of a device.
@@ -68,10 +105,7 @@ class Problem:
         Raises:
             InputError: that device is not among those given.
         """
-        name = device or next(iter(self.predictors))
-        if name not in self.predictors:
-            raise InputError(f"device {name}: not among those given ({', '.join(self.predictors)})")
-        return self.predictors[name]
+        return self.predictors[self.device(device)]
 
     def timed(self, limit: Limit) -> str | None:
         """The device whose latency a limit bears on."""
@@ -79,12 +113,13 @@ class Problem:
             return None
         return limit.device or next(iter(self.predictors))
 
-    def cost(self, limit: Limit, confidence: float | None) -> Cost:
-        """What a limit bears on."""
+    def cost(self, limit: Limit, predictors: Mapping[str, Predictor], confidence: float | None) -> Cost:
+        """What a limit bears on, as some predictors see it."""
+        device = self.device(limit.device)
         if limit.workload is not None and limit.metric in ("prefill", "decode"):
-            return self.predictor(limit.device).cost(limit.workload, confidence)
+            return predictors[device].cost(limit.workload, confidence)
         if limit.workload is not None and limit.metric == "rss":
-            return self.predictor(limit.device).memory_cost(limit.workload, confidence)
+            return predictors[device].memory_cost(limit.workload, confidence)
         if limit.workload is not None:
             return memory_cost(self.space, limit.workload)
         return params_cost(self.space)
@@ -94,12 +129,13 @@ class Problem:
         top = genome.encode(self.space, [genome.largest(self.space)])
         found = []
         for limit in self.limits:
-            reference = float(self.cost(limit, None)(top)[0])
+            reference = float(self.cost(limit, self.units, None)(top)[0])
             if limit.relative and not math.isfinite(reference):
                 raise InputError(
                     f"limit {limit.text!r}: the device cannot run the largest architecture; give it in units"
                 )
-            found.append(Bounded(limit, self.cost(limit, self.confidence), limit.resolve(reference)))
+            cost = self.cost(limit, self.predictors, self.confidence)
+            found.append(Bounded(limit, cost, limit.resolve(reference)))
         return found
 
     def objective_cost(self, name: str) -> Cost | None:
@@ -110,21 +146,25 @@ class Problem:
         """
         if name in QUALITIES:
             return None
-        metric, _, workload = name.partition(":")
-        if metric == "latency" and workload:
-            return self.predictor(None).cost(Workload.parse(workload))
-        if metric == "memory" and workload:
+        *device, metric, workload = name.split(":") if ":" in name else (name, "")
+        if len(device) < 2 and metric == "latency":
+            return self.predictor(*device or (None,)).cost(Workload.parse(workload))
+        if not device and metric == "memory":
             return memory_cost(self.space, Workload.parse(workload))
-        if metric == "rss" and workload:
-            return self.predictor(None).memory_cost(Workload.parse(workload))
+        if len(device) < 2 and metric == "rss":
+            return self.predictor(*device or (None,)).memory_cost(Workload.parse(workload))
         if name == "params":
             return params_cost(self.space)
-        allowed = ", ".join([*QUALITIES, "latency:WORKLOAD", "memory:WORKLOAD", "rss:WORKLOAD", "params"])
-        raise InputError(f"objective {name!r}: not one of {allowed}")
+        raise InputError(f"objective {name!r}: not one of {OBJECTIVES}")
 
 
-def make_problem(space: Space, predictors: Mapping[str, Predictor], config: SearchConfig) -> Problem:
-    """The problem that a configuration states.
+def make_problem(
+    space: Space,
+    predictors: Mapping[str, Predictor],
+    config: SearchConfig,
+    units: Mapping[str, Predictor] | None = None,
+) -> Problem:
+    """The problem that a configuration states; without ``units`` percentages are of the predictors' own.
 
     Raises:
         InputError: a malformed or contradictory limit, an unknown objective or workload.
@@ -132,8 +172,11 @@ def make_problem(space: Space, predictors: Mapping[str, Predictor], config: Sear
     limits = tuple(Limit.parse(text) for text in config.limits)
     check_limits(limits)
     workload = next(iter(next(iter(predictors.values())).models))
-    objectives = config.objectives or ("loss", f"latency:{workload}")
-    problem = Problem(space, predictors, objectives, limits, config.confidence)
+    alone = config.strategy == "hat"
+    objectives = config.objectives or ("loss", f"latency:{workload}")[: 1 if alone else 2]
+    if alone and len(objectives) > 1:
+        raise InputError(f"strategy hat: it has one objective, not {', '.join(objectives)}")
+    problem = Problem(space, predictors, objectives, limits, config.confidence, units or predictors)
     if len(set(objectives)) < len(objectives):
         raise InputError(f"objectives: {', '.join(objectives)} names one twice")
     if not set(objectives) & set(QUALITIES):
@@ -144,25 +187,53 @@ def make_problem(space: Space, predictors: Mapping[str, Predictor], config: Sear
     return problem
 
 
+def make_strategy(name: str, task: Task, surrogate: bool = True) -> Strategy:
+    """A strategy by its name."""
+    if name.startswith("optuna"):
+        from search.optuna_strategies import nsga2, tpe
+
+        return (nsga2 if name == "optuna-nsga2" else tpe)(task)
+    if name == "evolution":
+        return Evolution(task, surrogate)
+    return {"hat": Hat, "random": Random}[name](task)
+
+
 class Search:
     """One search over a problem, kept in a folder."""
 
     def __init__(
-        self, problem: Problem, config: SearchConfig, folder: Path, inputs: Mapping[str, str]
+        self,
+        problem: Problem,
+        config: SearchConfig,
+        folder: Path,
+        inputs: Mapping[str, str],
+        known: Known | None = None,
+        before: Sequence[Path] = (),
     ) -> None:
+        """A search in a folder.
+
+        ``known`` are outcomes that need not be found again; those found here are added to it. ``before`` are
+        folders of finished searches of the same supernet, whose evaluations this one starts from.
+        """
         self.problem, self.config, self.folder = problem, config, folder
         self.inputs = {**inputs, "search": search_digest(problem, config)}
         self.record = Record(folder, self.inputs)
         self.bounded = problem.bounded()
         self.costs = {name: problem.objective_cost(name) for name in problem.objectives}
+        self.known = {} if known is None else known
+        self.before = tuple(before)
+        self.failed: list[pd.DataFrame] = []  # when the front was evaluated again
+        # What says of each device whether it runs an architecture at all.
+        self.runs = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
+        self.population, self.generations = config.size
 
     def violations(self, genomes: Genomes) -> NDArray[np.float64]:
         """By how much genomes break the limits, as a sum of shares of the bounds: [N]."""
         total = np.zeros(len(genomes))
         for item in self.bounded:
-            total += np.maximum(0.0, item.cost(genomes) / item.bound - 1)
-        for predictor in self.problem.predictors.values():
-            total[~np.isfinite(predictor.predict(genomes, next(iter(predictor.models))))] = np.inf
+            total += np.maximum(0.0, item.cost(genomes) / item.bound - 1 - ROOM)
+        for runs in self.runs:
+            total[~np.isfinite(runs(genomes))] = np.inf
         return total
 
     def check(self) -> None:
@@ -181,93 +252,176 @@ class Search:
             InputError: the record belongs to a search with other inputs.
         """
         self.check()
-        config = self.config
-        study = open_study(self.folder / "study.log", self.folder.name, self.problem.objectives)
-        table = pd.DataFrame()
-        total = config.generations * config.population
-        for generation in range(config.generations):
-            part = self.record.read(f"{generation:04d}")
-            if part is None:
-                part = self._evaluate(
-                    self._propose(generation, table), evaluate, "search", generation, report, total
-                )
-                self.record.write(f"{generation:04d}", part)
-            table = pd.concat([table, part], ignore_index=True)
-            project(study, self.problem.space, table, self.problem.objectives)
+        table = self.evolve(evaluate, report)
         front = self._rescore(table, evaluate, report)
-        return self._write(front, len(table))
+        return self._write(front, table)
 
-    def _propose(self, generation: int, table: pd.DataFrame) -> Genomes:
-        """The genomes that a generation evaluates."""
-        space, count = self.problem.space, self.config.population
-        rng = np.random.default_rng([self.config.seed, generation])
-        if not len(table):
-            seeds = [genome.smallest(space), genome.largest(space)]
-            if self.bounded:
-                witness = feasible(space, [b.cost for b in self.bounded], [b.bound for b in self.bounded])
-                seeds += [witness] if witness else []
-            return evolution.first_generation(space, rng, count, self.violations, genome.encode(space, seeds))
-        known = genomes_of(table)
-        best = evolution.survivors(self._objectives(table), self.violations(known), count)
-        seen = {row.tobytes() for row in known}
-        return evolution.next_generation(space, rng, known[best], count, self.violations, seen)
+    def evolve(self, evaluate: Evaluator, report: Report | None = None) -> pd.DataFrame:
+        """All that is evaluated on the windows of the search, a row each, in order."""
+        with sole_writer(self.folder):
+            return self._evolve(evaluate, report)
+
+    def _evolve(self, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+        problem = self.problem
+        path = self.folder / "study.log"
+        study = open_study(path, self.folder.name, problem.objectives, problem.space.hash)
+        strategy = make_strategy(self.config.strategy, self._task(), self.config.surrogate)
+        earlier = self._earlier()
+        if strategy.starts_from_others:
+            for part in earlier:
+                strategy.tell(genomes_of(part), self._objectives(part))
+        parts: list[pd.DataFrame] = []
+        for generation in range(self.generations):
+            known = self.record.read(f"{generation:04d}")
+            part = self._generation(generation, strategy, evaluate, report) if known is None else known
+            if known is None:
+                self.record.write(f"{generation:04d}", part)
+            self._remember(part, "search")
+            if not len(part):  # the space has no more that keep the limits
+                break
+            strategy.tell(genomes_of(part), self._objectives(part))
+            study.add(problem.space, part, problem.objectives, sum(map(len, parts)))
+            parts.append(part)
+        return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
+
+    def _generation(
+        self, generation: int, strategy: Strategy, evaluate: Evaluator, report: Report | None
+    ) -> pd.DataFrame:
+        """What a strategy proposes, evaluated, beside what it foretold."""
+        genomes = strategy.ask()
+        part = self._evaluate(genomes, evaluate, "search", generation, report)
+        foretold = strategy.foretold(genomes)
+        for i, (name, cost) in enumerate(self.costs.items()):
+            if cost is None:
+                part[f"foretold_{name}"] = np.nan if foretold is None else foretold[:, i]
+        return part
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last generation is in the record, or the one after which there was nothing left."""
+        parts = sorted(self.record.folder.glob("part-[0-9]*.parquet"))
+        if not parts:
+            return False
+        last = self.record.read(parts[-1].stem.partition("-")[2])
+        return len(parts) == self.generations or (last is not None and last.empty)
+
+    def _earlier(self) -> list[pd.DataFrame]:
+        """What earlier searches evaluated and these limits allow, with the costs of today."""
+        found = []
+        for folder in self.before:
+            for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
+                part = read_table(path, RECORD_KIND, "formfit search")[0]
+                self._remember(part, "search")
+                if not len(part):
+                    continue
+                genomes = genomes_of(part)
+                for name, cost in self.costs.items():
+                    if cost is not None:
+                        part[name] = cost(genomes)
+                found.append(part[self.violations(genomes) <= 0])
+        return [part for part in found if len(part)]
+
+    def _task(self) -> Task:
+        """What the strategy is to solve."""
+        space = self.problem.space
+        seeds = [genome.smallest(space), genome.largest(space)]
+        costs, bounds = [b.cost for b in self.bounded], [b.bound for b in self.bounded]
+        if costs or self.runs:
+            witness = feasible(space, [*costs, *self.runs], [*bounds, *[math.inf] * len(self.runs)])
+            if witness is None:
+                raise InputError(f"space {space.name}: no architecture runs on the device within the limits")
+            seeds.append(witness)
+        return Task(
+            space=space,
+            costs=tuple(self.costs.values()),
+            violations=self.violations,
+            seeds=genome.encode(space, seeds),
+            population=self.population,
+            seed=self.config.seed,
+        )
 
     def _objectives(self, table: pd.DataFrame) -> NDArray[np.float64]:
+        """The objectives [N, M]; not finite where an evaluation failed."""
         return table[list(self.problem.objectives)].to_numpy(float)
 
     def _evaluate(
-        self,
-        genomes: Genomes,
-        evaluate: Evaluator,
-        data: str,
-        generation: int,
-        report: Report | None,
-        total: int,
+        self, genomes: Genomes, evaluate: Evaluator, data: str, generation: int, report: Report | None
     ) -> pd.DataFrame:
         """Evaluate genomes on a set of windows: one row each."""
         architectures = genome.decode(self.problem.space, genomes)
-        qualities: list[Quality] = []
-        for quality in evaluate(architectures, data):
-            qualities.append(quality)
+        keys = [a.key for a in architectures]
+        before, total = generation * self.population, self.generations * self.population
+        title = (
+            f"generation {generation + 1} of {self.generations}" if data == "search" else "the front again"
+        )
+        new = [a for a, key in zip(architectures, keys, strict=True) if (data, key) not in self.known]
+        for done, (one, outcome) in enumerate(zip(new, evaluate(new, data), strict=True), start=1):
+            self.known[data, one.key] = outcome
             if report:
-                done = generation * self.config.population + len(qualities)
-                report(min(done, total), total, f"generation {generation + 1} of {self.config.generations}")
+                report(min(before + done, total), total, title)
+        outcomes = [self.known[data, key] for key in keys]
         columns: dict[str, Any] = {
             "generation": generation,
-            "key": [a.key for a in architectures],
-            "architecture": [canonical_json(a.to_json()) for a in architectures],
-            "genome": [row.tolist() for row in genomes],
-            "loss": [q.loss_nats for q in qualities],
-            "recall_loss": [q.recall_loss_nats for q in qualities],
-            "violation": self.violations(genomes),
+            "key": keys,
+            "architecture": [a.text for a in architectures],
+            "genome": list(genomes),
+            "loss": [math.nan if isinstance(o, Failed) else o.loss_nats for o in outcomes],
+            "recall_loss": [math.nan if isinstance(o, Failed) else o.recall_loss_nats for o in outcomes],
+            "failed": [o.reason if isinstance(o, Failed) else "" for o in outcomes],
+            **asdict(Machine.here()),
         }
         for name, cost in self.costs.items():
             if cost is not None:
                 columns[name] = cost(genomes)
         return pd.DataFrame(columns)
 
-    def _rescore(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
-        """The front, after a second evaluation of its candidates on more tokens."""
-        front = self.record.read("front")
-        if front is None:
-            genomes = genomes_of(table)
-            order = evolution.survivors(self._objectives(table), self.violations(genomes), FRONT_LIMIT)
-            order = order[table["violation"].to_numpy()[order] <= 0]
-            last = self.config.generations - 1
-            front = self._evaluate(genomes[order], evaluate, "front", last, report, len(table))
-            self.record.write("front", front)
-        kept = evolution.non_dominated(self._objectives(front))
-        return front[kept].sort_values(list(self.problem.objectives), ignore_index=True)
+    def _remember(self, part: pd.DataFrame, data: str) -> None:
+        """Take over the outcomes of a part of the record."""
+        for key, loss, recall, failed in zip(
+            part["key"], part["loss"], part["recall_loss"], part["failed"], strict=True
+        ):
+            self.known[data, key] = (
+                Failed(failed) if failed else Quality(loss_nats=loss, recall_loss_nats=recall)
+            )
 
-    def _write(self, front: pd.DataFrame, evaluations: int) -> dict[str, Any]:
+    def _rescore(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+        """The front, after its candidates were evaluated again on more and more tokens."""
+        last = self.generations - 1
+        for data, count in RESCORED.items():
+            part = self.record.read(data)
+            if part is None:
+                objectives = self._objectives(table)
+                failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
+                best = survivors(objectives, failed, count)
+                best = best[failed[best] == 0]
+                if not len(best):
+                    raise InputError(
+                        f"search: every evaluation failed; the first with {table['failed'].iloc[0]}"
+                    )
+                part = self._evaluate(genomes_of(table)[best], evaluate, data, last, report)
+                if not np.isfinite(self._objectives(part)).all(axis=1).any():
+                    reason = part["failed"].iloc[0]
+                    raise InputError(f"search: every evaluation of the front failed: {reason}")
+                self.record.write(data, part)
+            table = part
+            self.failed += [part[part["failed"] != ""]]
+        finite = table.iloc[np.flatnonzero(np.isfinite(self._objectives(table)).all(axis=1))]
+        kept = np.flatnonzero(non_dominated(self._objectives(finite)))
+        return finite.iloc[kept].sort_values([*self.problem.objectives, "key"], ignore_index=True)
+
+    def _write(self, front: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
         """Write ``front.json``: nothing in it depends on time or on who evaluated."""
         members = [self._member(row) for _, row in front.iterrows()]
+        failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
         body = {
             "space": self.problem.space.name,
             "objectives": list(self.problem.objectives),
+            "strategy": self.config.strategy,
             "confidence": self.config.confidence,
             "seed": self.config.seed,
-            "evaluations": evaluations,
+            "evaluations": len(table),
+            "failed": [{"key": r["key"], "reason": r["failed"]} for _, r in failed.iterrows()],
+            "surrogate": surrogate_agreement(table),
             "limits": [
                 {"limit": b.limit.text, "bound": b.bound, "unit": unit_of(b.limit.metric)}
                 for b in self.bounded
@@ -287,6 +441,18 @@ class Search:
             "recall_loss_nats": None if math.isnan(row["recall_loss"]) else float(row["recall_loss"]),
             "predicted": predictions(self.problem, architecture),
         }
+
+
+def surrogate_agreement(table: pd.DataFrame) -> dict[str, Any]:
+    """How the qualities that a surrogate foretold rank beside those found afterwards, by quality."""
+    found = {}
+    for name in QUALITIES:
+        if f"foretold_{name}" in table:
+            some = table[table[f"foretold_{name}"].notna() & table[name].notna()]
+            if len(some) > 2:
+                rho = float(spearmanr(some[f"foretold_{name}"], some[name]).statistic)
+                found[name] = {"evaluations": len(some), "spearman": rho}
+    return found
 
 
 def unit_of(metric: str) -> str:
@@ -335,5 +501,6 @@ def picks(front: pd.DataFrame, objectives: Sequence[str]) -> dict[str, str]:
 
 def search_digest(problem: Problem, config: SearchConfig) -> str:
     """The hash of what determines a search's result, beside its space, supernet and predictors."""
-    settings = config.model_dump(mode="json", exclude={"workers"})
+    settings = config.model_dump(mode="json", exclude={"workers", "ray_address", "compare"})
+    settings["population"], settings["generations"] = config.size
     return digest(canonical_json([settings, list(problem.objectives), list(problem.predictors)]))

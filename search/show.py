@@ -46,6 +46,10 @@ class Bars:
         """A stage that is done already."""
         err.print(f"{title}: done already", highlight=False)
 
+    def warn(self, text: str) -> None:
+        """Something to know that stops nothing."""
+        err.print(text, highlight=False, soft_wrap=True)
+
 
 def show(value: dict[str, Any], as_json: bool, tables: Callable[[], list[Table]]) -> None:
     """Print a result: one JSON object, or tables."""
@@ -116,6 +120,41 @@ def front_table(front: dict[str, Any]) -> Table:
         )
     columns = ["key", "pick", "loss nats", *(f"{w} ms" for w in workloads), "params", "architecture"]
     return make_table("Front", columns, rows)
+
+
+def search_tables(found: dict[str, Any]) -> list[Table]:
+    """What a search found, and what its finalists were measured to do."""
+    tables = [front_table(found)]
+    if "promise" in found:
+        rows = [
+            [
+                str(turn),
+                row["key"] + (" chosen" if row["key"] == found["promise"]["chosen"]["key"] else ""),
+                f"{row['loss_nats']:.4f}",
+                *(f"{value:.3f}" for value in row["latency_ms"].values()),
+                f"{100 * row['used']:.1f}%",
+                "kept" if row["kept"] else "missed",
+            ]
+            for turn, one in enumerate(found["promise"]["rounds"], start=1)
+            for row in one["finalists"]
+        ]
+        workloads = found["promise"]["chosen"]["latency_ms"]
+        columns = ["round", "key", "loss nats", *(f"{w} ms" for w in workloads), "of the limit", "limits"]
+        tables.append(make_table("Finalists, measured", columns, rows))
+    if found.get("finalists"):
+        rows = [
+            [
+                row["key"],
+                f"{row['rank_before']} -> {row['rank_after']}",
+                f"{row['before']['loss_nats']:.4f}",
+                f"{row['after']['loss_nats']:.4f}" if row["after"] else row["failed"],
+                str(row["steps"]),
+            ]
+            for row in found["finalists"]
+        ]
+        columns = ["key", "rank", "loss nats inherited", "after distillation", "steps"]
+        tables.append(make_table("Finalists, distilled", columns, rows))
+    return tables
 
 
 def error_table(workloads: Any) -> Table:

@@ -9,12 +9,12 @@ that took for the card, so that a machine that has slowed down since is not take
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import load_model, save_model
@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from latency import Card, OnnxRuntime
 from latency.binding import Run
 from latency.card import differences, outdated
-from latency.reference import noise_of, reference_items
+from latency.profile import open_runtime
+from latency.reference import reference_items, require_quiet
 from latency.rss import session_rss
-from latency.runtime import graph_binding, lacks
+from latency.runtime import Runtime, graph_binding, lacks
 from latency.timer import TimerConfig, measure, pinned
 from latency.timing import Timing
 from search.limits import Limit
@@ -49,8 +50,9 @@ class VerifyConfig(BaseModel):
 
     tokens: int = Field(default=128, gt=1)  # of the parity check
     copies: int = Field(default=3, gt=0)  # sessions measured, since memory layout differs between them
-    rounds: int = Field(default=60, ge=4)
+    rounds: int = Field(default=60, ge=4)  # of timing
     block_ms: float = Field(default=3.0, gt=0)
+    searches: int = Field(default=3, ge=1)  # at most, each with finalists to measure; see search.promise
     most_noise: float | None = 0.1  # between two timings of the same work, see latency.reference; None: any
 
 
@@ -115,8 +117,10 @@ class OnnxModel:
 
 
 @torch.inference_mode()
-def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0) -> dict[str, Any]:
+def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
     """Errors of the plain fp32 model and of the exported graph against the plain model in fp64.
+
+    Where ``device`` is not the CPU, also of the plain model there.
 
     Prefill, token by token, and a prefill split in two are compared, logits and final states.
     The bound is 1e-5, or three times the plain fp32 model's own error where that is more.
@@ -129,11 +133,11 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0) -> dict[s
     length = text.shape[1]
     expected, expected_states = precise(torch.from_numpy(text))
 
-    def torch_run(cuts: list[int]) -> tuple[NDArray[Any], States]:
-        logits, states = [], None
+    def torch_run(cuts: list[int], where: str = "cpu") -> tuple[NDArray[Any], States]:
+        model, logits, states = plain.to(where), [], None
         for start, end in pairwise(cuts):
-            out, states = plain(torch.from_numpy(text[:, start:end]), start, states)
-            logits.append(out.numpy())
+            out, states = model(torch.from_numpy(text[:, start:end]).to(where), start, states)
+            logits.append(out.cpu().numpy())
         return np.concatenate(logits, axis=1), flat(states or {})
 
     def onnx_run(cuts: list[int]) -> tuple[NDArray[Any], States]:
@@ -146,7 +150,10 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0) -> dict[s
     reference = {"logits": expected.numpy(), **flat(expected_states)}
     errors = {}
     ways = {"prefill": [0, length], "split": [0, length // 3, length], "decode": list(range(length + 1))}
-    for name, run in (("torch", torch_run), ("onnx", onnx_run)):
+    runs = {"torch": torch_run, "onnx": onnx_run}
+    if device != "cpu":
+        runs[device] = partial(torch_run, where=device)
+    for name, run in runs.items():
         for way, cuts in ways.items():
             logits, states = run(cuts)
             errors[f"{name}_{way}"] = max(
@@ -159,42 +166,71 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0) -> dict[s
 
 def flat(states: Mapping[int, State]) -> States:
     """States by the names that the exported graph gives them."""
-    return {f"state.{slot}.{name}": t.numpy() for slot, state in states.items() for name, t in state.items()}
+    return {
+        f"state.{slot}.{name}": t.cpu().numpy() for slot, state in states.items() for name, t in state.items()
+    }
 
 
-def measure_onnx(
+def open_card_runtime(card: Card, threads: int = 1) -> Runtime:
+    """The runtime that a card is of, on this machine."""
+    return open_runtime(str(card.fingerprint.get("runtime")), threads)
+
+
+def require_card_is_here(card: Card) -> None:
+    """Refuse a card that is not this machine's.
+
+    Raises:
+        InputError: says in what they differ.
+    """
+    here = open_card_runtime(card).fingerprint()
+    other = [] if outdated(card, here) else differences(card.fingerprint, here)
+    if other or not card.references:
+        why = "; ".join(other) or "it has no units"
+        raise InputError(f"device {card.name}: this machine is not the one of the card ({why})")
+
+
+def measure_submodel(
     submodel: SubModel, path: Path, card: Card, workloads: list[Workload], config: VerifyConfig
 ) -> dict[str, Any]:
     """Measured latencies by workload, in the card's units, with intervals and raw clock times.
 
+    The exported graph is timed on onnxruntime, the plain model on torch.
+
     Raises:
         InputError: this machine is not the card's, or too noisy.
     """
-    here = OnnxRuntime(1).fingerprint()
-    other = [] if outdated(card, here) else differences(card.fingerprint, here)
-    if other or not card.references:
-        raise InputError(f"device {card.name}: this machine is not the one of the card ({'; '.join(other)})")
+    require_card_is_here(card)
     found: dict[str, Any] = {}
     for threads in sorted({w.threads for w in workloads}):
-        runtime = OnnxRuntime(threads)
+        runtime = open_card_runtime(card, threads)
         some = [w for w in workloads if w.threads == threads]
         with pinned(threads):
             items: dict[str, Run] = {}
             for copy in range(config.copies):
-                for w in some:
-                    items[f"{copy}|{w}"] = runtime.load(path, submodel.architecture, w, submodel.frame)
+                for w, run in sessions(runtime, submodel, path, some).items():
+                    items[f"{copy}|{w}"] = run
             timer = TimerConfig(
                 block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
             )
             measured = measure({**items, **reference_items(runtime)}, runtime.anchors(), timer)
-        noise = noise_of(measured.timings)
-        if config.most_noise is not None and noise > config.most_noise:
-            raise InputError(
-                f"this machine is too noisy to judge by: the same work, timed twice, differs by {noise:.1%} "
-                f"(at most {config.most_noise:.0%}); stop other programs, wait, or allow it with --noise"
-            )
+        if config.most_noise is not None:
+            require_quiet(measured.timings, config.most_noise)
         found |= latencies(card, measured.timings, some, config.copies)
     return found
+
+
+def sessions(
+    runtime: Runtime, submodel: SubModel, path: Path, workloads: Sequence[Workload]
+) -> dict[Workload, Run]:
+    """Runners of the sub-model as the runtime deploys it, one for each workload."""
+    architecture, frame = submodel.architecture, submodel.frame
+    if isinstance(runtime, OnnxRuntime):
+        return {w: runtime.load(path, architecture, w, frame) for w in workloads}
+    from latency.torch_runtime import TorchRuntime
+
+    if not isinstance(runtime, TorchRuntime):
+        raise TypeError(f"runtime {runtime.name}: no way to deploy a sub-model on it")
+    return runtime.load(submodel.model().state_dict(), architecture, workloads, frame)
 
 
 def latencies(
@@ -232,8 +268,14 @@ def measure_rss(submodel: SubModel, path: Path) -> dict[str, int]:
     }
 
 
-def judge(submodel: SubModel, measured: Mapping[str, Any], rss: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Each limit that the sub-model was chosen under: what was found, and whether it was kept."""
+def judge(
+    submodel: SubModel, device: str, measured: Mapping[str, Any], rss: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Each limit that the sub-model was chosen under: what was found on a device, and whether it was kept.
+
+    What another device is limited in stays UNMEASURED.
+    """
+    first = next(iter(submodel.chosen.get("predicted", {}).get("latency", {})), device)
     rows = []
     for item in submodel.chosen.get("limits", []):
         limit = Limit.parse(item["limit"])
@@ -241,6 +283,8 @@ def judge(submodel: SubModel, measured: Mapping[str, Any], rss: Mapping[str, int
             value: float | None = params(submodel.architecture, submodel.frame)
         elif limit.metric == "memory":
             value = memory_bytes(submodel.architecture, limit.workload, submodel.frame)
+        elif (limit.device or first) != device:
+            value = None
         elif limit.metric == "rss":
             value = rss.get(str(limit.workload))
         else:
@@ -264,11 +308,13 @@ def verify(submodel: SubModel, card: Card, config: VerifyConfig, inputs: Mapping
     if not path.exists():
         raise InputError(f"{path}: not found; `formfit extract --format onnx` writes it")
     predicted = chosen_predictions(submodel, card)
-    measured = measure_onnx(submodel, path, card, [Workload.parse(text) for text in predicted], config)
+    measured = measure_submodel(submodel, path, card, [Workload.parse(text) for text in predicted], config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checked = parity(submodel, path, config.tokens)
-    runtime = f"onnxruntime {ort.__version__}"
+        device = "cuda" if "cuda" in str(card.fingerprint["runtime"]) else "cpu"
+        checked = parity(submodel, path, config.tokens, device=device)
+    here = open_card_runtime(card).fingerprint()
+    runtime = f"{here['runtime']} {here['runtime_version']}"
     return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel, path), inputs)
 
 
@@ -303,7 +349,7 @@ def conclude(
         "parity": dict(checked),
         "latency": latency,
         "rss_bytes": dict(rss),
-        "limits": judge(submodel, measured, rss),
+        "limits": judge(submodel, card.name, measured, rss),
     }
     write_json(submodel.folder / "verify.json", KIND, inputs, body)
     return read_json(submodel.folder / "verify.json", KIND, "formfit verify")

@@ -6,7 +6,7 @@ because the supernet shares weights by slot.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -75,9 +75,14 @@ class Architecture:
         return tuple(layer.mixer for layer in self.layers if layer.present)
 
     @cached_property
+    def text(self) -> str:
+        """The canonical JSON form."""
+        return canonical_json(self.to_json())
+
+    @cached_property
     def key(self) -> str:
         """The first 12 hexadecimal digits of the sha256 of the canonical JSON form."""
-        return digest(canonical_json(self.to_json()))[:12]
+        return digest(self.text)[:12]
 
     def describe(self) -> str:
         """A short human form of the whole architecture."""
@@ -85,10 +90,10 @@ class Architecture:
 
     def to_json(self) -> dict[str, Any]:
         """The canonical JSON value; what is absent in a layer is left out."""
-        layers = []
-        for layer in self.layers:
-            fields = asdict(layer)
-            layers.append({name: fields[name] for name in fields if fields[name] or name in ("mixer", "ffn")})
+        layers = [
+            {name: value for name, value in vars(layer).items() if value or name in ("mixer", "ffn")}
+            for layer in self.layers
+        ]
         return {"width": self.width, "layers": layers}
 
     @staticmethod

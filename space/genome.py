@@ -261,11 +261,17 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
         for i, ratio in enumerate(ratios):
             some = rows[picked == i]
             choices = space.patterns[d, ratio]
-            weights = np.array([_pattern_weight(space, p) for p in choices]).cumsum()
+            weights = _pattern_weights(space, choices)
             at = np.searchsorted(weights / weights[-1], u_pattern[some], side="right")
             patterns[some] = np.array(choices)[np.minimum(at, len(choices) - 1)]
     kinds = rng.integers(1, space.linear_kinds + 1, count)
     return _place(space, raw, patterns, kinds, rng)
+
+
+@lru_cache(maxsize=1024)
+def _pattern_weights(space: Space, patterns: tuple[Pattern, ...]) -> NDArray[np.float64]:
+    """How often each pattern would come up, summed so far."""
+    return np.array([_pattern_weight(space, p) for p in patterns]).cumsum()
 
 
 def _pattern_weight(space: Space, pattern: Pattern) -> float:
@@ -294,22 +300,18 @@ def repair(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
 def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float | None = None) -> Genomes:
     """Mutated copies: each gene is redrawn with probability ``rate`` (default 2 / genes).
 
-    A third of the rows, at random, also exchange two slots or take the depth and ratio of a
-    fresh sample, since such moves need several genes to change together.
+    Half of the rows, at random, also make a move that needs several genes to change together: they
+    exchange two slots, move a full-attention layer, or take the depth and ratio of a fresh sample.
     """
     lay = layout(space)
     rate = 2.0 / lay.genes if rate is None else rate
-    rows = len(genomes)
     fresh = rng.integers(0, lay.alphabet, genomes.shape)
     mutated = np.where(rng.random(genomes.shape) < rate, fresh, genomes).astype(np.int16)
-    move = rng.random(rows)
-    for row in np.flatnonzero(move < 1 / 6):
-        a, b = rng.integers(0, lay.slots, 2)
-        mutated[row, [1 + 3 * a, 2 + 3 * a, 3 + 3 * a, 1 + 3 * b, 2 + 3 * b, 3 + 3 * b]] = mutated[
-            row, [1 + 3 * b, 2 + 3 * b, 3 + 3 * b, 1 + 3 * a, 2 + 3 * a, 3 + 3 * a]
-        ]
+    move = rng.integers(0, 6, len(genomes))
+    mutated[move == 0] = _exchange_slots(space, mutated[move == 0], rng)
+    mutated[move == 1] = _move_full(space, mutated[move == 1], rng)
     repaired = repair(space, mutated, rng)
-    other = (move >= 1 / 6) & (move < 1 / 3)
+    other = move == 2
     if other.any():
         targets = pattern_counts(slot_classes(space, sample(space, rng, int(other.sum()))))
         kinds = np.full(len(targets), space.linear_kinds)
@@ -317,12 +319,49 @@ def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float
     return repaired
 
 
+def _exchange_slots(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
+    """Copies in which two slots, at random, have changed places."""
+    order = np.tile(np.arange(layout(space).slots), (len(genomes), 1))
+    row, (a, b) = np.arange(len(genomes)), rng.integers(0, order.shape[1], (2, len(genomes)))
+    order[row, a], order[row, b] = b, a
+    return _with_slots(genomes, _slots(genomes)[row[:, None], order])
+
+
+def _move_full(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
+    """Copies in which a full layer and another layer, at random, have exchanged mixer and heads."""
+    lay = layout(space)
+    classes = slot_classes(space, genomes)
+    full = (classes == FULL) & ~lay.forced
+    other = (classes != FULL) & (classes != EMPTY)
+    draws = rng.random((2, *classes.shape))
+    a = np.where(full, draws[0], -1).argmax(axis=1)
+    b = np.where(other, draws[1], -1).argmax(axis=1)
+    able = np.flatnonzero(full.any(axis=1) & other.any(axis=1))
+    slots = _slots(genomes).copy()
+    slots[able, a[able], :2], slots[able, b[able], :2] = slots[able, b[able], :2], slots[able, a[able], :2]
+    return _with_slots(genomes, slots)
+
+
+def _slots(genomes: Genomes) -> Genomes:
+    """The genes of every slot [N, L, 3]."""
+    return genomes[:, 1:].reshape(len(genomes), genomes.shape[1] // 3, 3)
+
+
+def _with_slots(genomes: Genomes, slots: Genomes) -> Genomes:
+    """Copies of genomes [N, G] with other slots [N, L, 3]."""
+    return np.concatenate([genomes[:, :1], slots.reshape(len(genomes), genomes.shape[1] - 1)], axis=1)
+
+
 def crossover(space: Space, first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
     """Children [N, G] that take the width, and each slot whole, from either parent."""
-    lay = layout(space)
-    choice = rng.random((len(first), 1 + lay.slots)) < 0.5
+    return repair(space, mix(first, second, rng), rng)
+
+
+def mix(first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
+    """What :func:`crossover` makes before its repair, for children that mutate, which repairs them."""
+    choice = rng.random((len(first), 1 + first.shape[1] // 3)) < 0.5
     mask = np.concatenate([choice[:, :1], np.repeat(choice[:, 1:], 3, axis=1)], axis=1)
-    return repair(space, np.where(mask, first, second).astype(np.int16), rng)
+    return np.where(mask, first, second).astype(np.int16)
 
 
 def size(space: Space) -> int:

@@ -56,7 +56,7 @@ def sole_writer(root: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise InputError(f"{root}: another training writes here; wait until it ends") from None
+                    raise InputError(f"{root}: another process writes here; wait until it ends") from None
                 time.sleep(0.1)
         yield
     finally:

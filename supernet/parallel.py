@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from supernet.recipe import TrainConfig
 from supernet.trainer import Trainer, keep_metrics, take_steps
 
 RETRIES = 2  # how often a training goes on after losing a worker
+ANSWER = 5.0  # seconds that a Ray cluster has to answer
 POLL = 0.25  # seconds between two looks at the metrics, or at the workers
 
 
@@ -99,6 +101,9 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
     """A quiet Ray: the cluster at an address, or one of this machine with so many CPUs.
 
     One that this process is connected to already is used, and left.
+
+    Raises:
+        InputError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -109,17 +114,39 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        address=address or "local",
-        num_cpus=None if address else cpus,
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    if address:
+        _require_answer(address)
+    try:
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else cpus,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray's own classes have no common base but this one
+        if not address:
+            raise
+        raise InputError(f"Ray address {address}: {' '.join(str(error).split())}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Refuse an address at which nothing listens; Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not colon or not port.isdigit():
+        raise InputError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"Ray address {address}: nothing answers ({error}); `ray start --head` starts a cluster"
+        ) from None
 
 
 def _storage(root: Path) -> Path:

@@ -52,8 +52,8 @@ def train(
     """
     corpus = corpus or load_corpus(config.data)
     inputs = training_inputs(space, config, corpus, architecture)
-    found = latest_checkpoint(root, inputs)
-    if not found or found.step < config.steps:
+
+    def take() -> None:
         if config.workers:
             from supernet.parallel import train_parallel
 
@@ -61,6 +61,15 @@ def train(
         else:
             with sole_writer(root):
                 take_steps(Trainer(space, config, corpus, architecture), root, inputs, report)
+
+    return trained_until(config.steps, root, inputs, take)
+
+
+def trained_until(step: int, root: Path, inputs: Mapping[str, str], take: Callable[[], None]) -> Checkpoint:
+    """The newest whole checkpoint, after taking the steps up to this one where they are missing."""
+    found = latest_checkpoint(root, inputs)
+    if not found or found.step < step:
+        take()
         found = latest_checkpoint(root, inputs)
     if found is None:
         raise RuntimeError(f"{root}: the checkpoint just written cannot be read back")

@@ -9,6 +9,7 @@ result is that of one worker with the whole batch, up to rounding.
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(lines[0].split(":", 1)[1].split()) if lines else frozenset()
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A model that never changes, whose probabilities an architecture learns beside the text."""
+
+    architecture: Architecture
+    weights: Weights  # named as in its sub-model
+
+
 class Trainer:
     """The state of a training: the weights, the optimiser, and how to take one step.
 
@@ -84,6 +93,8 @@ class Trainer:
         config: how to train.
         corpus: what to train on.
         architecture: train this one alone, as a plain model; None trains the supernet.
+        start: the weights that it alone starts from, named as in its sub-model; None draws them.
+        teacher: what it alone learns from beside the text, with the weight ``config.distillation``.
         rank: which of ``workers`` this process is; it takes every ``workers``-th row of a batch.
         workers: how many processes train together, connected by ``torch.distributed``.
     """
@@ -95,10 +106,15 @@ class Trainer:
         corpus: Corpus,
         architecture: Architecture | None = None,
         *,
+        start: Weights | None = None,
+        teacher: Teacher | None = None,
         rank: int = 0,
         workers: int = 1,
     ) -> None:
+        if (start or teacher) and not architecture:
+            raise ValueError("a supernet starts from config.init, and its teacher is one of its members")
         self.space, self.config, self.corpus, self.architecture = space, config, corpus, architecture
+        self.start = start
         self.rank, self.workers = rank, workers
         self.length = config.length or space.context
         if self.length > space.context:
@@ -120,9 +136,14 @@ class Trainer:
             name: piece.view_as(p) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
         self.dtype = matrix_type(config)
+        self.teacher = None
+        if teacher and config.distillation:
+            self.teacher = Teacher(teacher.architecture, cast_matrices(teacher.weights, self.dtype))
 
     def prepare(self) -> None:
-        """What precedes the first step: weights from elsewhere, where the configuration names some."""
+        """What precedes the first step: weights from elsewhere, where some were given or named."""
+        if self.start:
+            self.module.load_state_dict(self.start)
         if self.config.init and isinstance(self.module, Supernet):
             rng = np.random.default_rng([self.config.seed, 4])
             windows = (
@@ -166,14 +187,12 @@ class Trainer:
         for i, architecture in enumerate(chosen):
             if i == 0 or in_turn:
                 tokens, targets, count = self._batch(step, i)
-                teacher = None
+                teacher = self._taught(self.teacher, tokens) if self.teacher else None
             table = self._sources(architecture)
             for source, shape in table.values():
                 parts[source] = tuple(map(max, parts.get(source, shape), shape))
             if sandwich and self.config.distillation and teacher is None and architecture != taught_by:
-                with torch.no_grad():
-                    teacher = self._logits(leaves(weights, self._sources(taught_by)), taught_by, tokens)
-                    teacher = teacher.softmax(-1)
+                teacher = self._taught(Teacher(taught_by, leaves(weights, self._sources(taught_by))), tokens)
             slices = leaves(weights, table)
             logits = self._logits(slices, architecture, tokens)
             loss = member_loss(logits, targets, teacher, self.config.distillation) / max(1, count)
@@ -221,7 +240,7 @@ class Trainer:
     def _refused(what: str, step: int, architecture: Architecture) -> InputError:
         return InputError(
             f"training: {what} at step {step + 1} for {architecture.describe()}; "
-            "the last checkpoint is kept; try a lower train.learning_rate, in another folder"
+            "the last checkpoint is kept; try a lower learning_rate, in another folder"
         )
 
     def _update(self, weights: Weights, parts: Mapping[str, tuple[int, ...]], count: int, step: int) -> None:
@@ -254,6 +273,11 @@ class Trainer:
             return {name: (name, tuple(p.shape)) for name, p in self.parameters.items()}
         return sources(self.space, architecture)
 
+    @torch.no_grad()
+    def _taught(self, teacher: Teacher, tokens: Tensor) -> Tensor:
+        """A teacher's probabilities [B, T, V], through which no gradient flows."""
+        return self._logits(teacher.weights, teacher.architecture, tokens).softmax(-1)
+
     def _logits(self, weights: Weights, architecture: Architecture, tokens: Tensor) -> Tensor:
         return forward(weights, architecture, self.space.frame, tokens)[0].float()
 
@@ -263,9 +287,15 @@ def take_steps(
     root: Path,
     inputs: Mapping[str, str],
     report: Callable[[Mapping[str, Any]], None] | None = None,
+    until: int | None = None,
 ) -> None:
-    """Take the steps that are left; the first worker writes checkpoints and metrics."""
+    """Take the steps that are left; the first worker writes checkpoints and metrics.
+
+    With ``until`` it stops after that step, with a checkpoint from which another call goes on as if it had
+    not: what a step does depends on ``config.steps`` and never on where a call stops.
+    """
     config, writes = trainer.config, trainer.rank == 0
+    last = min(until or config.steps, config.steps)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(True)
     found = latest_checkpoint(root, inputs)
@@ -282,11 +312,11 @@ def take_steps(
         scalars = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
     began, since = time.monotonic(), start
     recent: dict[str, list[float]] = {}  # since the last row
-    for step in range(start, config.steps):
+    for step in range(start, last):
         for name, loss in trainer.step(step).items():
             recent.setdefault(name, []).append(loss)
         done = step + 1
-        if writes and scalars and (done % LOG_EVERY == 0 or done == config.steps):
+        if writes and scalars and (done % LOG_EVERY == 0 or done == last):
             now = time.monotonic()
             row = {
                 "step": done,
@@ -304,7 +334,7 @@ def take_steps(
                 scalars.add_scalar(name, row[name], done)
             if report:
                 report(row)
-        if writes and (done % config.checkpoint_every == 0 or done == config.steps):
+        if writes and (done % config.checkpoint_every == 0 or done == last):
             save_checkpoint(root, done, trainer.tensors(), inputs)
     if scalars:
         scalars.close()

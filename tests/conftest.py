@@ -34,6 +34,9 @@ class Quiet:
     def skipped(self, title: str) -> None:
         self.skips.append(title)
 
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,7 +81,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
             "limits": ["prefill@64<=90%", "params<=95%"], "generations": 4, "population": 8, "windows": 8,
             "front_windows": 12, "workers": 0,
         },
-        "verify": {"tokens": 20, "copies": 1, "rounds": 4, "block_ms": 1.0, "most_noise": None},
+        "verify": {
+            "tokens": 20, "copies": 1, "rounds": 4, "block_ms": 1.0, "most_noise": None, "searches": 2
+        },
     }  # fmt: skip
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(value))

@@ -1,4 +1,4 @@
-"""torch as a runtime: what it times is what the plain blocks compute; on a GPU where there is one."""
+"""torch as a runtime: every op and model runs, and a profile makes a card; on a GPU where there is one."""
 
 from pathlib import Path
 
@@ -64,7 +64,6 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in what it imports to compile
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_compiled_models_run() -> None:
     architecture = genome.largest(SPACE)
     for run in TorchRuntime(compiled=True).model(architecture, WORKLOADS, SPACE.frame, 0).values():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import milp
 
 from search import feasibility
-from search.feasibility import Bounded, certify, feasible, least, within
+from search.feasibility import Bounded, certify, feasible, least, nearest, within
 from search.limits import Limit, format_quantity
 from space import LimitError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost
@@ -443,3 +443,25 @@ def test_the_quickstart_space_with_its_own_costs(share: float) -> None:
     assert architecture is not None or not (values <= bounds).all(axis=1).any()
     if architecture is not None:
         assert (priced(costs, encode(space, [architecture])) <= bounds * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_nearest_point_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(3)
+    for count in (2, 3, 2):
+        costs = [random_cost(space, rng, style) for _ in range(count - 1)]
+        costs.append(greatest_of(space, rng, style, 2))
+        values = priced(costs, genomes)
+        finite = values[np.isfinite(values).all(axis=1)]
+        if not len(finite) or (finite <= 0).any():
+            continue
+        bounds = finite.min(axis=0) * rng.uniform(0.3, 1.2, count)
+        found = nearest(space, asked_of(costs, bounds))
+        assert found is not None
+        factor, architecture = found
+        least_factor = (finite / bounds).max(axis=1).min()
+        assert least_factor * (1 - 1e-6) <= factor <= least_factor * 1.006
+        reached = priced(costs, encode(space, [architecture]))[0]
+        assert (reached / bounds).max() == pytest.approx(factor, rel=1e-9)

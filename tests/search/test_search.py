@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.evolution import non_dominated
-from space import Architecture, genome
+from search.pareto import non_dominated
+from space import Architecture, Workload, genome
 from space.tables import read_table
 from tests.conftest import Program
 
@@ -72,27 +73,58 @@ def descendants(root: int) -> set[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_search_goes_on_to_the_same_front(run_folder: Path, expected: bytes) -> None:
-    """A real SIGKILL of the process group and of Ray's processes, then the same command."""
-    process = subprocess.Popen(
-        command(run_folder, "--name", "killed", "--workers", "2"),
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("moment", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))])
+def test_a_killed_search_goes_on_to_the_same_front(run_folder: Path, expected: bytes, moment: int) -> None:
+    """A real SIGKILL of the process group and of Ray's processes at any moment, then the same command."""
+    rng = np.random.default_rng()
     folder = run_folder / "run" / "searches" / "killed"
-    parts = int(np.random.default_rng().integers(1, 4))
-    deadline = time.monotonic() + 120
-    while not (folder / "evaluations" / f"part-{parts - 1:04d}.parquet").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-    for one in descendants(process.pid):
-        os.kill(one, signal.SIGKILL)
-    process.wait(30)
-    if process.returncode == 0:
-        pytest.fail("the search ended before it was killed")
+    for attempt in range(8):  # a moment after the end kills nothing
+        process = subprocess.Popen(
+            command(run_folder, "--name", "killed", "--workers", "2"),
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        parts = int(rng.integers(0, 7))  # four generations and two evaluations of the front
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("evaluations/part-*.parquet"))) < parts and process.poll() is None:
+            assert time.monotonic() < deadline
+        time.sleep(rng.uniform(0, 0.3))
+        for one in descendants(process.pid):
+            os.kill(one, signal.SIGKILL)
+        process.wait(30)
+        if not (folder / "front.json").exists():
+            break
+        assert attempt < 7
+        shutil.rmtree(folder)
     assert not (folder / "front.json").exists()
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "study.log").open("ab") as file:
         file.write(b'{"op_code": 4, "wor')  # what a kill in the middle of a write leaves
     (folder / "study.log.lock").touch()
     assert search(run_folder, "killed", "--workers", "2") == expected
+
+
+def test_a_cluster_that_loses_a_node_gives_the_same_front(run_folder: Path, expected: bytes) -> None:
+    """Two real nodes of a local cluster, joined by address; one is killed while it evaluates."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        process = subprocess.Popen(
+            command(run_folder, "--name", "cluster", "--workers", "2", "--ray-address", cluster.address),
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        folder = run_folder / "run" / "searches" / "cluster"
+        deadline = time.monotonic() + 120
+        while not (folder / "evaluations" / "part-0000.parquet").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+        cluster.remove_node(lost, allow_graceful=False)
+        assert not (folder / "front.json").exists()
+        _, said = process.communicate(timeout=150)
+        assert process.returncode == 0, said
+    finally:
+        cluster.shutdown()
+    assert (folder / "front.json").read_bytes() == expected
 
 
 def test_the_front_is_what_was_evaluated_and_keeps_the_limits(finished_run: Path) -> None:
@@ -134,13 +166,15 @@ def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
     from search.record import open_study
 
     folder = run_folder / "run" / "searches" / "desk"
-    study = open_study(folder / "study.log", "desk", ["loss", "latency:prefill@64"])
+    study = open_study(
+        folder / "study.log", "desk", ["loss", "latency:prefill@64"], load_space_of(run_folder).hash
+    ).study
     table, _ = read_table(folder / "evaluations" / "part-0000.parquet", "evaluations", "formfit search")
     trials = study.get_trials()
     assert len(trials) == 32
     assert [t.user_attrs["key"] for t in trials[:8]] == list(table["key"])
     assert [t.values[0] for t in trials[:8]] == list(table["loss"])
-    assert {"width", "depth", "linear_kinds"} <= set(trials[0].params)
+    assert {"width", "depth", "linear_kind"} <= set(trials[0].params)
     import optuna
 
     assert optuna.visualization.plot_pareto_front(study).data
@@ -149,23 +183,30 @@ def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
 @pytest.mark.parametrize("lock", [False, True])
 def test_a_journal_is_mended_wherever_its_last_line_was_cut(tmp_path: Path, lock: bool) -> None:
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
 
     from search.record import open_study
 
     path = tmp_path / "study.log"
-    study = open_study(path, "s", ["loss"])
+
+    def plainly() -> optuna.Study:
+        """As anyone opens it, with Optuna alone."""
+        return optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(path))))
+
+    open_study(path, "s", ["loss"], "space")
     for value in (1.0, 2.0):
-        study.add_trial(optuna.trial.create_trial(values=[value]))
+        plainly().add_trial(optuna.trial.create_trial(values=[value]))
     data = path.read_bytes()
     last = len(data.splitlines(keepends=True)[-1])
     for cut in range(1, last + 1, 1 if not lock else 17):
         path.write_bytes(data[:-cut])
         if lock:
             (tmp_path / "study.log.lock").touch()
-        again = open_study(path, "s", ["loss"])
-        assert [t.values[0] for t in again.get_trials()] == [1.0]
-        again.add_trial(optuna.trial.create_trial(values=[3.0]))
-        assert len(open_study(path, "s", ["loss"]).get_trials()) == 2
+        again = open_study(path, "s", ["loss"], "space")
+        assert [t.values[0] for t in again.study.get_trials()] == [1.0]
+        plainly().add_trial(optuna.trial.create_trial(values=[3.0]))
+        assert open_study(path, "s", ["loss"], "space").count == 2
 
 
 def test_a_record_of_another_search_is_refused(run_folder: Path) -> None:
@@ -241,6 +282,86 @@ def test_rss_is_a_limit_and_an_objective(run_folder: Path, formfit: Program) -> 
     refused = formfit(*words(run_folder), "--limit", "rss@32<=1MiB")
     assert refused.returncode == 2
     assert "outside what was measured" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "desk/random", ".", ""])
+def test_a_name_that_is_no_folder_is_refused(run_folder: Path, formfit: Program, name: str) -> None:
+    done = formfit(*words(run_folder)[:-1], name or " ")
+    assert done.returncode == 2
+    assert done.stderr.startswith("formfit: name ")
+
+
+def test_two_searches_do_not_share_a_folder(
+    run_folder: Path, formfit: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from supernet import checkpoint
+    from supernet.checkpoint import sole_writer
+
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    with sole_writer(run_folder / "run" / "searches" / "other"):
+        done = formfit(*words(run_folder))
+    assert done.returncode == 2
+    assert "another process writes here" in done.stderr.splitlines()[-1]
+
+
+def test_a_search_ends_where_the_limits_leave_no_more(run_folder: Path, formfit: Program) -> None:
+    """Beside it random search, which ends likewise; the same command again does nothing."""
+    from latency import load_predictor
+    from search.feasibility import least
+
+    space = load_space_of(run_folder)
+    predictor = load_predictor(card_file(run_folder), space, "formfit profile")
+    bound = 1.0001 * least(space, predictor.cost(Workload.parse("prefill@64"), 0.975))[0]
+    limit = ("--limit", f"prefill@64<={1e3 * bound!r}ms", "--compare", "--json")
+    done = formfit(*words(run_folder), *limit)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["evaluations"] < 32
+    again = formfit(*words(run_folder), *limit)
+    assert again.stdout == done.stdout
+    assert "search: done already" in again.stderr
+
+
+def test_each_strategy_searches(run_folder: Path, formfit: Program) -> None:
+    for strategy in ("hat", "random", "optuna-nsga2", "optuna-tpe"):
+        some = ("--strategy", strategy, "--generations", "2", "--population", "8", "--name", strategy)
+        done = formfit(
+            *words(run_folder)[:-2], *some, *(["--objective", "loss"] if strategy == "hat" else []), "--json"
+        )
+        assert done.returncode == 0, done.stderr
+        front = json.loads(done.stdout)
+        assert front["strategy"] == strategy
+        assert front["evaluations"] in (14, 16)
+    done = formfit(*words(run_folder), "--strategy", "hat", "--objective", "loss", "--objective", "params")
+    assert done.returncode == 2
+    assert "strategy hat: it has one objective" in done.stderr
+
+
+def test_limits_of_two_devices_bind_at_once(run_folder: Path, formfit: Program) -> None:
+    """A card under another name, whose ops all take twice as long."""
+    shutil.copytree(run_folder / "devices" / "desk", run_folder / "devices" / "slow")
+    path = next((run_folder / "devices" / "slow" / "predictors").glob("*.json"))
+    value = json.loads(path.read_text())
+    model = value["workloads"]["prefill@64"]
+    for name in ("constant_seconds", "once_full_seconds", "per_layer_seconds"):
+        model[name] *= 2
+    model["kinds"] = {kind: 2 * factor for kind, factor in model["kinds"].items()}
+    model["hinge_seconds"] = [2 * seconds for seconds in model["hinge_seconds"]]
+    path.write_text(json.dumps(value))
+    limits = ("--limit", "prefill@64<=90%", "--limit", "slow:prefill@64<=70%")
+    objectives = ("--objective", "loss", "--objective", "slow:latency:prefill@64")
+    done = formfit(*words(run_folder), "--device", "slow", *limits, *objectives, "--json")
+    assert done.returncode == 0, done.stderr
+    front = json.loads(done.stdout)
+    bounds = [item["bound"] for item in front["limits"]]
+    assert bounds[1] == pytest.approx(bounds[0] * 2 * 7 / 9)
+    for member in front["members"]:
+        latency = member["predicted"]["latency"]
+        assert latency["slow"]["prefill@64"]["latency_ms"] == pytest.approx(
+            2 * latency["desk"]["prefill@64"]["latency_ms"]
+        )
+        assert latency["slow"]["prefill@64"]["upper_ms"] / 1e3 <= bounds[1] * (1 + 1e-6)
+    refused = formfit(*words(run_folder), "--limit", "moon:prefill@64<=70%")
+    assert "device moon: not among those given (desk)" in refused.stderr.splitlines()[-1]
 
 
 def test_a_card_of_another_onnxruntime_is_warned_of(run_folder: Path, formfit: Program) -> None:

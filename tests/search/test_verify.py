@@ -149,6 +149,28 @@ def test_limits_are_judged_by_what_was_measured(supernet: Supernet, tmp_path: Pa
         {"limit": "rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
     ]
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {"limits": limits})
-    rows = judge(submodel, {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900})
+    rows = judge(submodel, "desk", {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900})
     assert [row["status"] for row in rows] == ["kept", "UNMEASURED", "missed", "kept"]
     assert rows[0]["used"] == pytest.approx(0.75)
+
+
+def test_another_devices_limits_are_not_judged_by_this_ones_measurements(
+    supernet: Supernet, tmp_path: Path
+) -> None:
+    """A limit that names no device means the first of those that the model was chosen for."""
+    limits = [
+        {"limit": "prefill@64<=2ms", "bound": 0.002, "unit": "seconds"},
+        {"limit": "phone:prefill@64<=1ms", "bound": 0.001, "unit": "seconds"},
+        {"limit": "phone:rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
+        {"limit": "params<=100M", "bound": 1e8, "unit": "parameters"},
+    ]
+    chosen = {"limits": limits, "predicted": {"latency": {"desk": {}, "phone": {}}}}
+    submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, chosen)
+    found = {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900}
+    assert [row["status"] for row in judge(submodel, "desk", *found)] == ["kept", *["UNMEASURED"] * 2, "kept"]
+    assert [row["status"] for row in judge(submodel, "phone", *found)] == [
+        "UNMEASURED",
+        "missed",
+        "kept",
+        "kept",
+    ]

@@ -342,6 +342,19 @@ def test_some_mutants_take_another_depth() -> None:
     assert 0.08 < (before != after).mean() < 0.16  # a sixth of the rows, and 3 of 4 depths are others
 
 
+def test_some_mutants_move_a_full_layer() -> None:
+    """No gene is redrawn, and depth and ratio are fixed: two mixers change places, FFNs stay."""
+    space = tiny_space(
+        mixer=["attention", "linear"], ratios=[2], heads=[1], ffn=[0, 16, 32], width=[16], depth=[6]
+    )
+    parents = sample(space, generator(), 3000)
+    children = mutate(space, parents, generator(1), 0.0)
+    moved = (parents[:, 1::3] != children[:, 1::3]).sum(axis=1)
+    alone = (parents[:, 3::3] == children[:, 3::3]).all(axis=1) & (moved > 0)
+    assert set(moved[alone]) == {2}
+    assert 0.1 < alone.mean() < 0.35
+
+
 def test_some_mutants_exchange_two_slots() -> None:
     """Where slots do not depend on one another and no gene is redrawn, nothing else is left to do."""
     space = tiny_space(mixer=["attention"], ratios=["full"], heads=[1, 2, 3, 4], ffn=[0, 16, 32], depth=[5])

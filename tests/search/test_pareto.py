@@ -1,11 +1,9 @@
-"""Evolution against definitions by brute force, ties and infinities included."""
+"""Fronts, crowding and hypervolumes against definitions by brute force, ties and infinities included."""
 
 import numpy as np
 import pytest
 
-from search.evolution import crowding, first_generation, next_generation, non_dominated, ranks, survivors
-from space import genome
-from tests.contracts import tiny_space
+from search.pareto import crowding, hypervolume, non_dominated, ranks, survivors
 
 GRIDS = [
     np.random.default_rng(seed).integers(0, high, (count, dimensions)).astype(float)
@@ -60,33 +58,22 @@ def test_survivors_are_the_best_ranks_and_then_the_least_crowded() -> None:
     assert (np.diff(rank[chosen]) >= 0).all()
 
 
-def test_generations_are_new_members_within_the_limits() -> None:
-    space = tiny_space(depth=[1, 2, 3], ffn=[0, 16, 32], width=[16, 32, 48])
-    rng = np.random.default_rng(0)
-
-    def violation(genomes: genome.Genomes) -> np.ndarray:
-        return np.maximum(0.0, genomes[:, 0] - 1.0)  # the greatest width is not allowed
-
-    seeds = genome.encode(space, [genome.smallest(space), genome.largest(space)])
-    first = first_generation(space, rng, 30, violation, seeds)
-    assert len(first) == 30
-    assert (violation(first) == 0).all()
-    seen = {row.tobytes() for row in first}
-    second = next_generation(space, rng, first, 30, violation, seen)
-    assert genome.contains(space, second).all()
-    assert (violation(second) == 0).all()
-    assert not seen & {row.tobytes() for row in second}
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 4])
+def test_hypervolume_by_counting_cells(dimensions: int) -> None:
+    """Points on a grid of whole numbers dominate whole cells."""
+    rng = np.random.default_rng(dimensions)
+    for count in (1, 4, 12):
+        points = rng.integers(0, 6, (count, dimensions)).astype(float)
+        cells = np.indices((5,) * dimensions).reshape(dimensions, -1).T  # lower corners below the reference
+        dominated = (points[:, None] <= cells[None]).all(axis=2).any(axis=0).sum()
+        assert hypervolume(points, np.full(dimensions, 5.0)) == pytest.approx(dominated)
 
 
-def test_a_space_that_is_used_up_gives_what_is_left() -> None:
-    space = tiny_space(
-        width=[16], depth=[1], heads=[1], ffn=[16], mixer=["attention", "linear"], ratios=["full", "linear"]
-    )
-    rng = np.random.default_rng(0)
-    seeds = genome.encode(space, [genome.smallest(space)])
-    every = first_generation(space, rng, 10, lambda g: np.zeros(len(g)), seeds)
-    assert len(every) == genome.size(space) == 2
-    assert (
-        len(next_generation(space, rng, every, 5, lambda g: np.zeros(len(g)), {r.tobytes() for r in every}))
-        == 0
-    )
+def test_only_as_many_fronts_are_told_apart_as_matter() -> None:
+    points = np.random.default_rng(1).random((200, 2))
+    full = ranks(points, np.zeros(200))
+    some = ranks(points, np.zeros(200), 20)
+    exact = some < some.max()
+    assert exact.sum() >= 20
+    assert (some[exact] == full[exact]).all()
+    assert (survivors(points, np.zeros(200), 20) == survivors(points, np.zeros(200), 200)[:20]).all()

@@ -1,0 +1,165 @@
+"""Claim: the limits that a person sets are kept, as measured afterwards in a new process.
+
+20 limits, spread evenly on a logarithmic scale over what configs/spaces/small.yaml can do on this machine,
+ten on prefill@256 and ten on decode@256. For each: `formfit search --verify`; then `formfit verify` in new
+processes for the model that a search without measuring would have handed over (the best of its first
+front) and for the one that is handed over. Used is the measured latency over the limit.
+
+It takes a trained run and a card profiled for its space, and goes on where it was stopped:
+
+    formfit run configs/small.yaml --out RUN
+    python benchmarks/limits.py --run RUN --devices devices --device here --runs runs/limits
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outcome
+
+from latency import load_predictor
+from search.feasibility import least
+from search.run import load_run_config
+from search.search import SearchConfig
+from space import Workload, genome
+
+WORKLOADS = ("prefill@256", "decode@256")
+FEW = ("--generations", "8")  # limits are in question here, not losses
+
+
+class Program:
+    """The command line, each call in a process of its own."""
+
+    def __init__(self, run: Path, devices: Path, device: str, noise: float) -> None:
+        self.run, self.devices, self.device, self.noise = run, devices, device, str(noise)
+
+    def __call__(self, *words: object) -> tuple[int, dict[str, Any], str]:
+        """Exit code, what --json printed, and what was said."""
+        code = "from search.cli import main; main()"
+        command = [sys.executable, "-c", code, "--devices", str(self.devices), *map(str, words), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout or "{}"), done.stderr.strip()
+
+    def measured(self, key: str, workload: str, folder: Path) -> dict[str, Any]:
+        """A sub-model that a search extracted, measured in a new process."""
+        shutil.copytree(self.run / "submodels" / key, folder, dirs_exist_ok=True)
+        code, found, said = self("verify", folder, "--device", self.device, "--noise", self.noise)
+        if code not in (0, 3):
+            raise SystemExit(said)
+        shutil.rmtree(folder)
+        limit = found["limits"][0]
+        timing = found["latency"][workload]
+        return {
+            "key": key,
+            "predicted_ms": timing["predicted_latency_ms"],
+            "measured_ms": timing["measured_latency_ms"],
+            "used": limit["used"],
+            "kept": limit["status"] == "kept",
+        }
+
+
+def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
+    """(workload, milliseconds) from a tenth above the least possible to 0.9 of the greatest sampled."""
+    space = load_run_config(program.run / "config.yaml").the_space
+    path = next((program.devices / program.device / "predictors").glob(f"{space.name}-onnxruntime-t1-*.json"))
+    predictor = load_predictor(path, space, "formfit profile")
+    rows = genome.sample(space, np.random.default_rng(0), 20_000)
+    found: list[list[tuple[str, float]]] = []
+    for text in WORKLOADS:
+        workload = Workload.parse(text)
+        low = least(space, predictor.cost(workload, SearchConfig().confidence))[0]
+        high = predictor.predict(rows, workload).max()
+        ends = np.geomspace(1.1 * low, 0.9 * high, count // len(WORKLOADS))
+        found.append([(text, 1e3 * float(value)) for value in ends])
+    return [limit for both in zip(*found, strict=True) for limit in both]  # in turns
+
+
+def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
+    """Search under one limit and measure afterwards."""
+    limit = f"{workload}<={bound:.5g}ms"
+    name = re.sub("[^A-Za-z0-9.]+", "-", limit)
+    began = time.monotonic()
+    code, found, said = program(
+        "search", "--supernet", program.run, "--device", program.device, "--name", name, "--limit", limit,
+        "--objective", "loss", "--objective", f"latency:{workload}", "--verify", "--noise", program.noise,
+        "--workers", 0, *FEW,
+    )  # fmt: skip
+    if code not in (0, 3) or not found:  # exit 3 with a front: searched, and missed
+        raise SystemExit(said)
+    seconds = time.monotonic() - began
+    folder = program.run / "searches" / name
+    first = json.loads((folder / "front.json").read_text())
+    promise = json.loads((folder / "promise.json").read_text())
+    best = min(first["members"], key=lambda m: m["loss_nats"])["key"]
+    temporary = folder / "measured"
+    return {
+        "limit": limit,
+        "search_seconds": round(seconds, 1),
+        "rounds": len(promise["rounds"]),
+        "promised": promise["kept"],
+        "in_the_loop": promise["chosen"]["used"],
+        "before": program.measured(best, workload, temporary),
+        "after": program.measured(promise["chosen"]["key"], workload, temporary),
+    }
+
+
+def summary(rows: list[dict[str, Any]], which: str) -> dict[str, Any]:
+    """How many limits were kept, and how much of them was used."""
+    used = np.array([row[which]["used"] for row in rows])
+    spent = np.minimum(used, 1)  # a limit that is passed is not used the better
+    return {
+        "kept": int((used <= 1).sum()),
+        "worst_over_percent": 100 * max(0.0, float(used.max()) - 1),
+        "mean_used_percent": 100 * float(spent.mean()),
+        "least_used_percent": 100 * float(spent.min()),
+        "used_93_percent": int((spent >= 0.93).sum()),
+    }
+
+
+def main() -> int:
+    parser = outcome.options(__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="a trained run")
+    parser.add_argument("--devices", type=Path, default=Path("devices"))
+    parser.add_argument("--device", default="here")
+    parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    parser.add_argument("--runs", type=Path, default=Path("runs/limits"), help="what is kept")
+    parser.add_argument("--done", action="store_true", help="only what was measured already")
+    arguments = parser.parse_args()
+    program = Program(arguments.run, arguments.devices, arguments.device, arguments.noise)
+    count = 4 if arguments.quick else 20
+    rows = []
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    for workload, bound in chosen_limits(program, count):
+        path = arguments.runs / f"{workload}-{bound:.5g}.json"
+        if not path.exists():
+            if arguments.done:
+                continue
+            path.write_text(json.dumps(one(program, workload, bound), indent=1))
+        rows.append(json.loads(path.read_text()))
+        row = rows[-1]
+        sys.stderr.write(
+            f"{row['limit']}: before {100 * row['before']['used']:.1f}%, in the loop "
+            f"{100 * row['in_the_loop']:.1f}%, after {100 * row['after']['used']:.1f}%, "
+            f"{row['rounds']} rounds, {row['search_seconds']:.0f} s\n"
+        )
+    asked, count = count, len(rows)
+    before, after = summary(rows, "before"), summary(rows, "after")
+    kept, over, used = (after[name] for name in ("kept", "worst_over_percent", "mean_used_percent"))
+    checks = {
+        f"{asked} limits, of which {count} are measured": count == asked,
+        f"{kept} of {count} kept (before the loop {before['kept']}), at least 19 of 20": kept >= 0.95 * count,
+        f"worst over by {over:.1f}% <= 3": over <= 3,
+        f"{used:.1f}% of the limit used on average >= 93": used >= 93,
+    }
+    body = {"before": before, "after": after, "limits": rows}
+    return outcome.write("limits", arguments, body, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Which architectures are better than others, where several things are to be small at once.
+
+Domination under limits as in NSGA-II (Deb et al. 2002): what keeps the limits goes before what
+breaks them; those that keep them are ranked by non-dominated fronts and crowding distance, those
+that break them by how much. Everything works on arrays; objectives are minimised.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def non_dominated(objectives: Array) -> NDArray[np.bool_]:
+    """Which rows of [N, M] no other row dominates; of equal rows all stay."""
+    left = np.lexsort(objectives.T[::-1])  # nothing dominates what stands before it
+    kept = np.zeros(len(objectives), bool)
+    while len(left):
+        best = objectives[left[0]]
+        kept[left[0]] = True
+        rows = objectives[left]
+        beaten = (rows >= best).all(axis=1) & (rows > best).any(axis=1)
+        beaten[0] = True
+        left = left[~beaten]
+    return kept
+
+
+def ranks(objectives: Array, violations: Array, count: int | None = None) -> NDArray[np.int64]:
+    """The front that each row [N, M] belongs to, 0 the best.
+
+    Those that break the limits come after all others, in the order of their violations [N]. Where only the
+    best ``count`` matter, the rest of those that keep the limits is left in one last front.
+    """
+    rank = np.zeros(len(objectives), np.int64)
+    kept = np.flatnonzero(violations <= 0)
+    wanted = len(kept) if count is None else min(count, len(kept))
+    level, least = 0, len(kept) - wanted
+    while len(kept) > least:
+        best = non_dominated(objectives[kept])
+        rank[kept[best]] = level
+        kept = kept[~best]
+        level += 1
+    rank[kept] = level
+    level += bool(len(kept))
+    broken = violations > 0
+    if broken.any():
+        rank[broken] = level + np.unique(violations[broken], return_inverse=True)[1]
+    return rank
+
+
+def crowding(objectives: Array) -> Array:
+    """Crowding distance of each row of one front: [N]; infinite at the ends."""
+    count, dimensions = objectives.shape
+    distance = np.zeros(count)
+    for m in range(dimensions):
+        order = np.argsort(objectives[:, m], kind="stable")
+        values = objectives[order, m]
+        span = values[-1] - values[0]
+        distance[order[[0, -1]]] = np.inf
+        if span > 0 and count > 2:
+            distance[order[1:-1]] += (values[2:] - values[:-2]) / span
+    return distance
+
+
+def survivors(objectives: Array, violations: Array, count: int) -> NDArray[np.int64]:
+    """The indices of the best ``count`` rows, best first: by rank, then by crowding."""
+    rank = ranks(objectives, violations, count)
+    distance = np.zeros(len(rank))
+    for level in np.unique(rank[np.argsort(rank, kind="stable")[:count]]):
+        rows = np.flatnonzero(rank == level)
+        distance[rows] = crowding(objectives[rows])
+    return np.lexsort((np.arange(len(rank)), -distance, rank))[:count]
+
+
+def hypervolume(objectives: Array, reference: Array) -> float:
+    """The volume between rows [N, M] and a reference point [M] that is worse than they are.
+
+    It slices along the last objective (Zitzler's hypervolume by slicing objectives); rows that
+    are not better than the reference everywhere add nothing.
+    """
+    inside = objectives[(objectives < reference).all(axis=1)]
+    if not len(inside):
+        return 0.0
+    front = np.unique(inside[non_dominated(inside)], axis=0)  # rising in the first objective
+    if front.shape[1] == 1:
+        return float(reference[0] - front[0, 0])
+    if front.shape[1] == 2:
+        rights = np.append(front[1:, 0], reference[0])
+        return float(((rights - front[:, 0]) * (reference[1] - front[:, 1])).sum())
+    front = front[np.argsort(front[:, -1], kind="stable")]
+    tops = np.append(front[1:, -1], reference[-1])
+    return float(
+        sum(
+            (top - row[-1]) * hypervolume(front[: i + 1, :-1], reference[:-1])
+            for i, (row, top) in enumerate(zip(front, tops, strict=True))
+            if top > row[-1]
+        )
+    )
