@@ -10,7 +10,7 @@ import pytest
 
 from latency import load_predictor
 from latency.predictor import RUNS_APART, Predictor
-from search.promise import best_kept
+from search.promise import ENOUGH, best_kept
 from search.run import load_run_config
 from space import Workload, genome
 from tests.conftest import Program
@@ -82,16 +82,19 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
     assert done.returncode in (0, 3), done.stderr
     promise = json.loads((run_folder / "run" / "searches" / "kept" / "promise.json").read_text())
     assert not all(row["kept"] for row in promise["rounds"][0]["finalists"]), promise
-    assert (run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json").exists(), promise
     assert promise["kept"] == (done.returncode == 0)
     if done.returncode == 3:  # the smallest may take longer than that
         assert "finalists kept its promise" in done.stderr.splitlines()[-1]
     else:
         assert promise["chosen"]["used"] <= 1
-    second = json.loads(
-        (run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json").read_text()
-    )
-    assert second["limits"][0]["bound"] == pytest.approx(float(limit[12:-2]) / 1e3)
+    second = run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json"
+    # As measured, a first finalist may use what there is, or nothing may keep the limit: no second round then.
+    settled = any(row["kept"] and row["used"] >= ENOUGH for row in promise["rounds"][0]["finalists"])
+    if not settled and done.returncode == 0:
+        assert second.exists(), promise
+    if second.exists():
+        bound = json.loads(second.read_text())["limits"][0]["bound"]
+        assert bound == pytest.approx(float(limit[12:-2]) / 1e3)
 
 
 def test_recalibration_by_hand(finished_run: Path) -> None:
