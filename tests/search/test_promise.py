@@ -88,7 +88,7 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
     else:
         assert promise["chosen"]["used"] <= 1
     second = run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json"
-    # As measured, a first finalist may use what there is, or nothing may keep the limit: no second round then.
+    # A first finalist may use what there is, or nothing keep the limit as measured: then there is no second.
     settled = any(row["kept"] and row["used"] >= ENOUGH for row in promise["rounds"][0]["finalists"])
     if not settled and done.returncode == 0:
         assert second.exists(), promise
