@@ -11,11 +11,12 @@ import numpy as np
 from search.pareto import Array, survivors
 from search.strategies import OVERSAMPLE, Strategy, Task, unseen
 from search.surrogate import Surrogate
-from space.genome import Genomes, crossover, mix, mutate
+from space.genome import Genomes, crossover, mix, mutate, sample
 
 IMAGINED = 4  # generations that are only predicted, before one is evaluated
 CROWD = 2  # how many times the population such a generation keeps,
 BORN = 4  # and is born in it
+DRAWN = 64  # samples for each of the first generation, which is taken from them
 
 
 class Evolution(Strategy):
@@ -28,10 +29,11 @@ class Evolution(Strategy):
         self.surrogate = Surrogate(task) if surrogate else None
 
     def ask(self) -> Genomes:
-        """The next genomes: children that are expected to survive; first the seeds and samples."""
+        """The next genomes: children that are expected to survive; first the seeds and samples far apart."""
         task, rng = self.task, self.rng()
         if not len(self.parents):
-            return self.fill(task.seeds, task.population, rng)
+            far = far_apart(task, self.kept(sample(task.space, rng, DRAWN * task.population)))
+            return self.fill(np.concatenate([task.seeds, far]), task.population, rng)
         if self.surrogate is None or not self.surrogate.ready:
             candidates = children(task, self.parents, OVERSAMPLE * task.population, rng)
         else:
@@ -98,6 +100,26 @@ class Hat(Strategy):
         kept = np.isfinite(reached[:, 0])
         best = np.flatnonzero(kept)[np.argsort(reached[kept, 0], kind="stable")][: self.task.population // 5]
         self.parents, self.values = everyone[best], reached[best]
+
+
+def far_apart(task: Task, genomes: Genomes) -> Genomes:
+    """As many of genomes [N, G] as the population, each as far as can be in cost from those before.
+
+    Sums over many layers crowd around their mean: plain samples leave both ends of a front empty, and a
+    surrogate knows nothing of where there was no example.
+    """
+    costs = [cost(genomes) for cost in task.costs if cost is not None]
+    if not costs or not len(genomes):
+        return genomes
+    values = np.stack(costs, axis=1)
+    extent = np.ptp(values, axis=0)
+    values /= np.where(extent > 0, extent, 1.0)
+    order = [int(values[:, 0].argmax())]
+    nearest = np.full(len(values), np.inf)
+    for _ in range(min(task.population, len(values)) - 1):
+        nearest = np.minimum(nearest, ((values - values[order[-1]]) ** 2).sum(axis=1))
+        order.append(int(nearest.argmax()))
+    return genomes[order]
 
 
 def children(task: Task, parents: Genomes, count: int, rng: np.random.Generator) -> Genomes:

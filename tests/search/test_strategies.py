@@ -73,6 +73,20 @@ def test_generations_are_new_members_within_the_limits(name: str) -> None:
         strategy.tell(asked, values_of(task, asked))
 
 
+def test_the_first_generation_lies_far_apart_in_cost() -> None:
+    """More evenly than as many plain samples, whose middle is crowded, over a range no smaller."""
+    space = wide()
+    costs = params_cost(space)
+    squares, extents, middle = {}, {}, {}
+    for name in ("evolution", "random"):
+        found = np.sort(costs(make_strategy(name, make_task(name, population=30)).ask()))
+        extents[name], squares[name] = np.ptp(found), (np.diff(found) ** 2).sum()
+        middle[name] = np.median(np.diff(found))
+    assert extents["evolution"] >= extents["random"]
+    assert squares["evolution"] < squares["random"]
+    assert middle["evolution"] > 1.5 * middle["random"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_that_was_told_a_record_goes_on_like_the_one_that_made_it(name: str) -> None:
     task = make_task(name)
