@@ -26,7 +26,8 @@ import outcome
 from latency import Predictor, load_card, load_predictor
 from search.feasibility import Bounded, certify, least
 from search.limits import Limit
-from search.search import Search, SearchConfig, make_problem
+from search.problem import SearchConfig, make_problem
+from search.search import Search
 from space import Architecture, LimitError, Workload, load_space
 from space.cost import memory_cost
 from supernet import Quality

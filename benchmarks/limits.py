@@ -25,8 +25,8 @@ import outcome
 
 from latency import load_predictor
 from search.feasibility import least
+from search.problem import SearchConfig
 from search.run import load_run_config
-from search.search import SearchConfig
 from space import Workload, genome
 
 WORKLOADS = ("prefill@256", "decode@256")

@@ -153,8 +153,8 @@ def search(
 ) -> None:
     """Search a trained supernet for the front under limits. Resumes."""
     from search import run as stages
+    from search.problem import SearchConfig
     from search.promise import require_kept
-    from search.search import SearchConfig
     from search.search_command import require_tuned, search_run
     from space.config import parse
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from latency import Predictor
 from search.evaluators import Evaluator, evaluator
+from search.problem import Problem, SearchConfig, make_problem
 from search.reporter import Reporter
-from search.search import FRONT_KIND, Known, Problem, Search, SearchConfig, make_problem
+from search.search import FRONT_KIND, Known, Search
 from space import InputError, Space
 from space.files import canonical_json, digest, read_json
 from supernet import Checkpoint, evaluation_set

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from search.figures import MEASURED, RANDOM, SEARCHED, Drawn, finish
 from search.limits import Limit
 from search.pareto import non_dominated
-from search.search import QUALITIES
+from search.problem import QUALITIES
 from space import Architecture, Workload
 
 NEAR = 1.5  # a limit so many times beyond all that is drawn is only named

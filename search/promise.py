@@ -18,8 +18,9 @@ from latency import Card, Predictor
 from latency.predictor import RUNS_APART
 from search.front import Trained, made_from, member_choice, search_front
 from search.limits import Limit
+from search.problem import QUALITIES, SearchConfig
 from search.reporter import Reporter
-from search.search import QUALITIES, Known, SearchConfig
+from search.search import Known
 from search.verify import KIND as VERIFY_KIND
 from search.verify import VerifyConfig, export_onnx, require_card_is_here, verify
 from space import Architecture, LimitError, Space, Workload, genome

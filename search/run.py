@@ -18,11 +18,12 @@ from latency.card import open_card
 from latency.profile import open_runtime, settings_digest
 from search.audit_report import audit_section
 from search.front import Trained, made_from, member_choice, pick_key, search_front
+from search.problem import SearchConfig
 from search.promise import KIND as PROMISE_KIND
 from search.promise import keep_promise, make_workbench, require_kept
 from search.report import write_report
 from search.reporter import Reporter
-from search.search import FRONT_KIND, SearchConfig
+from search.search import FRONT_KIND
 from search.verify import VerifyConfig
 from space import Architecture, InputError, Space, genome, load_space
 from space.config import load_yaml, parse

@@ -10,10 +10,10 @@ from latency.card import outdated, profile_command
 from search.feasibility import certify
 from search.finalists import FinalistsConfig, distil_finalists, write_finalist
 from search.front import member_choice, search_front
+from search.problem import QUALITIES, SearchConfig, make_problem
 from search.promise import Workbench, keep_promise, make_workbench
 from search.reporter import Reporter
 from search.run import Run, open_supernet
-from search.search import QUALITIES, SearchConfig, make_problem
 from search.verify import export_onnx, open_card_runtime
 from space import Architecture, InputError, LimitError
 from space.files import canonical_json, digest

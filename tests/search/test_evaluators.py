@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from search.evaluators import Failed, Outcome, attempt, pool
+from search.problem import Problem, SearchConfig
 from search.record import open_study
-from search.search import Problem, Search, SearchConfig
+from search.search import Search
 from space import Architecture, InputError, genome
 from supernet import Quality
 from tests.contracts import tiny_space
