@@ -30,7 +30,7 @@ from search.problem import SearchConfig, make_problem
 from search.search import Search
 from space import Architecture, LimitError, Workload, load_space
 from space.cost import memory_cost
-from supernet import Quality
+from supernet.evaluate import Quality
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 

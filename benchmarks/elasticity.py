@@ -20,8 +20,8 @@ import torch
 from search.spread import choose_spread, sample_pool
 from space import Architecture, genome, load_space
 from space.blocks import forward
-from supernet import Supernet, TrainConfig
-from supernet.supernet import add_gradients, leaves, sources
+from supernet.recipe import TrainConfig
+from supernet.supernet import Supernet, add_gradients, leaves, sources
 from supernet.trainer import cast_matrices, matrix_type, member_loss
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"

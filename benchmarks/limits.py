@@ -26,7 +26,7 @@ import outcome
 from latency import load_predictor
 from search.feasibility import least
 from search.problem import SearchConfig
-from search.run import load_run_config
+from search.run_config import load_run_config
 from space import Workload, genome
 
 WORKLOADS = ("prefill@256", "decode@256")

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 
 from space import Architecture, Space, genome, load_space
 from space.files import write_text
-from supernet import TrainConfig, evaluate, evaluation_set, load_corpus
-from supernet.corpus import Corpus, DataConfig, train_batch
-from supernet.evaluate import EvaluationSet
+from supernet.corpus import Corpus, DataConfig, load_corpus, train_batch
+from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
 from supernet.pretrained import load_pretrained
+from supernet.recipe import TrainConfig
 from supernet.supernet import Supernet
 from supernet.trainer import Trainer
 

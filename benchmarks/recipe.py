@@ -26,10 +26,11 @@ from scipy.stats import kendalltau
 from search.spread import choose_spread, sample_pool
 from space import Architecture, Space, genome, load_space
 from space.files import write_text
-from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
 from supernet.checkpoint import latest_checkpoint
-from supernet.recipe import member_count
-from supernet.train import load_supernet, training_inputs
+from supernet.corpus import load_corpus
+from supernet.evaluate import evaluate, evaluation_set
+from supernet.recipe import TrainConfig, member_count
+from supernet.train import load_supernet, train, training_inputs
 from supernet.trainer import Trainer
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"

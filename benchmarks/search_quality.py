@@ -30,8 +30,10 @@ from space.cost import flops_table
 from space.files import atomic_path, canonical_json, digest
 from space.genome import Genomes
 from space.ops import Cost
-from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
-from supernet.train import load_supernet
+from supernet.corpus import load_corpus
+from supernet.evaluate import evaluate, evaluation_set
+from supernet.recipe import TrainConfig
+from supernet.train import load_supernet, train
 
 Array = NDArray[np.float64]
 SPACE = {

@@ -174,6 +174,11 @@ def open_runtime(name: str, threads: int) -> Runtime:
     return TorchRuntime(threads, "cuda" if "cuda" in name else "cpu", compiled=name.endswith("compiled"))
 
 
+def open_card_runtime(card: Card, threads: int = 1) -> Runtime:
+    """The runtime that a card is of, on this machine."""
+    return open_runtime(str(card.fingerprint.get("runtime")), threads)
+
+
 def minutes(text: str) -> float:
     """Minutes of a time such as ``90s``, ``10m`` or ``1.5h``.
 

@@ -28,9 +28,9 @@ from search.spread import choose_equal, choose_spread, sample_pool
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
 from space.files import canonical_json, digest, read_json, write_json
-from supernet import Checkpoint, Quality, evaluation_set, load_corpus
-from supernet.corpus import Corpus
-from supernet.evaluate import EvaluationSet
+from supernet.checkpoint import Checkpoint
+from supernet.corpus import Corpus, load_corpus
+from supernet.evaluate import EvaluationSet, Quality, evaluation_set
 from supernet.recipe import TrainConfig
 from supernet.train import load_supernet, training_inputs
 

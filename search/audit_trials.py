@@ -23,12 +23,11 @@ import torch
 from space import Architecture, InputError, Space, Workload
 from space.cost import flops
 from space.files import read_json, write_json
-from supernet import Quality, evaluate, train
 from supernet.corpus import Corpus
-from supernet.evaluate import EvaluationSet
+from supernet.evaluate import EvaluationSet, Quality, evaluate
 from supernet.parallel import ray_session
 from supernet.recipe import TrainConfig
-from supernet.train import load_alone
+from supernet.train import load_alone, train
 from supernet.trainer import Trainer
 
 if TYPE_CHECKING:  # what the stages import, the processes that train here need not

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -60,10 +59,12 @@ def run(
 ) -> None:
     """Train, profile, search, extract, verify, report. Resumes; skips what is done."""
     from search import run as stages
+    from search.run_config import load_run_config
+    from search.run_config import smoke as small
 
-    loaded = stages.load_run_config(config)
+    loaded = load_run_config(config)
     if smoke:
-        loaded = stages.smoke(loaded)
+        loaded = small(loaded)
     folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
     the_run = stages.Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
     if dry_run:
@@ -95,9 +96,10 @@ def train(
 ) -> None:
     """Train the supernet of a run's configuration. Resumes."""
     from search import run as stages
-    from supernet import load_corpus
+    from search.run_config import load_run_config
+    from supernet.corpus import load_corpus
 
-    the_run = stages.Run(out_dir, stages.load_run_config(config), context.obj)
+    the_run = stages.Run(out_dir, load_run_config(config), context.obj)
     found = the_run.trained(Bars(), load_corpus(the_run.config.train.data))
     value = {"checkpoint": str(found.folder), "step": found.step, "sha256": found.digest}
     show(value, as_json, lambda: [make_table("Supernet", list(value), [[str(v) for v in value.values()]])])
@@ -152,13 +154,12 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search a trained supernet for the front under limits. Resumes."""
-    from search import run as stages
     from search.problem import SearchConfig
-    from search.promise import require_kept
-    from search.search_command import require_tuned, search_run
+    from search.run_config import trained_config
+    from search.targets import open_targets
     from space.config import parse
 
-    the_run = stages.open_run(supernet, context.obj)
+    run_config = trained_config(supernet)
     given = {
         "limits": limit and tuple(limit),
         "objectives": objective and tuple(objective),
@@ -172,19 +173,22 @@ def search(
         "confidence": confidence,
         "compare": compare,
     }
-    base = the_run.config.search.model_dump()
+    base = run_config.search.model_dump()
     config = parse(SearchConfig, base | {k: v for k, v in given.items() if v is not None}, "search")
     if noise is not None:
-        measuring = the_run.config.verify.model_copy(update={"most_noise": noise / 100})
-        the_run = replace(the_run, config=the_run.config.model_copy(update={"verify": measuring}))
+        measuring = run_config.verify.model_copy(update={"most_noise": noise / 100})
+        run_config = run_config.model_copy(update={"verify": measuring})
+    bars = Bars()
+    cards, predictors = open_targets(context.obj, device, run_config, config, bars)
+
+    # What cannot be met is refused before torch is loaded, which takes seconds.
+    from search.promise import require_kept
+    from search.run import Run
+    from search.search_command import require_tuned, search_run
+
+    the_run = Run(supernet, run_config, context.obj)
     found = search_run(
-        the_run,
-        device,
-        config,
-        name or device[0],
-        Bars(),
-        verify=verify,
-        finalists=finalists,
+        the_run, cards, predictors, config, name or device[0], bars, verify=verify, finalists=finalists
     )
     show(found, as_json, lambda: search_tables(found))
     if "tuned" in found and not as_json:
@@ -215,7 +219,7 @@ def extract(
     """Take a sub-network out of the supernet as a plain model in a folder of its own."""
     from search import run as stages
     from search.verify import export_onnx
-    from supernet import load_corpus
+    from supernet.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.train import load_supernet
 

@@ -113,8 +113,9 @@ def verify(
     """Check parity, measure on this device, compare with prediction and limits. Exit 3 if one is missed."""
     from latency import load_card
     from latency.card import outdated
+    from latency.profile import open_card_runtime
     from search.remote import pack_submodel, unpack_submodel
-    from search.verify import VerifyConfig, open_card_runtime
+    from search.run_config import VerifyConfig
     from search.verify import verify as check
     from space.files import file_digest
     from supernet.extract import read_submodel
@@ -219,7 +220,7 @@ def devices(
 def _fingerprint(card: "Card") -> dict[str, Any]:
     """This machine's under the runtime that a card is of; under onnxruntime where it does not have that."""
     from latency import OnnxRuntime
-    from search.verify import open_card_runtime
+    from latency.profile import open_card_runtime
 
     try:
         return open_card_runtime(card).fingerprint()

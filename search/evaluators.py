@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from latency.probe import cpu_model
 from space import Architecture, InputError, Space
-from supernet import Quality, Supernet, evaluate
-from supernet.evaluate import EvaluationSet
+from supernet.evaluate import EvaluationSet, Quality, evaluate
 from supernet.parallel import ray_session
+from supernet.supernet import Supernet
 
 RETRIES = 2
 PATIENCE = 120.0  # seconds without any worker before a search gives up

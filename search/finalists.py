@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from search.audit_trials import Losses, Share, losses, one_thread, remove_checkpoints, row_flops, run_trials
 from space import Architecture, InputError, Space, genome
 from space.files import atomic_path, canonical_json, check_inputs, digest, file_digest, read_json, write_json
-from supernet import Checkpoint, evaluate
+from supernet.checkpoint import Checkpoint
 from supernet.corpus import Corpus
 from supernet.distil import distil, implant, largest_teacher
-from supernet.evaluate import EvaluationSet
+from supernet.evaluate import EvaluationSet, evaluate
 from supernet.extract import SubModel, extract, write_submodel
 from supernet.parallel import ray_session
 from supernet.recipe import TrainConfig

@@ -13,8 +13,9 @@ from search.reporter import Reporter
 from search.search import FRONT_KIND, Known, Search
 from space import InputError, Space
 from space.files import canonical_json, digest, read_json
-from supernet import Checkpoint, evaluation_set
+from supernet.checkpoint import Checkpoint
 from supernet.corpus import Corpus
+from supernet.evaluate import evaluation_set
 from supernet.train import load_supernet
 
 

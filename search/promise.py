@@ -20,14 +20,15 @@ from search.front import Trained, made_from, member_choice, search_front
 from search.limits import Limit
 from search.problem import QUALITIES, SearchConfig
 from search.reporter import Reporter
+from search.run_config import VerifyConfig
 from search.search import Known
 from search.verify import KIND as VERIFY_KIND
-from search.verify import VerifyConfig, export_onnx, require_card_is_here, verify
+from search.verify import export_onnx, require_card_is_here, verify
 from space import Architecture, LimitError, Space, Workload, genome
 from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json
-from supernet import Supernet
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, read_submodel, write_submodel
+from supernet.supernet import Supernet
 from supernet.train import load_supernet
 
 KIND = "promise"

@@ -20,7 +20,8 @@ from latency.kit import Writer, reference_stacks, write_plan
 from latency.kit_result import read_result, read_timings
 from latency.reference import reference_work
 from latency.runtime import graph_binding
-from search.verify import PARITY, VerifyConfig, chosen_predictions, conclude, flat, latencies, parity
+from search.run_config import VerifyConfig
+from search.verify import PARITY, chosen_predictions, conclude, flat, latencies, parity
 from space import InputError, Workload
 from space.blocks import Model
 from space.cost import flops

@@ -11,80 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
 
-from latency import Predictor, ProfileConfig, load_card, load_predictor, profile
+from latency import Predictor, load_card, load_predictor, profile
 from latency.card import open_card
 from latency.profile import open_runtime, settings_digest
 from search.audit_report import audit_section
 from search.front import Trained, made_from, member_choice, pick_key, search_front
-from search.problem import SearchConfig
 from search.promise import KIND as PROMISE_KIND
 from search.promise import keep_promise, make_workbench, require_kept
 from search.report import write_report
 from search.reporter import Reporter
+from search.run_config import RunConfig, trained_config
 from search.search import FRONT_KIND
-from search.verify import VerifyConfig
-from space import Architecture, InputError, Space, genome, load_space
-from space.config import load_yaml, parse
+from space import Architecture, InputError, Space, genome
+from space.config import load_yaml
 from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json, write_text
-from supernet import Checkpoint, TrainConfig, evaluate, evaluation_set, load_corpus, train
 from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
-from supernet.checkpoint import latest_checkpoint
-from supernet.corpus import Corpus, window_starts
-from supernet.evaluate import mqar_accuracy
-from supernet.train import load_supernet, training_inputs
+from supernet.checkpoint import Checkpoint, latest_checkpoint
+from supernet.corpus import Corpus, load_corpus, window_starts
+from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
+from supernet.train import load_supernet, train, training_inputs
 
 SUMMARY_KIND = "summary"
-
-
-class RunConfig(BaseModel):
-    """All that one run needs: a space and how each stage treats it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    space: Space | Path
-    device: str = Field(default="here", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    train: TrainConfig = TrainConfig()
-    profile: ProfileConfig = ProfileConfig()
-    search: SearchConfig = SearchConfig()
-    verify: VerifyConfig = VerifyConfig()
-    picks: tuple[str, ...] = ("knee", "fastest")  # verified beside the chosen one
-
-    @property
-    def the_space(self) -> Space:
-        """The space, read from its file where it was given as a path."""
-        return self.space if isinstance(self.space, Space) else load_space(self.space)
-
-
-def load_run_config(path: Path) -> RunConfig:
-    """Read a run configuration; a space given as a path is found beside the file.
-
-    Raises:
-        InputError: names every error, in the run's file or in the space's.
-    """
-    value = load_yaml(path)
-    if isinstance(value, dict) and isinstance(value.get("space"), str):
-        value = {**value, "space": load_space(path.parent / value["space"])}
-    return parse(RunConfig, value, str(path))
-
-
-def smoke(config: RunConfig) -> RunConfig:
-    """The same stages, small: a check that everything works, not a result."""
-    changes: dict[str, dict[str, Any]] = {
-        "train": {"steps": 12, "batch": 2, "checkpoint_every": 6},
-        "profile": {"block_ms": 1.0, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2,
-                    "op_error": 1.0, "most_noise": None, "rss_models": 1,
-                    "optimal_models": 6, "random_models": 4,
-                    "held_out_models": 5, "repeated_models": 2},
-        "search": {"generations": 2, "population": 8, "windows": 4, "front_windows": 8},
-        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "most_noise": None,
-                   "searches": 1},
-    }  # fmt: skip
-    fields = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
-    data = config.train.data.model_copy(update={"limit_mb": min(config.train.data.limit_mb or 2.0, 2.0)})
-    fields["train"] = fields["train"].model_copy(update={"data": data})
-    return config.model_copy(update=fields)
 
 
 @dataclass(frozen=True)
@@ -285,12 +233,7 @@ def open_run(folder: Path, devices: Path) -> Run:
     Raises:
         InputError: it is not one; names the command that makes it.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise InputError(
-            f"{folder}: not a run's folder (no config.yaml); `formfit train CONFIG --out {folder}` makes it"
-        )
-    return Run(folder, load_run_config(path), devices)
+    return Run(folder, trained_config(folder), devices)
 
 
 def open_supernet(run: Run, corpus: Corpus) -> Checkpoint:

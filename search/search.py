@@ -30,8 +30,8 @@ from space.cost import params_cost
 from space.files import canonical_json, digest, write_json
 from space.genome import Genomes
 from space.tables import read_table
-from supernet import Quality
 from supernet.checkpoint import sole_writer
+from supernet.evaluate import Quality
 
 FRONT_KIND = "front"
 RESCORED = {"middle": 64, "front": 32}  # how many are evaluated again, on more and more tokens

@@ -1,28 +1,28 @@
-"""What ``formfit search`` does: the cards it is for, the search, and the proof where one is asked for."""
+"""What ``formfit search`` does: the search, and the proof where one is asked for."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latency import Card, Predictor, load_card, load_predictor
-from latency.card import outdated, profile_command
-from search.feasibility import certify
+from latency import Card, Predictor
 from search.finalists import FinalistsConfig, distil_finalists, write_finalist
 from search.front import member_choice, search_front
-from search.problem import QUALITIES, SearchConfig, make_problem
+from search.problem import QUALITIES, SearchConfig
 from search.promise import Workbench, keep_promise, make_workbench
 from search.reporter import Reporter
 from search.run import Run, open_supernet
-from search.verify import export_onnx, open_card_runtime
+from search.verify import export_onnx
 from space import Architecture, InputError, LimitError
 from space.files import canonical_json, digest
-from supernet import evaluation_set, load_corpus
+from supernet.corpus import load_corpus
+from supernet.evaluate import evaluation_set
 
 
 def search_run(
     run: Run,
-    devices: Sequence[str],
+    cards: Mapping[str, Card],
+    predictors: Mapping[str, Predictor],
     config: SearchConfig,
     name: str,
     reporter: Reporter,
@@ -37,7 +37,8 @@ def search_run(
 
     Args:
         run: a run that was trained.
-        devices: names of cards; the first is meant where a limit names none, and is the one measured on.
+        cards: by device; the first is the one measured on.
+        predictors: by device.
         config: of the search.
         name: the search's folder among the run's searches.
         reporter: told how far it is.
@@ -45,21 +46,15 @@ def search_run(
         finalists: distil so many of the best before one is chosen.
 
     Raises:
-        InputError: the name is none for a folder; a device is not known, or not profiled for the space;
-            nothing was trained.
+        InputError: the name is none for a folder; nothing was trained.
         LimitError: the limits cannot be met.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"name {name!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
-    if len(set(devices)) < len(devices):
-        raise InputError(f"devices: {', '.join(devices)} names one twice")
-    cards = {device: load_card(run.devices, device) for device in devices}
-    predictors = {device: _predictor(run, card, reporter) for device, card in cards.items()}
-    certify(run.space, make_problem(run.space, predictors, config).bounded())  # before anything is loaded
     corpus = load_corpus(run.config.train.data)
     trained = run.the_trained(open_supernet(run, corpus), corpus)
     folder = run.folder / "searches" / name
-    bench = make_workbench(run.folder / "submodels", trained, cards[devices[0]], run.config.verify)
+    bench = make_workbench(run.folder / "submodels", trained, next(iter(cards.values())), run.config.verify)
     promise = keep_promise(folder, bench, predictors, config, reporter) if verify else None
     found = search_front(folder, trained, predictors, config, reporter)
     if promise:
@@ -126,16 +121,3 @@ def require_tuned(found: Mapping[str, Any]) -> None:
         raise LimitError(f"{tuned['folder']}: the distilled finalist missed {missed} when measured")
     if not tuned.get("parity", {"kept": True})["kept"]:
         raise LimitError(f"{tuned['folder']}: the exported model differs from the plain one; see verify.json")
-
-
-def _predictor(run: Run, card: Card, reporter: Reporter) -> Predictor:
-    """A card's predictor of a run's space; warns where the card no longer fits its machine."""
-    runtime = str(card.fingerprint.get("runtime"))
-    try:
-        warning = outdated(card, open_card_runtime(card).fingerprint())
-    except InputError:  # the card's runtime is not on this machine: nothing to compare
-        warning = None
-    if warning:
-        reporter.warn(warning)
-    path = card.predictor_path(run.space.name, runtime, run.config.profile.threads, "fp32")
-    return load_predictor(path, run.space, profile_command(card.name))

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import load_model, save_model
-from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Card, OnnxRuntime
 from latency.binding import Run
 from latency.card import differences, outdated
-from latency.profile import open_runtime
+from latency.profile import open_card_runtime
 from latency.reference import reference_items, require_quiet
 from latency.rss import session_rss
 from latency.runtime import Runtime, graph_binding, lacks
 from latency.timer import TimerConfig, measure, pinned
 from latency.timing import Timing
 from search.limits import Limit
+from search.run_config import VerifyConfig
 from space import InputError, Workload
 from space.blocks import Model, State
 from space.cost import memory_bytes, params
@@ -41,19 +41,6 @@ from supernet.extract import SubModel
 KIND = "verification"
 PARITY = 1e-5  # max|a-b| / max|b|
 States = dict[str, NDArray[Any]]
-
-
-class VerifyConfig(BaseModel):
-    """How a sub-model is verified."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokens: int = Field(default=128, gt=1)  # of the parity check
-    copies: int = Field(default=3, gt=0)  # sessions measured, since memory layout differs between them
-    rounds: int = Field(default=60, ge=4)  # of timing
-    block_ms: float = Field(default=3.0, gt=0)
-    searches: int = Field(default=3, ge=1)  # at most, each with finalists to measure; see search.promise
-    most_noise: float | None = 0.1  # between two timings of the same work, see latency.reference; None: any
 
 
 def export_onnx(submodel: SubModel) -> Path:
@@ -169,11 +156,6 @@ def flat(states: Mapping[int, State]) -> States:
     return {
         f"state.{slot}.{name}": t.cpu().numpy() for slot, state in states.items() for name, t in state.items()
     }
-
-
-def open_card_runtime(card: Card, threads: int = 1) -> Runtime:
-    """The runtime that a card is of, on this machine."""
-    return open_runtime(str(card.fingerprint.get("runtime")), threads)
 
 
 def require_card_is_here(card: Card) -> None:

@@ -4,7 +4,7 @@ import os
 import time
 
 from space import Architecture
-from supernet import Quality
+from supernet.evaluate import Quality
 
 
 class Synthetic:

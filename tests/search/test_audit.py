@@ -20,13 +20,16 @@ from latency.predictor import WorkloadModel
 from search.agreement import Agreement, Estimate, agreement, correlations, verdict
 from search.audit import AuditConfig, audit, judge
 from search.audit_report import agreement_rows, audit_section
-from search.run import Run, load_run_config
+from search.run import Run
+from search.run_config import load_run_config
 from search.spread import axis_levels, choose_equal, choose_spread, crowded_level, features, sample_pool
 from space import Architecture, InputError, Workload, genome, load_space
 from space.cost import op_flops, params_cost
 from space.ops import op_kinds, space_ops
-from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
-from supernet.train import load_alone
+from supernet.corpus import load_corpus
+from supernet.evaluate import evaluate, evaluation_set
+from supernet.recipe import TrainConfig
+from supernet.train import load_alone, train
 from tests.conftest import Quiet
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
 from tests.search.test_run import ROOT

@@ -12,7 +12,7 @@ from search.problem import Problem, SearchConfig
 from search.record import open_study
 from search.search import Search
 from space import Architecture, InputError, genome
-from supernet import Quality
+from supernet.evaluate import Quality
 from tests.contracts import tiny_space
 from tests.synthetic import Synthetic
 

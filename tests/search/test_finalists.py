@@ -22,12 +22,12 @@ from search.finalists import Finalist, FinalistsConfig, distil_finalists, inheri
 from search.front import Trained
 from space import Architecture, InputError, genome
 from space.files import file_digest
-from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
-from supernet.corpus import DataConfig
+from supernet.corpus import DataConfig, load_corpus
 from supernet.distil import distil, largest_teacher
-from supernet.evaluate import EvaluationSet
+from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
 from supernet.extract import extract
-from supernet.train import load_supernet
+from supernet.recipe import TrainConfig
+from supernet.train import load_supernet, train
 from tests.conftest import Quiet
 from tests.contracts import tiny_space
 from tests.supernet.test_train import small_space

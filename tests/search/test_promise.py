@@ -11,7 +11,7 @@ import pytest
 from latency import load_predictor
 from latency.predictor import RUNS_APART, Predictor
 from search.promise import ENOUGH, best_kept
-from search.run import load_run_config
+from search.run_config import load_run_config
 from space import Workload, genome
 from tests.conftest import Program
 

@@ -9,7 +9,7 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 
 from search.record import genomes_of, open_study, summary_params
-from search.run import load_run_config
+from search.run_config import load_run_config
 from space import InputError, genome
 from space.tables import read_table
 

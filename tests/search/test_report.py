@@ -21,7 +21,8 @@ from search.history import evaluations, first_to_reach, progress, volume, volume
 from search.images import write_images
 from search.report import figures, headline, kept, kind, write_report
 from search.run import Run as TheRun
-from search.run import execute, load_run_config
+from search.run import execute
+from search.run_config import load_run_config
 from space import Architecture, InputError, LimitError
 from tests.conftest import Program, Quiet
 

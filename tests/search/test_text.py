@@ -9,9 +9,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from search import show
-from search.run import Run, RunConfig
+from search.run import Run
+from search.run_config import RunConfig
 from space import InputError
-from supernet import load_corpus
+from supernet.corpus import load_corpus
 from tests.conftest import Quiet
 from tests.contracts import tiny_value
 

@@ -13,8 +13,8 @@ from space import Architecture, InputError, Layer, genome, mixer_graphs
 from space.architecture import MIXERS
 from space.blocks import Model
 from space.files import canonical_json
-from supernet import Supernet
 from supernet.extract import read_submodel, write_submodel
+from supernet.supernet import Supernet
 from tests.contracts import scatter, tiny_space, unknown_operator
 
 SPACE = tiny_space(

@@ -11,13 +11,13 @@ import torch
 from space import Architecture, InputError, Space, genome
 from space.blocks import Model
 from space.files import file_digest
-from supernet import TrainConfig, evaluate, evaluation_set, load_corpus, train
-from supernet.corpus import Corpus, DataConfig
+from supernet.corpus import Corpus, DataConfig, load_corpus
 from supernet.distil import distil, implant, largest_teacher, weights_digest
+from supernet.evaluate import evaluate, evaluation_set
 from supernet.extract import extract
-from supernet.recipe import step_rate
+from supernet.recipe import TrainConfig, step_rate
 from supernet.supernet import Supernet
-from supernet.train import load_alone, load_supernet
+from supernet.train import load_alone, load_supernet, train
 from supernet.trainer import Teacher, Trainer
 from tests.contracts import scatter
 from tests.supernet.test_train import small_space
