@@ -88,24 +88,45 @@ def heads_of(x: Tensor, head_dim: int) -> Tensor:
 
 
 def mixer(
-    weights: Weights, x: Tensor, layer: Layer, frame: Frame, position: int = 0, state: State | None = None
+    weights: Weights,
+    x: Tensor,
+    layer: Layer,
+    frame: Frame,
+    position: int = 0,
+    state: State | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """One mixer block with its pre-norm and residual: x [B, T, width] -> (x, state after)."""
+    """One mixer block with its pre-norm and residual: x [B, T, width] -> (x, state after).
+
+    The mask is that of :func:`forward`.
+    """
     hidden = rms_norm(x, weights["pre_norm"])
+    if mask is not None:
+        # Padding on the left then reads as the nothing before a text: convolutions see zeros, and as v is
+        # zero no recurrence writes.
+        hidden = hidden * mask[:, -x.shape[1] :, None]
     if layer.mixer == "short_conv":
         out, state = _short_conv(weights, hidden, state or {})
         return x + project(out, weights["out"]), state
     q, k, v = (heads_of(project(hidden, weights[name]), frame.head_dim) for name in ("q", "k", "v"))
     state = state or {}
     if layer.mixer in ("attention", "sliding"):
-        out, state = _softmax_mixer(weights, q, k, v, layer, frame, position, state)
+        out, state = _softmax_mixer(weights, q, k, v, layer, frame, position, state, mask)
     else:
         out, state = _linear_mixer(weights, hidden, q, k, v, layer, position, state)
     return x + project(out.flatten(2), weights["o"]), state
 
 
 def _softmax_mixer(
-    weights: Weights, q: Tensor, k: Tensor, v: Tensor, layer: Layer, frame: Frame, position: int, state: State
+    weights: Weights,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Layer,
+    frame: Frame,
+    position: int,
+    state: State,
+    mask: Tensor | None,
 ) -> tuple[Tensor, State]:
     """``attention`` and ``sliding``; the state holds keys after RoPE, [B, Hkv, tokens, D]."""
     if frame.qk_norm:
@@ -114,7 +135,7 @@ def _softmax_mixer(
     if state:
         k = torch.cat([state["key"].transpose(1, 2), k], dim=1)
         v = torch.cat([state["value"].transpose(1, 2), v], dim=1)
-    out = softmax_attention(q, k, v, layer.window)
+    out = softmax_attention(q, k, v, layer.window, None if mask is None else mask[:, -k.shape[1] :])
     held = slice(1 - layer.window, None) if layer.window else slice(None)
     return out, {"key": k[:, held].transpose(1, 2), "value": v[:, held].transpose(1, 2)}
 
@@ -218,6 +239,8 @@ def forward(
     *,
     position: int = 0,
     states: Mapping[int, State] | None = None,
+    mask: Tensor | None = None,
+    keep: int = 0,
 ) -> tuple[Tensor, dict[int, State]]:
     """Run an architecture on its weights.
 
@@ -228,9 +251,12 @@ def forward(
         tokens: [B, T] integers.
         position: the place of the first token in its sequence.
         states: per slot, what an earlier call returned; None at the start of a sequence.
+        mask: bool [B, position + T], True for real tokens, False for padding before them; None without
+            padding. Real tokens get what they get without it, positions count it.
+        keep: only the last so many tokens get logits, all of them if 0.
 
     Returns:
-        logits [B, T, vocabulary] and the states after the last token.
+        logits [B, T or keep, vocabulary] and the states after the last token.
     """
     x = F.embedding(tokens, weights["embedding"]).to(weights["norm"].dtype)
     after: dict[int, State] = {}
@@ -238,11 +264,11 @@ def forward(
         if layer.mixer != "none":
             shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, frame)
             block = part(weights, f"layers.{slot}.mixer", shapes)
-            x, after[slot] = mixer(block, x, layer, frame, position, (states or {}).get(slot))
+            x, after[slot] = mixer(block, x, layer, frame, position, (states or {}).get(slot), mask)
         if layer.ffn:
             x = ffn(part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn)), x)
     head = weights["embedding" if frame.tied else "head"]
-    return project(rms_norm(x, weights["norm"]), head), after
+    return project(rms_norm(x[:, -keep:] if keep else x, weights["norm"]), head), after
 
 
 def initial(name: str, shape: tuple[int, ...], generator: torch.Generator, *, tied: bool = True) -> Tensor:
@@ -292,11 +318,17 @@ class Model(nn.Module):
             add_parameter(self, name, value)
 
     def forward(
-        self, tokens: Tensor, position: int = 0, states: Mapping[int, State] | None = None
+        self,
+        tokens: Tensor,
+        position: int = 0,
+        states: Mapping[int, State] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, State]]:
         """Tokens [B, T] -> (logits [B, T, vocabulary], states); see :func:`forward`."""
         weights = dict(self.named_parameters())
-        return forward(weights, self.architecture, self.frame, tokens, position=position, states=states)
+        return forward(
+            weights, self.architecture, self.frame, tokens, position=position, states=states, mask=mask
+        )
 
 
 def add_parameter(module: nn.Module, name: str, value: Tensor) -> None:

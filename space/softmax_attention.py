@@ -9,16 +9,22 @@ QUERY_BLOCK = 64  # the same, of attention in training; 32 and 128 are slower
 MOST_BY_QUERY_BLOCKS = 512  # tokens of full attention that train that way; at 1024 torch's form is faster
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0, mask: Tensor | None = None) -> Tensor:
     """Causal attention of the last T of S tokens over all S.
 
     q [B, T, H, D], k and v [B, S, Hkv, D] with S >= T; out [B, T, H, D]. With a window W, a
-    token sees itself and the W - 1 before it.
+    token sees itself and the W - 1 before it. Where the mask, bool [B, S], is False there is padding,
+    which no token sees but itself.
     """
     tokens, keys = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    if tokens == keys and _trains_by_blocks(q, window):
+    if mask is not None:
+        places = torch.arange(keys, device=q.device)
+        real = mask[:, None, None] | (places[keys - tokens :, None] == places)  # itself too: no row is empty
+        seen = _within(tokens, keys, window or keys, q).masked_fill(~real, -torch.inf)  # [B, 1, T, S]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    elif tokens == keys and _trains_by_blocks(q, window):
         out = _by_query_blocks(q, k, v, window)
     elif tokens == keys and (not window or tokens <= window):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
