@@ -18,8 +18,9 @@ import numpy as np
 import onnxruntime as ort
 import outcome
 
-from latency import Predictor, ProfileConfig, load_card, profile
+from latency import Predictor, ProfileConfig, load_card
 from latency.kit import pack, unpack
+from latency.profile import profile
 from space import Space, Workload, genome, load_space
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"

@@ -17,8 +17,9 @@ import numpy as np
 import outcome
 from scipy.stats import kendalltau, spearmanr
 
-from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor, profile
+from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.predictor import proxy_predictions
+from latency.profile import profile
 from latency.reference import noise_of, reference_items
 from latency.timer import TimerConfig, measure, pinned
 from space import Architecture, Workload, genome, load_space

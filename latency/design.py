@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from latency.composition import OpTimes, design_matrix, held_bytes, op_sums
 from latency.op_latencies import OpLatencies, Point, features, grouped
 from space import Architecture, InputError, Space, Workload, genome
-from space.cost import FLOAT, op_held_bytes
+from space.cost import op_held_bytes
 from space.ops import Op, count_ops
+from space.precision import matrix_bytes
 
 Array = NDArray[np.float64]
 STACKS = (5, 24)  # least and most copies in the taller stack
@@ -149,7 +150,7 @@ def stack_heights(space: Space, op: Op, workload: Workload) -> tuple[int, int]:
     if workload.batch * workload.tokens <= FEW_TOKENS:
         each = op_held_bytes(op, workload, space.frame)
         if op.kind == "head":  # a stack of heads has no embeddings to be tied to
-            each += FLOAT * op.width * space.vocabulary
+            each += matrix_bytes(space.vocabulary, op.width, workload.precision)
         high = int(np.clip(round(median_bytes(space, op.width, workload) / max(each, 1)), *STACKS))
     return max(2, high // 3), high
 

@@ -24,6 +24,7 @@ from latency.kit_result import read_result, read_timings
 from latency.op_latencies import Point
 from latency.predictor import Predictor
 from latency.profile import ProfileConfig, card_digest, load_prior, settings_digest
+from latency.quantise import quantise
 from latency.records import Records, model_name, stack_name
 from latency.reference import COPIES, FRAME, OP, STACKS, reference_name, reference_work
 from latency.runtime import (
@@ -43,6 +44,7 @@ from space.shapes import RECURRENCES, model_shapes
 PARTS = (probe, binding, timer, timing)  # modules of this package that run on the device as they are
 MAIN = "import sys\n\nfrom latency.probe import main\n\nsys.exit(main())\n"
 SPARE = 6  # ops of a kind and phase beyond one for each size that varies
+DRAWN = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)  # of which types weights are
 LEAST_WEIGHTS = 64  # a tensor with fewer elements stays in its graph
 KIND = "probe kit"
 
@@ -58,12 +60,12 @@ def pack(space: Space, folder: Path, config: ProfileConfig, path: Path) -> dict[
     models = _models(space, config, workloads)
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as kit:
         writer = Writer(kit)
-        ops = _op_items(writer, space, points)
+        ops = _op_items(writer, space, points, config.precision)
         first = {items[0]["mixers"][0]: items for items in reversed(ops) if items[0]["mixers"]}
         early = list(first.values())  # each mixer once, so that what lacks is known before the rest
         rest = [items for items in ops if all(items is not other for other in early)]
         rest = [rest[i] for i in np.random.default_rng(config.seed).permutation(len(rest))]
-        whole = _model_items(writer, space, models, workloads)
+        whole = _model_items(writer, space, models, workloads, config.precision)
         timers = [vars(config.timer(rounds)) for rounds in (config.op_rounds, config.max_rounds)]
         tied = reference_stacks(writer)
         groups = [
@@ -171,14 +173,14 @@ class Writer:
         """Write a graph; what the plan says of it."""
         weights = []
         for tensor in graph.graph.initializer:
-            if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < LEAST_WEIGHTS:
+            if tensor.data_type not in DRAWN or math.prod(tensor.dims) < LEAST_WEIGHTS:
                 continue
-            values = numpy_helper.to_array(tensor)
-            shape = list(tensor.dims)
-            weights.append([tensor.name, shape, float(values.mean()), float(values.std()), self.seed])
+            values, kind = numpy_helper.to_array(tensor), tensor.data_type
+            shape, spread = list(tensor.dims), (float(values.mean()), float(values.std()))
+            weights.append([tensor.name, shape, *spread, self.seed, values.dtype.name])
             self.seed += 1
             tensor.Clear()
-            tensor.name, tensor.data_type = weights[-1][0], TensorProto.FLOAT
+            tensor.name, tensor.data_type = weights[-1][0], kind
             tensor.dims.extend(shape)
             tensor.data_location = TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="drawn by the probe")
@@ -196,7 +198,9 @@ class Writer:
         }
 
 
-def _op_items(writer: Writer, space: Space, points: Sequence[Point]) -> list[list[dict[str, Any]]]:
+def _op_items(
+    writer: Writer, space: Space, points: Sequence[Point], precision: str
+) -> list[list[dict[str, Any]]]:
     """The stacks of each op, which are measured together."""
     workloads: dict[Op, list[Workload]] = {}
     for op, workload in points:
@@ -206,7 +210,7 @@ def _op_items(writer: Writer, space: Space, points: Sequence[Point]) -> list[lis
         mixers = [op.kind] if op.kind not in ("embedding", "head", "ffn") else []
         items = []
         for (_, height), of_height in stacks(space, [(op, w) for w in some]).items():
-            graph = stack_graph(op, height, space.frame)
+            graph = quantise(stack_graph(op, height, space.frame), precision)
             layers = [op.layer] * height if op.kind not in ("embedding", "head") else []
             bindings = {
                 str(w): graph_binding(graph, w, space.frame, op.width, layers).to_json() for w in of_height
@@ -221,11 +225,12 @@ def _model_items(
     space: Space,
     models: Sequence[tuple[str, bool, Architecture]],
     workloads: Sequence[Workload],
+    precision: str,
 ) -> list[dict[str, Any]]:
     items = []
     for i, (role, fallback, architecture) in enumerate(models):
         weights = random_weights(model_shapes(architecture, space.frame), i)
-        graph = model_graph(architecture, space.frame, weights)
+        graph = quantise(model_graph(architecture, space.frame, weights), precision)
         bindings = {
             str(w): graph_binding(graph, w, space.frame, architecture.width, architecture.layers).to_json()
             for w in workloads
@@ -279,7 +284,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
         lacking = ", ".join(result.unsupported) or "nothing"
         raise InputError(f"{path}: too few whole models ran to fit and test on (the device lacks {lacking})")
     card.unsupported |= result.unsupported
-    records = Records(card, space, "onnxruntime", config.threads)
+    records = Records(card, space, "onnxruntime", config.threads, config.precision)
     for group, found in zip(groups, timings, strict=True):
         anchor = float(group.anchor_reference or 0.0)
         card.problems += group.problems
@@ -291,7 +296,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
             records.add_models(whole, workloads, found)
     ops = records.fitted(known)
     predictor = records.predictor(ops, workloads, chosen)
-    target = card.predictor_path(space.name, "onnxruntime", config.threads, "fp32")
+    target = card.predictor_path(space.name, "onnxruntime", config.threads, config.precision)
     predictor.save(target, {"settings": settings_digest(config), "card": card_digest(card)})
     return predictor
 

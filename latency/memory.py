@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 
 from latency.composition import conformal
 from space import Space, Workload
-from space.cost import FLOAT, op_activation_bytes, op_params, op_state_bytes
+from space.cost import op_activation_bytes, op_state_bytes, op_weight_bytes
 from space.genome import Genomes
 from space.ops import Cost, OpTables, depths
 
@@ -53,7 +53,7 @@ class MemoryModel:
                 lambda op: (
                     factor
                     * (
-                        self.weights * FLOAT * op_params(op, frame)
+                        self.weights * op_weight_bytes(op, frame, workload.precision)
                         + self.states * op_state_bytes(op, workload, frame)
                     )
                 ),
@@ -122,7 +122,7 @@ def fit_memory(
 def _design(space: Space, workload: Workload, genomes: Genomes) -> Array:
     """Rows (1, depth, bytes of weights, states, peak activations): [N, 5]."""
     frame = space.frame
-    weights = OpTables(space, lambda op: FLOAT * op_params(op, frame)).totals(genomes)
+    weights = OpTables(space, lambda op: op_weight_bytes(op, frame, workload.precision)).totals(genomes)
     states = OpTables(space, lambda op: op_state_bytes(op, workload, frame)).totals(genomes)
     peak = OpTables(space, lambda op: op_activation_bytes(op, workload, frame)).greatest(genomes)
     return np.column_stack([np.ones(len(genomes)), depths(genomes), weights, states, peak])

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from latency.op_model import Observations, OpModel, Process, fit_op_model
 from space import Frame, Workload
-from space.cost import FLOAT, op_activation_bytes, op_flops, op_params, op_state_bytes
+from space.cost import op_activation_bytes, op_flops, op_state_bytes, op_weight_bytes
 from space.ops import Op
+from space.precision import matrix_bytes
 
 Array = NDArray[np.float64]
 Point = tuple[Op, Workload]
@@ -35,14 +36,19 @@ def work(points: Sequence[Point], frame: Frame) -> Array:
         (
             1.0,
             op_flops(op, workload, frame),
-            # The matrix of a head is read whether or not its parameters are the embedding's.
-            FLOAT * (op_params(op, frame) + (op.width * frame.vocabulary if op.kind == "head" else 0)),
+            _read_bytes(op, workload, frame),
             op_state_bytes(op, workload, frame),
             op_activation_bytes(op, workload, frame),
         )
         for op, workload in points
     ]
     return np.array(rows, dtype=np.float64)
+
+
+def _read_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+    """Bytes of weights; a head's matrix is read whether or not its parameters are the embedding's."""
+    head = matrix_bytes(frame.vocabulary, op.width, workload.precision) if op.kind == "head" else 0
+    return op_weight_bytes(op, frame, workload.precision) + head
 
 
 @dataclass(frozen=True)

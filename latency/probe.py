@@ -61,14 +61,18 @@ def load(graph: bytes, weights: Sequence[Sequence[Any]], threads: int) -> ort.In
 
     Args:
         graph: an ONNX model.
-        weights: of each weight left out: name, shape, mean, standard deviation, and the seed of its values.
+        weights: of each weight left out: name, shape, mean, standard deviation, the seed of its values, and
+            their type.
         threads: of the session.
     """
     options = session_options(threads)
     values = []
-    for _, shape, mean, spread, seed in weights:
-        normal = np.random.default_rng(seed).standard_normal(shape, np.float32)
-        values.append(ort.OrtValue.ortvalue_from_numpy(np.float32(mean) + np.float32(spread) * normal))
+    for _, shape, mean, spread, seed, kind in weights:
+        drawn = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        drawn = np.float32(mean) + np.float32(spread) * drawn
+        if kind != "float32":
+            drawn = drawn.clip(np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
+        values.append(ort.OrtValue.ortvalue_from_numpy(drawn))
     if values:
         options.add_external_initializers([name for name, *_ in weights], values)
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -62,6 +62,7 @@ class ProfileConfig(BaseModel):
     runtime: Literal["onnxruntime", "torch", "torch-compiled", "torch-cuda", "torch-cuda-compiled"] = (
         "onnxruntime"
     )
+    precision: Literal["fp32", "int8", "int8-dynamic"] = "fp32"  # of the models that will be shipped
     rss: bool = True  # memory is measured too, where the system tells it
     rss_models: Annotated[int, Field(ge=1)] = 10  # of those held out, to test the fit
     # Between two timings of the same work, see latency.reference; None: whatever there is.
@@ -88,18 +89,22 @@ class ProfileConfig(BaseModel):
         """The workloads to profile.
 
         Raises:
-            InputError: one is malformed, longer than the space's context, or of other threads.
+            InputError: one is malformed, longer than the space's context, or of other threads or precision.
         """
         texts = self.workloads or tuple(f"{phase}@{space.context}" for phase in ("prefill", "decode"))
         found = []
         for text in texts:
-            workload = Workload.parse(text if "threads=" in text else f"{text},threads={self.threads}")
+            for name in ("threads", "precision"):
+                text += "" if f"{name}=" in text else f",{name}={getattr(self, name)}"
+            workload = Workload.parse(text)
             if workload.length > space.context:
                 raise InputError(
                     f"workload {text}: longer than the context {space.context} of space {space.name}"
                 )
             if workload.threads != self.threads:
                 raise InputError(f"workload {text}: profiling runs on {self.threads} threads")
+            if workload.precision != self.precision:
+                raise InputError(f"workload {text}: profiling is of {self.precision}; give --precision")
             found.append(workload)
         return found
 
@@ -125,14 +130,15 @@ def profile(
     Raises:
         InputError: the card is of another device, the machine is too noisy, or a workload is not possible.
     """
-    runtime = open_runtime(config.runtime, config.threads)
+    runtime = open_runtime(config.runtime, config.threads, config.precision)
     workloads = config.parsed(space)
     card = open_card(devices, name, runtime.fingerprint())
-    records = Records(card, space, runtime.name, config.threads)
+    records = Records(card, space, runtime.name, config.threads, config.precision)
     with pinned(config.threads):
         session = _Session(records, config, runtime, report or (lambda _what, _share: None), prior)
         if config.most_noise is not None:
-            card.noise = require_quiet(time_references(runtime), config.most_noise)
+            plain = open_runtime(config.runtime, config.threads)
+            card.noise = require_quiet(time_references(plain), config.most_noise)
         ops = session.ops(workloads)
         times = {w: records.op_times(ops, w) for w in workloads}
         chosen = choose_models(space, config.counts(), times)
@@ -140,7 +146,7 @@ def profile(
     session.memory(chosen, workloads)
     predictor = records.predictor(ops, workloads, chosen)
     session.report("fitted", 1.0)
-    path = card.predictor_path(space.name, runtime.name, config.threads, "fp32")
+    path = card.predictor_path(space.name, runtime.name, config.threads, config.precision)
     predictor.save(path, {"settings": settings_digest(config), "card": card_digest(card)})
     return predictor
 
@@ -152,23 +158,25 @@ def load_prior(space: Space, devices: Path, name: str, config: ProfileConfig) ->
         InputError: there is no such card, or it has no ops like those of the space.
     """
     card = load_card(devices, name)
-    found = Records(card, space, config.runtime, config.threads).fitted()
+    found = Records(card, space, config.runtime, config.threads, config.precision).fitted()
     if not found.models:
         raise InputError(
             f"device {name}: no ops of a space with the frame of {space.name}, {config.runtime} on "
-            f"{config.threads} threads; as a prior it says nothing"
+            f"{config.threads} threads in {config.precision}; as a prior it says nothing"
         )
     return found
 
 
-def open_runtime(name: str, threads: int) -> Runtime:
-    """A runtime by its name.
+def open_runtime(name: str, threads: int, precision: str = "fp32") -> Runtime:
+    """A runtime by its name, for models of a precision.
 
     Raises:
-        InputError: this machine does not have it.
+        InputError: this machine does not have it, or it does not have the precision.
     """
     if name == "onnxruntime":
-        return OnnxRuntime(threads)
+        return OnnxRuntime(threads, precision)
+    if precision != "fp32":
+        raise InputError(f"runtime {name}: precision {precision} is for onnxruntime; torch runs fp32")
     from latency.torch_runtime import TorchRuntime  # torch takes seconds to load
 
     return TorchRuntime(threads, "cuda" if "cuda" in name else "cpu", compiled=name.endswith("compiled"))
@@ -215,7 +223,8 @@ class _Session:
         self.records, self.config, self.runtime, self.report = records, config, runtime, report
         self.prior = prior
         self.card, self.space = records.card, records.space
-        self.anchors, self.references = runtime.anchors(), reference_items(runtime)
+        self.anchors = runtime.anchors()
+        self.references = reference_items(open_runtime(config.runtime, config.threads))  # fp32, as units are
         self.began = time.monotonic()
         self.checked: set[tuple[str, str]] = set()  # kinds and phases whose stack was seen to be linear
         self.expected = ""  # what is known of ops, for people
@@ -281,7 +290,8 @@ class _Session:
     def _models_begun(self, workloads: Sequence[Workload]) -> bool:
         """Whether an earlier run was stopped between its whole models."""
         config, card = self.config, self.card
-        done = card.predictor_path(self.space.name, self.runtime.name, config.threads, "fp32").exists()
+        path = card.predictor_path(self.space.name, self.runtime.name, config.threads, config.precision)
+        done = path.exists()
         measured = {name.split("|")[2] for name in self.records.models()}
         return not done and measured == {str(w) for w in workloads}
 

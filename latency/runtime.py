@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latency.binding import Binding, Feed, Run, bind, session_options
 from latency.probe import fingerprint
+from latency.quantise import quantise
 from latency.rss import session_rss
 from space import Architecture, Frame, InputError, Layer, Workload
 from space.graphs import add_embedding, add_ffn, add_head, model_graph
@@ -64,12 +65,12 @@ def random_weights(shapes: Shapes, seed: int) -> dict[str, NDArray[np.float32]]:
 
 
 class OnnxRuntime:
-    """onnxruntime on the CPU, with a fixed number of threads."""
+    """onnxruntime on the CPU, with a fixed number of threads; what it is asked to build is of a precision."""
 
     name = "onnxruntime"
 
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, threads: int = 1, precision: str = "fp32") -> None:
+        self.threads, self.precision = threads, precision
 
     def session(self, model: onnx.ModelProto | Path) -> ort.InferenceSession:
         """A session on the CPU that runs one node at a time."""
@@ -78,7 +79,8 @@ class OnnxRuntime:
 
     def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
         """Runners of ``height`` copies of an op, one for each workload."""
-        session = self._checked_session(stack_graph(op, height, frame), [op.layer], op.width, frame)
+        graph = quantise(stack_graph(op, height, frame), self.precision)
+        session = self._checked_session(graph, [op.layer], op.width, frame)
         layers = [op.layer] * height if op.kind not in ("embedding", "head") else []
         return {w: bind_workload(session, w, frame, op.width, layers) for w in workloads}
 
@@ -87,7 +89,7 @@ class OnnxRuntime:
     ) -> dict[Workload, Run]:
         """Runners of a whole model with random weights, one for each workload."""
         weights = random_weights(model_shapes(architecture, frame), seed)
-        graph = model_graph(architecture, frame, weights)
+        graph = quantise(model_graph(architecture, frame, weights), self.precision)
         session = self._checked_session(graph, architecture.layers, architecture.width, frame)
         return {
             w: bind_workload(session, w, frame, architecture.width, architecture.layers) for w in workloads
@@ -98,6 +100,7 @@ class OnnxRuntime:
     ) -> dict[Workload, int]:
         """Bytes that a whole model adds to a process at its peak, by workload."""
         graph = model_graph(architecture, frame, random_weights(model_shapes(architecture, frame), 0))
+        graph = quantise(graph, self.precision)
         ends = architecture.width, architecture.layers
         with TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -112,7 +115,7 @@ class OnnxRuntime:
         found = []
         for mixer, op in alone.items():
             try:
-                self.session(stack_graph(op, 1, frame))
+                self.session(quantise(stack_graph(op, 1, frame), self.precision))
             except Exception:  # onnxruntime's own classes have no common base but this one
                 found.append(mixer)
         return found

@@ -168,7 +168,7 @@ def _predictor(run: Run, config: AuditConfig, device: str) -> tuple[Workload, Pr
     threads = run.config.profile.threads
     try:
         card = load_card(run.devices, device)
-        path = card.predictor_path(run.space.name, "onnxruntime", threads, "fp32")
+        path = card.predictor_path(run.space.name, "onnxruntime", threads, run.config.profile.precision)
         predictor = load_predictor(path, run.space, profile_command(device))
     except InputError as error:
         raise InputError(f"audit: the set of equal latency needs a predictor: {error}") from None

@@ -13,7 +13,7 @@ from math import isfinite
 from typing import NoReturn
 
 from space import InputError, Workload
-from space.workload import PRECISIONS
+from space.precision import PRECISIONS
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BYTES = {"B": 1.0, "KB": 1e3, "KiB": 2.0**10, "MB": 1e6, "MiB": 2.0**20, "GB": 1e9, "GiB": 2.0**30}

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from latency import Predictor, load_card, load_predictor, profile
+from latency import Predictor, load_card, load_predictor
 from latency.card import open_card
-from latency.profile import open_runtime, settings_digest
+from latency.profile import open_runtime, profile, settings_digest
 from search.audit_report import audit_section
 from search.front import Trained, made_from, member_choice, pick_key, search_front
 from search.promise import KIND as PROMISE_KIND
@@ -30,6 +30,7 @@ from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.checkpoint import Checkpoint, latest_checkpoint
 from supernet.corpus import Corpus, load_corpus, window_starts
 from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
+from supernet.extract import Text
 from supernet.train import load_supernet, train, training_inputs
 
 SUMMARY_KIND = "summary"
@@ -58,7 +59,14 @@ class Run:
 
     def the_trained(self, checkpoint: Checkpoint, corpus: Corpus) -> Trained:
         """What a search needs to know of the training."""
-        return Trained(self.space, checkpoint, corpus, self.config.train.length or self.space.context)
+        return Trained(self.space, checkpoint, corpus, self.text)
+
+    @property
+    def text(self) -> Text:
+        """The text that the supernet is trained on, and its members are judged by."""
+        train = self.config.train
+        length = train.length or self.space.context
+        return Text(data=train.data, length=length, windows=self.config.search.front_windows)
 
     # Stages, in order. Each returns what the next ones need.
 
@@ -85,9 +93,9 @@ class Run:
     def profiled(self, reporter: Reporter) -> Predictor:
         """The predictor of this machine, profiled where it is not there."""
         config = self.config.profile
-        runtime = open_runtime(config.runtime, config.threads)
+        runtime = open_runtime(config.runtime, config.threads, config.precision)
         card = open_card(self.devices, self.config.device, runtime.fingerprint())
-        path = card.predictor_path(self.space.name, runtime.name, config.threads, "fp32")
+        path = card.predictor_path(self.space.name, runtime.name, config.threads, config.precision)
         if path.exists():
             header = read_json(path, "latency predictor", "formfit profile")["header"]["inputs"]
             if header.get("space") == self.space.hash and header.get("settings") == settings_digest(config):

@@ -1,19 +1,19 @@
 """Analytic cost of ops and architectures: parameters, FLOPs and bytes, exactly.
 
-A multiply-add counts as two FLOPs. Bytes are fp32. FLOPs count the projections, the
-convolution and the mixing itself (for linear mixers the recurrent form); norms, gates and
-activations, some percent of the whole, are left out.
+A multiply-add counts as two FLOPs. Bytes of weights are those of a workload's precision, all others
+fp32. FLOPs count the projections, the convolution and the mixing itself (for linear mixers the
+recurrent form); norms, gates and activations, some percent of the whole, are left out.
 """
 
 from math import prod
 
 from space.architecture import Architecture, Frame
 from space.ops import Cost, Op, OpTables, count_ops
+from space.precision import FLOAT, matrix_bytes
 from space.shapes import CONV, PACKED, RECURRENCES, end_shapes, ffn_shapes, mixer_shapes, state_shapes
 from space.space import Space
 from space.workload import Workload
 
-FLOAT = 4
 MATRICES = (*PACKED, "decay_up", "o", "out", "up", "down")
 
 
@@ -24,6 +24,26 @@ def op_params(op: Op, frame: Frame) -> int:
         names = ("embedding",) if op.kind == "embedding" else ("norm", "head")
         return sum(prod(ends[name]) for name in names if name in ends)
     return sum(prod(shape) for shape in _shapes(op, frame).values())
+
+
+def op_weight_bytes(op: Op, frame: Frame, precision: str = "fp32") -> int:
+    """Bytes of an op's weights in an exported graph of a precision.
+
+    A tied head has its matrix in the embedding's op, but for ``int8-dynamic``, which has no operator that
+    reads one quantised tensor both ways.
+    """
+    if precision == "fp32":
+        return FLOAT * op_params(op, frame)
+    matrix = matrix_bytes(frame.vocabulary, op.width, precision)
+    if op.kind == "embedding":  # dynamic: one scale and zero point for all
+        return matrix if precision == "int8" else frame.vocabulary * op.width + FLOAT + 1
+    if op.kind == "head":
+        return FLOAT * op.width + (0 if frame.tied and precision == "int8" else matrix)
+    shapes = _shapes(op, frame)
+    return sum(
+        matrix_bytes(shape[0], shape[1], precision) if name in MATRICES else FLOAT * prod(shape)
+        for name, shape in shapes.items()
+    )
 
 
 def _shapes(op: Op, frame: Frame) -> dict[str, tuple[int, ...]]:
@@ -70,7 +90,7 @@ def op_state_bytes(op: Op, workload: Workload, frame: Frame) -> int:
 
 def op_held_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     """Bytes of an op's weights, and of its states once a workload's tokens are read."""
-    return FLOAT * op_params(op, frame) + op_state_bytes(op, workload, frame)
+    return op_weight_bytes(op, frame, workload.precision) + op_state_bytes(op, workload, frame)
 
 
 def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
@@ -121,9 +141,8 @@ def flops(architecture: Architecture, workload: Workload, frame: Frame) -> int:
 def memory_bytes(architecture: Architecture, workload: Workload, frame: Frame) -> int:
     """Weights, states after the workload, and peak activations, in bytes."""
     ops = count_ops(architecture)
-    states = sum(n * op_state_bytes(op, workload, frame) for op, n in ops.items())
-    peak = max(op_activation_bytes(op, workload, frame) for op in ops)
-    return FLOAT * params(architecture, frame) + states + peak
+    held = sum(n * op_held_bytes(op, workload, frame) for op, n in ops.items())
+    return held + max(op_activation_bytes(op, workload, frame) for op in ops)
 
 
 def flops_table(space: Space, workload: Workload) -> OpTables:

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 
 from space.errors import InputError
+from space.precision import PRECISIONS
 
 PHASES = ("prefill", "decode")
-PRECISIONS = ("fp32",)
-FORM = "prefill@TOKENS or decode@CONTEXT, then optionally ,batch=B ,threads=T ,precision=fp32"
+FORM = "prefill@TOKENS or decode@CONTEXT, then optionally ,batch=B ,threads=T ,precision=P"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -55,7 +55,7 @@ class Workload:
         match = re.fullmatch(r"(\w+)@([0-9]{1,9})", head)
         if not match or match[1] not in PHASES or int(match[2]) == 0:
             raise InputError(f"workload {text!r}: expected {FORM}")
-        values = {"batch": 1, "threads": 1}
+        values, precision = {"batch": 1, "threads": 1}, "fp32"
         given: set[str] = set()
         for option in options:
             name, _, value = option.partition("=")
@@ -67,10 +67,9 @@ class Workload:
                     raise InputError(
                         f"workload {text!r}: precision {value!r} is not one of {', '.join(PRECISIONS)}"
                     )
+                precision = value
             elif name in values and re.fullmatch("[0-9]{1,9}", value) and int(value) > 0:
                 values[name] = int(value)
             else:
                 raise InputError(f"workload {text!r}: {option!r} is not understood; expected {FORM}")
-        return Workload(
-            phase=match[1], length=int(match[2]), batch=values["batch"], threads=values["threads"]
-        )
+        return Workload(phase=match[1], length=int(match[2]), precision=precision, **values)

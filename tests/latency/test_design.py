@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latency import ProfileConfig, load_card, profile
+from latency import ProfileConfig, load_card
 from latency.composition import held_bytes
 from latency.design import STACKS, seeds, stack_heights, stacks
 from latency.op_latencies import features, grouped
-from latency.profile import minutes
+from latency.profile import minutes, profile
 from space import InputError, Space, Workload, genome, load_space
 from space.cost import op_held_bytes
 from space.ops import Op, space_ops

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor, profile
+from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.card import Card, open_card
 from latency.composition import OpTimes
 from latency.design import choose_models
-from latency.profile import load_prior
+from latency.profile import load_prior, profile
 from latency.runtime import bind_workload, random_weights, stack_graph
 from space import Architecture, InputError, Layer, Space, Workload, genome, mixer_graphs
 from space.architecture import HEADLESS_MIXERS, MIXERS

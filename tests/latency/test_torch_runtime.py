@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from latency import ProfileConfig, load_card, profile
-from latency.profile import open_runtime
+from latency import ProfileConfig, load_card
+from latency.profile import open_runtime, profile
 from latency.torch_runtime import TorchRuntime
 from space import InputError, Workload, genome
 from space.ops import space_ops

@@ -18,6 +18,7 @@ COUNTS = st.integers(1, 10**6)
         (" decode@2048 , batch=4 ", Workload(phase="decode", length=2048, batch=4)),
         ("prefill@8,threads=2,batch=3", Workload(phase="prefill", length=8, batch=3, threads=2)),
         ("prefill@8,precision=fp32", Workload(phase="prefill", length=8)),
+        ("decode@8,precision=int8", Workload(phase="decode", length=8, precision="int8")),
     ],
 )
 def test_parse(text: str, workload: Workload) -> None:
@@ -72,7 +73,7 @@ def test_tokens_read_and_tokens_before() -> None:
         ("prefill@4,batch=" + "9" * 5000, "is not understood"),
         ("prefill@4,bach=2", "'bach=2' is not understood"),
         ("prefill@4,batch=2,batch=3", "batch is given twice"),
-        ("prefill@4,precision=int8", "precision 'int8' is not one of fp32"),
+        ("prefill@4,precision=int4", "precision 'int4' is not one of fp32, int8, int8-dynamic"),
         ("prefill@4,batch=2\nthreads=2", "is not understood"),
     ],
 )
