@@ -20,6 +20,7 @@ from search.show import (
     space_table,
     summary_tables,
 )
+from search.submodel_commands import export, extract, finetune, generate
 from space.errors import InputError, LimitError
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, verify, devices):
+for command in (profile, verify, devices, extract, export, finetune, generate):
     app.command()(command)
 
 
@@ -196,48 +197,6 @@ def search(
     if verify:
         require_kept(found["promise"])
     require_tuned(found)
-
-
-@app.command()
-def extract(
-    context: typer.Context,
-    supernet: RunFolder,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the sub-model's folder goes.")],
-    search: Annotated[str | None, typer.Option(metavar="NAME", help="A search of the run.")] = None,
-    pick: Annotated[
-        str | None,
-        typer.Option(help="chosen (after --verify), best, knee, fastest, or a key."),
-    ] = None,
-    architecture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="An architecture in JSON, instead of a search's.")
-    ] = None,
-    format_: Annotated[
-        list[str] | None, typer.Option("--format", help="onnx, beside the weights that are always written.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Take a sub-network out of the supernet as a plain model in a folder of its own."""
-    from search import run as stages
-    from search.verify import export_onnx
-    from supernet.corpus import load_corpus
-    from supernet.extract import write_submodel
-    from supernet.train import load_supernet
-
-    unknown = set(format_ or ()) - {"onnx"}
-    if unknown:
-        raise InputError(f"--format {unknown.pop()}: not one of onnx")
-    if (search is None) == (architecture is None):
-        raise InputError("give one of --search NAME and --architecture FILE")
-    the_run = stages.open_run(supernet, context.obj)
-    checkpoint = stages.open_supernet(the_run, load_corpus(the_run.config.train.data))
-    chosen, found = stages.chosen_architecture(the_run, search, pick, architecture)
-    inputs = {"supernet": checkpoint.digest}
-    submodel = write_submodel(out_dir, load_supernet(the_run.space, checkpoint), found, inputs, chosen)
-    files = ["architecture.json", "model.safetensors", "README.md"]
-    if format_:
-        files.append(export_onnx(submodel).name)
-    value = {"key": found.key, "folder": str(out_dir), "files": files}
-    show(value, as_json, lambda: [make_table("Sub-model", list(value), [[str(v) for v in value.values()]])])
 
 
 @app.command()

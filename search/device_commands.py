@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from search.options import Device, Json
-from search.show import Bars, err, error_table, latency_table, limit_table, make_table, show
+from search.show import Bars, err, error_table, latency_table, limit_table, make_table, precision_table, show
 from space.errors import InputError, LimitError
 
 Noise = Annotated[
@@ -20,6 +20,8 @@ PackTo = typer.Option("--pack", metavar="ZIP", help="Write a kit instead: `pytho
 
 if TYPE_CHECKING:
     from latency import Card
+    from supernet.evaluate import EvaluationSet
+    from supernet.extract import SubModel
 
 
 def profile(
@@ -31,6 +33,9 @@ def profile(
         typer.Option(help="prefill@TOKENS or decode@CONTEXT [default: both at the space's context]."),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads that the device will use.")] = 1,
+    precision: Annotated[
+        str, typer.Option(help="fp32, int8 or int8-dynamic: of the models to ship.")
+    ] = "fp32",
     runtime: Annotated[
         str, typer.Option(help="onnxruntime, torch, torch-compiled, torch-cuda or torch-cuda-compiled.")
     ] = "onnxruntime",
@@ -49,15 +54,16 @@ def profile(
 ) -> None:
     """Measure some of a space's ops and whole models, here or by a kit elsewhere, and fit the predictor."""
     from latency import ProfileConfig, load_card
-    from latency import profile as measure
     from latency.kit import pack, unpack
     from latency.profile import load_prior, minutes
+    from latency.profile import profile as measure
     from space import load_space
     from space.config import parse
 
     given = {
         "workloads": tuple(workload or ()),
         "threads": threads,
+        "precision": precision,
         "runtime": runtime,
         "budget_minutes": minutes(budget) if budget else None,
         "most_noise": noise / 100,
@@ -114,16 +120,15 @@ def verify(
     from latency import load_card
     from latency.card import outdated
     from latency.profile import open_card_runtime
+    from search.export import models_digest
     from search.remote import pack_submodel, unpack_submodel
     from search.run_config import VerifyConfig
     from search.verify import verify as check
-    from space.files import file_digest
     from supernet.extract import read_submodel
 
     submodel = read_submodel(folder)
     card = load_card(context.obj, device)
-    model = folder / "model.onnx"
-    inputs = {"model": file_digest(model)} if model.exists() else {}
+    inputs = {"model": models_digest(submodel)}
     if pack_to and unpack_from:
         raise InputError("give one of --pack ZIP and --unpack JSON")
     if pack_to:
@@ -131,13 +136,21 @@ def verify(
         show(packed, as_json, lambda: [make_table("Kit", list(packed), [[str(v) for v in packed.values()]])])
         return
     if unpack_from:
-        value = unpack_submodel(submodel, card, unpack_from, inputs)
+        value = unpack_submodel(submodel, card, unpack_from, inputs, _judged_by(submodel))
     else:
         warning = outdated(card, open_card_runtime(card).fingerprint())
         if warning:
             err.print(warning, highlight=False, soft_wrap=True)
-        value = check(submodel, card, VerifyConfig(most_noise=noise / 100), inputs)
-    show(value, as_json, lambda: [latency_table(value["latency"]), limit_table(value["limits"])])
+        value = check(submodel, card, VerifyConfig(most_noise=noise / 100), inputs, _judged_by(submodel))
+    show(
+        value,
+        as_json,
+        lambda: [
+            latency_table(value["latency"]),
+            limit_table(value["limits"]),
+            precision_table(value["precisions"]),
+        ],
+    )
     if not as_json:
         worst = max(value["parity"]["errors"].values())
         err.print(f"parity: worst error {worst:.1e}, bound {value['parity']['bound']:.1e}", highlight=False)
@@ -146,6 +159,20 @@ def verify(
         raise LimitError(f"{folder}: the exported model differs from the plain one; see verify.json")
     if missed:
         raise LimitError(f"{folder}: missed {', '.join(missed)} when measured")
+
+
+def _judged_by(submodel: "SubModel") -> "EvaluationSet | None":
+    """The text that a sub-model is judged by; says where there is none."""
+    from search.verify import evaluation_data
+
+    try:
+        data = evaluation_data(submodel)
+        why = "its folder names no text" if data is None else ""
+    except InputError as error:
+        data, why = None, str(error)
+    if why:
+        err.print(f"losses stay UNMEASURED: {why}", highlight=False, soft_wrap=True, markup=False)
+    return data
 
 
 def devices(

@@ -351,4 +351,4 @@ def write_finalist(
     except (FileNotFoundError, SafetensorError, ValueError) as error:
         raise InputError(f"{path}: not the finalist's weights ({error}); `{MADE_BY}` makes them") from None
     inputs = {**inputs, "finalist": file_digest(path)}
-    return write_submodel(folder, supernet, finalist.architecture, inputs, chosen)
+    return write_submodel(folder, supernet, finalist.architecture, inputs, chosen, trained.text)

@@ -16,6 +16,7 @@ from space.files import canonical_json, digest, read_json
 from supernet.checkpoint import Checkpoint
 from supernet.corpus import Corpus
 from supernet.evaluate import evaluation_set
+from supernet.extract import Text
 from supernet.train import load_supernet
 
 
@@ -35,7 +36,12 @@ class Trained:
     space: Space
     checkpoint: Checkpoint
     corpus: Corpus
-    length: int  # tokens of an evaluation window
+    text: Text  # what the corpus was made of, and how its members are judged
+
+    @property
+    def length(self) -> int:
+        """Tokens of an evaluation window."""
+        return self.text.length
 
 
 def search_front(

@@ -89,14 +89,19 @@ class Problem:
 
     def cost(self, limit: Limit, predictors: Mapping[str, Predictor], confidence: float | None) -> Cost:
         """What a limit bears on, as some predictors see it."""
-        device = self.device(limit.device)
-        if limit.workload is not None and limit.metric in ("prefill", "decode"):
-            return predictors[device].cost(limit.workload, confidence)
-        if limit.workload is not None and limit.metric == "rss":
-            return predictors[device].memory_cost(limit.workload, confidence)
-        if limit.workload is not None:
+        counted = limit.workload is None or limit.metric == "memory"
+        if not predictors and (limit.device or not counted):
+            raise InputError(f"limit {limit.text!r}: needs a device; say with --device which card is meant")
+        if limit.device:
+            self.device(limit.device)
+        if limit.workload is None:
+            return params_cost(self.space)
+        if limit.metric == "memory":
             return memory_cost(self.space, limit.workload)
-        return params_cost(self.space)
+        predictor = predictors[self.device(limit.device)]
+        if limit.metric == "rss":
+            return predictor.memory_cost(limit.workload, confidence)
+        return predictor.cost(limit.workload, confidence)
 
     def bounded(self) -> list[Bounded]:
         """The limits in absolute terms; percentages are of the largest architecture's prediction."""

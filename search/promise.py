@@ -16,6 +16,7 @@ import numpy as np
 
 from latency import Card, Predictor
 from latency.predictor import RUNS_APART
+from search.export import export, models_digest
 from search.front import Trained, made_from, member_choice, search_front
 from search.limits import Limit
 from search.problem import QUALITIES, SearchConfig
@@ -23,9 +24,11 @@ from search.reporter import Reporter
 from search.run_config import VerifyConfig
 from search.search import Known
 from search.verify import KIND as VERIFY_KIND
-from search.verify import export_onnx, require_card_is_here, verify
+from search.verify import require_card_is_here, verify
 from space import Architecture, LimitError, Space, Workload, genome
 from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json
+from space.precision import PRECISIONS, model_file
+from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, read_submodel, write_submodel
 from supernet.supernet import Supernet
@@ -49,6 +52,7 @@ class Workbench:
     card: Card
     config: VerifyConfig
     supernet: Callable[[], Supernet]  # loaded when it is needed
+    judged_by: Callable[[], EvaluationSet]  # what losses of exported graphs are taken on, likewise
 
     def extracted(self, architecture: Architecture, choice: Mapping[str, Any]) -> SubModel:
         """The sub-model of an architecture with its graph, extracted where it is not there.
@@ -61,12 +65,14 @@ class Workbench:
         }
         folder = self.submodels / architecture.key
         made = made_from(folder / "architecture.json", SUBMODEL_KIND, inputs)
-        if made and (folder / "model.onnx").exists():
+        predicted = choice["predicted"]["latency"].get(self.card.name, {})
+        precisions = sorted({"fp32", *(Workload.parse(text).precision for text in predicted)})
+        if made and all(model_file(folder, p).exists() for p in precisions):
             return read_submodel(folder)
-        for old in ("model.onnx", "verify.json"):  # of another choice: what is written is written anew
-            (folder / old).unlink(missing_ok=True)
-        submodel = write_submodel(folder, self.supernet(), architecture, inputs, choice)
-        export_onnx(submodel)
+        for old in [*(model_file(folder, p) for p in PRECISIONS), folder / "verify.json"]:
+            old.unlink(missing_ok=True)  # of another choice: what is written is written anew
+        submodel = write_submodel(folder, self.supernet(), architecture, inputs, choice, self.trained.text)
+        export(submodel, ["onnx"], precisions)
         return submodel
 
     def verified(self, submodel: SubModel, reporter: Reporter) -> dict[str, Any]:
@@ -74,7 +80,7 @@ class Workbench:
         settings = digest(canonical_json(self.config.model_dump(mode="json")))
         card = digest(canonical_json([self.card.name, self.card.fingerprint, self.card.references]))
         inputs = {
-            "model": file_digest(submodel.folder / "model.onnx"),
+            "model": models_digest(submodel),
             "settings": settings,
             "card": card,
         }
@@ -83,7 +89,7 @@ class Workbench:
             return read_json(path, VERIFY_KIND, "formfit verify")
         with reporter.stage(f"verify {submodel.architecture.key}") as stage:
             stage(0.0, submodel.architecture.describe())
-            return verify(submodel, self.card, self.config, inputs)
+            return verify(submodel, self.card, self.config, inputs, self.judged_by())
 
 
 class Finalists:
@@ -136,9 +142,9 @@ def best_kept(rows: Sequence[dict[str, Any]], quality: str) -> dict[str, Any]:
 
 def make_workbench(submodels: Path, trained: Trained, card: Card, config: VerifyConfig) -> Workbench:
     """A workbench of a trained supernet."""
-    return Workbench(
-        submodels, trained, card, config, cache(partial(load_supernet, trained.space, trained.checkpoint))
-    )
+    supernet = cache(partial(load_supernet, trained.space, trained.checkpoint))
+    judged_by = cache(partial(evaluation_set, trained.corpus, trained.text.windows, trained.length))
+    return Workbench(submodels, trained, card, config, supernet, judged_by)
 
 
 def keep_promise(

@@ -20,17 +20,20 @@ from latency.kit import Writer, reference_stacks, write_plan
 from latency.kit_result import read_result, read_timings
 from latency.reference import reference_work
 from latency.runtime import graph_binding
+from search.export import exported, models_digest
+from search.parity import PARITY, flat, parity
 from search.run_config import VerifyConfig
-from search.verify import PARITY, chosen_predictions, conclude, flat, latencies, parity
+from search.verify import chosen_predictions, conclude, graph_loss, latencies
 from space import InputError, Workload
 from space.blocks import Model
 from space.cost import flops
-from space.files import atomic_path, file_digest, read_json, write_json
+from space.files import atomic_path, read_json, write_json
+from space.precision import model_file
 from space.shapes import state_shapes
+from supernet.evaluate import EvaluationSet
 from supernet.extract import SubModel
 
 KIND = "verification kit"
-MODEL = "model.onnx"
 CASES = ("prefill", "split", "decode")
 
 
@@ -40,16 +43,16 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
     Raises:
         InputError: there is no exported model, or nothing was predicted for the device.
     """
-    model = submodel.folder / MODEL
-    if not model.exists():
-        raise InputError(f"{model}: not found; `formfit extract --format onnx` writes it")
     workloads = [Workload.parse(text) for text in chosen_predictions(submodel, card)]
-    threads = {w.threads for w in workloads}
-    if len(threads) != 1:
+    exported(submodel, workloads)
+    conditions = {(w.threads, w.precision) for w in workloads}
+    if len(conditions) != 1:
         raise InputError(
-            f"{submodel.folder}: a kit needs predictions for {card.name} on one number of threads, "
-            f"there are {len(threads)}"
+            f"{submodel.folder}: a kit needs predictions for {card.name} on one number of threads in one "
+            f"precision, there are {len(conditions)}"
         )
+    threads, precision = conditions.pop()
+    plain, model = model_file(submodel.folder), model_file(submodel.folder, precision)
     graph, architecture = load_model(model), submodel.architecture
     ends = submodel.frame, architecture.width, architecture.layers
     bindings = {str(w): graph_binding(graph, w, *ends).to_json() for w in workloads}
@@ -59,23 +62,31 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
         "max_rounds": config.rounds,
         "anchor_every": 2,
     }
-    item = {"graph": MODEL, "weights": [], "bindings": bindings, "mixers": [], "fallback": False, "op": False}
+    item = {
+        "graph": model.name,
+        "weights": [],
+        "bindings": bindings,
+        "mixers": [],
+        "fallback": False,
+        "op": False,
+    }
     items: list[dict[str, Any]] = [{**item, "name": str(copy)} for copy in range(config.copies)]
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as kit:
-        kit.write(model, MODEL)
+        for path in {plain, model}:
+            kit.write(path, path.name)
         cases = []
         for name, arrays in _cases(submodel, config.tokens).items():
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)
             kit.writestr(f"{name}.npz", buffer.getvalue())
-            cases.append({"name": name, "graph": MODEL, "arrays": f"{name}.npz"})
+            cases.append({"name": name, "graph": plain.name, "arrays": f"{name}.npz"})
         writer = Writer(kit)
         groups = [{"timer": timer, "items": [*items, *reference_stacks(writer)]}]
-        plan = {"threads": threads.pop(), "groups": groups, "parity": cases}
-        identity = write_plan(writer, {"model": file_digest(model), **plan})
+        plan = {"threads": threads, "groups": groups, "parity": cases}
+        identity = write_plan(writer, {"model": models_digest(submodel), **plan})
     design = {
         "kit": identity,
-        "model": file_digest(model),
+        "model": models_digest(submodel),
         "device": card.name,
         "settings": config.model_dump(mode="json"),
         "workloads": list(bindings),
@@ -114,8 +125,16 @@ def _cases(submodel: SubModel, tokens: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def unpack_submodel(submodel: SubModel, card: Card, path: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
+def unpack_submodel(
+    submodel: SubModel,
+    card: Card,
+    path: Path,
+    inputs: Mapping[str, str],
+    data: EvaluationSet | None = None,
+) -> dict[str, Any]:
     """Judge a sub-model by what a kit measured, and write ``verify.json``.
+
+    The losses of its graphs on ``data`` are taken here; None leaves them UNMEASURED.
 
     Raises:
         InputError: the result is not whole, not of this kit, or of another device.
@@ -124,9 +143,8 @@ def unpack_submodel(submodel: SubModel, card: Card, path: Path, inputs: Mapping[
     design = read_json(submodel.folder / "kit.json", KIND, again)
     if design["device"] != card.name:
         raise InputError(f"{submodel.folder}: packed for {design['device']}, not for {card.name}; `{again}`")
-    model = submodel.folder / MODEL
-    if not model.exists() or file_digest(model) != design["model"]:
-        raise InputError(f"{model}: not the model that was packed; `{again}`")
+    if models_digest(submodel) != design["model"]:
+        raise InputError(f"{submodel.folder}: not the graphs that were packed; `{again}`")
     result = read_result(path, design["kit"], card.name)
     config = VerifyConfig.model_validate(design["settings"])
     other = differences(card.fingerprint, result.fingerprint.model_dump())
@@ -144,9 +162,12 @@ def unpack_submodel(submodel: SubModel, card: Card, path: Path, inputs: Mapping[
     if set(timings) != set(work) or set(result.parity) != set(CASES):
         raise InputError(f"{path}: lacks what its kit measures; run the kit again")
     measured = latencies(card, timings, workloads, config.copies)
-    own = parity(submodel, model, config.tokens)
+    own = parity(submodel, model_file(submodel.folder), config.tokens)
     errors = {f"device_{name}": error for name, error in result.parity.items()}
     checked = {**own, "errors": {**own["errors"], **errors}}
     checked["kept"] = max(checked["errors"].values()) <= max(PARITY, own["bound"])
     runtime = f"onnxruntime {result.fingerprint.runtime_version}"
-    return conclude(submodel, card, runtime, measured, checked, {}, inputs)
+    losses = (
+        {p: graph_loss(model_file(submodel.folder, p), data) for p in exported(submodel, [])} if data else {}
+    )
+    return conclude(submodel, card, runtime, measured, checked, {}, losses, inputs)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from latency import Card, Predictor
+from search.export import export
 from search.finalists import FinalistsConfig, distil_finalists, write_finalist
 from search.front import member_choice, search_front
 from search.problem import QUALITIES, SearchConfig
 from search.promise import Workbench, keep_promise, make_workbench
 from search.reporter import Reporter
 from search.run import Run, open_supernet
-from search.verify import export_onnx
-from space import Architecture, InputError, LimitError
+from space import Architecture, InputError, LimitError, Workload
 from space.files import canonical_json, digest
 from supernet.corpus import load_corpus
 from supernet.evaluate import evaluation_set
@@ -101,7 +101,8 @@ def distilled(
     target = bench.submodels / f"{member['key']}-{folder.name}"
     inputs = {"supernet": bench.trained.checkpoint.digest}
     submodel = write_finalist(target, bench.trained, ranked[0], inputs, choice)
-    export_onnx(submodel)
+    predicted = choice["predicted"]["latency"].get(bench.card.name, {})
+    export(submodel, ["onnx"], [Workload.parse(text).precision for text in predicted])
     tuned = {"key": member["key"], "folder": str(target)}
     if "promise" in found:
         verified = bench.verified(submodel, reporter)

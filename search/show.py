@@ -98,6 +98,18 @@ def latency_table(latency: dict[str, Any]) -> Table:
     return make_table("Latency, ms", ["workload", "predicted", "upper bound", "measured", "error"], rows)
 
 
+def precision_table(precisions: dict[str, Any]) -> Table:
+    """Size, loss and latencies of a sub-model's graphs."""
+    rows = []
+    for name, of in precisions.items():
+        loss = of["loss_nats"]
+        shown = loss if isinstance(loss, str) else f"{loss:.4f}"
+        # The workload without its precision, which the row says.
+        times = "\n".join(f"{w.split(',')[0]} {ms:.3f}" for w, ms in of["latency_ms"].items())
+        rows.append([name, f"{of['bytes'] / 2**20:.2f} MiB", shown, times])
+    return make_table("Precisions", ["precision", "file", "loss, nats", "latency, ms"], rows)
+
+
 def front_table(front: dict[str, Any]) -> Table:
     """The members of a front."""
     from space import Architecture

@@ -7,10 +7,11 @@ from latency import Card, Predictor, load_card, load_predictor
 from latency.card import outdated, profile_command
 from latency.profile import open_card_runtime
 from search.feasibility import certify
+from search.limits import Limit
 from search.problem import SearchConfig, make_problem
 from search.reporter import Reporter
 from search.run_config import RunConfig
-from space import InputError
+from space import InputError, Workload
 
 
 def open_targets(
@@ -33,13 +34,42 @@ def open_targets(
     if len(set(names)) < len(names):
         raise InputError(f"devices: {', '.join(names)} names one twice")
     cards = {name: load_card(devices, name) for name in names}
-    predictors = {name: _predictor(run, card, reporter) for name, card in cards.items()}
+    precisions = {name: precision_of(config, name, names[0]) for name in names}
+    predictors = {
+        name: open_predictor(run, card, precisions[name] or run.profile.precision, reporter)
+        for name, card in cards.items()
+    }
     certify(run.the_space, make_problem(run.the_space, predictors, config).bounded())
     return cards, predictors
 
 
-def _predictor(run: RunConfig, card: Card, reporter: Reporter) -> Predictor:
-    """A card's predictor of a run's space; warns where the card no longer fits its machine."""
+def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
+    """The precision that limits and objectives ask of a device's models; None where they ask for nothing.
+
+    Raises:
+        InputError: they ask for several, while a model is shipped in one.
+    """
+    asked: dict[str, str] = {}
+    for limit in map(Limit.parse, config.limits):
+        if limit.workload and limit.metric != "memory" and (limit.device or first) == device:
+            asked.setdefault(limit.workload.precision, limit.text)
+    for name in config.objectives:
+        *of, metric, workload = name.split(":") if ":" in name else (name, "")
+        if metric in ("latency", "rss") and (of or [first]) == [device]:
+            asked.setdefault(Workload.parse(workload).precision, name)
+    if len(asked) > 1:
+        raise InputError(
+            f"device {device}: {' and '.join(asked.values())} are of different precisions; give one"
+        )
+    return next(iter(asked), None)
+
+
+def open_predictor(run: RunConfig, card: Card, precision: str, reporter: Reporter) -> Predictor:
+    """A card's predictor of a run's space in a precision; warns where the card no longer fits its machine.
+
+    Raises:
+        InputError: the card was not profiled for the space in that precision.
+    """
     runtime = str(card.fingerprint.get("runtime"))
     try:
         warning = outdated(card, open_card_runtime(card).fingerprint())
@@ -47,5 +77,6 @@ def _predictor(run: RunConfig, card: Card, reporter: Reporter) -> Predictor:
         warning = None
     if warning:
         reporter.warn(warning)
-    path = card.predictor_path(run.the_space.name, runtime, run.profile.threads, "fp32")
-    return load_predictor(path, run.the_space, profile_command(card.name))
+    path = card.predictor_path(run.the_space.name, runtime, run.profile.threads, precision)
+    option = "" if precision == "fp32" else f" --precision {precision}"
+    return load_predictor(path, run.the_space, profile_command(card.name) + option)

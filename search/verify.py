@@ -1,23 +1,19 @@
-"""Export and verification: the sub-model as one ONNX graph, and proof that it keeps its promise.
+"""Verification: proof that an exported sub-model computes what it should and keeps its promise.
 
-Verification checks that the exported graph computes what the plain model computes, for
-prefill and token by token with state, then measures it on the device and compares with what
-was predicted and asked. Latencies are in the card's units: the ratio to the reference work times what
-that took for the card, so that a machine that has slowed down since is not taken for a slower model.
+Parity first (:mod:`search.parity`), then the device: measured latencies beside what was predicted and asked,
+and size and loss of every precision that is there. Latencies are in the card's units: the ratio to the
+reference work times what that took for the card, so that a machine that has slowed down since is not taken
+for a slower model.
 """
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from onnx import load_model, save_model
+from onnx import load_model
 
 from latency import Card, OnnxRuntime
 from latency.binding import Run
@@ -25,137 +21,24 @@ from latency.card import differences, outdated
 from latency.profile import open_card_runtime
 from latency.reference import reference_items, require_quiet
 from latency.rss import session_rss
-from latency.runtime import Runtime, graph_binding, lacks
+from latency.runtime import Runtime, graph_binding
 from latency.timer import TimerConfig, measure, pinned
 from latency.timing import Timing
+from search.decoder import Decoder
+from search.export import exported
 from search.limits import Limit
+from search.parity import parity
 from search.run_config import VerifyConfig
 from space import InputError, Workload
-from space.blocks import Model, State
 from space.cost import memory_bytes, params
-from space.files import atomic_path, canonical_json, read_json, write_json
-from space.graphs import model_graph
-from space.shapes import state_shapes
+from space.files import read_json, write_json
+from space.precision import model_file
+from supernet.corpus import load_corpus
+from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import SubModel
+from supernet.mqar import IGNORED
 
 KIND = "verification"
-PARITY = 1e-5  # max|a-b| / max|b|
-States = dict[str, NDArray[Any]]
-
-
-def export_onnx(submodel: SubModel) -> Path:
-    """Write ``model.onnx`` beside the weights; returns its path."""
-    weights = {name: p.numpy() for name, p in submodel.model().named_parameters()}
-    metadata = {
-        "formfit.key": submodel.architecture.key,
-        "formfit.architecture": canonical_json(submodel.architecture.to_json()),
-        "formfit.frame": canonical_json(vars(submodel.frame)),
-        "formfit.chosen": canonical_json(dict(submodel.chosen)),
-    }
-    model = model_graph(submodel.architecture, submodel.frame, weights, metadata)
-    path = submodel.folder / "model.onnx"
-    with atomic_path(path) as temporary:
-        save_model(model, str(temporary))
-    return path
-
-
-def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """``max|a-b| / max|b|``; infinite where something is not finite."""
-    if not np.isfinite(found).all():
-        return math.inf
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-class OnnxModel:
-    """An exported model, run call by call with its state."""
-
-    def __init__(self, path: Path, submodel: SubModel) -> None:
-        self.submodel = submodel
-        runtime, architecture = OnnxRuntime(), submodel.architecture
-        try:
-            self.session = runtime.session(path)
-        except Exception as error:  # onnxruntime's own classes have no common base but this one
-            lacking = runtime.lacking(architecture.layers, architecture.width, submodel.frame)
-            if lacking:
-                raise InputError(f"{path}: {lacks(lacking, error)}") from None
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{path}: onnxruntime cannot load it ({reason}); `formfit extract` writes it"
-            ) from None
-        self.names = [output.name for output in self.session.get_outputs()]
-
-    def empty(self, batch: int = 1) -> States:
-        """The state at the start of a sequence."""
-        architecture, frame = self.submodel.architecture, self.submodel.frame
-        return {
-            f"state.{slot}.{name}": np.zeros(shape, np.float32)
-            for slot, layer in enumerate(architecture.layers)
-            for name, shape in state_shapes(layer, architecture.width, frame, batch, 0).items()
-        }
-
-    def __call__(self, tokens: NDArray[Any], position: int, states: States) -> tuple[NDArray[Any], States]:
-        """Tokens [B, T] -> (logits [B, T, vocabulary], states)."""
-        feeds = {"tokens": tokens, "position": np.array([position]), **states}
-        known = {item.name for item in self.session.get_inputs()}
-        found = self.session.run(self.names, {k: v for k, v in feeds.items() if k in known})
-        values = dict(zip(self.names, found, strict=True))
-        logits = values.pop("logits")
-        return logits, {name.removesuffix(".next"): value for name, value in values.items()}
-
-
-@torch.inference_mode()
-def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """Errors of the plain fp32 model and of the exported graph against the plain model in fp64.
-
-    Where ``device`` is not the CPU, also of the plain model there.
-
-    Prefill, token by token, and a prefill split in two are compared, logits and final states.
-    The bound is 1e-5, or three times the plain fp32 model's own error where that is more.
-    """
-    plain, onnx_model = submodel.model(), OnnxModel(path, submodel)
-    precise = Model(submodel.architecture, submodel.frame).double()
-    precise.load_state_dict({name: p.double() for name, p in plain.state_dict().items()})
-    rng = np.random.default_rng(seed)
-    text = rng.integers(0, submodel.frame.vocabulary, (1, min(tokens, submodel.frame.context)))
-    length = text.shape[1]
-    expected, expected_states = precise(torch.from_numpy(text))
-
-    def torch_run(cuts: list[int], where: str = "cpu") -> tuple[NDArray[Any], States]:
-        model, logits, states = plain.to(where), [], None
-        for start, end in pairwise(cuts):
-            out, states = model(torch.from_numpy(text[:, start:end]).to(where), start, states)
-            logits.append(out.cpu().numpy())
-        return np.concatenate(logits, axis=1), flat(states or {})
-
-    def onnx_run(cuts: list[int]) -> tuple[NDArray[Any], States]:
-        logits, states = [], onnx_model.empty()
-        for start, end in pairwise(cuts):
-            out, states = onnx_model(text[:, start:end], start, states)
-            logits.append(out)
-        return np.concatenate(logits, axis=1), states
-
-    reference = {"logits": expected.numpy(), **flat(expected_states)}
-    errors = {}
-    ways = {"prefill": [0, length], "split": [0, length // 3, length], "decode": list(range(length + 1))}
-    runs = {"torch": torch_run, "onnx": onnx_run}
-    if device != "cpu":
-        runs[device] = partial(torch_run, where=device)
-    for name, run in runs.items():
-        for way, cuts in ways.items():
-            logits, states = run(cuts)
-            errors[f"{name}_{way}"] = max(
-                relative_error(value, reference[key]) for key, value in {"logits": logits, **states}.items()
-            )
-    own = max(error for name, error in errors.items() if name.startswith("torch"))
-    bound = max(PARITY, 3 * own)
-    return {"errors": errors, "bound": bound, "tokens": length, "kept": max(errors.values()) <= bound}
-
-
-def flat(states: Mapping[int, State]) -> States:
-    """States by the names that the exported graph gives them."""
-    return {
-        f"state.{slot}.{name}": t.cpu().numpy() for slot, state in states.items() for name, t in state.items()
-    }
 
 
 def require_card_is_here(card: Card) -> None:
@@ -172,7 +55,7 @@ def require_card_is_here(card: Card) -> None:
 
 
 def measure_submodel(
-    submodel: SubModel, path: Path, card: Card, workloads: list[Workload], config: VerifyConfig
+    submodel: SubModel, card: Card, workloads: Sequence[Workload], config: VerifyConfig
 ) -> dict[str, Any]:
     """Measured latencies by workload, in the card's units, with intervals and raw clock times.
 
@@ -189,7 +72,7 @@ def measure_submodel(
         with pinned(threads):
             items: dict[str, Run] = {}
             for copy in range(config.copies):
-                for w, run in sessions(runtime, submodel, path, some).items():
+                for w, run in sessions(runtime, submodel, some).items():
                     items[f"{copy}|{w}"] = run
             timer = TimerConfig(
                 block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
@@ -201,13 +84,12 @@ def measure_submodel(
     return found
 
 
-def sessions(
-    runtime: Runtime, submodel: SubModel, path: Path, workloads: Sequence[Workload]
-) -> dict[Workload, Run]:
+def sessions(runtime: Runtime, submodel: SubModel, workloads: Sequence[Workload]) -> dict[Workload, Run]:
     """Runners of the sub-model as the runtime deploys it, one for each workload."""
     architecture, frame = submodel.architecture, submodel.frame
     if isinstance(runtime, OnnxRuntime):
-        return {w: runtime.load(path, architecture, w, frame) for w in workloads}
+        files = {w: model_file(submodel.folder, w.precision) for w in workloads}
+        return {w: runtime.load(files[w], architecture, w, frame) for w in workloads}
     from latency.torch_runtime import TorchRuntime
 
     if not isinstance(runtime, TorchRuntime):
@@ -235,19 +117,16 @@ def latencies(
     return found
 
 
-def measure_rss(submodel: SubModel, path: Path) -> dict[str, int]:
+def measure_rss(submodel: SubModel) -> dict[str, int]:
     """Peak bytes of a session of the exported model in each workload that a limit on rss names."""
     limits = [Limit.parse(item["limit"]) for item in submodel.chosen.get("limits", [])]
     workloads = [limit.workload for limit in limits if limit.metric == "rss" and limit.workload]
-    if not workloads:
-        return {}
-    graph, architecture = load_model(path), submodel.architecture
-    return {
-        str(w): session_rss(
-            path, graph_binding(graph, w, submodel.frame, architecture.width, architecture.layers), w.threads
-        )
-        for w in workloads
-    }
+    architecture, found = submodel.architecture, {}
+    for w in workloads:
+        path = model_file(submodel.folder, w.precision)
+        ends = submodel.frame, architecture.width, architecture.layers
+        found[str(w)] = session_rss(path, graph_binding(load_model(path), w, *ends), w.threads)
+    return found
 
 
 def judge(
@@ -280,24 +159,65 @@ def judge(
     return rows
 
 
-def verify(submodel: SubModel, card: Card, config: VerifyConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
+def verify(
+    submodel: SubModel,
+    card: Card,
+    config: VerifyConfig,
+    inputs: Mapping[str, str],
+    data: EvaluationSet | None = None,
+) -> dict[str, Any]:
     """Verify an exported sub-model on its device and write ``verify.json``.
+
+    Args:
+        submodel: with its exported graphs.
+        card: the device's.
+        config: how.
+        inputs: the hashes of what is verified.
+        data: what the losses of its graphs are taken on; None leaves them UNMEASURED.
 
     Raises:
         InputError: there is no exported model, or this is not the card's machine.
     """
-    path = submodel.folder / "model.onnx"
-    if not path.exists():
-        raise InputError(f"{path}: not found; `formfit extract --format onnx` writes it")
-    predicted = chosen_predictions(submodel, card)
-    measured = measure_submodel(submodel, path, card, [Workload.parse(text) for text in predicted], config)
+    workloads = [Workload.parse(text) for text in chosen_predictions(submodel, card)]
+    there = exported(submodel, workloads)
+    also = [replace(w, precision=p) for p in there for w in workloads] if is_onnx(card) else workloads
+    measured = measure_submodel(submodel, card, list(dict.fromkeys([*workloads, *also])), config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         device = "cuda" if "cuda" in str(card.fingerprint["runtime"]) else "cpu"
-        checked = parity(submodel, path, config.tokens, device=device)
+        checked = parity(submodel, model_file(submodel.folder), config.tokens, device=device)
     here = open_card_runtime(card).fingerprint()
     runtime = f"{here['runtime']} {here['runtime_version']}"
-    return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel, path), inputs)
+    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in there} if data else {}
+    return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel), losses, inputs)
+
+
+def is_onnx(card: Card) -> bool:
+    """Whether what a card's device runs is the exported graph."""
+    return str(card.fingerprint.get("runtime")) == OnnxRuntime.name
+
+
+def graph_loss(path: Path, data: EvaluationSet) -> float:
+    """The mean loss of an exported graph over an evaluation's targets, in nats per token."""
+    decoder, total = Decoder(path), 0.0
+    for tokens, targets in zip(data.tokens, data.targets, strict=True):
+        asked = targets != IGNORED
+        logits = decoder(tokens[None], decoder.start(room=len(tokens)))[0][0].astype(np.float64)[asked]
+        greatest = logits.max(axis=-1)
+        normaliser = greatest + np.log(np.exp(logits - greatest[:, None]).sum(axis=-1))
+        total += float((normaliser - logits[np.arange(len(logits)), targets[asked]]).sum())
+    return total / data.count
+
+
+def evaluation_data(submodel: SubModel) -> EvaluationSet | None:
+    """The held-out text that a sub-model is judged by; None where it is not known.
+
+    Raises:
+        InputError: it is known, and not there.
+    """
+    if submodel.text is None:
+        return None
+    return evaluation_set(load_corpus(submodel.text.data), submodel.text.windows, submodel.text.length)
 
 
 def chosen_predictions(submodel: SubModel, card: Card) -> dict[str, Any]:
@@ -312,6 +232,7 @@ def conclude(
     measured: Mapping[str, Any],
     checked: Mapping[str, Any],
     rss: Mapping[str, int],
+    losses: Mapping[str, float],
     inputs: Mapping[str, str],
 ) -> dict[str, Any]:
     """Compare what was measured with what was predicted and asked, and write ``verify.json``."""
@@ -323,6 +244,19 @@ def conclude(
             "error_percent": 100 * (predicted[text]["latency_ms"] / timing["latency_ms"] - 1),
         }
         for text, timing in measured.items()
+        if text in predicted
+    }
+    precisions = {
+        p: {
+            "bytes": model_file(submodel.folder, p).stat().st_size,
+            "loss_nats": losses.get(p, "UNMEASURED"),
+            "latency_ms": {
+                text: timing["latency_ms"]
+                for text, timing in measured.items()
+                if Workload.parse(text).precision == p
+            },
+        }
+        for p in exported(submodel, [])
     }
     body = {
         "key": submodel.architecture.key,
@@ -330,6 +264,7 @@ def conclude(
         "runtime": runtime,
         "parity": dict(checked),
         "latency": latency,
+        "precisions": precisions,
         "rss_bytes": dict(rss),
         "limits": judge(submodel, card.name, measured, rss),
     }

@@ -1,7 +1,8 @@
 """Sub-models: a sub-network taken out of the supernet as a plain model in a folder.
 
-``architecture.json`` says what it is (with the frame of its space, and what it was chosen
-for), ``model.safetensors`` holds its weights under the names of :mod:`space.shapes`.
+``architecture.json`` says what it is (with the frame of its space, what it was chosen for, and the
+text that it was trained on), ``model.safetensors`` holds its weights under the names of
+:mod:`space.shapes`, and ``tokenizer.json`` stands beside them where bytes are not the tokens.
 """
 
 from collections.abc import Mapping
@@ -9,18 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from space import Architecture, Frame, InputError
 from space.blocks import Model
-from space.files import atomic_path, read_json, write_json, write_text
+from space.config import parse
+from space.files import atomic_path, file_digest, read_json, write_bytes, write_json, write_text
 from space.shapes import model_shapes
+from supernet.corpus import DataConfig
 from supernet.supernet import Supernet
 
 KIND = "sub-model"
+TOKENIZER = "tokenizer.json"
 MADE_BY = "formfit extract"
+
+
+class Text(BaseModel):
+    """The text that a sub-model was trained on, and is judged by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: DataConfig
+    length: int = Field(gt=0)  # tokens of a sequence, in training and in an evaluation
+    windows: int = Field(gt=0)  # sequences of an evaluation
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,27 @@ class SubModel:
     architecture: Architecture
     frame: Frame
     chosen: Mapping[str, Any]  # the limits and predictions it was chosen under
+    text: Text | None = None  # None: unknown
+    tokenizer_digest: str | None = None  # of its tokenizer.json; None: bytes are the tokens
+
+    def tokenizer(self) -> Path | None:
+        """The tokenizer's file, beside the weights; None where bytes are the tokens.
+
+        Raises:
+            InputError: it is missing, or another than the model was trained with.
+        """
+        if self.tokenizer_digest is None:
+            return None
+        path = self.folder / TOKENIZER
+        if not path.exists():
+            raise InputError(
+                f"{path}: missing, and the model cannot read text without it; `{MADE_BY}` writes it"
+            )
+        if file_digest(path) != self.tokenizer_digest:
+            raise InputError(
+                f"{path}: not the tokenizer that the model was trained with; `{MADE_BY}` writes it"
+            )
+        return path
 
     def model(self) -> Model:
         """The plain model with its weights.
@@ -67,9 +103,22 @@ def write_submodel(
     architecture: Architecture,
     inputs: Mapping[str, str],
     chosen: Mapping[str, Any],
+    text: Text | None = None,
 ) -> SubModel:
-    """Extract a sub-model into a folder: weights first, then what they are."""
+    """Extract a sub-model into a folder: weights first, then what they are.
+
+    Args:
+        folder: the sub-model's.
+        supernet: that holds its weights.
+        architecture: which of its members.
+        inputs: the hashes of what it is made from.
+        chosen: the limits and predictions it was chosen under.
+        text: what the supernet was trained on; its tokenizer is copied.
+    """
     frame = supernet.space.frame
+    tokenizer = text.data.tokenizer if text else None
+    if tokenizer:
+        write_bytes(folder / TOKENIZER, tokenizer.read_bytes())
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(extract(supernet, architecture), temporary)
     body = {
@@ -78,6 +127,8 @@ def write_submodel(
         "frame": vars(frame),
         "space": supernet.space.name,
         "chosen": dict(chosen),
+        "text": text.model_dump(mode="json") if text else None,
+        "tokenizer": file_digest(folder / TOKENIZER) if tokenizer else None,
     }
     write_json(folder / "architecture.json", KIND, inputs, body)
     write_text(folder / "README.md", _card(architecture, frame, chosen))
@@ -99,7 +150,8 @@ def read_submodel(folder: Path) -> SubModel:
         frame = Frame(**value["frame"])
     except TypeError as error:
         raise InputError(f"{path}: frame: {error}") from None
-    return SubModel(folder, architecture, frame, value["chosen"])
+    text = value.get("text") and parse(Text, value["text"], f"{path}: text")
+    return SubModel(folder, architecture, frame, value["chosen"], text, value.get("tokenizer"))
 
 
 def _card(architecture: Architecture, frame: Frame, chosen: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from space.files import file_digest
 from supernet.corpus import DataConfig, load_corpus
 from supernet.distil import distil, largest_teacher
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
-from supernet.extract import extract
+from supernet.extract import Text, extract
 from supernet.recipe import TrainConfig
 from supernet.train import load_supernet, train
 from tests.conftest import Quiet
@@ -51,7 +51,8 @@ def trained_in(root: Path, text: Path) -> Trained:
     """A small supernet, trained where it is not there."""
     space, corpus = small_space(), load_corpus(DataConfig(path=text, held_out=0.2))
     config = TrainConfig(steps=30, batch=4, threads=1, learning_rate=5e-3)
-    return Trained(space, train(space, config, root, None, corpus), corpus, 32)
+    text = Text(data=config.data, length=32, windows=8)
+    return Trained(space, train(space, config, root, None, corpus), corpus, text)
 
 
 def evaluation_of(trained: Trained) -> EvaluationSet:
