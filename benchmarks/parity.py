@@ -1,0 +1,156 @@
+"""Claim: torch, ONNX and Hugging Face compute the same model, whatever the architecture.
+
+Fifty random architectures with every mixer, grouped heads, absent layers and every FFN size, distinct values
+in every weight: a prefill of 96 tokens, and 64 tokens read one by one after a prefill of 32, so that windows
+wrap. Each is compared with the plain model in fp64 (docs/files.md has the bound). Rows padded on the left are
+compared with the same rows alone, and 64 greedy tokens of `formfit generate` with those of generate().
+"""
+
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outcome
+import torch
+
+from search.decoder import Decoder
+from search.export import export
+from search.generate import Sampling, generate, near_tie
+from search.parity import PARITY, relative_error
+from space import Space
+from space.architecture import MIXERS
+from space.blocks import Model
+from space.config import parse
+from space.genome import decode, sample
+from supernet.extract import SubModel, write_submodel
+from supernet.supernet import Supernet
+
+SPACE = {
+    "name": "parity", "vocabulary": 256, "context": 192, "head_dim": 16, "width": [32, 48, 64],
+    "depth": [1, 2, 3, 4, 5],
+    "layer": {
+        "mixer": [*MIXERS, "none"], "heads": [1, 2, 4], "kv_heads": [1, 2], "ffn": [0, 32, 64, 96],
+        "window": [8, 16],
+    },
+    "hybrid": {"ratios": ["full", 1, 2, 3, "linear"]},
+}  # fmt: skip
+PREFILL, READ, STEPS = 96, 32, 64
+PADS = (0, 5, 40)  # tokens of padding on the left of three rows
+
+
+def scattered(space: Space) -> Supernet:
+    """A supernet at initialisation scale with distinct values everywhere, norms and gates too."""
+    supernet, generator = Supernet(space), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in supernet.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += noise * (0.1 if parameter.ndim == 1 else 0.03)
+    return supernet.requires_grad_(False)
+
+
+@torch.inference_mode()
+def errors(submodel: SubModel, hf: Any) -> dict[str, float]:
+    """The largest relative errors against the plain model in fp64, and of padded rows against rows alone."""
+    plain = submodel.model()
+    precise = Model(submodel.architecture, submodel.frame).double()
+    precise.load_state_dict({name: p.double() for name, p in plain.state_dict().items()})
+    text = np.random.default_rng(0).integers(1, 256, (1, PREFILL))
+    tokens = torch.from_numpy(text)
+    whole = precise(tokens)[0].numpy()
+    found: dict[str, Any] = {"torch_prefill": plain(tokens)[0].numpy()}
+    decoder = Decoder(submodel.folder / "model.onnx")
+    found["onnx_prefill"] = decoder(text, decoder.start())[0]
+    found["hf_prefill"] = hf(input_ids=tokens).logits.numpy()
+
+    steps: dict[str, list[Any]] = {"torch": [], "onnx": [], "hf": []}
+    states = plain(tokens[:, :READ])[1]
+    _, state = decoder(text[:, :READ], decoder.start())
+    past = hf(input_ids=tokens[:, :READ], use_cache=True)
+    for t in range(READ, READ + STEPS):
+        now = tokens[:, t : t + 1]
+        out, states = plain(now, t, states)
+        steps["torch"].append(out.numpy())
+        out, state = decoder(text[:, t : t + 1], state)
+        steps["onnx"].append(out)
+        past = hf(
+            input_ids=now, past_key_values=past.get("cache", past.get("past_key_values")), use_cache=True
+        )
+        steps["hf"].append(past.logits.numpy())
+    found |= {f"{who}_decode": np.concatenate(rows, axis=1) for who, rows in steps.items()}
+    result = {
+        name: relative_error(value, whole if name.endswith("prefill") else whole[:, READ : READ + STEPS])
+        for name, value in found.items()
+    }
+
+    batch, mask = tokens.repeat(len(PADS), 1), torch.ones(len(PADS), PREFILL, dtype=torch.long)
+    for row, pad in enumerate(PADS):
+        batch[row] = tokens[0].roll(pad)
+        batch[row, :pad], mask[row, :pad] = 0, 0
+    padded = hf(input_ids=batch, attention_mask=mask).logits.numpy()
+    result["hf_padded"] = max(
+        relative_error(padded[row, pad:], whole[0, : PREFILL - pad]) for row, pad in enumerate(PADS)
+    )
+    return result
+
+
+@torch.inference_mode()
+def same_text(submodel: SubModel, hf: Any) -> tuple[bool, int]:
+    """Whether the greedy tokens of both agree, and at how many the likeliest two are as good as equal."""
+    prompt = np.random.default_rng(1).integers(1, 256, 20)
+    ids = torch.from_numpy(prompt[None])
+    theirs = hf.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    decoder = Decoder(submodel.folder / "model.onnx")
+    ours = list(generate(decoder, prompt.tolist(), STEPS, Sampling(), None))
+    logits, _ = decoder(np.array([[*prompt.tolist(), *ours[:-1]]]), decoder.start())
+    return ours == theirs, sum(near_tie(row) for row in logits[0, len(prompt) - 1 :])
+
+
+def main() -> int:
+    arguments = outcome.options(__doc__).parse_args()
+    space = parse(Space, SPACE, "parity")
+    supernet = scattered(space)
+    architectures = decode(space, sample(space, np.random.default_rng(0), 6 if arguments.quick else 50))
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng():
+        os.environ["HF_MODULES_CACHE"] = str(Path(temporary) / "modules")
+        from transformers import AutoModelForCausalLM, logging
+
+        logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
+        for architecture in architectures:
+            submodel = write_submodel(Path(temporary) / architecture.key, supernet, architecture, {}, {})
+            export(submodel, ["onnx", "hf"])
+            hf = AutoModelForCausalLM.from_pretrained(submodel.folder / "hf", trust_remote_code=True).eval()
+            found, (same, ties) = errors(submodel, hf), same_text(submodel, hf)
+            own = max(found["torch_prefill"], found["torch_decode"])
+            bound = max(PARITY, 3 * own)
+            rows.append(
+                {
+                    "architecture": architecture.describe(), "errors": found, "bound": bound,
+                    "kept": max(found.values()) <= bound, "same_text": same, "near_ties": ties,
+                    "class": type(hf).__name__,
+                }
+            )  # fmt: skip
+    worst = {name: max(row["errors"][name] for row in rows) for name in rows[0]["errors"]}
+    mixers = {layer.mixer for a in architectures for layer in a.layers}
+    count = len(rows)
+    checks = {
+        f"all {len(MIXERS)} mixers, and none, occur": arguments.quick or mixers == {*MIXERS, "none"},
+        f"{sum(row['kept'] for row in rows)} of {count} within the bound": all(row["kept"] for row in rows),
+        f"worst error {max(worst.values()):.1e} <= {PARITY:.0e}": max(worst.values()) <= PARITY,
+        f"{sum(row['same_text'] for row in rows)} of {count} say the same 64 tokens": all(
+            row["same_text"] or row["near_ties"] for row in rows
+        ),
+    }
+    return outcome.write("parity", arguments, {"worst": worst, "architectures": rows}, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
