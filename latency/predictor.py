@@ -31,6 +31,7 @@ from space import InputError, Space, Workload
 from space.cost import flops_table, op_held_bytes, params_cost
 from space.files import check_inputs, read_json, write_json
 from space.genome import Genomes
+from space.onnx_writer import VERSION
 from space.ops import Cost, Op, OpTables, op_kinds, space_ops
 
 KIND = "latency predictor"
@@ -235,7 +236,7 @@ class Predictor:
             "memory": {str(w): model.to_json() for w, model in self.memory.items()},
             "ops": self.ops.to_json(),
         }
-        write_json(path, KIND, {"space": self.space.hash, **inputs}, body)
+        write_json(path, KIND, {"space": self.space.hash, "graphs": str(VERSION), **inputs}, body)
 
 
 def _finite(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -259,10 +260,14 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
     """Read a predictor.
 
     Raises:
-        InputError: it is missing, not whole, or made for another space.
+        InputError: it is missing, not whole, or made for another space or other graphs than are written now.
     """
     value = read_json(path, KIND, made_by)
     check_inputs(path, value, {"space": space.hash})
+    graphs = value["header"]["inputs"].get("graphs", "1")
+    if graphs != str(VERSION):
+        found = f"fitted to graphs of version {graphs}, this formfit writes {VERSION}"
+        raise InputError(f"{path}: {found}; `{made_by}` measures them")
     models = {
         Workload.parse(text): WorkloadModel(
             op_seconds=model["op_seconds"],

@@ -30,6 +30,7 @@ from latency.timer import TimerConfig, measure, pinned
 from latency.timing import Measurements
 from space import Architecture, InputError, Space, Workload
 from space.files import canonical_json, digest
+from space.onnx_writer import VERSION
 from space.ops import space_ops
 
 Array = NDArray[np.float64]
@@ -201,7 +202,7 @@ def minutes(text: str) -> float:
 
 def settings_digest(config: ProfileConfig) -> str:
     """The hash of the settings that a predictor was made under."""
-    return digest(canonical_json(config.model_dump(mode="json")))
+    return digest(canonical_json([config.model_dump(mode="json"), VERSION]))
 
 
 def card_digest(card: Card) -> str:

@@ -168,7 +168,15 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
     """Leave out constants that no node reads any longer."""
-    read = {name for node in graph.node for name in node.input}
+    read = _read(graph)
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """What the nodes of a graph and of its branches read."""
+    found = {name for node in graph.node for name in node.input}
+    return found.union(
+        *(_read(part.g) for node in graph.node for part in node.attribute if part.HasField("g"))
+    )

@@ -25,6 +25,7 @@ from space import Architecture, Space, Workload, genome
 from space.architecture import FULL_MIXERS
 from space.cost import op_flops
 from space.files import canonical_json
+from space.onnx_writer import VERSION
 from space.ops import Op, space_ops
 
 LINEAR_WITHIN = 0.03
@@ -61,7 +62,8 @@ class Records:
     @property
     def conditions(self) -> dict[str, Any]:
         """What identifies a measurement beside what was measured."""
-        return {"runtime": self.runtime, "threads": self.threads, "precision": self.precision}
+        asked = {"runtime": self.runtime, "threads": self.threads, "precision": self.precision}
+        return {**asked, "graphs": VERSION}
 
     @cached_property
     def frame(self) -> str:
@@ -243,5 +245,5 @@ class Records:
         rows = self.card.table(table)
         for key, value in {**self.conditions, **columns}.items():
             if len(rows):
-                rows = rows[rows[key] == value]
+                rows = rows[rows[key] == value] if key in rows else rows.iloc[:0]
         return rows

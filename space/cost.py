@@ -10,7 +10,16 @@ from math import prod
 from space.architecture import Architecture, Frame
 from space.ops import Cost, Op, OpTables, count_ops
 from space.precision import FLOAT, matrix_bytes
-from space.shapes import CONV, PACKED, RECURRENCES, end_shapes, ffn_shapes, mixer_shapes, state_shapes
+from space.shapes import (
+    CONV,
+    FEW,
+    PACKED,
+    RECURRENCES,
+    end_shapes,
+    ffn_shapes,
+    mixer_shapes,
+    state_shapes,
+)
 from space.space import Space
 from space.workload import Workload
 
@@ -96,7 +105,8 @@ def op_held_bytes(op: Op, workload: Workload, frame: Frame) -> int:
 def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     """Bytes of the values that stand side by side at the widest node of an op's graph.
 
-    States are not among them, nor what a node uses inside (the scores of attention).
+    States are not among them, nor what a node uses inside (the scores of attention). An op ends in the node
+    that adds to the residual stream and norms it for the next.
     """
     w, tokens = op.width, workload.batch * workload.tokens
     if op.kind == "embedding":
@@ -105,26 +115,28 @@ def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
         return FLOAT * tokens * max(2 * w, w + frame.vocabulary)
     if op.kind == "ffn":
         # x and, in turn: pre-norm with packed gate and up; both packed and split; silu with its parts.
-        return FLOAT * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 3 * w)
+        return FLOAT * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 4 * w)
     d = frame.head_dim
     q, kv = op.heads * d, op.kv_heads * d
     shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, frame)
     packed = sum(shapes[name][0] for name in PACKED if name in shapes)
     if op.kind in ("attention", "sliding"):
-        widest = max(2 * w + packed, w + (2 * packed if frame.qk_norm else packed + q), 3 * w)
+        widest = max(2 * w + packed, w + (2 * packed if frame.qk_norm else packed + q), 4 * w)
         if op.kind == "attention":
             return FLOAT * tokens * widest
         # The keys and values of state and input side by side, before they are cut to the window.
         caches = 2 * kv * workload.batch * (min(workload.past, op.window - 1) + workload.tokens)
         return FLOAT * max(tokens * widest, tokens * (w + packed + q) + caches)
-    widest = max(2 * w + packed, w + 2 * packed, 3 * w)
+    widest = max(2 * w + packed, w + 2 * packed, 4 * w)
     if op.kind == "hgrn2":
         widest = max(widest, w + 3 * q + 2 * kv)  # silu of the queries with its parts
     if op.kind not in RECURRENCES or not RECURRENCES[op.kind].conv:
         return FLOAT * tokens * widest
-    # Beside the gates: past and input joined with what they are convolved to; its silu with its parts.
+    # Beside the gates: what is convolved, joined with its past where it is long, with what it becomes; the
+    # silu of that with its parts.
     mixed = q + 2 * kv
-    convolving = tokens * (w + packed + mixed) + workload.batch * (CONV - 1) * mixed
+    past = workload.batch * (CONV - 1) * mixed if workload.tokens > FEW else 0
+    convolving = tokens * (w + packed + mixed) + past
     return FLOAT * max(tokens * max(widest, w + packed + 2 * mixed), convolving)
 
 

@@ -27,7 +27,7 @@ def add_ffn(graph: Graph, x: str, slot: int, weights: Arrays) -> str:
     joined = graph.product(hidden, place + "in", np.concatenate([weights["gate"], weights["up"]]))
     gate, up = graph.split(joined, [size, size])
     gated = graph.add("Mul", graph.silu(gate), up)
-    return str(graph.add("Add", x, graph.product(gated, place + "down", weights["down"])))
+    return graph.residual(x, graph.product(gated, place + "down", weights["down"]))
 
 
 def add_embedding(graph: Graph, tokens: str, weight: NDArray[Any], name: str = "embedding") -> str:

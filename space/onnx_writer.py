@@ -1,6 +1,6 @@
 """An ONNX graph being written node by node, and the pieces that several blocks use."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from space.architecture import Frame
 from space.shapes import NORM_EPS, ROPE_BASE
 
 Arrays = Mapping[str, NDArray[Any]]
+Branch = Callable[["Graph"], tuple[str, ...]]
 OPSET = 21
+VERSION = 2  # of what graphs execute: timings of another version are timings of something else
 CONTRIB = "com.microsoft"
 
 
@@ -27,6 +29,7 @@ class Graph:
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
+    residuals: dict[str, onnx.NodeProto] = field(default_factory=dict)  # sums that no norm took yet, by value
     count: int = 0
 
     def add(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
@@ -52,6 +55,18 @@ class Graph:
         if name not in self.shared:
             self.shared[name] = make()
         return self.shared[name]
+
+    def branch(self, condition: str, then: Branch, otherwise: Branch) -> tuple[str, ...]:
+        """The values that one of two branches gives: both append nodes that may read all that is there."""
+        parts, count = {}, 0
+        for name, write in (("then_branch", then), ("else_branch", otherwise)):
+            inner = Graph(self.frame, constants=self.constants, count=self.count)
+            found = write(inner)
+            self.count, count = inner.count, len(found)
+            outputs = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in found]
+            parts[name] = helper.make_graph(inner.nodes, name, [], outputs)
+        made: tuple[str, ...] = self.add("If", condition, outputs=count, **parts)
+        return made
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
         """Declare a graph input."""
@@ -80,9 +95,24 @@ class Graph:
     # Pieces that several blocks use.
 
     def norm(self, x: str, gain: str, weight: NDArray[Any], eps: float = NORM_EPS) -> str:
-        """RMSNorm over the last dimension."""
+        """RMSNorm over the last dimension; of a residual sum, together with the sum: a node less."""
         gain = self.constant(gain, weight.astype(np.float32))
-        return str(self.add("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=eps, stash_type=1))
+        node = self.residuals.pop(x, None)
+        if node is None:
+            return str(self.add("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=eps, stash_type=1))
+        self.count += 1
+        normed = f"v{self.count}"
+        node.op_type, node.domain = "SkipSimplifiedLayerNormalization", CONTRIB
+        node.input.append(gain)
+        node.output[:] = [normed, "", "", x]
+        node.attribute.append(helper.make_attribute("epsilon", eps))
+        return normed
+
+    def residual(self, x: str, change: str) -> str:
+        """``x + change``, both [B, T, width]; a norm of it becomes part of this node."""
+        total = str(self.add("Add", x, change))
+        self.residuals[total] = self.nodes[-1]
+        return total
 
     def product(self, x: str, name: str, weight: NDArray[Any]) -> str:
         """``x W^T`` for W [out, in]."""

@@ -17,6 +17,7 @@ GLA_RANK = 16  # of the product that makes gla's decays (Yang et al. 2023)
 SHARED = ("q", "k", "v", "o")  # shared by the mixers of a layer unless the space says otherwise
 # The projections of a mixer's input, in the order in which a graph packs them into one product.
 PACKED = ("q", "k", "v", "gate", "beta", "decay", "decay_down", "in_b", "in_c", "in_x")
+FEW = 32  # tokens up to which a graph's convolution before a recurrence is the one for few
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
 MIN_LOG_DECAY = -20.0  # e^-20 forgets everything within fp32; the chunked form is exact down to here

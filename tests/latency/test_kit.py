@@ -84,6 +84,23 @@ def test_a_kit_is_small_and_a_result_makes_a_card(measured: Path) -> None:
     assert "complete already" in again.stderr
 
 
+@pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
+def test_a_kit_of_another_precision_draws_bytes(precision: str, tmp_path: Path) -> None:
+    config = QUICK.model_copy(update={"precision": precision, "workloads": ("decode@16",)})
+    folder = tmp_path / "devices" / "far"
+    pack(space(), folder, config, tmp_path / "kit.zip")
+    with zipfile.ZipFile(tmp_path / "kit.zip") as kit:
+        plan = json.loads(kit.read("kit.json"))
+    kinds = {weight[-1] for group in plan["groups"] for item in group["items"] for weight in item["weights"]}
+    assert kinds == {"float32", "uint8"} | ({"int8"} if precision == "int8-dynamic" else set())
+    done = run_kit(tmp_path / "kit.zip", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    predictor = unpack(space(), folder, tmp_path / "result.json")
+    assert [str(w) for w in predictor.models] == [f"decode@16,precision={precision}"]
+    assert load_card(tmp_path / "devices", "far").predictor_path("tiny", "onnxruntime", 1, precision).exists()
+
+
 def test_an_unplugged_device_goes_on(measured: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     process = subprocess.Popen(

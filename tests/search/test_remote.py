@@ -49,7 +49,7 @@ def test_another_model_is_not_judged_by_it(packed: Path, run_folder: Path, formf
     words = ("verify", packed / "model", "--device", "desk", "--unpack", packed / "result.json")
     done = formfit("--devices", run_folder / "devices", *words)
     assert done.returncode == 2
-    assert "not the model that was packed" in done.stderr
+    assert "not the graphs that were packed" in done.stderr
 
 
 LIES = {

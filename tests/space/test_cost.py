@@ -33,7 +33,7 @@ from space.graphs import add_embedding, add_ffn, add_head, model_graph
 from space.mixer_graphs import add_mixer
 from space.onnx_writer import Graph
 from space.ops import Cost, Op, OpTables, count_ops, depths, op_kinds, space_ops
-from space.shapes import end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
+from space.shapes import FEW, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
 
 SPACES = {name: tiny_space(**changes) for name, changes in TINY_SPACES.items()}
@@ -47,7 +47,8 @@ FRAMES = {
     "wide heads": replace(FRAME, head_dim=32),
 }
 WORKLOADS = [
-    Workload.parse(text) for text in ("prefill@1", "prefill@21,batch=2", "decode@1", "decode@13,batch=3")
+    Workload.parse(text)
+    for text in ("prefill@1", "prefill@21,batch=2", "prefill@40", "decode@1", "decode@13,batch=3")
 ]
 WINDOW = 8
 MIXER_LAYERS = {
@@ -287,6 +288,24 @@ def test_flops_of_ops_add_up_to_the_whole() -> None:
 # Peak activations, against the values of the graph.
 
 
+def inlined(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:
+    """The graph with the branch that so many tokens take in the place of each choice."""
+    found, nodes = onnx.ModelProto(), []
+    found.CopyFrom(model)
+    for node in found.graph.node:
+        if node.op_type != "If":
+            nodes.append(node)
+            continue
+        taken = next(a.g for a in node.attribute if (a.name == "then_branch") == (tokens <= FEW))
+        names = {old.name: new for old, new in zip(taken.output, node.output, strict=True)}
+        for inner in taken.node:
+            inner.output[:] = [names.get(name, name) for name in inner.output]
+            nodes.append(inner)
+    del found.graph.node[:]
+    found.graph.node.extend(nodes)
+    return found
+
+
 def run_with_all_values(model: onnx.ModelProto, feed: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Every value of a graph, each node run as it stands."""
     open_model = onnx.ModelProto()
@@ -313,6 +332,8 @@ def peak_bytes(model: onnx.ModelProto, feed: dict[str, NDArray[Any]], result: st
     Weights, what is computed from weights alone, and states do not count. A value is alive from
     the node that makes it to the last that reads it; the result to the end.
     """
+    given = feed["tokens"] if "tokens" in feed else feed["x"]  # [B, T] or [B, T, width]
+    model = inlined(model, given.shape[1] if given.ndim > 1 else 1)
     nodes = model.graph.node
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in nodes:
@@ -362,6 +383,8 @@ def op_peak_bytes(op: Op, workload: Workload, frame: Frame) -> int:
             states = state_shapes(op.layer, op.width, frame, workload.batch, workload.past)
             feed |= {f"state.0.{name}": np.zeros(shape, np.float32) for name, shape in states.items()}
             feed["position"] = np.array([workload.past])
+        if op.kind != "head":  # in a model the next op's norm follows
+            graph.norm(result, "next", np.ones(op.width))
     graph.outputs.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, None))
     return peak_bytes(graph.model(), feed, result)
 
