@@ -1,9 +1,10 @@
 """Claim: an exported sub-model decodes at least three times as fast as torch, and flat in context if linear.
 
 A full-attention, a 3:1 hybrid and an all-linear model of equal size, once as large as the largest of
-configs/spaces/small.yaml and once a third of that, decode at contexts of 128, 1024 and 4096 tokens: with onnxruntime as `formfit
-generate` runs them, with torch eager on the plain blocks (inference mode, softmax caches allocated once and
-written in place), and with transformers' generate() on the Hugging Face folder. One thread each, in turns.
+configs/spaces/small.yaml and once a third of that, decode at contexts of 128, 1024 and 4096 tokens: with
+onnxruntime as `formfit generate` runs them, with torch eager on the plain blocks (inference mode, softmax
+caches allocated once and written in place), and with transformers' generate() on the Hugging Face folder.
+One thread each, in turns.
 """
 
 import os
@@ -47,7 +48,7 @@ STEPS = 32  # tokens of one timing
 
 
 def equal_sizes() -> dict[str, Architecture]:
-    """The models by name; of a size, FFNs grow until all have as many parameters as the largest, within 1%."""
+    """The models by name; of each size, FFNs grow until all have as many parameters, within 1%."""
     found = {}
     for size, (width, heads, hidden) in SIZES.items():
         models = {}

@@ -47,7 +47,7 @@ class Graph:
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """A constant by name; one that is there already is used again."""
         if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def once(self, name: str, make: Any) -> str:
@@ -133,13 +133,26 @@ class Graph:
         return str(self.add("Mul", x, self.add("Sigmoid", x)))
 
     def rotary(self) -> tuple[str, str]:
-        """The caches of cosines and sines, [context, D/2]."""
-        d = self.frame.head_dim
-        angles = np.arange(self.frame.context)[:, None] * ROPE_BASE ** (-np.arange(0, d, 2) / d)
-        return (
-            self.constant("rope.cos", np.cos(angles).astype(np.float32)),
-            self.constant("rope.sin", np.sin(angles).astype(np.float32)),
+        """The caches of cosines and sines, [context, D/2], which the runtime works out once, as it loads.
+
+        In the file they would be most of a small model of a long context.
+        """
+        return self.once("rope.Cos", lambda: self._turns("Cos")), self.once(
+            "rope.Sin", lambda: self._turns("Sin")
         )
+
+    def _turns(self, kind: str) -> str:
+        def angles() -> str:
+            d = self.frame.head_dim
+            ends = (("zero", 0), ("context", self.frame.context), ("one", 1))
+            places = self.add("Range", *(self.scalar(f"rope.{name}", x, np.float64) for name, x in ends))
+            column = self.reshape(places, [-1, 1])
+            return str(
+                self.add("Mul", column, self.constant("rope.rates", ROPE_BASE ** (-np.arange(0, d, 2) / d)))
+            )
+
+        turns = self.add(kind, self.once("rope.angles", angles))
+        return str(self.add("Cast", turns, to=onnx.TensorProto.FLOAT))
 
     def rotate(self, x: str, heads: int, position: str) -> str:
         """Rotary embedding of [B, T, H*D] from a first position [1] or positions [B, T]."""
