@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,11 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: s
     runs = {"torch": torch_run, "onnx": onnx_run}
     if device != "cpu":
         runs[device] = partial(torch_run, where=device)
-    if (submodel.folder / HF).exists():
+    shipped = (submodel.folder / HF / "config.json").exists()
+    unmeasured = []
+    if shipped and not find_spec("transformers"):
+        unmeasured.append("hf: transformers is not installed")
+    elif shipped:
         hf, runs["hf"] = load_hf(submodel.folder / HF), hf_run
     for name, run in runs.items():
         for way, cuts in ways.items():
@@ -86,7 +91,8 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: s
             )
     own = max(error for name, error in errors.items() if name.startswith("torch"))
     bound = max(PARITY, 3 * own)
-    return {"errors": errors, "bound": bound, "tokens": length, "kept": max(errors.values()) <= bound}
+    kept = max(errors.values()) <= bound
+    return {"errors": errors, "bound": bound, "tokens": length, "kept": kept, "UNMEASURED": unmeasured}
 
 
 def flat(states: Mapping[int, State]) -> States:
