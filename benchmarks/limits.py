@@ -67,7 +67,7 @@ class Program:
 def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
     """(workload, milliseconds) from a tenth above the least possible to 0.9 of the greatest sampled."""
     space = load_run_config(program.run / "config.yaml").the_space
-    path = next((program.devices / program.device / "predictors").glob(f"{space.name}-onnxruntime-t1-*.json"))
+    path = program.devices / program.device / "predictors" / f"{space.name}-onnxruntime-t1-fp32.json"
     predictor = load_predictor(path, space, "formfit profile")
     rows = genome.sample(space, np.random.default_rng(0), 20_000)
     found: list[list[tuple[str, float]]] = []

@@ -17,6 +17,7 @@ from latency.reference import reference_seconds
 from latency.timing import Timing
 from space import InputError
 from space.files import read_json, write_json
+from space.onnx_writer import version_for
 from space.tables import read_table, write_table
 
 KIND = "device card"
@@ -41,8 +42,9 @@ class Card:
 
     def scale(self, threads: int, timings: Mapping[str, Timing]) -> dict[str, float]:
         """What a run's seconds are times to be the card's, by phase; the first run gives the units."""
+        version = version_for(str(self.fingerprint.get("runtime")))
         return {
-            phase: self.references.setdefault(f"{phase}-t{threads}", seconds) / seconds
+            phase: self.references.setdefault(f"{phase}-t{threads}-graphs{version}", seconds) / seconds
             for phase, seconds in reference_seconds(timings).items()
         }
 

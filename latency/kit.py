@@ -36,8 +36,9 @@ from latency.runtime import (
 )
 from space import Architecture, InputError, Space, Workload
 from space.cost import flops, op_flops, op_params
-from space.files import atomic_path, digest, read_json, write_json
+from space.files import atomic_path, check_inputs, digest, read_json, write_json
 from space.graphs import model_graph
+from space.onnx_writer import VERSION
 from space.ops import Op, space_ops
 from space.shapes import RECURRENCES, model_shapes
 
@@ -47,6 +48,9 @@ SPARE = 6  # ops of a kind and phase beyond one for each size that varies
 DRAWN = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)  # of which types weights are
 LEAST_WEIGHTS = 64  # a tensor with fewer elements stays in its graph
 KIND = "probe kit"
+# The oldest onnxruntime whose operators do what graphs ask of them, by precision: 1.18 overwrites memory
+# where a residual sum and its norm are one node, and rows of a quantised embedding came with 1.23.
+OLDEST = {"fp32": "1.19", "int8": "1.23", "int8-dynamic": "1.19"}
 
 
 def pack(space: Space, folder: Path, config: ProfileConfig, path: Path) -> dict[str, Any]:
@@ -73,14 +77,14 @@ def pack(space: Space, folder: Path, config: ProfileConfig, path: Path) -> dict[
             for some in (early, *_chunks(rest, config.group // 2))
         ] + [{"timer": timers[1], "items": [*some, *tied]} for some in _chunks(whole, config.group)]
         plan = {"space": space.hash, "threads": config.threads, "groups": groups}
-        identity = write_plan(writer, plan)
+        identity = write_plan(writer, plan, config.precision)
     design = {
         "kit": identity,
         "settings": config.model_dump(mode="json"),
         "points": [[op.key, str(w)] for op, w in points],
         "models": [[role, fallback, a.to_json()] for role, fallback, a in models],
     }
-    write_json(folder / "kit.json", KIND, {"space": space.hash}, design)
+    write_json(folder / "kit.json", KIND, {"space": space.hash, "graphs": str(VERSION)}, design)
     return {
         "kit": identity,
         "bytes": path.stat().st_size,
@@ -103,11 +107,12 @@ def reference_stacks(writer: "Writer") -> list[dict[str, Any]]:
     return found
 
 
-def write_plan(writer: "Writer", plan: dict[str, Any]) -> str:
+def write_plan(writer: "Writer", plan: dict[str, Any], precision: str) -> str:
     """Write what a kit is to do, and the program that does it; returns the kit's identity."""
     kit = writer.kit
     anchor = writer.item("anchor", anchor_graph(), {"": anchor_binding().to_json()})
-    plan = {"schema": probe.SCHEMA, "anchor": anchor, **plan}
+    oldest = {"oldest": OLDEST[precision], "graphs": VERSION}
+    plan = {"schema": probe.SCHEMA, "anchor": anchor, **oldest, **plan}
     identity = digest(json.dumps(plan, sort_keys=True))
     kit.writestr("kit.json", json.dumps({**plan, "kit": identity}))
     kit.writestr("__main__.py", MAIN)
@@ -256,6 +261,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     design = read_json(design_path, KIND, f"formfit profile --pack KIT --device {folder.name}")
     if design["header"]["inputs"].get("space") != space.hash:
         raise InputError(f"{design_path}: packed for another space than {space.name}")
+    check_inputs(design_path, design, {"graphs": str(VERSION)})
     result = read_result(path, design["kit"], folder.name)
     config = ProfileConfig.model_validate(design["settings"])
     known = load_prior(space, folder.parent, prior, config) if prior else None
@@ -297,7 +303,8 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     ops = records.fitted(known)
     predictor = records.predictor(ops, workloads, chosen)
     target = card.predictor_path(space.name, "onnxruntime", config.threads, config.precision)
-    predictor.save(target, {"settings": settings_digest(config), "card": card_digest(card)})
+    made_of = {"settings": settings_digest(config), "card": card_digest(card), "graphs": str(VERSION)}
+    predictor.save(target, made_of)
     return predictor
 
 

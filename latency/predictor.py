@@ -129,7 +129,9 @@ class Predictor:
             known = ", ".join(map(str, measured)) or "nothing"
             text = f"workload {workload}: outside what was measured on this device (measured: {known})"
             if workload.length <= self.space.context and self.models:
-                options = " ".join(f"--workload {w}" for w in [*self.models, workload])
+                alike = [w for w in self.models if w.precision == workload.precision]
+                options = " ".join(f"--workload {w}" for w in [*alike, workload])
+                options += "" if workload.precision == "fp32" else f" --precision {workload.precision}"
                 text += f"; `formfit profile --space SPACE --device NAME {options}` measures it too"
             raise InputError(text)
         above = next(i for i, w in enumerate(alike) if w.length > workload.length)
@@ -236,7 +238,7 @@ class Predictor:
             "memory": {str(w): model.to_json() for w, model in self.memory.items()},
             "ops": self.ops.to_json(),
         }
-        write_json(path, KIND, {"space": self.space.hash, "graphs": str(VERSION), **inputs}, body)
+        write_json(path, KIND, {"space": self.space.hash, **inputs}, body)
 
 
 def _finite(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -264,8 +266,8 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
     """
     value = read_json(path, KIND, made_by)
     check_inputs(path, value, {"space": space.hash})
-    graphs = value["header"]["inputs"].get("graphs", "1")
-    if graphs != str(VERSION):
+    graphs = value["header"]["inputs"].get("graphs", "0")
+    if "-onnxruntime-" in path.name and graphs != str(VERSION):
         found = f"fitted to graphs of version {graphs}, this formfit writes {VERSION}"
         raise InputError(f"{path}: {found}; `{made_by}` measures them")
     models = {

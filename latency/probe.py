@@ -26,7 +26,6 @@ from latency.binding import Binding, Run, bind, session_options
 from latency.timer import TimerConfig, measure, pinned
 
 SCHEMA = 1
-OLDEST = (1, 18)  # onnxruntime that reads graphs of this version
 
 
 def cpu_model() -> str:
@@ -137,8 +136,11 @@ class Probe:
             return 0
         with pinned(self.threads):
             anchor = self.plan["anchor"]
-            if tuple(int(part) for part in ort.__version__.split(".")[:2]) < OLDEST:
-                raise SystemExit(f"onnxruntime {ort.__version__}: this kit needs 1.18 or newer")
+            here, oldest = (tuple(map(int, v.split(".")[:2])) for v in (ort.__version__, self.plan["oldest"]))
+            if here < oldest:
+                raise SystemExit(
+                    f"onnxruntime {ort.__version__}: this kit needs {self.plan['oldest']} or newer"
+                )
             session = load(self.kit.read(anchor["graph"]), anchor["weights"], self.threads)
             anchors = [bind(session, Binding.from_json(anchor["bindings"][""]))]
             groups: list[dict[str, Any]] = self.plan["groups"]

@@ -7,6 +7,7 @@ group, so that a profiling that was stopped goes on where it was.
 """
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from latency.timer import TimerConfig, measure, pinned
 from latency.timing import Measurements
 from space import Architecture, InputError, Space, Workload
 from space.files import canonical_json, digest
-from space.onnx_writer import VERSION
+from space.onnx_writer import version_for
 from space.ops import space_ops
 
 Array = NDArray[np.float64]
@@ -131,6 +132,8 @@ def profile(
     Raises:
         InputError: the card is of another device, the machine is too noisy, or a workload is not possible.
     """
+    if config.threads > (os.cpu_count() or 1):
+        raise InputError(f"profile.threads: {config.threads}, this machine has {os.cpu_count()} cores")
     runtime = open_runtime(config.runtime, config.threads, config.precision)
     workloads = config.parsed(space)
     card = open_card(devices, name, runtime.fingerprint())
@@ -148,7 +151,8 @@ def profile(
     predictor = records.predictor(ops, workloads, chosen)
     session.report("fitted", 1.0)
     path = card.predictor_path(space.name, runtime.name, config.threads, config.precision)
-    predictor.save(path, {"settings": settings_digest(config), "card": card_digest(card)})
+    made_of = {"settings": settings_digest(config), "card": card_digest(card)}
+    predictor.save(path, {**made_of, "graphs": str(version_for(runtime.name))})
     return predictor
 
 
@@ -202,7 +206,7 @@ def minutes(text: str) -> float:
 
 def settings_digest(config: ProfileConfig) -> str:
     """The hash of the settings that a predictor was made under."""
-    return digest(canonical_json([config.model_dump(mode="json"), VERSION]))
+    return digest(canonical_json([config.model_dump(mode="json"), version_for(config.runtime)]))
 
 
 def card_digest(card: Card) -> str:

@@ -25,7 +25,7 @@ from space import Architecture, Space, Workload, genome
 from space.architecture import FULL_MIXERS
 from space.cost import op_flops
 from space.files import canonical_json
-from space.onnx_writer import VERSION
+from space.onnx_writer import version_for
 from space.ops import Op, space_ops
 
 LINEAR_WITHIN = 0.03
@@ -63,7 +63,7 @@ class Records:
     def conditions(self) -> dict[str, Any]:
         """What identifies a measurement beside what was measured."""
         asked = {"runtime": self.runtime, "threads": self.threads, "precision": self.precision}
-        return {**asked, "graphs": VERSION}
+        return {**asked, "graphs": version_for(self.runtime)}
 
     @cached_property
     def frame(self) -> str:

@@ -16,8 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from latency import Predictor, load_card, load_predictor
-from latency.card import profile_command
+from latency import Predictor, load_card
 from search.agreement import agreement, verdict
 from search.audit_report import KIND, SETS, write_audit_page
 from search.audit_trials import MADE_BY, Trial, losses, train_trials
@@ -25,6 +24,7 @@ from search.evaluators import Failed, evaluator
 from search.reporter import Reporter
 from search.run import Run, open_supernet
 from search.spread import choose_equal, choose_spread, sample_pool
+from search.targets import open_predictor
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
 from space.files import canonical_json, digest, read_json, write_json
@@ -95,7 +95,7 @@ def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter)
     corpus = load_corpus(run.config.train.data)
     checkpoint = open_supernet(run, corpus)
     device = device or run.config.device
-    workload, predictor = _predictor(run, config, device)
+    workload, predictor = _predictor(run, config, device, reporter)
     length = run.config.train.length or run.space.context
     data = evaluation_set(corpus, run.config.search.front_windows, length)
     training = config.training(run.config.train)
@@ -163,18 +163,18 @@ def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter)
     return read_json(path, KIND, MADE_BY)
 
 
-def _predictor(run: Run, config: AuditConfig, device: str) -> tuple[Workload, Predictor]:
+def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -> tuple[Workload, Predictor]:
     """The workload at which latencies are to be equal, and the predictor that says so."""
-    threads = run.config.profile.threads
+    profiled = run.config.profile
     try:
-        card = load_card(run.devices, device)
-        path = card.predictor_path(run.space.name, "onnxruntime", threads, run.config.profile.precision)
-        predictor = load_predictor(path, run.space, profile_command(device))
+        predictor = open_predictor(run.config, load_card(run.devices, device), profiled.precision, reporter)
     except InputError as error:
         raise InputError(f"audit: the set of equal latency needs a predictor: {error}") from None
     text = config.workload
     if text:
-        workload = Workload.parse(text if "threads=" in text else f"{text},threads={threads}")
+        for name in ("threads", "precision"):
+            text += "" if f"{name}=" in text else f",{name}={getattr(profiled, name)}"
+        workload = Workload.parse(text)
     else:
         workload = next((w for w in predictor.models if w.phase == "prefill"), next(iter(predictor.models)))
     predictor.cost(workload)  # refuses one that was not measured

@@ -154,6 +154,8 @@ def verify(
     if not as_json:
         worst = max(value["parity"]["errors"].values())
         err.print(f"parity: worst error {worst:.1e}, bound {value['parity']['bound']:.1e}", highlight=False)
+        if not value["latency"]:
+            err.print(f"nothing was predicted for {device}: latencies stay UNMEASURED", highlight=False)
     missed = [item["limit"] for item in value["limits"] if item["status"] == "missed"]
     if not value["parity"]["kept"]:
         raise LimitError(f"{folder}: the exported model differs from the plain one; see verify.json")

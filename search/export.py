@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnx import save_model
+from onnx import load_model, save_model
 
 from latency.quantise import quantise
 from space import InputError, Workload
@@ -66,19 +66,29 @@ def exported(submodel: SubModel, workloads: Sequence[Workload]) -> list[str]:
     """The precisions in which a graph of a sub-model is there.
 
     Raises:
-        InputError: fp32, which all others are compared with, or one that a workload needs is not.
+        InputError: fp32, which all others are compared with, or one that a workload needs is not; a graph is
+            not whole, or not of the weights beside it.
     """
     for needed in dict.fromkeys(["fp32", *(w.precision for w in workloads)]):
         path = model_file(submodel.folder, needed)
         if not path.exists():
             option = "" if needed == "fp32" else f" --precision {needed}"
             raise InputError(f"{path}: not found; `formfit extract --format onnx{option}` writes it")
-    return [p for p in PRECISIONS if model_file(submodel.folder, p).exists()]
+    found = [p for p in PRECISIONS if model_file(submodel.folder, p).exists()]
+    weights = file_digest(submodel.folder / "model.safetensors")
+    for path in (model_file(submodel.folder, p) for p in found):
+        try:
+            written = {item.key: item.value for item in load_model(path).metadata_props}
+        except Exception:  # protobuf's errors have no common base but this one
+            raise InputError(f"{path}: not a whole graph; `formfit export` writes it again") from None
+        if written.get("formfit.weights") != weights:
+            raise InputError(f"{path}: not of the weights beside it; `formfit export` writes it again")
+    return found
 
 
-def models_digest(submodel: SubModel) -> str:
-    """The hash of all graphs that are there of a sub-model."""
-    files = [path for p in PRECISIONS if (path := model_file(submodel.folder, p)).exists()]
+def models_digest(submodel: SubModel, precisions: Sequence[str] = PRECISIONS) -> str:
+    """The hash of the graphs that are there of a sub-model, in these precisions."""
+    files = [path for p in precisions if (path := model_file(submodel.folder, p)).exists()]
     return digest(canonical_json({path.name: file_digest(path) for path in files}))
 
 
@@ -94,6 +104,7 @@ def metadata(submodel: SubModel, precision: str) -> dict[str, str]:
         "trained_length": str(text.length if text else submodel.frame.context),
         "tokenizer": submodel.tokenizer_digest or "bytes",
         "precision": precision,
+        "weights": file_digest(submodel.folder / "model.safetensors"),
         "limits": canonical_json(submodel.chosen.get("limits", [])),
         "predicted": canonical_json(submodel.chosen.get("predicted", {})),
     }

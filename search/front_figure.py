@@ -219,7 +219,7 @@ def above_points(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[bool]:
     order = np.lexsort([-y, x])
     near = np.array([0.1, 0.1]) * [np.ptp(x), np.ptp(y)]
     above = [True] * len(x)
-    for i, following in zip(order[1:], [*order[2:], None], strict=True):
+    for i, following in zip(order[1:], [*order[2:], None][: len(order) - 1], strict=True):
         gap = np.inf if following is None else np.abs([x[following] - x[i], y[following] - y[i]])
         above[i] = bool(np.all(gap <= near))
     return above

@@ -19,7 +19,9 @@ from supernet.tokens import Tokenizer
 
 BYTES = 256  # the vocabulary where bytes are the tokens
 BYTE_SEPARATOR = 0  # before and after every document, where bytes are the tokens
-NEAR = 1e-4  # logits this close may change places with the rounding of another shape
+# Logits this close may change places where several tokens are read at once: in fp32 by the rounding of
+# another shape, in int8 by that of activations. int8-dynamic is not here: it has other ranges then.
+NEAR = {"fp32": 1e-4, "int8": 0.05}
 REPLAY = 8  # accepted tokens that are read again at most, before the state moves on without proposals
 Logits = NDArray[np.floating[Any]]
 
@@ -41,8 +43,9 @@ class Sampling:
 
 def probabilities(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
     """What is drawn from at a temperature above 0: [vocabulary]."""
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    below = logits.astype(np.float64) - logits.max()
+    with np.errstate(over="ignore"):  # at the least temperatures, all but the likeliest are infinitely below
+        weights = np.exp(below / sampling.temperature)
     weights /= weights.sum()
     if sampling.top_p < 1:
         order = np.argsort(-weights, kind="stable")
@@ -84,10 +87,11 @@ class Draft:
         proposed: tokens that it proposed.
         accepted: how many of them were the model's own choice.
         rounds: calls of the model that judged proposals.
-        near_ties: tokens whose logit another's came within 1e-4 of: with another order of sums the model
-            alone may choose otherwise.
+        near_ties: tokens whose logit another's came within ``near`` of: the model alone may choose that.
+        near: see :data:`NEAR`.
     """
 
+    near: float = NEAR["fp32"]
     proposed: int = 0
     accepted: int = 0
     rounds: int = 0
@@ -105,6 +109,8 @@ def speculate(
 ) -> Iterator[int]:
     """Greedy tokens of a model, as :func:`generate` gives them, with a draft that proposes ``ahead`` a round.
 
+    Where the draft's context ends the model goes on alone.
+
     Args:
         decoder: the model.
         draft: a smaller one of the same tokens; its ``kept`` is at least ``ahead``.
@@ -114,14 +120,18 @@ def speculate(
         ahead: how many tokens are proposed at a time.
         found: counts what happens.
     """
-    context = min(decoder.frame.context, draft.frame.context)
+    context, shorter = decoder.frame.context, draft.frame.context
     state = decoder.read(prompt[:-1], decoder.start())[1] if prompt[1:] else decoder.start()
-    theirs = draft.read(prompt[:-1], draft.start())[1] if prompt[1:] else draft.start()
+    theirs = draft.start()
+    if prompt[1:] and len(prompt) <= shorter:
+        theirs = draft.read(prompt[:-1], theirs)[1]
+    elif prompt[1:]:
+        shorter = 0
     known = [prompt[-1]]  # what the model has yet to read
     unread = [prompt[-1]]  # what the draft has
     given = 0
     while given < most:
-        room = context - max(state.position + len(known), theirs.position + len(unread))
+        room = min(context - state.position - len(known), shorter - theirs.position - len(unread))
         count = max(0, min(ahead, room, most - given - 1))
         proposals, after = _propose(draft, theirs, unread, count) if count else ([], [])
         read = [*known, *proposals]
@@ -134,7 +144,7 @@ def speculate(
         for i, token in enumerate(chosen[: right + 1]):
             if token == stop:
                 return
-            found.near_ties += near_tie(logits[0, len(known) - 1 + i])
+            found.near_ties += near_tie(logits[0, len(known) - 1 + i], found.near)
             yield token
         given += right + 1
         if state.position + len(known) + right >= context:
@@ -169,10 +179,10 @@ def _propose(
     return proposals, states
 
 
-def near_tie(logits: Logits) -> bool:
+def near_tie(logits: Logits, near: float = NEAR["fp32"]) -> bool:
     """Whether the two likeliest tokens are as good as equal."""
     first, second = np.partition(logits, -2)[-2:][::-1]
-    return bool(first - second < NEAR)
+    return bool(first - second < near)
 
 
 class Text:
@@ -188,13 +198,20 @@ class Text:
             )
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text that begins a document."""
+        """The tokens of a text that begins a document; what is fed goes on from it."""
         if self.tokenizer is None:
             return [self.separator, *text.encode()]
-        return [self.separator, *self.tokenizer.library.encode(text, add_special_tokens=False).ids]
+        ids = self.tokenizer.library.encode(text, add_special_tokens=False).ids
+        for token in ids:  # a first piece loses its space, and what goes on is not the first
+            self._stream.step(self.tokenizer.library, token)
+        return [self.separator, *ids]
 
     def feed(self, token: int) -> str:
         """What a further token adds to the text; nothing while a character is not whole."""
         if self.tokenizer is None:
             return self._bytes.decode(bytes([token])) if token < BYTES else ""
         return self._stream.step(self.tokenizer.library, token) or ""
+
+    def end(self) -> str:
+        """What stands for a character that was begun and never became whole."""
+        return self._bytes.decode(b"", True) if self.tokenizer is None else ""

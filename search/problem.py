@@ -137,6 +137,27 @@ class Problem:
         raise InputError(f"objective {name!r}: not one of {OBJECTIVES}")
 
 
+def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
+    """The precision that limits and objectives ask of a device's models; None where they ask for nothing.
+
+    Raises:
+        InputError: they ask for several, while a model is shipped in one.
+    """
+    asked: dict[str, str] = {}
+    for limit in map(Limit.parse, config.limits):
+        if limit.workload and limit.metric != "memory" and (limit.device or first) == device:
+            asked.setdefault(limit.workload.precision, limit.text)
+    for name in config.objectives:
+        *of, metric, workload = name.split(":") if ":" in name else (name, "")
+        if metric in ("latency", "rss") and (of or [first]) == [device]:
+            asked.setdefault(Workload.parse(workload).precision, name)
+    if len(asked) > 1:
+        raise InputError(
+            f"device {device}: {' and '.join(asked.values())} are of different precisions; give one"
+        )
+    return next(iter(asked), None)
+
+
 def make_problem(
     space: Space,
     predictors: Mapping[str, Predictor],

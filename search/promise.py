@@ -27,7 +27,7 @@ from search.verify import KIND as VERIFY_KIND
 from search.verify import require_card_is_here, verify
 from space import Architecture, LimitError, Space, Workload, genome
 from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json
-from space.precision import PRECISIONS, model_file
+from space.precision import model_file
 from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, read_submodel, write_submodel
@@ -69,8 +69,6 @@ class Workbench:
         precisions = sorted({"fp32", *(Workload.parse(text).precision for text in predicted)})
         if made and all(model_file(folder, p).exists() for p in precisions):
             return read_submodel(folder)
-        for old in [*(model_file(folder, p) for p in PRECISIONS), folder / "verify.json"]:
-            old.unlink(missing_ok=True)  # of another choice: what is written is written anew
         submodel = write_submodel(folder, self.supernet(), architecture, inputs, choice, self.trained.text)
         export(submodel, ["onnx"], precisions)
         return submodel

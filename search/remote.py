@@ -27,7 +27,8 @@ from search.verify import chosen_predictions, conclude, graph_loss, latencies
 from space import InputError, Workload
 from space.blocks import Model
 from space.cost import flops
-from space.files import atomic_path, read_json, write_json
+from space.files import atomic_path, check_inputs, read_json, write_json
+from space.onnx_writer import VERSION
 from space.precision import model_file
 from space.shapes import state_shapes
 from supernet.evaluate import EvaluationSet
@@ -72,8 +73,8 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
     }
     items: list[dict[str, Any]] = [{**item, "name": str(copy)} for copy in range(config.copies)]
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as kit:
-        for path in {plain, model}:
-            kit.write(path, path.name)
+        for graph_file in dict.fromkeys((plain, model)):
+            kit.write(graph_file, graph_file.name)
         cases = []
         for name, arrays in _cases(submodel, config.tokens).items():
             buffer = io.BytesIO()
@@ -83,15 +84,17 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
         writer = Writer(kit)
         groups = [{"timer": timer, "items": [*items, *reference_stacks(writer)]}]
         plan = {"threads": threads, "groups": groups, "parity": cases}
-        identity = write_plan(writer, {"model": models_digest(submodel), **plan})
+        packed = models_digest(submodel, ("fp32", precision))
+        identity = write_plan(writer, {"model": packed, **plan}, precision)
     design = {
         "kit": identity,
-        "model": models_digest(submodel),
+        "model": packed,
+        "precision": precision,
         "device": card.name,
         "settings": config.model_dump(mode="json"),
         "workloads": list(bindings),
     }
-    write_json(submodel.folder / "kit.json", KIND, {}, design)
+    write_json(submodel.folder / "kit.json", KIND, {"graphs": str(VERSION)}, design)
     return {"kit": identity, "bytes": path.stat().st_size, "timings": len(items) * len(bindings)}
 
 
@@ -143,7 +146,8 @@ def unpack_submodel(
     design = read_json(submodel.folder / "kit.json", KIND, again)
     if design["device"] != card.name:
         raise InputError(f"{submodel.folder}: packed for {design['device']}, not for {card.name}; `{again}`")
-    if models_digest(submodel) != design["model"]:
+    check_inputs(submodel.folder / "kit.json", design, {"graphs": str(VERSION)})
+    if models_digest(submodel, ("fp32", design["precision"])) != design["model"]:
         raise InputError(f"{submodel.folder}: not the graphs that were packed; `{again}`")
     result = read_result(path, design["kit"], card.name)
     config = VerifyConfig.model_validate(design["settings"])

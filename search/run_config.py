@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latency import ProfileConfig
-from search.problem import SearchConfig
+from search.problem import SearchConfig, precision_of
 from space import InputError, Space, load_space
 from space.config import load_yaml, parse
 from supernet.recipe import TrainConfig
@@ -37,6 +37,13 @@ class RunConfig(BaseModel):
     search: SearchConfig = SearchConfig()
     verify: VerifyConfig = VerifyConfig()
     picks: tuple[str, ...] = ("knee", "fastest")  # verified beside the chosen one
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> "RunConfig":
+        asked, profiled = precision_of(self.search, self.device, self.device), self.profile.precision
+        if asked and asked != profiled:
+            raise ValueError(f"search: limits and objectives are of {asked}, profile.precision is {profiled}")
+        return self
 
     @property
     def the_space(self) -> Space:

@@ -3,6 +3,7 @@
 Read from the graph and the tokenizer beside it, without torch.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,12 @@ def open_speaker(folder: Path, precision: str, threads: int, kept: int = 1) -> S
         kept: see :class:`search.decoder.Decoder`.
 
     Raises:
-        InputError: the folder has no such graph, it is not ours, or its tokenizer is missing or another.
+        InputError: more threads than cores; the folder has no such graph, it is not ours, or its tokenizer is
+            missing or another.
     """
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise InputError(f"--threads {threads}: this machine has {cores} cores")
     if precision not in PRECISIONS:
         raise InputError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
     path = model_file(folder, precision)
@@ -92,9 +97,12 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise InputError("give one of --prompt TEXT and --prompt-file FILE")
     if file is None:
-        return str(prompt)
+        try:
+            return str(prompt).encode().decode()
+        except UnicodeEncodeError:  # a shell passes on bytes that are no text
+            raise InputError("--prompt: not UTF-8 text") from None
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompt-file {file}: cannot be read as UTF-8 text ({error})") from None
 

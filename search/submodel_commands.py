@@ -47,12 +47,15 @@ def extract(
     """Take a sub-network out of the supernet as a plain model in a folder of its own."""
     from search import run as stages
     from search.export import check_formats, export
+    from space import Workload
     from supernet.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.train import load_supernet
 
     check_formats(format_ or (), precision or ())
     the_run = stages.open_run(supernet, context.obj)
+    if architecture and pick:
+        raise InputError("--pick: an architecture is given already, by --architecture")
     mixing = bool(set(pick or "") & set("<=>≤≥"))  # of a key or a name none is part
     if (architecture is not None) == (search is not None or mixing):
         raise InputError("give one of --search NAME, --architecture FILE and --pick LIMIT")
@@ -67,7 +70,10 @@ def extract(
     weights = load_supernet(the_run.space, checkpoint)
     submodel = write_submodel(out_dir, weights, found, inputs, chosen, the_run.text)
     files = ["architecture.json", "model.safetensors", "README.md"]
-    files += export(submodel, format_ or (), precision or ())
+    latency = chosen.get("predicted", {}).get("latency", {}).values()
+    promised = {Workload.parse(text).precision for predicted in latency for text in predicted}
+    precisions = [*(precision or ()), *sorted(promised)] if "onnx" in (format_ or ()) else []
+    files += export(submodel, format_ or (), precisions)
     _show_files({"key": found.key, "folder": str(out_dir), "files": files}, as_json)
 
 
@@ -171,7 +177,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Go on from a text with an exported sub-model, on onnxruntime alone."""
-    from search.generate import Draft, Sampling, Text, speculate
+    from search.generate import NEAR, Draft, Sampling, Text, speculate
     from search.generate import generate as plain
     from search.speaker import open_draft, open_speaker, prompt_text, room_for
 
@@ -179,13 +185,15 @@ def generate(
         raise InputError(f"--top-p {top_p}: a share above 0, at most 1")
     if draft and temperature:
         raise InputError(f"--temperature {temperature}: with --draft the likeliest token is taken, give 0")
+    if draft and precision not in NEAR:
+        raise InputError(f"--draft: not with {precision}, whose ranges depend on how many tokens are read")
     speaker = open_speaker(folder, precision, threads)
     small = open_draft(draft, speaker, precision, threads, draft_tokens) if draft else None
     text = Text(speaker.tokenizer)
     asked = text.encode(prompt_text(prompt, prompt_file))
     most = room_for(speaker, len(asked), tokens, warn)
     stop = None if ignore_end else text.separator
-    counts = Draft()
+    counts = Draft(near=NEAR.get(precision, 0.0))
     if small:
         found = speculate(speaker.decoder, small, asked, most, stop, draft_tokens, counts)
     else:
@@ -201,6 +209,7 @@ def generate(
             sys.stdout.write(pieces[-1])
             sys.stdout.flush()
     ended = time.perf_counter()
+    pieces.append(text.end())
     pace = (count - 1) / (ended - first) if count > 1 else None
     value: dict[str, Any] = {
         "text": "".join(pieces),
@@ -215,11 +224,11 @@ def generate(
         value["draft"] = {**vars(counts), "acceptance": counts.accepted / max(1, counts.proposed)}
         said += f"; {counts.accepted} of {counts.proposed} proposals accepted"
         if counts.near_ties:
-            said += f"; at {counts.near_ties} tokens the likeliest two were within 1e-4"
+            said += f"; at {counts.near_ties} tokens the likeliest two were within {counts.near:g}"
     if as_json:
         show(value, as_json, list)
     else:
-        sys.stdout.write("\n")
+        sys.stdout.write(f"{pieces[-1]}\n")
         err.print(said, highlight=False)
 
 

@@ -7,11 +7,10 @@ from latency import Card, Predictor, load_card, load_predictor
 from latency.card import outdated, profile_command
 from latency.profile import open_card_runtime
 from search.feasibility import certify
-from search.limits import Limit
-from search.problem import SearchConfig, make_problem
+from search.problem import SearchConfig, make_problem, precision_of
 from search.reporter import Reporter
 from search.run_config import RunConfig
-from space import InputError, Workload
+from space import InputError
 
 
 def open_targets(
@@ -41,27 +40,6 @@ def open_targets(
     }
     certify(run.the_space, make_problem(run.the_space, predictors, config).bounded())
     return cards, predictors
-
-
-def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
-    """The precision that limits and objectives ask of a device's models; None where they ask for nothing.
-
-    Raises:
-        InputError: they ask for several, while a model is shipped in one.
-    """
-    asked: dict[str, str] = {}
-    for limit in map(Limit.parse, config.limits):
-        if limit.workload and limit.metric != "memory" and (limit.device or first) == device:
-            asked.setdefault(limit.workload.precision, limit.text)
-    for name in config.objectives:
-        *of, metric, workload = name.split(":") if ":" in name else (name, "")
-        if metric in ("latency", "rss") and (of or [first]) == [device]:
-            asked.setdefault(Workload.parse(workload).precision, name)
-    if len(asked) > 1:
-        raise InputError(
-            f"device {device}: {' and '.join(asked.values())} are of different precisions; give one"
-        )
-    return next(iter(asked), None)
 
 
 def open_predictor(run: RunConfig, card: Card, precision: str, reporter: Reporter) -> Predictor:

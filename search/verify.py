@@ -181,14 +181,15 @@ def verify(
     workloads = [Workload.parse(text) for text in chosen_predictions(submodel, card)]
     there = exported(submodel, workloads)
     also = [replace(w, precision=p) for p in there for w in workloads] if is_onnx(card) else workloads
-    measured = measure_submodel(submodel, card, list(dict.fromkeys([*workloads, *also])), config)
-    with warnings.catch_warnings():
+    require_card_is_here(card)
+    with warnings.catch_warnings():  # what is not whole is found here, before minutes of measuring
         warnings.simplefilter("error")
         device = "cuda" if "cuda" in str(card.fingerprint["runtime"]) else "cpu"
         checked = parity(submodel, model_file(submodel.folder), config.tokens, device=device)
+    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in there} if data else {}
+    measured = measure_submodel(submodel, card, list(dict.fromkeys([*workloads, *also])), config)
     here = open_card_runtime(card).fingerprint()
     runtime = f"{here['runtime']} {here['runtime_version']}"
-    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in there} if data else {}
     return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel), losses, inputs)
 
 
@@ -217,7 +218,9 @@ def evaluation_data(submodel: SubModel) -> EvaluationSet | None:
     """
     if submodel.text is None:
         return None
-    return evaluation_set(load_corpus(submodel.text.data), submodel.text.windows, submodel.text.length)
+    # The tokenizer is the one beside the weights: what stands where it came from may be another by now.
+    data = submodel.text.data.model_copy(update={"tokenizer": submodel.tokenizer()})
+    return evaluation_set(load_corpus(data), submodel.text.windows, submodel.text.length)
 
 
 def chosen_predictions(submodel: SubModel, card: Card) -> dict[str, Any]:

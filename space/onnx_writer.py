@@ -16,6 +16,13 @@ Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]
 OPSET = 21
 VERSION = 2  # of what graphs execute: timings of another version are timings of something else
+
+
+def version_for(runtime: str) -> int:
+    """The version of what a runtime times; 0 for one that runs no graphs of ours."""
+    return VERSION if runtime == "onnxruntime" else 0
+
+
 CONTRIB = "com.microsoft"
 
 
@@ -143,16 +150,16 @@ class Graph:
 
     def _turns(self, kind: str) -> str:
         def angles() -> str:
+            """Within one turn, in float64 until then: older runtimes have a cosine of float32 alone."""
             d = self.frame.head_dim
             ends = (("zero", 0), ("context", self.frame.context), ("one", 1))
             places = self.add("Range", *(self.scalar(f"rope.{name}", x, np.float64) for name, x in ends))
-            column = self.reshape(places, [-1, 1])
-            return str(
-                self.add("Mul", column, self.constant("rope.rates", ROPE_BASE ** (-np.arange(0, d, 2) / d)))
-            )
+            rates = self.constant("rope.rates", ROPE_BASE ** (-np.arange(0, d, 2) / d))
+            whole = self.add("Mul", self.reshape(places, [-1, 1]), rates)
+            part = self.add("Mod", whole, self.scalar("rope.turn", 2 * np.pi, np.float64), fmod=1)
+            return str(self.add("Cast", part, to=onnx.TensorProto.FLOAT))
 
-        turns = self.add(kind, self.once("rope.angles", angles))
-        return str(self.add("Cast", turns, to=onnx.TensorProto.FLOAT))
+        return str(self.add(kind, self.once("rope.angles", angles)))
 
     def rotate(self, x: str, heads: int, position: str) -> str:
         """Rotary embedding of [B, T, H*D] from a first position [1] or positions [B, T]."""

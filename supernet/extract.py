@@ -5,8 +5,9 @@ text that it was trained on), ``model.safetensors`` holds its weights under the 
 :mod:`space.shapes`, and ``tokenizer.json`` stands beside them where bytes are not the tokens.
 """
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class SubModel:
         path = self.folder / "model.safetensors"
         try:
             tensors = load_file(path)
-        except (FileNotFoundError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a whole weights file ({error}); `{MADE_BY}` makes it") from None
         expected = model_shapes(self.architecture, self.frame)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -114,7 +115,13 @@ def write_submodel(
         inputs: the hashes of what it is made from.
         chosen: the limits and predictions it was chosen under.
         text: what the supernet was trained on; its tokenizer is copied.
+
+    Raises:
+        InputError: the folder is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; give one that is a sub-model's, empty or not there")
+    remove_derived(folder)
     frame = supernet.space.frame
     tokenizer = text.data.tokenizer if text else None
     if tokenizer:
@@ -135,6 +142,14 @@ def write_submodel(
     return read_submodel(folder)
 
 
+def remove_derived(folder: Path) -> None:
+    """Remove what was made of the weights that a folder had: it would speak of another model."""
+    shutil.rmtree(folder / "hf", ignore_errors=True)
+    names = ("architecture.json", "verify.json", "kit.json", TOKENIZER)
+    for old in [*folder.glob("model*.onnx"), *(folder / name for name in names)]:
+        old.unlink(missing_ok=True)
+
+
 def read_submodel(folder: Path) -> SubModel:
     """Read a sub-model's folder.
 
@@ -143,15 +158,30 @@ def read_submodel(folder: Path) -> SubModel:
     """
     path = folder / "architecture.json"
     value = read_json(path, KIND, MADE_BY)
+    missing = [name for name in ("architecture", "key", "frame", "chosen") if name not in value]
+    if missing:
+        raise InputError(f"{path}: has no {missing[0]}; `{MADE_BY}` writes it")
     architecture = Architecture.from_json(value["architecture"], f"{path}: architecture")
     if architecture.key != value["key"]:
         raise InputError(f"{path}: key {value['key']}, but its architecture has {architecture.key}")
-    try:
-        frame = Frame(**value["frame"])
-    except TypeError as error:
-        raise InputError(f"{path}: frame: {error}") from None
+    frame = _frame(value["frame"], f"{path}: frame")
     text = value.get("text") and parse(Text, value["text"], f"{path}: text")
     return SubModel(folder, architecture, frame, value["chosen"], text, value.get("tokenizer"))
+
+
+def _frame(value: Any, where: str) -> Frame:
+    """What a space fixes, read.
+
+    Raises:
+        InputError: a field is missing, unknown or of another type.
+    """
+    known = {field.name: field.type for field in fields(Frame)}
+    if not isinstance(value, dict) or set(value) != set(known):
+        raise InputError(f"{where}: expected an object with {', '.join(known)}")
+    for name, kind in known.items():
+        if type(value[name]) is not kind or (kind is int and value[name] < 1):
+            raise InputError(f"{where}.{name}: {value[name]!r} is not what it should be")
+    return Frame(**value)
 
 
 def _card(architecture: Architecture, frame: Frame, chosen: Mapping[str, Any]) -> str:
@@ -167,5 +197,6 @@ def _card(architecture: Architecture, frame: Frame, chosen: Mapping[str, Any]) -
         + (f"Chosen under the limits\n\n{limits}\n" if limits else "")
         + "`architecture.json` holds the architecture and what was predicted of it, `model.safetensors` the "
         "weights, `model.onnx` (where exported) one graph for prefill and decode: inputs `tokens`, "
-        "`position` and `state.SLOT.NAME`, outputs `logits` and `state.SLOT.NAME.next`.\n"
+        "`position` and `state.SLOT.NAME`, outputs `logits` and `state.SLOT.NAME.next`; `model.int8.onnx` "
+        "the same in eight bits, and `hf/` the model for transformers. `formfit generate` runs it.\n"
     )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -104,13 +105,15 @@ def load_hf(folder: Path) -> Any:
         from supernet.hf_model import FormfitForCausalLM
     except ImportError:
         raise InputError(f"{folder}: needs transformers; `pip install 'formfit[hf]'` installs it") from None
-    code = folder / MODEL
-    if code.exists() and code.read_text(encoding="utf-8") != modelling_file():
-        raise InputError(
-            f"{code}: not what this formfit writes; `formfit export --format hf` writes it again"
-        )
+    code, again = folder / MODEL, "`formfit export --format hf` writes it again"
+    if code.exists() and code.read_bytes() != modelling_file().encode():
+        raise InputError(f"{code}: not what this formfit writes; {again}")
     kind: Any = FormfitForCausalLM if code.exists() else LlamaForCausalLM
-    return kind.from_pretrained(folder, local_files_only=True).eval()
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder}: transformers cannot load it ({reason}); {again}") from None
 
 
 def _as_llama(architecture: Architecture, frame: Frame) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from search.run_config import load_run_config
 from search.spread import axis_levels, choose_equal, choose_spread, crowded_level, features, sample_pool
 from space import Architecture, InputError, Workload, genome, load_space
 from space.cost import op_flops, params_cost
+from space.onnx_writer import VERSION
 from space.ops import op_kinds, space_ops
 from supernet.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
@@ -244,11 +245,11 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
         hinges=(0.0,) * 4,
         errors={},
     )
-    card = Card(run.devices / "desk", {"cpu": "made up"})
+    card = Card(run.devices / "desk", {"cpu": "made up", "runtime": "onnxruntime", "runtime_version": "0"})
     card.save()
     unmeasured = OpLatencies(space.frame, {}, {})
     predictor = Predictor(space=space, ops=unmeasured, models={workload: model}, residuals=[0.0])
-    predictor.save(card.predictor_path(space.name, "onnxruntime", 1, "fp32"), {})
+    predictor.save(card.predictor_path(space.name, "onnxruntime", 1, "fp32"), {"graphs": str(VERSION)})
     return run
 
 

@@ -164,6 +164,8 @@ def test_bytes_become_text_when_characters_are_whole() -> None:
     assert text.encode("hé") == [0, 104, 195, 169]
     assert [text.feed(token) for token in "aé€".encode()] == ["a", "", "é", "", "", "€"]
     assert text.feed(0xFF) == "\ufffd"
+    assert text.feed(0xC3) == ""
+    assert text.end() == "\ufffd"
 
 
 def make_tokenizer(path: Path) -> None:
@@ -243,6 +245,7 @@ BAD = {
     ("--prompt", "a", "--top-p", "0"): "--top-p 0.0: a share above 0, at most 1",
     ("--prompt", "a", "--draft", "nowhere"): "nowhere/model.onnx: not found",
     ("--prompt", "a", "--draft", ".", "--temperature", "1"): "with --draft the likeliest token is taken",
+    ("--prompt", "a", "--threads", "100000"): "--threads 100000: this machine has",
     ("--prompt", "a", "--tokens", "0"): "Invalid value for '--tokens'",
 }
 

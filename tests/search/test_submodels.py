@@ -8,9 +8,9 @@ import pytest
 
 from latency import load_card, load_predictor
 from search.decoder import Decoder
-from search.problem import SearchConfig
+from search.problem import SearchConfig, precision_of
 from search.run_config import load_run_config
-from search.targets import open_targets, precision_of
+from search.targets import open_targets
 from search.verify import evaluation_data, graph_loss
 from space import InputError, genome
 from space.cost import params
