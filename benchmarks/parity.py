@@ -52,6 +52,12 @@ def scattered(space: Space) -> Supernet:
     return supernet.requires_grad_(False)
 
 
+def carried(output: Any) -> dict[str, Any]:
+    """What a call gives the next one, by the name that this transformers has for it."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
 @torch.inference_mode()
 def errors(submodel: SubModel, hf: Any) -> dict[str, float]:
     """The largest relative errors against the plain model in fp64, and of padded rows against rows alone."""
@@ -76,9 +82,7 @@ def errors(submodel: SubModel, hf: Any) -> dict[str, float]:
         steps["torch"].append(out.numpy())
         out, state = decoder(text[:, t : t + 1], state)
         steps["onnx"].append(out)
-        past = hf(
-            input_ids=now, past_key_values=past.get("cache", past.get("past_key_values")), use_cache=True
-        )
+        past = hf(input_ids=now, **carried(past), use_cache=True)
         steps["hf"].append(past.logits.numpy())
     found |= {f"{who}_decode": np.concatenate(rows, axis=1) for who, rows in steps.items()}
     result = {

@@ -70,7 +70,8 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: s
         past: dict[str, Any] = {}
         for start, end in pairwise(cuts):
             out = hf(input_ids=torch.from_numpy(text[:, start:end]), use_cache=True, **past)
-            past = {name: out[name] for name in ("cache", "past_key_values") if out.get(name) is not None}
+            name = "cache" if "cache" in out else "past_key_values"  # as transformers before 5.24 calls it
+            past = {name: out[name]}
             logits.append(out.logits.numpy())
         return np.concatenate(logits, axis=1), {}
 

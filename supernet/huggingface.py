@@ -101,6 +101,7 @@ def load_hf(folder: Path) -> Any:
     """
     try:
         from transformers import LlamaForCausalLM
+        from transformers.utils import logging
 
         from supernet.hf_model import FormfitForCausalLM
     except ImportError:
@@ -108,6 +109,7 @@ def load_hf(folder: Path) -> Any:
     code, again = folder / MODEL, "`formfit export --format hf` writes it again"
     if code.exists() and code.read_bytes() != modelling_file().encode():
         raise InputError(f"{code}: not what this formfit writes; {again}")
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kind: Any = FormfitForCausalLM if code.exists() else LlamaForCausalLM
     try:
         return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()

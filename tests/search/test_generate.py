@@ -122,6 +122,18 @@ def test_a_text_ends_at_the_stop_token_and_at_the_context(submodel: SubModel, tm
     assert list(speculate(Decoder(path), Decoder(small, kept=5), prompt, 200, stop, 4, counts)) == first
 
 
+@pytest.mark.parametrize("prompt", [[0, 60], list(range(40, 80))], ids=len)
+def test_where_the_drafts_context_ends_the_model_goes_on_alone(
+    submodel: SubModel, prompt: list[int], tmp_path: Path
+) -> None:
+    small = submodel_of(tmp_path, "linear", space=tiny_space(**{**CHANGES, "context": 32}))
+    path, counts = submodel.folder / "model.onnx", Draft()
+    expected = list(generate(Decoder(path), prompt, 50, GREEDY, None))
+    draft = Decoder(small.folder / "model.onnx", kept=5)
+    assert list(speculate(Decoder(path), draft, prompt, 50, None, 4, counts)) == expected
+    assert bool(counts.proposed) == (len(prompt) < 32)
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-9])
 def test_what_is_drawn_from(temperature: float, top_p: float) -> None:
@@ -135,6 +147,11 @@ def test_what_is_drawn_from(temperature: float, top_p: float) -> None:
     expected = np.zeros(50)
     expected[kept] = exact[kept] / exact[kept].sum()
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_least_temperature_is_greedy() -> None:
+    found = probabilities(np.array([1.0, 3.0, 2.0]), Sampling(temperature=1e-320))
+    assert found.tolist() == [0.0, 1.0, 0.0]
 
 
 def test_draws_have_the_frequencies() -> None:
@@ -184,6 +201,17 @@ def test_pieces_become_text_too(tmp_path: Path) -> None:
     ids = text.encode("aé €")
     assert ids[0] == 0
     assert "".join(text.feed(token) for token in ids[1:]) == "aé €"
+
+
+def test_what_goes_on_keeps_the_space_of_its_first_piece(tmp_path: Path) -> None:
+    """As SentencePiece has it: a text's first piece loses the space that it stands for."""
+    vocabulary = {"<s>": 0, "\u2581hello": 1, "\u2581world": 2}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<s>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    text = Text(load_tokenizer(tmp_path / "tokenizer.json"))
+    assert text.encode("hello")[1:] == [1]
+    assert text.feed(2) == " world"
 
 
 # The command.
@@ -245,6 +273,8 @@ BAD = {
     ("--prompt", "a", "--top-p", "0"): "--top-p 0.0: a share above 0, at most 1",
     ("--prompt", "a", "--draft", "nowhere"): "nowhere/model.onnx: not found",
     ("--prompt", "a", "--draft", ".", "--temperature", "1"): "with --draft the likeliest token is taken",
+    ("--prompt", "a\udcff"): "--prompt: not UTF-8 text",
+    ("--prompt", "a", "--draft", ".", "--precision", "int8-dynamic"): "--draft: not with int8-dynamic",
     ("--prompt", "a", "--threads", "100000"): "--threads 100000: this machine has",
     ("--prompt", "a", "--tokens", "0"): "Invalid value for '--tokens'",
 }

@@ -69,6 +69,63 @@ def test_a_submodel_in_every_form(formfit: Program, run_folder: Path) -> None:
     assert found["fp32"]["loss_nats"] == pytest.approx(quality.loss_nats, abs=1e-5)
 
 
+def test_a_folder_that_is_used_again_keeps_nothing_of_the_former_model(
+    formfit: Program, run_folder: Path
+) -> None:
+    out = run_folder / "model"
+    source = words(run_folder, "extract", "--supernet", run_folder / "run", "--search", "desk", "--out", out)
+    first = formfit(*source, "--pick", "best", "--format", "onnx", "--format", "hf", "--precision", "int8")
+    assert first.returncode == 0, first.stderr
+    old = (out / "model.int8.onnx").read_bytes()
+    assert formfit(*source, "--pick", "fastest").returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "architecture.json",
+        "model.safetensors",
+    ]
+    (out / "model.int8.onnx").write_bytes(old)
+    assert formfit("export", out, "--format", "onnx").returncode == 0
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "model.int8.onnx: not of the weights beside it" in done.stderr
+    (out / "model.int8.onnx").write_bytes(old[: len(old) // 2])
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+    assert "model.int8.onnx: not a whole graph" in done.stderr
+
+
+def test_what_is_spoilt_in_a_folder_is_said_in_one_line(formfit: Program, run_folder: Path) -> None:
+    out = run_folder / "model"
+    source = words(run_folder, "extract", "--supernet", run_folder / "run", "--search", "desk", "--out", out)
+    assert formfit(*source, "--format", "onnx", "--format", "hf").returncode == 0
+
+    def said() -> str:
+        done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+
+    weights = (out / "hf" / "model.safetensors").read_bytes()
+    (out / "hf" / "model.safetensors").write_bytes(weights[:100])
+    assert "hf: transformers cannot load it" in said()
+    (out / "hf" / "model.safetensors").unlink()
+    assert "hf: transformers cannot load it" in said()
+    (out / "hf" / "model.safetensors").write_bytes(weights)
+    (out / "hf" / "config.json").write_text("{")
+    assert "hf: transformers cannot load it" in said()
+    value = json.loads((out / "architecture.json").read_text())
+    (out / "architecture.json").write_text(
+        json.dumps({**value, "frame": {**value["frame"], "context": "64"}})
+    )
+    assert "frame.context: '64' is not what it should be" in said()
+    del value["chosen"]
+    (out / "architecture.json").write_text(json.dumps(value))
+    assert "has no chosen" in said()
+    (run_folder / "file").write_text("x")
+    done = formfit(*source[:-1], run_folder / "file")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "file: not a folder" in done.stderr
+
+
 def test_losses_without_their_text_stay_unmeasured(formfit: Program, run_folder: Path) -> None:
     out = run_folder / "model"
     source = (
