@@ -1,0 +1,349 @@
+"""Claims about scale: what grows how, measured where it can be, and what a 7B supernet on 64 GPUs would take.
+
+Evaluators that sleep a known time (four of them need no more than two cores) keep 1, 2 and 4 Ray workers busy
+for 90% of it; a simulation of the pool tells their time within 10%. What evolution does to architectures
+grows with their number, up to a million in one call, but for sorting a population that grows with it. A
+simulated profiling times no more ops of a 7B-like space than of configs/spaces/small.yaml. All else is
+arithmetic, PLAN, on these numbers and on assumptions: see docs/scale.md.
+"""
+
+import os
+import tempfile
+import time
+import timeit
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import log, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outcome
+import ray
+from driver import refused
+from threadpoolctl import threadpool_limits
+
+from latency.design import op_design, seeds, stack_heights, stacks
+from latency.op_latencies import OpLatencies, fit_op_latencies
+from latency.predictor import Predictor, WorkloadModel
+from latency.profile import BUILD_SECONDS, ProfileConfig
+from latency.runtime import random_weights
+from search.evaluators import SupernetEvaluate, pool
+from search.pareto import non_dominated, survivors
+from search.problem import SearchConfig, make_problem
+from search.search import Search
+from search.strategies import Task, unseen
+from search.surrogate import Surrogate
+from space import Architecture, Space, Workload, genome, load_space
+from space.cost import flops_table, op_activation_bytes, op_flops, op_held_bytes, op_params, params_cost
+from space.ops import op_kinds, space_ops
+from supernet.evaluate import EvaluationSet, Quality
+from supernet.parallel import ray_session
+from supernet.recipe import TrainConfig, members
+from supernet.supernet import Supernet, supernet_shapes
+
+SMALL = load_space(Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml")
+PHASES = ("prefill@64", "prefill@256", "prefill@2048", "decode@64", "decode@256", "decode@2048")
+DEVICES = {"small": (5e10, 1e10), "seven-b": (0.6 * 67e12, 0.7 * 3.35e12)}  # FLOP/s, bytes/s: core, H100
+LARGE: dict[str, Any] = {
+    "name": "seven-b", "vocabulary": 32000, "context": 4096, "head_dim": 128, "kv_group": 4, "window": [1024],
+    "width": [2048, 2560, 3072, 3584, 4096], "depth": [16, 20, 24, 28, 32],
+    "heads": [16, 20, 24, 28, 32], "ffn": [4096, 5632, 8192, 11008, 14336],
+}  # fmt: skip
+MIDDLE = {"width": [256, 512], "heads": [4, 8], "ffn": [1024, 2048], "depth": [4, 8], "vocabulary": 256}
+PLAN = """
+gpus              = 64                  # the question
+node              = 8                   # GPUs: DGX H100
+speed             = 0.4 * 989e12        # FLOP/s: H100 datasheet, dense bf16; 40% assumed (Llama 3: 38 to 43%)
+between           = 50e9                # bytes/s a GPU between nodes: DGX H100, 400 Gb/s
+within            = 450e9               # bytes/s a GPU each way in a node: H100 datasheet, NVLink
+rows              = 8192                # tokens of a member's batch on a GPU: assumed
+tokens            = 9 * 20 * params_largest  # 9 members a step; 20 tokens a parameter: Hoffmann et al. 2022
+short             = 94e9                # tokens: Minitron from 15B to 8B (Muralidharan et al. 2024)
+flop              = 3 * forward_recipe  # a token: forward, and twice that backward
+days              = flop * tokens / (gpus * speed) / 86400
+short_hours       = flop * short / (gpus * speed) / 3600
+state             = (4 + 4 + 8 + 2) * supernet         # bytes: weights, gradient, two moments, bf16 cast
+state_shared      = (4 + 4 + 8 + 2) * supernet_shared  # with sharing: qkvo
+activations       = rows * (32 * 2 * 4 * 4096 + 2 * widest + 3 * 4 * 32000)  # blocks' inputs, a block, logits
+compute           = flop * rows / speed  # s, of one member's update
+within_node       = (2 + 2 + 4) * (1 - 1 / node) * params_recipe / within  # gather twice in bf16, reduce fp32
+between_nodes     = 2 * 4 * (1 - node / gpus) * params_recipe / node / between
+all_sharded       = (2 + 2 + 4) * (1 - node / gpus) * params_recipe / between  # s, instead of these two
+step              = 9 * (compute + within_node + between_nodes)
+checkpoint        = (4 + 8) * supernet   # bytes
+checkpoint_s      = 2 * checkpoint / 2e9  # written by one process, read for its hash; 2 GB/s assumed
+checkpoint_share  = checkpoint_s / (checkpoint_s + 100 * step)  # of the time, one in 100 steps
+evaluation        = forward_sampled * 24 * 4096 / speed         # s on a GPU, 24 windows
+evaluation_core_h = forward_sampled * 24 * 4096 / core / 3600   # as today
+search_minutes    = evaluation * (288 + 64 * 48 / 24 + 32 * 96 / 24) / (gpus * busy_24) / 60
+large_minutes     = evaluation * 40 * 256 / (gpus * busy_256) / 60  # 40 generations of 256
+large_driver      = driver * 40 * 256 / 60  # minutes beside that
+fed               = evaluation / dispatch   # GPUs that one driver can feed
+evaluators_node   = 4 * supernet * (1 + node * copies)  # bytes of a node's memory, as today
+put               = 4 * supernet * put_rate             # s, into one object store
+start             = 4 * supernet * start_rate           # s, until an evaluator is there
+tokenizing_days   = 4 * short / 1e6 / 86400  # a command: 4 bytes a token assumed; 1 MB/s, docs/limits.md
+audit_days        = 24 * 2 * 6 * params_median * 20 * params_median / (gpus * speed) / 86400
+export            = 4 * params_smallest / 2**31  # of what one protobuf holds
+profile_hours     = (timing_seconds + (values + 58 * params_sampled) * draw) / 3600  # timing, making weights
+profile_group     = 4 * values_in_a_group   # bytes held while 48 ops are timed, at least
+profile_models    = 4 * 30 * params_sampled  # bytes held while a group of whole models is
+"""
+
+
+def sleep(architecture: Architecture, data: str) -> Quality:
+    """An evaluation of known cost: it sleeps for as long as the name of its data says."""
+    time.sleep(float(data))
+    loss = 2 + int(architecture.key, 16) % 1000 / 1000
+    return Quality(loss_nats=loss, recall_loss_nats=loss)
+
+
+def status(name: str, file: str = "/proc/self/status") -> int:
+    """Bytes that the system tells, of this process where nothing else is said."""
+    rows = Path(file).read_text().splitlines()
+    return 1024 * next(int(row.split()[1]) for row in rows if row.startswith(name + ":"))
+
+
+def measured(run: Callable[[], Any], times: int = 1) -> tuple[float, int]:
+    """The quickest seconds of a call, and the bytes that it adds at its peak."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before, seconds = status("VmRSS"), timeit.repeat(run, number=1, repeat=times)
+    return min(seconds), max(0, status("VmHWM") - before)
+
+
+def grown(make: Callable[[int], Callable[[], Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """Seconds and bytes by size; where that is more than 33 s or than is free, told from the last ones."""
+    rows, power = [], 1.0
+    for n in sizes:
+        last = rows[-1] if rows else {"n": n, "seconds": 0.0, "bytes": 0}
+        ratio = n / last["n"]
+        seconds, added = last["seconds"] * ratio ** max(1.0, power), last["bytes"] * ratio
+        told = seconds > 33 or added > 0.7 * status("MemAvailable", "/proc/meminfo")
+        if not told:
+            seconds, added = measured(make(n), 3 if n <= 10_000 else 1)
+            power = log(seconds / last["seconds"]) / log(ratio) if rows else power
+        rows.append({"n": n, "seconds": seconds, "bytes": added, "told": told})
+    return {"exponent": power, "rows": rows}
+
+
+def large_space(**changes: Any) -> Space:
+    """A space whose largest member has Mistral 7B's sizes, with the mixers and ratios of the small one."""
+    value, sizes = SMALL.model_dump(mode="json"), LARGE | changes
+    layer = value["layer"] | {name: sizes.pop(name) for name in ("heads", "ffn", "window")}
+    return Space.model_validate(value | sizes | {"layer": layer})
+
+
+def made_up(space: Space) -> tuple[Predictor, dict[Any, float]]:
+    """A predictor of ops that take a call, FLOPs and bytes at a device's rates, and 5% of their own."""
+    rng, (rate, bandwidth) = np.random.default_rng(0), DEVICES[space.name]
+    ops, frame, workloads = space_ops(space), space.frame, [Workload.parse(text) for text in PHASES]
+    table = {(op, w): (1e-6 + op_flops(op, w, frame) / rate + op_held_bytes(op, w, frame) / bandwidth)
+             * float(rng.lognormal(0, 0.05)) for op in ops for w in workloads}  # fmt: skip
+    kinds = dict.fromkeys(op_kinds(space), 1.0)
+    models = {w: WorkloadModel(op_seconds={op.key: table[op, w] for op in ops}, kinds=kinds, constant=1e-6,
+                               once_full=1e-6, per_layer=1e-6, hinges=(1e-6,) * 4, scale=0.02, errors={})
+              for w in workloads}  # fmt: skip
+    return Predictor(space=space, ops=OpLatencies(frame, {}, {}), models=models, residuals=[-1, 1, 2]), table
+
+
+def on_architectures(predictor: Predictor, sizes: Sequence[int]) -> dict[str, Any]:
+    """What evolution does to so many architectures in one call."""
+    space, rng = predictor.space, np.random.default_rng(0)
+    some = genome.sample(space, rng, min(max(sizes), 100_000))
+    workloads = [Workload.parse(PHASES[1]), Workload.parse(PHASES[4])]
+    cost = predictor.cost(workloads[0])
+    surrogate = Surrogate(Task(space, (None, cost), lambda g: np.zeros(len(g)), some[:2], 96, 0))
+    surrogate.tell(some[:300], np.stack([2 + rng.random(300), cost(some[:300])], axis=1))
+
+    def goals(g: Any) -> Any:
+        latency = rng.lognormal(size=len(g))
+        return np.stack([3 - 0.2 * np.log(latency) + 0.05 * rng.standard_normal(len(g)), latency], axis=1)
+
+    steps: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+        "predict": (
+            np.asarray,
+            lambda g: [predictor.cost(w, c)(g) for w in workloads for c in (None, 0.975)],
+        ),
+        "sample": (len, lambda n: genome.sample(space, rng, n)),
+        "repair": (rng.permuted, lambda g: genome.repair(space, g, rng)),
+        "mutate": (np.asarray, lambda g: genome.mutate(space, g, rng)),
+        "tell apart": (lambda g: rng.integers(0, 9, g.shape), lambda g: unseen(g, set(), len(g))),
+        "keys": (np.asarray, lambda g: [a.key for a in genome.decode(space, g)]),
+        "surrogate": (np.asarray, surrogate),
+        "first front": (goals, non_dominated),
+        "best 96": (goals, lambda v: survivors(v, np.zeros(len(v)), 96)),
+        "best third": (goals, lambda v: survivors(v, np.zeros(len(v)), len(v) // 3)),
+    }
+    enough = np.tile(some, (-(-max(sizes) // len(some)), 1))
+    return {name: grown(lambda n, of=of, run=run: partial(run, of(enough[:n])), sizes)
+            for name, (of, run) in steps.items()}  # fmt: skip
+
+
+def searched(predictor: Predictor, evaluations: int, all_of: Any, cost: str) -> tuple[float, float]:
+    """Seconds of a search with so many evaluations of a known cost, 24 at a time; and of its certificate."""
+    limits = ("prefill@256<=60%", "decode@256<=60%", "memory@2048<=60%")
+    config = SearchConfig(generations=evaluations // 24, population=24, limits=limits)
+    with tempfile.TemporaryDirectory() as folder:
+        search = Search(make_problem(predictor.space, {"here": predictor}, config), config, Path(folder), {})
+        checked, began = measured(search.check)[0], time.perf_counter()
+        search.evolve(lambda some, _data: all_of(some, cost))
+        return time.perf_counter() - began, checked
+
+
+def simulated(costs: Iterable[float], workers: int, latency: float, dispatch: float) -> float:
+    """Seconds until all are evaluated: who is free takes the next from a driver that gives one at a time."""
+    free, driver = [0.0] * workers, 0.0
+    for cost in costs:
+        first = free.index(min(free))
+        driver = max(driver, free[first]) + dispatch
+        free[first] = driver + max(0.0, latency - dispatch) + cost
+    return max(free)
+
+
+def busy(space: Space, population: int, latency: float, dispatch: float, longest_first: bool) -> float:
+    """The share of 64 GPUs that evaluates, in 20 generations of so many samples, each waited for."""
+    rng, flops = np.random.default_rng(0), flops_table(space, Workload(phase="prefill", length=4096))
+    costs = [flops.totals(genome.sample(space, rng, population)) * 24 / (0.4 * 989e12) for _ in range(20)]
+    costs = [np.sort(some)[::-1] for some in costs] if longest_first else costs
+    return float(np.sum(costs) / (64 * sum(simulated(some, 64, latency, dispatch) for some in costs)))
+
+
+def on_workers(predictor: Predictor, quick: bool) -> dict[str, Any]:
+    """The pool of Ray actors with evaluators that sleep, its simulation, and a search on four of them."""
+    rows, counts = [], {"0": 100, "0.02": 32, "0.2": 3} if quick else {"0": 400, "0.02": 192, "0.2": 40}
+    some = genome.decode(predictor.space, genome.sample(predictor.space, np.random.default_rng(1), 1000))
+    began, megabytes = time.perf_counter(), np.ones(25_000_000)
+    with ray_session(4):
+        found: dict[str, Any] = {"rows": rows, "session_seconds": time.perf_counter() - began}
+        found["put_rate"] = measured(lambda: ray.put(megabytes), 2)[0] / megabytes.nbytes
+        for workers in (1, 2, 4):
+            began = time.perf_counter()
+            with pool(lambda: sleep, (), workers) as all_of:
+                while len(all_of.idle) < workers:
+                    list(all_of(some[:1], "0.02"))
+                started = time.perf_counter() - began
+                for cost, each in counts.items():
+                    count = each * (workers if float(cost) else 1)
+                    began, cpu = time.perf_counter(), time.process_time()
+                    list(all_of(some[:count], cost))
+                    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+                    rows.append({"workers": workers, "cost": float(cost), "evaluations": count,
+                                 "seconds": wall, "efficiency": float(cost) * each / wall,
+                                 "driver_cpu": cpu / count, "start_seconds": started})  # fmt: skip
+                for cost in ("0.02", "0.2") if workers == 4 else ():
+                    wall = searched(predictor, 48 if quick else 288, all_of, cost)[0]
+                    found[f"efficiency_of_a_search_at_{cost}"] = (12 if quick else 72) * float(cost) / wall
+    free = {row["workers"]: row["seconds"] / row["evaluations"] for row in rows if not row["cost"]}
+    for row in rows:
+        row["simulated"] = simulated([row["cost"]] * row["evaluations"], row["workers"], free[1], free[4])
+    return found | {"latency": free[1], "dispatch": free[4]}
+
+
+def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dict[str, float]:
+    """A profiling of made-up timings: what is measured until ops are known, and what that would take."""
+    config, began = ProfileConfig(), time.perf_counter()
+    design = op_design(space, space_ops(space), list(map(Workload.parse, texts)))
+    block, rounds = config.block_ms * 1e-3, (config.min_rounds + config.max_rounds) / 2
+
+    def timing(point: Any) -> float:
+        heights = stack_heights(space, *point)
+        return sum(config.min_rounds * max(block, h * table[point]) + BUILD_SECONDS for h in heights)
+
+    costs, known = np.array([timing(point) for point in design.points]), seeds(design.points)
+    while True:
+        fit = fit_op_latencies(space.frame, {point: (table[point], 0.01) for point in known})
+        error = design.expected_error(fit)
+        if error <= config.op_error or len(known) == len(design.points):
+            break
+        known += design.choose(fit, costs, config.group, known)
+    models = np.maximum(block, design.counts @ [table[point] for point in design.points])
+    whole = 58 * len(texts) * float((rounds * models + BUILD_SECONDS).mean())  # 58: ProfileConfig's models
+    values = [height * op_params(op, space.frame) for op, height in stacks(space, known)]
+    return {"ops": len(space_ops(space)), "points": len(costs), "measured": len(known), "error": error,
+            "design_seconds": time.perf_counter() - began, "timing_seconds": sum(map(timing, known)) + whole,
+            "values": sum(values), "values_in_a_group": sum(values) * config.group / len(known)}  # fmt: skip
+
+
+def on_models(space: Space, steps: int) -> dict[str, float]:
+    """Parameters, and forward FLOPs a token at the context, of a space's members and of its recipe's."""
+    config, workload = TrainConfig(steps=steps), Workload(phase="prefill", length=space.context)
+    count, flops = params_cost(space), flops_table(space, workload)
+    sampled = genome.sample(space, np.random.default_rng(0), 2001)
+    groups = {
+        "largest": genome.encode(space, [genome.largest(space)]),
+        "smallest": genome.encode(space, [genome.smallest(space)]),
+        "median": sampled[np.argsort(count(sampled))[1000:1001]],
+        "sampled": sampled,
+        "recipe": genome.encode(space, [a for step in range(steps) for a in members(space, config, step)]),
+    }
+    found = {}
+    for name, rows in groups.items():
+        found[f"params_{name}"] = float(count(rows).mean())
+        found[f"forward_{name}"] = float(flops.totals(rows).mean()) / space.context
+    blocks = [op for op in space_ops(space) if op.kind not in ("embedding", "head")]
+    found["widest"] = max(op_activation_bytes(op, workload, space.frame) for op in blocks) / space.context
+    shared = space.model_copy(update={"sharing": "qkvo"})
+    whole = [float(sum(map(prod, supernet_shapes(one).values()))) for one in (space, shared)]
+    return found | {"supernet": whole[0], "supernet_shared": whole[1]}
+
+
+def on_supernet() -> dict[str, float]:
+    """Making an evaluator, by bytes of its supernet, and what one core reaches in it."""
+    space = large_space(**MIDDLE)
+    weights = {name: value.numpy() for name, value in Supernet(space).state_dict().items()}
+    size, largest = sum(w.nbytes for w in weights.values()), genome.largest(space)
+    tokens = np.ones((4, 256), np.int64)
+    sets = {"": EvaluationSet(tokens=tokens, targets=tokens, recallable=tokens > 1)}
+    made, added = measured(lambda: SupernetEvaluate(space.model_dump(mode="json"), weights, sets))
+    one = SupernetEvaluate(space.model_dump(mode="json"), weights, sets)
+    flops = flops_table(space, Workload(phase="prefill", length=256)).totals(genome.encode(space, [largest]))
+    core = 4 * float(flops[0]) / measured(lambda: one(largest, ""), 3)[0]
+    draw = measured(lambda: random_weights({"one": (4096, 4096)}, 0))[0] / 4096**2
+    return {"bytes": size, "start_rate": made / size, "copies": added / size, "draw": draw, "core": core}
+
+
+def main() -> int:
+    arguments = outcome.options(__doc__).parse_args()
+    quick, load, began, large = arguments.quick, os.getloadavg(), time.perf_counter(), large_space()
+    count, sizes = 96 if quick else 480, [10**k for k in (range(2, 4) if quick else range(3, 7))]
+    given = [(space, *made_up(space)) for space in (SMALL, large)]
+    workers, found, texts = on_workers(given[0][1], quick), {}, PHASES[:: 5 if quick else 1]
+    with threadpool_limits(1):
+        facts = on_models(large, 5 if quick else 100) | on_supernet()
+        for space, predictor, table in given:
+            with pool(lambda: sleep, (), 0) as here:
+                seconds, checked = searched(predictor, count, here, "0")
+            found[space.name] = {
+                "patterns": len(space.all_patterns), "driver": seconds / count, "possible_seconds": checked,
+                "refused_seconds": refused(predictor)["seconds"], "profiling": profiled(space, table, texts),
+                "architectures": on_architectures(predictor, sizes if space is SMALL else sizes[:3]),
+            }  # fmt: skip
+        counting = grown(lambda n: partial(genome.size, large_space(depth=[n])), [4, 8, 16, 32][: len(sizes)])
+    choices = {f"{n} of {some}": len(space_ops(large_space(**{a: LARGE[a][-n:] for a in some.split()})))
+               for some in ("width", "heads", "ffn", "width heads ffn") for n in (1, 2, 3, 5)}  # fmt: skip
+    facts |= {f"busy_{n}{how}": busy(large, n, workers["latency"], workers["dispatch"], bool(how))
+              for n in (24, 64, 256, 1024) for how in ("", "_longest_first")}  # fmt: skip
+    known, plan = facts | workers | found["seven-b"] | found["seven-b"]["profiling"], {}
+    for line in PLAN.strip().splitlines():
+        name, how = map(str.strip, line.split("=", 1))
+        known[name] = eval(how, {"__builtins__": {}}, known)  # noqa: S307 (lines of this file)
+        plan[name] = {"value": known[name], "is": how}
+    rows, steps = [row for row in workers["rows"] if row["cost"]], found["small"]["architectures"]
+    least, off = min(r["efficiency"] for r in rows), max(abs(r["simulated"] / r["seconds"] - 1) for r in rows)
+    steep = max((step["exponent"], name) for name, step in steps.items() if name != "best third")
+    timed = [one["profiling"]["measured"] for one in found.values()]
+    checks = {
+        f"at least {least:.1%} of the ideal with 1, 2 and 4 workers >= 90%": least >= 0.9,
+        f"simulated within {off:.1%} <= 10%": off <= 0.1,
+        f"steepest exponent {steep[0]:.2f} ({steep[1]}) <= 1.2": steep[0] <= 1.2,
+        f"{timed[1]} timings of ops of seven-b, {timed[0]} of small": timed[1] <= timed[0],
+    }
+    body = {"loads": [load, os.getloadavg()], "minutes": (time.perf_counter() - began) / 60, "plan": plan,
+            "facts": facts, "workers": workers, "spaces": found, "counting": counting,
+            "choices": choices}  # fmt: skip
+    return outcome.write("scale", arguments, body, checks)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
