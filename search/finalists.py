@@ -24,12 +24,22 @@ from safetensors.torch import load_file, save_file
 
 from search.audit_trials import Losses, Share, losses, one_thread, remove_checkpoints, row_flops, run_trials
 from space import Architecture, InputError, Space, genome
-from space.files import atomic_path, canonical_json, check_inputs, digest, file_digest, read_json, write_json
+from space.files import (
+    atomic_path,
+    canonical_json,
+    check_inputs,
+    digest,
+    file_digest,
+    made_from,
+    read_json,
+    write_json,
+)
 from supernet.checkpoint import Checkpoint
 from supernet.corpus import Corpus
 from supernet.distil import distil, implant, largest_teacher
 from supernet.evaluate import EvaluationSet, evaluate
-from supernet.extract import SubModel, extract, write_submodel
+from supernet.extract import KIND as SUBMODEL_KIND
+from supernet.extract import SubModel, extract, read_submodel, write_submodel
 from supernet.parallel import ray_session
 from supernet.recipe import TrainConfig
 from supernet.train import load_supernet, training_inputs
@@ -330,7 +340,7 @@ def train_stretch(
 def write_finalist(
     folder: Path, trained: "Trained", finalist: Finalist, inputs: Mapping[str, str], chosen: Mapping[str, Any]
 ) -> SubModel:
-    """Write a finalist's tuned weights into a sub-model's folder.
+    """Write a finalist's tuned weights into a sub-model's folder, where they are not there already.
 
     Args:
         folder: the sub-model's.
@@ -345,10 +355,13 @@ def write_finalist(
     if finalist.folder is None:
         raise InputError(f"finalist {finalist.architecture.key} has no weights: {finalist.failed}")
     path = finalist.folder / "model.safetensors"
+    if path.exists():
+        inputs = {**inputs, "finalist": file_digest(path), "chosen": digest(canonical_json(dict(chosen)))}
+        if made_from(folder / "architecture.json", SUBMODEL_KIND, inputs):
+            return read_submodel(folder)
     supernet = load_supernet(trained.space, trained.checkpoint)
     try:
         implant(supernet, finalist.architecture, load_file(path))
     except (FileNotFoundError, SafetensorError, ValueError) as error:
         raise InputError(f"{path}: not the finalist's weights ({error}); `{MADE_BY}` makes them") from None
-    inputs = {**inputs, "finalist": file_digest(path)}
     return write_submodel(folder, supernet, finalist.architecture, inputs, chosen, trained.text)

@@ -23,11 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from search.audit_trials import losses, one_thread, remove_checkpoints
 from search.finalists import evaluation_digest
-from search.front import made_from
 from search.reporter import Reporter
 from search.run import Run, open_supernet
 from space import InputError, genome
-from space.files import check_inputs, file_digest, read_json, write_json
+from space.files import check_inputs, file_digest, made_from, read_json, write_json
 from supernet.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.distil import distil, distil_inputs, implant, largest_teacher
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set

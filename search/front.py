@@ -12,21 +12,12 @@ from search.problem import Problem, SearchConfig, make_problem
 from search.reporter import Reporter
 from search.search import FRONT_KIND, Known, Search
 from space import InputError, Space
-from space.files import canonical_json, digest, read_json
+from space.files import canonical_json, digest, made_from, read_json
 from supernet.checkpoint import Checkpoint
 from supernet.corpus import Corpus
 from supernet.evaluate import evaluation_set
 from supernet.extract import Text
 from supernet.train import load_supernet
-
-
-def made_from(path: Path, kind: str, inputs: Mapping[str, str]) -> bool:
-    """Whether a whole artefact is there that was made from these inputs."""
-    try:
-        header = read_json(path, kind, "formfit run")["header"]
-    except InputError:
-        return False
-    return all(header["inputs"].get(name) == value for name, value in inputs.items())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from latency import Card, Predictor
 from latency.predictor import RUNS_APART
 from search.export import export, models_digest
-from search.front import Trained, made_from, member_choice, search_front
+from search.front import Trained, member_choice, search_front
 from search.limits import Limit
 from search.problem import QUALITIES, SearchConfig
 from search.reporter import Reporter
@@ -26,7 +26,7 @@ from search.search import Known
 from search.verify import KIND as VERIFY_KIND
 from search.verify import require_card_is_here, verify
 from space import Architecture, LimitError, Space, Workload, genome
-from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json
+from space.files import canonical_json, check_inputs, digest, file_digest, made_from, read_json, write_json
 from space.precision import model_file
 from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import KIND as SUBMODEL_KIND

@@ -16,7 +16,7 @@ from latency import Predictor, load_card, load_predictor
 from latency.card import open_card
 from latency.profile import open_runtime, profile, settings_digest
 from search.audit_report import audit_section
-from search.front import Trained, made_from, member_choice, pick_key, search_front
+from search.front import Trained, member_choice, pick_key, search_front
 from search.promise import KIND as PROMISE_KIND
 from search.promise import keep_promise, make_workbench, require_kept
 from search.report import write_report
@@ -25,7 +25,16 @@ from search.run_config import RunConfig, trained_config
 from search.search import FRONT_KIND
 from space import Architecture, InputError, Space, genome
 from space.config import load_yaml
-from space.files import canonical_json, check_inputs, digest, file_digest, read_json, write_json, write_text
+from space.files import (
+    canonical_json,
+    check_inputs,
+    digest,
+    file_digest,
+    made_from,
+    read_json,
+    write_json,
+    write_text,
+)
 from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.checkpoint import Checkpoint, latest_checkpoint
 from supernet.corpus import Corpus, load_corpus, window_starts

@@ -15,6 +15,7 @@ from search.reporter import Reporter
 from search.run import Run, open_supernet
 from space import Architecture, InputError, LimitError, Workload
 from space.files import canonical_json, digest
+from space.precision import model_file
 from supernet.corpus import load_corpus
 from supernet.evaluate import evaluation_set
 
@@ -102,7 +103,9 @@ def distilled(
     inputs = {"supernet": bench.trained.checkpoint.digest}
     submodel = write_finalist(target, bench.trained, ranked[0], inputs, choice)
     predicted = choice["predicted"]["latency"].get(bench.card.name, {})
-    export(submodel, ["onnx"], [Workload.parse(text).precision for text in predicted])
+    precisions = sorted({"fp32", *(Workload.parse(text).precision for text in predicted)})
+    if not all(model_file(target, p).exists() for p in precisions):
+        export(submodel, ["onnx"], precisions)
     tuned = {"key": member["key"], "folder": str(target)}
     if "promise" in found:
         verified = bench.verified(submodel, reporter)

@@ -126,6 +126,15 @@ def parse_header(path: Path, text: bytes, kind: str, made_by: str) -> dict[str, 
     return dict(value)
 
 
+def made_from(path: Path, kind: str, inputs: Mapping[str, str]) -> bool:
+    """Whether a whole artefact is there that was made from these inputs."""
+    try:
+        header = read_json(path, kind, "formfit")["header"]
+    except InputError:
+        return False
+    return all(header["inputs"].get(name) == value for name, value in inputs.items())
+
+
 def check_inputs(path: Path, artefact: Mapping[str, Any], expected: Mapping[str, str]) -> None:
     """Refuse an artefact that was made from other inputs, naming both sides.
 

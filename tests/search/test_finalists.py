@@ -21,7 +21,7 @@ from search import finalists
 from search.finalists import Finalist, FinalistsConfig, distil_finalists, inherited, rungs, write_finalist
 from search.front import Trained
 from space import Architecture, InputError, genome
-from space.files import file_digest
+from space.files import canonical_json, digest, file_digest
 from supernet.corpus import DataConfig, load_corpus
 from supernet.distil import distil, largest_teacher
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
@@ -331,7 +331,11 @@ def test_tuned_weights_become_a_sub_model(
     assert submodel.architecture == best.architecture
     header = json.loads((tmp_path / "model" / "architecture.json").read_text())["header"]
     path = best.folder / "model.safetensors"
-    assert header["inputs"] == {"front": "1" * 64, "finalist": file_digest(path)}
+    chosen = digest(canonical_json({"limits": []}))
+    assert header["inputs"] == {"front": "1" * 64, "finalist": file_digest(path), "chosen": chosen}
+    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    again = write_finalist(tmp_path / "model", trained, best, {"front": "1" * 64}, {"limits": []})
+    assert (again.folder / "model.safetensors").stat().st_mtime_ns == before
     assert best.architecture.key in (tmp_path / "model" / "README.md").read_text()
     shutil.copytree(best.folder, tmp_path / "torn")
     torn = tmp_path / "torn" / "model.safetensors"
