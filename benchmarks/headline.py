@@ -1,0 +1,273 @@
+"""Claim: a searched model is better than what a person would have picked, at equal latency and training.
+
+On configs/spaces/small.yaml, for two limits each on prefill@1024 and decode@2048: the architecture that
+`formfit search --verify` hands over against the Transformer, the 3:1 and 6:1 GatedDeltaNet hybrids and the
+all-linear model (each the best by supernet loss of one scaling a width, none quicker than the searched one),
+the best of random search at as many evaluations, and HAT's single-objective search over attention alone.
+All are trained from scratch on the same tokens, with MQAR sequences among them, for each seed, in Ray Tune
+trials; differences are paired by seed. Every model is then measured on the device.
+
+It takes a trained run and goes on where it was stopped (four hours on two cores; --quick a quarter of one):
+
+    formfit train configs/small.yaml --out RUN
+    python benchmarks/headline.py --run RUN --devices devices --device here --runs runs/headline
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outcome
+from families import FULL, hat, scalings
+from limits import Program
+
+from latency import Predictor, load_card, load_predictor
+from search.audit_trials import Share, losses, one_thread, remove_checkpoints, run_trials
+from search.feasibility import least as least_possible
+from search.problem import SearchConfig
+from search.reporter import Reporter
+from search.run import Run, open_run, open_supernet
+from search.run_config import VerifyConfig
+from search.show import Bars
+from search.verify import measure_submodel
+from space import Architecture, Space, Workload, genome
+from space.cost import memory_bytes, params
+from space.files import write_text
+from supernet.corpus import Corpus, load_corpus
+from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, mqar_accuracy
+from supernet.extract import write_submodel
+from supernet.recipe import TrainConfig
+from supernet.supernet import Supernet
+from supernet.train import load_alone, load_supernet, train
+
+WORKLOADS = ("prefill@1024", "decode@2048")
+PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its logarithm
+RECALL = 0.1  # the share of MQAR rows in the trainings from scratch
+BEST = "searched"
+LOSSES = ("loss_nats", "recall_loss_nats")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One architecture to be trained from scratch."""
+
+    architecture: Architecture
+    config: TrainConfig
+    folder: Path
+
+
+def train_job(job: Job, shared: tuple[Space, Corpus, EvaluationSet], tell: Share) -> None:
+    """Train, and write what it reaches on held-out text and on MQAR."""
+    space, corpus, data = shared
+    with one_thread():
+        report: Callable[[Mapping[str, Any]], None] = lambda row: tell(row["step"] / row["steps"])  # noqa: E731
+        checkpoint = train(space, job.config, job.folder, report, corpus, job.architecture)
+        weights = dict(load_alone(space, checkpoint, job.architecture).named_parameters())
+        found = losses(evaluate(weights, job.architecture, space.frame, data))
+        accuracy = mqar_accuracy(weights, job.architecture, space.frame, length=64, vocabulary=256)
+    write_text(job.folder / "result.json", json.dumps({**found, "mqar_accuracy": accuracy}))
+    remove_checkpoints(job.folder)
+
+
+class Headline:
+    """A run, a device, and the folder that keeps what was found."""
+
+    def __init__(self, run: Run, device: str, runs: Path, noise: float, quick: bool) -> None:
+        self.run, self.device, self.runs, self.noise, self.quick = run, device, runs, noise, quick
+        self.program = Program(run.folder, run.devices, device, noise)
+        self.card = load_card(run.devices, device)
+        path = self.card.predictor_path(run.space.name, "onnxruntime", run.config.profile.threads, "fp32")
+        self.predictor: Predictor = load_predictor(path, run.space, "formfit profile")
+        self.corpus = load_corpus(run.config.train.data)
+        self.supernet: Supernet = load_supernet(run.space, open_supernet(run, self.corpus))
+        self.data = evaluation_set(self.corpus, run.config.search.windows, run.text.length)
+
+    def loss(self, architecture: Architecture) -> float:
+        """Of a member inside the supernet."""
+        weights = self.supernet.weights(architecture)
+        return evaluate(weights, architecture, self.run.space.frame, self.data).loss_nats
+
+    def seconds(self, workload: Workload) -> Callable[[list[Architecture]], np.ndarray]:
+        """Predicted latencies."""
+        cost = self.predictor.cost(workload)
+        return lambda members: cost(genome.encode(self.run.space, members))
+
+    def bounds(self, workload: Workload) -> list[float]:
+        """The limits in seconds."""
+        low = least_possible(self.run.space, self.predictor.cost(workload, SearchConfig().confidence))[0]
+        high = float(self.seconds(workload)([genome.largest(self.run.space)])[0])
+        places = PLACES[:1] if self.quick else PLACES
+        return [low * (high / low) ** place for place in places]
+
+    def search(self, limit: str, workload: str, strategy: str) -> dict[str, Any]:
+        """What a search hands over: measured for the searched one, the best of its front for random."""
+        name = f"{strategy}-{limit}".replace("<=", "-").replace("@", "-")
+        size = ("--generations", 2, "--population", 8) if self.quick else ()
+        proof = ("--verify", "--noise", self.noise) if strategy == "evolution" else ()
+        code, found, said = self.program(
+            "search", "--supernet", self.run.folder, "--device", self.device, "--name", name,
+            "--limit", limit, "--objective", "loss", "--objective", f"latency:{workload}",
+            "--strategy", strategy, "--workers", 2, *size, *proof,
+        )  # fmt: skip
+        if code not in (0, 3) or not found:
+            raise SystemExit(said)
+        if strategy == "evolution":
+            return dict(found["promise"]["chosen"])
+        members = {m["key"]: m for m in found["members"]}
+        return dict(members[found["picks"]["best"]])
+
+    def contestants(self, workload: Workload, bound: float) -> dict[str, Architecture]:
+        """The models of a setting by how they came about; kept once they are found."""
+        limit = f"{workload}<={1e3 * bound:.5g}ms"
+        path = self.runs / f"{limit.replace('<=', '-')}.json"
+        if path.exists():
+            return {k: Architecture.from_json(v) for k, v in json.loads(path.read_text()).items()}
+        chosen = self.search(limit, str(workload), "evolution")
+        found = {BEST: Architecture.from_json(chosen["architecture"])}
+        least = 1e-3 * chosen["latency_ms"][str(workload)]
+        for family in FULL:
+            members = scalings(self.run.space, family, self.seconds(workload), least)
+            found[family] = min(members, key=self.loss)
+        best = self.search(limit, str(workload), "random")
+        found["random search"] = Architecture.from_json(best["architecture"])
+        population, generations = (8, 2) if self.quick else (24, 12)
+        found["HAT"] = hat(self.run.space, self.seconds(workload), self.loss, bound, population, generations)
+        write_text(path, json.dumps({name: a.to_json() for name, a in found.items()}))
+        return found
+
+    def trained(
+        self, members: list[Architecture], seeds: int, steps: int, reporter: Reporter
+    ) -> dict[str, Any]:
+        """What each reaches alone, by key: a list with one result for each seed."""
+        base = self.run.config.train
+        data = base.data.model_copy(update={"recall": RECALL})
+        config = base.model_copy(
+            update={
+                "data": data,
+                "steps": steps,
+                "threads": 1,
+                "workers": 0,
+                "init": None,
+                "checkpoint_every": 100,
+            }
+        )
+        corpus = load_corpus(data)
+        judged = evaluation_set(corpus, self.run.text.windows, self.run.text.length)
+        jobs = [
+            Job(
+                architecture=a,
+                config=config.model_copy(update={"seed": base.seed + 1 + i}),
+                folder=(self.runs / "trained" / f"{a.key}-s{i}-{steps}").resolve(),
+            )
+            for a in members
+            for i in range(seeds)
+        ]
+        left = [job for job in jobs if not (job.folder / "result.json").exists()]
+        if left:
+            left.sort(key=lambda job: -params(job.architecture, self.run.space.frame))
+            with reporter.stage(f"train {len(left)} of {len(jobs)} from scratch") as stage:
+                shared = (self.run.space, corpus, judged)
+                failures = run_trials(train_job, left, shared, 2, self.runs / "tune", stage)
+            failed = [f.reason for f in failures if f]
+            if failed:
+                raise SystemExit(f"{len(failed)} trainings failed: {failed[0]}")
+        found: dict[str, Any] = {}
+        for job in jobs:
+            found.setdefault(job.architecture.key, []).append(
+                json.loads((job.folder / "result.json").read_text())
+            )
+        return found
+
+    def measured(self, architecture: Architecture, workloads: list[Workload]) -> dict[str, float]:
+        """Latencies in milliseconds by workload, measured on the device; kept once they are."""
+        path = self.runs / "measured" / f"{architecture.key}.json"
+        if not path.exists():
+            from search.export import export
+
+            folder = self.runs / "submodels" / architecture.key
+            submodel = write_submodel(folder, self.supernet, architecture, {}, {})
+            export(submodel, ["onnx"])
+            noise = self.noise / 100
+            config = VerifyConfig(most_noise=noise, copies=1 if self.quick else 3)
+            found = measure_submodel(submodel, self.card, workloads, config)
+            write_text(path, json.dumps({text: item["latency_ms"] for text, item in found.items()}))
+        return dict(json.loads(path.read_text()))
+
+
+def compared(rows: Mapping[str, Any], name: str, figure: str) -> dict[str, float]:
+    """By how much a model is worse than the searched one, paired by seed: mean and standard error."""
+    pairs = zip(rows[name]["seeds"], rows[BEST]["seeds"], strict=True)
+    apart = np.array([other[figure] - own[figure] for other, own in pairs])
+    error = float(apart.std(ddof=1) / np.sqrt(len(apart))) if len(apart) > 1 else float("inf")
+    return {"mean": float(apart.mean()), "standard_error": error}
+
+
+def main() -> int:
+    parser = outcome.options(__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="a trained run of configs/small.yaml")
+    parser.add_argument("--devices", type=Path, default=Path("devices"))
+    parser.add_argument("--device", default="here")
+    parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="what is kept")
+    parser.add_argument("--steps", type=int, help="of each training [default: 600, quick 20]")
+    parser.add_argument("--seeds", type=int, help="[default: 2, quick 1]")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    steps, seeds = arguments.steps or (20 if quick else 600), arguments.seeds or (1 if quick else 2)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    run = open_run(arguments.run, arguments.devices)
+    card = Program(run.folder, run.devices, arguments.device, arguments.noise)
+    space_file = arguments.runs / "space.yaml"
+    write_text(space_file, json.dumps(run.space.model_dump(mode="json")))  # JSON is YAML
+    wanted = [word for text in WORKLOADS[: 1 if quick else None] for word in ("--workload", text)]
+    few = ("--budget", "2m") if quick else ()
+    code, _, said = card("profile", "--space", space_file, "--device", arguments.device, *wanted, *few,
+                         "--noise", arguments.noise)  # fmt: skip
+    if code:
+        raise SystemExit(said)
+    headline = Headline(run, arguments.device, arguments.runs, arguments.noise, quick)
+    settings = []
+    for text in WORKLOADS[: 1 if quick else None]:
+        workload = Workload.parse(text)
+        for bound in headline.bounds(workload):
+            settings.append((workload, bound, headline.contestants(workload, bound)))
+    everyone = list(dict.fromkeys(a for _, _, found in settings for a in found.values()))
+    reached = headline.trained(everyone, seeds, steps, Bars())
+    workloads = list(dict.fromkeys(workload for workload, _, _ in settings))
+    latencies = {a.key: headline.measured(a, workloads) for a in everyone}
+    table, checks, won = [], {}, 0
+    for workload, bound, found in settings:
+        rows = {
+            name: {
+                "key": a.key, "architecture": a.describe(), "params": params(a, run.space.frame),
+                "latency_ms": latencies[a.key][str(workload)],
+                "memory_bytes": memory_bytes(a, workload, run.space.frame),
+                "seeds": reached[a.key],
+                **{f: float(np.mean([r[f] for r in reached[a.key]])) for f in reached[a.key][0]},
+            }
+            for name, a in found.items()
+        }  # fmt: skip
+        better = True
+        for name in rows:
+            if name != BEST:
+                rows[name]["worse_by"] = {f: compared(rows, name, f) for f in LOSSES}
+                better &= all(d["mean"] > d["standard_error"] for d in rows[name]["worse_by"].values())
+        won += better
+        setting = {"workload": str(workload), "limit_ms": 1e3 * bound}
+        table.append({**setting, "models": rows, "won": better})
+    needed = 0 if quick else 3  # one seed of twenty steps says nothing
+    text = f"better in both losses, by more than the standard error, in {won} of {len(table)} settings"
+    checks[text] = won >= needed
+    body = {
+        "training": {"steps": steps, "seeds": seeds, "length": run.text.length, "recall_share": RECALL},
+        "settings": table,
+    }
+    return outcome.write("headline", arguments, body, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
