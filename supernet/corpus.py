@@ -110,7 +110,9 @@ def load_corpus(config: DataConfig) -> Corpus:
         raise InputError(f"data.path: {source}: no UTF-8 text in it; {EXPECTED}")
     if not (train and held_out):
         found = f"{len(train)} documents to train on, {len(held_out)} held out"
-        raise InputError(f"data: {source}: {found}, each side needs one; {MORE}")
+        alone = config.path and config.path.is_dir() and len(train) + len(held_out) == 1
+        hint = ", or name the file itself, which is then cut into documents" if alone else ""
+        raise InputError(f"data: {source}: {found}, each side needs one; {MORE}{hint}")
     require_apart(train, held_out)
     sizes: NDArray[np.uint32] | None = None
     if tokenizer is None:

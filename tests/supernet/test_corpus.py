@@ -135,6 +135,13 @@ def test_an_empty_or_short_side_is_refused(library: Path) -> None:
             load_corpus(DataConfig(path=library, held_out=held_out))
 
 
+def test_one_file_in_a_folder_is_told_how_it_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("".join(f"line {i} of a long text\n" for i in range(3000)))
+    with pytest.raises(InputError, match="or name the file itself, which is then cut into documents"):
+        load_corpus(DataConfig(path=tmp_path, held_out=0.3))
+    assert load_corpus(DataConfig(path=tmp_path / "all.txt", held_out=0.3)).documents > 1
+
+
 def made(**changes: object) -> Corpus:
     fields: dict[str, object] = {
         "train": np.arange(200, dtype=np.uint8),
