@@ -1,10 +1,12 @@
-"""Models that a person would pick by hand, in every depth and width that a latency allows; HAT's setting.
+"""Models that a person would pick by hand, in every size that a latency allows; HAT's setting.
 
-A family is a pattern of mixers. Of each width it has one member: the shallowest whose predicted latency is no
-lower than that of the model it is held against, heads and FFN being what is usual for the width.
+A family is a pattern of mixers. Its members are uniform, as hand-made models are: one width, one number of
+heads and one FFN for all layers, in every combination that the space has. Against a model of some latency
+stand those that take as long, or up to a tenth longer.
 """
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 
@@ -16,14 +18,15 @@ from space.genome import Genomes
 from space.ops import Cost
 
 Seconds = Callable[[list[Architecture]], np.ndarray]
-Loss = Callable[[Architecture], float]
+Losses = Callable[[list[Architecture]], np.ndarray]
 FULL = {
     "Transformer": 1,
     "3:1 GatedDeltaNet": 4,
     "6:1 GatedDeltaNet": 7,
     "all-linear": 0,
 }  # every how many-th
-FFN = 8 / 3  # of the width, as in Llama (Touvron et al. 2023)
+HEADROOM = 1.1  # a hand-made model may take so much longer than what it is held against
+FEWEST = 4  # scalings that stand against a model, however much longer they take
 
 
 def pattern(family: str, depth: int) -> list[str]:
@@ -36,31 +39,35 @@ def pattern(family: str, depth: int) -> list[str]:
     return ["attention" if i in full else "gated_deltanet" for i in range(depth)]
 
 
-def nearest(options: tuple[int, ...], wanted: float) -> int:
-    """The option that is nearest to what is wanted; 0 does not count."""
-    return min((option for option in options if option), key=lambda option: abs(option - wanted))
-
-
-def member(space: Space, family: str, width: int, depth: int) -> Architecture:
+def member(space: Space, family: str, width: int, depth: int, heads: int, ffn: int) -> Architecture:
     """A family's member, its layers spread evenly over the slots of the supernet."""
-    heads = nearest(space.layer.heads, width / space.head_dim)
     kv = heads // space.kv_group if space.kv_group else heads
-    hidden = nearest(space.layer.ffn, FFN * width)
     layers = [Layer()] * space.slots
     places = np.linspace(0, space.slots - 1, depth).round().astype(int)
     for place, mixer in zip(places, pattern(family, depth), strict=True):
-        layers[place] = Layer(mixer=mixer, heads=heads, kv_heads=kv, ffn=hidden)
+        layers[place] = Layer(mixer=mixer, heads=heads, kv_heads=kv, ffn=ffn)
     return Architecture(width, tuple(layers))
 
 
-def scalings(space: Space, family: str, seconds: Seconds, least: float) -> list[Architecture]:
-    """Of each width the shallowest member that takes at least so long, or the deepest that there is."""
-    found = []
-    for width in space.width:
-        members = [member(space, family, width, depth) for depth in space.depth]
-        slow = np.flatnonzero(seconds(members) >= least)
-        found.append(members[slow[0]] if len(slow) else members[-1])
-    return found
+def uniform(space: Space, family: str) -> list[Architecture]:
+    """All members of a family: each width, depth, number of heads and FFN of the space."""
+    ffns = [size for size in space.layer.ffn if size]
+    sizes = product(space.width, space.depth, space.layer.heads, ffns)
+    return [member(space, family, *size) for size in sizes]
+
+
+def scalings(members: list[Architecture], seconds: np.ndarray, least: float) -> list[Architecture]:
+    """Of a family's members those that take at least so long and at most a tenth longer.
+
+    Where these are fewer than four, the quickest four that take at least so long; where nothing takes so
+    long, the four slowest.
+    """
+    order = np.argsort(seconds, kind="stable")
+    slow = order[seconds[order] >= least]
+    near = slow[seconds[slow] <= HEADROOM * least]
+    if len(near) < FEWEST:
+        near = slow[:FEWEST] if len(slow) >= FEWEST else order[-FEWEST:]
+    return [members[i] for i in near]
 
 
 def attention_space(space: Space) -> Space:
@@ -73,27 +80,33 @@ def attention_space(space: Space) -> Space:
 
 
 def hat(
-    space: Space, seconds: Seconds, loss: Loss, most: float, population: int, generations: int, seed: int = 0
+    space: Space,
+    seconds: Seconds,
+    losses: Losses,
+    most: float,
+    population: int,
+    more: Callable[[int], bool],
+    seed: int = 0,
 ) -> Architecture:
-    """The best of HAT's evolution (Wang et al. 2020) among attention-only members within a latency."""
-    part = attention_space(space)
+    """The best of HAT's evolution (Wang et al. 2020) among members within a latency.
+
+    ``more`` is asked before each generation, with the number of those that are done.
+    """
 
     def violations(rows: Genomes) -> np.ndarray:
-        return np.maximum(0.0, seconds(genome.decode(part, rows)) / most - 1)
+        return np.maximum(0.0, seconds(genome.decode(space, rows)) / most - 1)
 
-    ends = genome.encode(part, [genome.smallest(part), genome.largest(part)])
+    ends = genome.encode(space, [genome.smallest(space), genome.largest(space)])
     costs: tuple[Cost | None, ...] = (None,)
-    strategy = Hat(Task(part, costs, violations, ends, population, seed))
-    best, least = None, np.inf
-    for _ in range(generations):
-        rows = strategy.ask()
-        if not len(rows):
-            break
-        members = genome.decode(part, rows)
-        losses = np.array([loss(a) for a in members])
-        strategy.tell(rows, losses[:, None])
-        if losses.min() < least:
-            best, least = members[int(losses.argmin())], float(losses.min())
+    strategy = Hat(Task(space, costs, violations, ends, population, seed))
+    best, least, done = None, np.inf, 0
+    while more(done) and len(rows := strategy.ask()):
+        members = genome.decode(space, rows)
+        found = losses(members)
+        strategy.tell(rows, found[:, None])
+        done += 1
+        if found.min() < least:
+            best, least = members[int(found.argmin())], float(found.min())
     if best is None:
-        raise RuntimeError(f"no attention-only member of {space.name} takes at most {1e3 * most:.3f} ms")
+        raise RuntimeError(f"no member of {space.name} takes at most {1e3 * most:.3f} ms")
     return best

@@ -2,10 +2,14 @@
 
 On configs/spaces/small.yaml, for two limits each on prefill@1024 and decode@2048: the architecture that
 `formfit search --verify` hands over against the Transformer, the 3:1 and 6:1 GatedDeltaNet hybrids and the
-all-linear model (each the best by supernet loss of one scaling a width, none quicker than the searched one),
-the best of random search at as many evaluations, and HAT's single-objective search over attention alone.
-All are trained from scratch on the same tokens, with MQAR sequences among them, for each seed, in Ray Tune
-trials; differences are paired by seed. Every model is then measured on the device.
+all-linear model (each the best by supernet loss of the uniform models that take as long as the searched
+one, or up to a tenth longer), the best of random search at as many evaluations, and HAT's single-objective
+search over attention alone. All are trained from scratch on the same tokens, with MQAR sequences among
+them, for each seed, in Ray Tune trials; differences are paired by seed. Every model is then measured on the
+device.
+
+Beside it, without training: the front of a search under no limit, and that of each hand-made family, in the
+supernet's loss and predicted latency.
 
 It takes a trained run and goes on where it was stopped (four hours on two cores; --quick a quarter of one):
 
@@ -14,6 +18,7 @@ It takes a trained run and goes on where it was stopped (four hours on two cores
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,12 +27,17 @@ from typing import Any
 
 import numpy as np
 import outcome
-from families import FULL, hat, scalings
+from families import FULL, attention_space, hat, scalings, uniform
 from limits import Program
+from onnx import load_model
 
 from latency import Predictor, load_card, load_predictor
+from latency.rss import session_rss
+from latency.runtime import graph_binding
 from search.audit_trials import Share, losses, one_thread, remove_checkpoints, run_trials
+from search.export import export
 from search.feasibility import least as least_possible
+from search.pareto import non_dominated
 from search.problem import SearchConfig
 from search.reporter import Reporter
 from search.run import Run, open_run, open_supernet
@@ -37,6 +47,7 @@ from search.verify import measure_submodel
 from space import Architecture, Space, Workload, genome
 from space.cost import memory_bytes, params
 from space.files import write_text
+from space.precision import model_file
 from supernet.corpus import Corpus, load_corpus
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, mqar_accuracy
 from supernet.extract import write_submodel
@@ -46,8 +57,10 @@ from supernet.train import load_alone, load_supernet, train
 
 WORKLOADS = ("prefill@1024", "decode@2048")
 PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its logarithm
+SIZE, FRONT_SIZE = (32, 12), (48, 20)  # populations and generations of searches under a limit, and of a front
+FEW = (8, 2)  # the same, of the quick form
 RECALL = 0.1  # the share of MQAR rows in the trainings from scratch
-BEST = "searched"
+BEST, RANDOM = "searched", "random search"
 LOSSES = ("loss_nats", "recall_loss_nats")
 
 
@@ -85,11 +98,19 @@ class Headline:
         self.corpus = load_corpus(run.config.train.data)
         self.supernet: Supernet = load_supernet(run.space, open_supernet(run, self.corpus))
         self.data = evaluation_set(self.corpus, run.config.search.windows, run.text.length)
+        self.known: dict[str, float] = {}  # losses by key
 
     def loss(self, architecture: Architecture) -> float:
         """Of a member inside the supernet."""
-        weights = self.supernet.weights(architecture)
-        return evaluate(weights, architecture, self.run.space.frame, self.data).loss_nats
+        if architecture.key not in self.known:
+            weights = self.supernet.weights(architecture)
+            found = evaluate(weights, architecture, self.run.space.frame, self.data)
+            self.known[architecture.key] = found.loss_nats
+        return self.known[architecture.key]
+
+    def losses(self, members: list[Architecture]) -> np.ndarray:
+        """Of members inside the supernet."""
+        return np.array([self.loss(a) for a in members])
 
     def seconds(self, workload: Workload) -> Callable[[list[Architecture]], np.ndarray]:
         """Predicted latencies."""
@@ -103,22 +124,40 @@ class Headline:
         places = PLACES[:1] if self.quick else PLACES
         return [low * (high / low) ** place for place in places]
 
-    def search(self, limit: str, workload: str, strategy: str) -> dict[str, Any]:
-        """What a search hands over: measured for the searched one, the best of its front for random."""
-        name = f"{strategy}-{limit}".replace("<=", "-").replace("@", "-")
-        size = ("--generations", 2, "--population", 8) if self.quick else ()
-        proof = ("--verify", "--noise", self.noise) if strategy == "evolution" else ()
+    def search(self, workload: Workload, limit: str, strategy: str, size: tuple[int, int]) -> dict[str, Any]:
+        """What a search with a population and generations finds: measured, where it is ours."""
+        name = re.sub("[^A-Za-z0-9.]+", "-", f"{strategy}-{limit}")
+        proof = ("--verify", "--noise", self.noise) if strategy == BEST else ()
         code, found, said = self.program(
             "search", "--supernet", self.run.folder, "--device", self.device, "--name", name,
             "--limit", limit, "--objective", "loss", "--objective", f"latency:{workload}",
-            "--strategy", strategy, "--workers", 2, *size, *proof,
+            "--strategy", "random" if strategy == RANDOM else "evolution", "--workers", 2,
+            "--population", size[0], "--generations", size[1], *proof,
         )  # fmt: skip
         if code not in (0, 3) or not found:
             raise SystemExit(said)
-        if strategy == "evolution":
-            return dict(found["promise"]["chosen"])
-        members = {m["key"]: m for m in found["members"]}
-        return dict(members[found["picks"]["best"]])
+        return found
+
+    def fronts(self, workload: Workload) -> dict[str, list[list[float]]]:
+        """Predicted milliseconds and supernet losses that nothing beats in both, by where they come from."""
+        path = self.runs / f"fronts-{str(workload).replace('@', '-')}.json"
+        if not path.exists():
+            front = self.search(workload, f"{workload}<=100%", "front", FEW if self.quick else FRONT_SIZE)[
+                "members"
+            ]
+            members = [Architecture.from_json(m["architecture"]) for m in front]
+            found = {BEST: self.front(members, workload)}
+            for family in FULL:
+                found[family] = self.front(uniform(self.run.space, family), workload)
+            write_text(path, json.dumps(found))
+        return dict(json.loads(path.read_text()))
+
+    def front(self, members: list[Architecture], workload: Workload) -> list[list[float]]:
+        """Those of some models that no other of them beats in both."""
+        some = members[:: 40 if self.quick else 1]
+        points = np.column_stack([1e3 * self.seconds(workload)(some), self.losses(some)])
+        kept = points[non_dominated(points)]
+        return [[round(float(value), 5) for value in row] for row in kept[np.argsort(kept[:, 0])]]
 
     def contestants(self, workload: Workload, bound: float) -> dict[str, Architecture]:
         """The models of a setting by how they came about; kept once they are found."""
@@ -126,16 +165,23 @@ class Headline:
         path = self.runs / f"{limit.replace('<=', '-')}.json"
         if path.exists():
             return {k: Architecture.from_json(v) for k, v in json.loads(path.read_text()).items()}
-        chosen = self.search(limit, str(workload), "evolution")
+        population, generations = FEW if self.quick else SIZE
+        promise = self.search(workload, limit, BEST, (population, generations))["promise"]
+        chosen = promise["chosen"]
         found = {BEST: Architecture.from_json(chosen["architecture"])}
-        least = 1e-3 * chosen["latency_ms"][str(workload)]
+        predicted = float(self.seconds(workload)([found[BEST]])[0])
+        least = max(predicted, 1e-3 * chosen["latency_ms"][str(workload)])
         for family in FULL:
-            members = scalings(self.run.space, family, self.seconds(workload), least)
-            found[family] = min(members, key=self.loss)
-        best = self.search(limit, str(workload), "random")
-        found["random search"] = Architecture.from_json(best["architecture"])
-        population, generations = (8, 2) if self.quick else (24, 12)
-        found["HAT"] = hat(self.run.space, self.seconds(workload), self.loss, bound, population, generations)
+            members = uniform(self.run.space, family)
+            found[family] = min(scalings(members, self.seconds(workload)(members), least), key=self.loss)
+        spent = sum(one["evaluations"] for one in promise["rounds"])
+        best = self.search(workload, limit, RANDOM, (population, -(-spent // population)))
+        members = {m["key"]: m for m in best["members"]}
+        found[RANDOM] = Architecture.from_json(members[best["picks"]["best"]]["architecture"])
+        part = attention_space(self.run.space)
+        found["HAT"] = hat(
+            part, self.seconds(workload), self.losses, bound, population, lambda done: done < generations
+        )
         write_text(path, json.dumps({name: a.to_json() for name, a in found.items()}))
         return found
 
@@ -182,19 +228,27 @@ class Headline:
             )
         return found
 
-    def measured(self, architecture: Architecture, workloads: list[Workload]) -> dict[str, float]:
-        """Latencies in milliseconds by workload, measured on the device; kept once they are."""
+    def measured(self, architecture: Architecture, workloads: list[Workload]) -> dict[str, Any]:
+        """Latencies in milliseconds and peak bytes by workload, as measured; kept once they are."""
         path = self.runs / "measured" / f"{architecture.key}.json"
         if not path.exists():
-            from search.export import export
-
-            folder = self.runs / "submodels" / architecture.key
-            submodel = write_submodel(folder, self.supernet, architecture, {}, {})
+            submodel = write_submodel(
+                self.runs / "submodels" / architecture.key, self.supernet, architecture, {}, {}
+            )
             export(submodel, ["onnx"])
-            noise = self.noise / 100
-            config = VerifyConfig(most_noise=noise, copies=1 if self.quick else 3)
-            found = measure_submodel(submodel, self.card, workloads, config)
-            write_text(path, json.dumps({text: item["latency_ms"] for text, item in found.items()}))
+            config = VerifyConfig(most_noise=self.noise / 100, copies=1 if self.quick else 3)
+            timed = measure_submodel(submodel, self.card, workloads, config)
+            file, ends = model_file(submodel.folder), (architecture.width, architecture.layers)
+            graph = load_model(file)
+            found = {
+                str(w): {
+                    "latency_ms": timed[str(w)]["latency_ms"],
+                    "interval_ms": timed[str(w)]["interval_ms"],
+                    "rss_bytes": session_rss(file, graph_binding(graph, w, submodel.frame, *ends), w.threads),
+                }
+                for w in workloads
+            }
+            write_text(path, json.dumps(found))
         return dict(json.loads(path.read_text()))
 
 
@@ -204,6 +258,11 @@ def compared(rows: Mapping[str, Any], name: str, figure: str) -> dict[str, float
     apart = np.array([other[figure] - own[figure] for other, own in pairs])
     error = float(apart.std(ddof=1) / np.sqrt(len(apart))) if len(apart) > 1 else float("inf")
     return {"mean": float(apart.mean()), "standard_error": error}
+
+
+def beaten(row: Mapping[str, Any]) -> bool:
+    """Whether a model is worse than the searched one in both losses, by more than the standard error."""
+    return all(apart["mean"] > apart["standard_error"] for apart in row["worse_by"].values())
 
 
 def main() -> int:
@@ -230,42 +289,47 @@ def main() -> int:
     if code:
         raise SystemExit(said)
     headline = Headline(run, arguments.device, arguments.runs, arguments.noise, quick)
-    settings = []
+    settings, fronts = [], {}
     for text in WORKLOADS[: 1 if quick else None]:
         workload = Workload.parse(text)
+        fronts[text] = headline.fronts(workload)
         for bound in headline.bounds(workload):
             settings.append((workload, bound, headline.contestants(workload, bound)))
+    sys.stderr.write("".join(
+        f"{w}<={1e3 * bound:.4g}ms {name}: {1e3 * headline.seconds(w)([a])[0]:.4g} ms, "
+        f"{headline.loss(a):.4f} in the supernet, {a.describe()}\n"
+        for w, bound, found in settings for name, a in found.items()
+    ))  # fmt: skip
     everyone = list(dict.fromkeys(a for _, _, found in settings for a in found.values()))
     reached = headline.trained(everyone, seeds, steps, Bars())
     workloads = list(dict.fromkeys(workload for workload, _, _ in settings))
     latencies = {a.key: headline.measured(a, workloads) for a in everyone}
-    table, checks, won = [], {}, 0
+    table = []
     for workload, bound, found in settings:
         rows = {
             name: {
                 "key": a.key, "architecture": a.describe(), "params": params(a, run.space.frame),
-                "latency_ms": latencies[a.key][str(workload)],
-                "memory_bytes": memory_bytes(a, workload, run.space.frame),
+                **latencies[a.key][str(workload)], "memory_bytes": memory_bytes(a, workload, run.space.frame),
                 "seeds": reached[a.key],
                 **{f: float(np.mean([r[f] for r in reached[a.key]])) for f in reached[a.key][0]},
             }
             for name, a in found.items()
         }  # fmt: skip
-        better = True
         for name in rows:
             if name != BEST:
                 rows[name]["worse_by"] = {f: compared(rows, name, f) for f in LOSSES}
-                better &= all(d["mean"] > d["standard_error"] for d in rows[name]["worse_by"].values())
-        won += better
-        setting = {"workload": str(workload), "limit_ms": 1e3 * bound}
-        table.append({**setting, "models": rows, "won": better})
+        won = all(beaten(rows[name]) for name in FULL)
+        table.append({"workload": str(workload), "limit_ms": 1e3 * bound, "models": rows, "won": won})
     needed = 0 if quick else 3  # one seed of twenty steps says nothing
-    text = f"better in both losses, by more than the standard error, in {won} of {len(table)} settings"
-    checks[text] = won >= needed
+    wins = sum(setting["won"] for setting in table)
+    text = f"lower in both losses than every hand-made one, by more than the standard error, in {wins} of "
+    checks = {f"{text}{len(table)} settings >= {needed}": wins >= needed}
     body = {
-        "training": {"steps": steps, "seeds": seeds, "length": run.text.length, "recall_share": RECALL},
+        "training": {"steps": steps, "seeds": seeds, "length": run.text.length, "recall_share": RECALL,
+                     "batch": run.config.train.batch},
         "settings": table,
-    }
+        "fronts": fronts,
+    }  # fmt: skip
     return outcome.write("headline", arguments, body, checks)
 
 

@@ -1,0 +1,295 @@
+"""Claim: at equal wall-clock, formfit keeps more limits than HAT's method, and hands over better models.
+
+HAT (Wang et al. 2020) on our space, supernet and device: as many random whole models are measured as there is
+time for, 25 runs each and the mean of the middle 80%; an MLP of three hidden layers of 400 learns their
+latencies; for each limit HAT's evolution (125, of which 25 parents, 50 mutants, 50 crossed) seeks the lowest
+loss among models that the MLP says are quick enough. Kinder than the original: every gene is an input of its
+own instead of averages over layers, and the search goes on as long as there is time.
+
+Ours: `formfit profile`, then `formfit search --verify` for each limit. HAT's measuring takes as long as our
+profile, each of its searches as long as ours for that limit, with as many workers. Both models are measured
+afterwards, alike. Used is the measured latency over the limit.
+
+It takes a trained run and goes on where it was stopped (an hour on two cores):
+
+    formfit train configs/small.yaml --out RUN
+    python benchmarks/peer_hat.py --run RUN --runs runs/peer_hat
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import outcome
+import torch
+from families import hat
+from limits import Program
+from scipy.stats import trim_mean
+
+from latency import load_card, load_predictor
+from latency.runtime import OnnxRuntime
+from search.evaluators import evaluator
+from search.export import export
+from search.feasibility import least as least_possible
+from search.problem import SearchConfig
+from search.run import open_run, open_supernet
+from search.run_config import VerifyConfig
+from search.verify import measure_submodel
+from space import Architecture, Space, Workload, genome
+from space.files import write_text
+from supernet.corpus import load_corpus
+from supernet.evaluate import evaluation_set
+from supernet.extract import write_submodel
+from supernet.train import load_supernet
+
+WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048"))
+PLACES = (0.25, 0.5, 0.75)  # of the way from the least latency there is to the largest model's, in its log
+RUNS, TRIMMED = 25, 0.1  # of a model, and the share of them that is left out at either end
+HELD_OUT = 0.1  # of the measured models; they tell the MLP's error
+POPULATION = 125
+WINDOWS = {"search": 24, "front": 96}  # as formfit search has them
+WORKERS = 2
+
+Array = np.ndarray
+
+
+def measure_models(space: Space, seconds: float, path: Path) -> list[dict[str, Any]]:
+    """Random models and their latencies in seconds by workload, measured for so long in all."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    spent = rows[-1]["spent"] if rows else 0.0
+    runtime = OnnxRuntime()
+    wanted = genome.decode(space, genome.sample(space, np.random.default_rng(1), 20_000))[len(rows) :]
+    began = time.monotonic()
+    with path.open("a") as file:
+        for i, architecture in enumerate(wanted):
+            runs = runtime.model(architecture, WORKLOADS, space.frame, seed=i)
+            timed = {str(w): mean_latency(run) for w, run in runs.items()}
+            row = {"architecture": architecture.to_json(), "seconds": timed}
+            rows.append({**row, "spent": spent + time.monotonic() - began})
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+            if rows[-1]["spent"] >= seconds:
+                break
+    return rows
+
+
+def mean_latency(run: Callable[[int], None]) -> float:
+    """Seconds of one call, as HAT measures it: the mean of the middle 80%."""
+    run(3)
+    times = []
+    for _ in range(RUNS):
+        began = time.perf_counter()
+        run(1)
+        times.append(time.perf_counter() - began)
+    return float(trim_mean(times, TRIMMED))
+
+
+def one_hot(space: Space, rows: Array) -> torch.Tensor:
+    """Genomes [N, G] as [N, choices of all genes]; the columns are those of all the space's values."""
+    values = np.arange(int(genome.sample(space, np.random.default_rng(2), 5000).max()) + 2)
+    wide = (rows[:, :, None] == values).reshape(len(rows), -1)
+    return torch.tensor(wide, dtype=torch.float32)
+
+
+def fit_mlp(x: torch.Tensor, y: Array) -> tuple[Callable[[torch.Tensor], Array], float]:
+    """HAT's predictor, and its error on held-out models in percent."""
+    torch.manual_seed(0)
+    scale = float(y.mean())
+    target = torch.tensor(y / scale, dtype=torch.float32)
+    held = max(1, int(HELD_OUT * len(y)))
+    sizes = [x.shape[1], 400, 400, 400]
+    hidden = [m for a, b in pairwise(sizes) for m in (torch.nn.Linear(a, b), torch.nn.ReLU())]
+    net = torch.nn.Sequential(*hidden, torch.nn.Linear(400, 1))
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
+    steps = 5000
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        some = torch.randint(held, len(y), (128,))
+        loss = ((net(x[some])[:, 0] - target[some]) ** 2).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+    def predict(rows: torch.Tensor) -> Array:
+        with torch.no_grad():
+            return scale * net(rows)[:, 0].double().numpy()
+
+    error = 100 * float(np.abs(predict(x[:held]) / y[:held] - 1).mean())
+    return predict, error
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What a file keeps; made where it is not there."""
+    if not path.exists():
+        write_text(path, json.dumps(make(), indent=1))
+    return json.loads(path.read_text())
+
+
+def main() -> int:
+    parser = outcome.options(__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="a trained run of configs/small.yaml")
+    parser.add_argument("--runs", type=Path, default=Path("runs/peer_hat"), help="what is kept")
+    parser.add_argument("--devices", type=Path, help="with a card of this device [default: profiled afresh]")
+    parser.add_argument("--device", default="here")
+    parser.add_argument("--minutes", type=float, help="that the profile of the card in --devices took")
+    parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    arguments = parser.parse_args()
+    if (arguments.devices is None) != (arguments.minutes is None):
+        raise SystemExit("--devices and --minutes: give both or none")
+    runs, quick = arguments.runs, arguments.quick
+    runs.mkdir(parents=True, exist_ok=True)
+    devices = arguments.devices or runs / "devices"
+    run = open_run(arguments.run, devices)
+    space = run.space
+    program = Program(run.folder, devices, arguments.device, arguments.noise)
+
+    def profile() -> float:
+        """Seconds that our profile takes."""
+        file = runs / "space.yaml"
+        write_text(file, json.dumps(space.model_dump(mode="json")))  # JSON is YAML
+        began = time.monotonic()
+        wanted = [word for w in WORKLOADS for word in ("--workload", str(w))]
+        few = ("--budget", "1m") if quick else ()
+        code, _, said = program(
+            "profile",
+            "--space",
+            file,
+            "--device",
+            arguments.device,
+            *wanted,
+            "--noise",
+            arguments.noise,
+            *few,
+        )
+        if code:
+            raise SystemExit(said)
+        return time.monotonic() - began
+
+    given = arguments.minutes and 60 * arguments.minutes
+    seconds = given or kept(runs / "profile.json", profile)
+    card = load_card(devices, arguments.device)
+    predictor = load_predictor(
+        card.predictor_path(space.name, "onnxruntime", 1, "fp32"), space, "formfit profile"
+    )
+    corpus = load_corpus(run.config.train.data)
+    supernet = load_supernet(space, open_supernet(run, corpus))
+    sets = {name: evaluation_set(corpus, n, run.text.length) for name, n in WINDOWS.items()}
+
+    models = measure_models(space, seconds, runs / "measured.jsonl")
+    rows = genome.encode(space, [Architecture.from_json(m["architecture"]) for m in models])
+    predict, errors = {}, {}
+    for w in WORKLOADS:
+        y = np.array([m["seconds"][str(w)] for m in models])
+        predict[w], errors[str(w)] = fit_mlp(one_hot(space, rows), y)
+    sys.stderr.write(f"HAT's MLP: {len(models)} models in {seconds / 60:.1f} minutes, error {errors} %\n")
+
+    def ours(workload: Workload, bound: float) -> dict[str, Any]:
+        """What formfit hands over, and how long it took."""
+        limit = f"{workload}<={1e3 * bound:.5g}ms"
+        few = ("--generations", 2, "--population", 8) if quick else ()
+        began = time.monotonic()
+        code, found, said = program(
+            "search", "--supernet", run.folder, "--device", arguments.device,
+            "--name", f"peer-{workload.phase}-{1e3 * bound:.5g}", "--limit", limit, "--objective", "loss",
+            "--objective", f"latency:{workload}", "--workers", WORKERS, "--verify",
+            "--noise", arguments.noise, *few,
+        )  # fmt: skip
+        if code not in (0, 3) or not found:
+            raise SystemExit(said)
+        chosen = found["promise"]["chosen"]
+        return {"architecture": chosen["architecture"], "search_seconds": time.monotonic() - began}
+
+    def theirs(workload: Workload, bound: float, seconds: float) -> dict[str, Any]:
+        """What HAT's evolution finds in that time."""
+        began, evaluations = time.monotonic(), 0
+        problem = SearchConfig(workers=WORKERS)
+        with evaluator(supernet, sets, problem.workers, None, sys.stderr.write) as evaluate_all:
+
+            def losses(members: list[Architecture]) -> Array:
+                nonlocal evaluations
+                evaluations += len(members)
+                return np.array([getattr(q, "loss_nats", np.inf) for q in evaluate_all(members, "search")])
+
+            def more(done: int) -> bool:
+                each = (time.monotonic() - began) / max(done, 1)
+                return done == 0 or time.monotonic() - began + each <= seconds
+
+            def latency(members: list[Architecture]) -> Array:
+                return predict[workload](one_hot(space, genome.encode(space, members)))
+
+            best = hat(space, latency, losses, bound, 8 if quick else POPULATION, more)
+        return {
+            "architecture": best.to_json(),
+            "search_seconds": time.monotonic() - began,
+            "evaluations": evaluations,
+            "predicted_ms": 1e3 * float(latency([best])[0]),
+        }
+
+    def judged(found: dict[str, Any], workload: Workload, bound: float) -> dict[str, Any]:
+        """What a model takes when it is measured, and its loss in the supernet."""
+        architecture = Architecture.from_json(found["architecture"])
+        submodel = write_submodel(runs / "submodels" / architecture.key, supernet, architecture, {}, {})
+        export(submodel, ["onnx"])
+        config = VerifyConfig(most_noise=arguments.noise / 100)
+        timed = measure_submodel(submodel, card, [workload], config)[str(workload)]["latency_ms"]
+        with evaluator(supernet, sets, 0, None, sys.stderr.write) as evaluate_all:
+            quality = next(iter(evaluate_all([architecture], "front")))
+        return {"measured_ms": timed, "used": timed / 1e3 / bound, "loss_nats": quality.loss_nats}
+
+    table = []
+    for workload in WORKLOADS[: 1 if quick else None]:
+        cost = predictor.cost(workload, SearchConfig().confidence)
+        low = least_possible(space, cost)[0]
+        high = float(predictor.predict(genome.encode(space, [genome.largest(space)]), workload)[0])
+        for place in PLACES[: 1 if quick else None]:
+            bound = low * (high / low) ** place
+            name = f"{workload}-{place}".replace("@", "-")
+            a = kept(runs / f"{name}-formfit.json", lambda w=workload, b=bound: ours(w, b))
+            b = kept(
+                runs / f"{name}-hat.json",
+                lambda w=workload, b=bound, s=a["search_seconds"]: theirs(w, b, s),
+            )
+            found = {
+                who: {
+                    **one,
+                    **kept(
+                        runs / f"{name}-{who}-measured.json",
+                        lambda one=one, w=workload, b=bound: judged(one, w, b),
+                    ),
+                }
+                for who, one in (("formfit", a), ("HAT", b))
+            }
+            table.append({"limit": f"{workload}<={1e3 * bound:.5g}ms", **found})
+            said = [
+                f"{who} {100 * x['used']:.1f}% used, {x['loss_nats']:.4f} nats" for who, x in found.items()
+            ]
+            sys.stderr.write(f"{table[-1]['limit']}: {'; '.join(said)}\n")
+    count = {who: sum(row[who]["used"] <= 1 for row in table) for who in ("formfit", "HAT")}
+    used = {who: float(np.mean([100 * min(row[who]["used"], 1) for row in table])) for who in count}
+    worst = {who: 100 * (max(row[who]["used"] for row in table) - 1) for who in count}
+    lower = sum(row["formfit"]["loss_nats"] < row["HAT"]["loss_nats"] for row in table)
+    checks = {
+        f"formfit keeps {count['formfit']} of {len(table)} limits, HAT {count['HAT']}":
+            count["formfit"] >= count["HAT"],
+        f"lower loss than HAT for {lower} of {len(table)} limits": quick or lower >= len(table) / 2,
+    }  # fmt: skip
+    body = {
+        "measuring_minutes": seconds / 60,
+        "models_measured": len(models),
+        "mlp_error_percent": errors,
+        "kept": count,
+        "used_percent": used,
+        "worst_over_percent": worst,
+        "limits": table,
+    }
+    return outcome.write("peer_hat", arguments, body, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
