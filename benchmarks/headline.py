@@ -104,7 +104,8 @@ class Headline:
         """Of a member inside the supernet."""
         if architecture.key not in self.known:
             weights = self.supernet.weights(architecture)
-            found = evaluate(weights, architecture, self.run.space.frame, self.data)
+            with one_thread():
+                found = evaluate(weights, architecture, self.run.space.frame, self.data)
             self.known[architecture.key] = found.loss_nats
         return self.known[architecture.key]
 
@@ -308,7 +309,8 @@ def main() -> int:
     for workload, bound, found in settings:
         rows = {
             name: {
-                "key": a.key, "architecture": a.describe(), "params": params(a, run.space.frame),
+                "key": a.key, "architecture": a.to_json(), "described": a.describe(),
+                "params": params(a, run.space.frame),
                 **latencies[a.key][str(workload)], "memory_bytes": memory_bytes(a, workload, run.space.frame),
                 "seeds": reached[a.key],
                 **{f: float(np.mean([r[f] for r in reached[a.key]])) for f in reached[a.key][0]},

@@ -1,7 +1,7 @@
 """Claim: at equal wall-clock, formfit keeps more limits than HAT's method, and hands over better models.
 
 HAT (Wang et al. 2020) on our space, supernet and device: as many random whole models are measured as there is
-time for, 25 runs each and the mean of the middle 80%; an MLP of three hidden layers of 400 learns their
+time for, 10 runs each and the mean of the middle 80%; an MLP of three hidden layers of 400 learns their
 latencies; for each limit HAT's evolution (125, of which 25 parents, 50 mutants, 50 crossed) seeks the lowest
 loss among models that the MLP says are quick enough. Kinder than the original: every gene is an input of its
 own instead of averages over layers, and the search goes on as long as there is time.
@@ -33,6 +33,7 @@ from scipy.stats import trim_mean
 
 from latency import load_card, load_predictor
 from latency.runtime import OnnxRuntime
+from search.audit_trials import one_thread
 from search.evaluators import evaluator
 from search.export import export
 from search.feasibility import least as least_possible
@@ -49,7 +50,7 @@ from supernet.train import load_supernet
 
 WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048"))
 PLACES = (0.25, 0.5, 0.75)  # of the way from the least latency there is to the largest model's, in its log
-RUNS, TRIMMED = 25, 0.1  # of a model, and the share of them that is left out at either end
+RUNS, TRIMMED = 10, 0.1  # of a model, and the share of them that is left out at either end
 HELD_OUT = 0.1  # of the measured models; they tell the MLP's error
 POPULATION = 125
 WINDOWS = {"search": 24, "front": 96}  # as formfit search has them
@@ -186,7 +187,8 @@ def main() -> int:
     predict, errors = {}, {}
     for w in WORKLOADS:
         y = np.array([m["seconds"][str(w)] for m in models])
-        predict[w], errors[str(w)] = fit_mlp(one_hot(space, rows), y)
+        with one_thread():
+            predict[w], errors[str(w)] = fit_mlp(one_hot(space, rows), y)
     sys.stderr.write(f"HAT's MLP: {len(models)} models in {seconds / 60:.1f} minutes, error {errors} %\n")
 
     def ours(workload: Workload, bound: float) -> dict[str, Any]:

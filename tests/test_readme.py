@@ -1,13 +1,17 @@
-"""Every command that a page shows exists and parses, and every link leads somewhere."""
+"""Every command on a page exists and parses, every link leads somewhere, every table has its outcomes."""
 
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
 
 from search.cli import app
+from space.files import digest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,3 +51,56 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("readme")
+
+
+def outcome(name: str) -> dict[str, object]:
+    return dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+
+
+def test_tables_say_what_the_outcomes_say(tables: ModuleType) -> None:
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert "<!-- from results" in text
+        assert tables.written(text, outcome) == text, f"{page.name}: run python benchmarks/readme.py"
+
+
+def test_tables_follow_the_outcomes(tables: ModuleType) -> None:
+    def missed(name: str) -> dict[str, object]:
+        found = outcome(name)
+        goals = found["goals"]
+        assert isinstance(goals, dict)
+        return {**found, "goals": dict.fromkeys(goals, False)}
+
+    page = tables.PAGES[0].read_text()
+    rows = [line for line in tables.written(page, missed).splitlines() if "`python benchmarks/" in line]
+    assert sum("**missed:**" in row for row in rows) == len(tables.CLAIMS)
+
+
+SCRIPTS = [
+    (page.name, command)
+    for page in PAGES
+    for command in re.findall(r"python benchmarks/[a-z_]+\.py[^`\n]*", page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(SCRIPTS)))
+def test_benchmarks_that_pages_name_exist(page: str, command: str) -> None:
+    words = shlex.split(command)
+    source = (ROOT / words[1]).read_text() + (ROOT / "benchmarks" / "outcome.py").read_text()
+    for word in words[2:]:
+        if word.startswith("--"):
+            assert f'"{word}"' in source, f"{page}: {command}"
+
+
+@pytest.mark.parametrize("figure", sorted((ROOT / "docs" / "figures").glob("*.svg")), ids=lambda p: p.stem)
+def test_figures_are_of_the_outcomes(figure: Path) -> None:
+    drawn = re.search(r"<dc:description>([a-z_]+)\.json ([0-9a-f]+)</dc:description>", figure.read_text())
+    if drawn:  # the others are drawings
+        text = (ROOT / "benchmarks" / "results" / f"{drawn[1]}.json").read_text()
+        assert digest(text) == drawn[2], f"{figure.name}: run python benchmarks/figures.py"

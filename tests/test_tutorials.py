@@ -1,0 +1,89 @@
+"""Every command and every program of the tutorials runs, in their order, on a small run of the quickstart."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, create_model
+
+import latency
+from search import run_config, search_command
+from search.finalists import FinalistsConfig
+from search.run_config import RunConfig, smoke
+from tests.conftest import Program
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+START = "from search.cli import main; main()"
+
+
+def steps(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each command or program, in their order."""
+    found = []
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(), re.DOTALL):
+        found += (
+            [(language, block)] if language == "python" else [("sh", line) for line in block.splitlines()]
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's first command leaves in a clone, made small."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
+    words = ["run", "configs/quickstart.yaml", "--smoke", "--out", "runs/quickstart"]
+    command = [sys.executable, "-c", START, *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    return folder
+
+
+def with_defaults(model: BaseModel) -> type[BaseModel]:
+    """The class of a configuration, with its values as the defaults."""
+    kind = type(model)
+    values = {name: (field.annotation, getattr(model, name)) for name, field in kind.model_fields.items()}
+    return create_model(kind.__name__, __base__=kind, **values)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.fixture
+def clone(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to work in, where measuring and distilling are as small as in a smoke run."""
+    small = smoke(RunConfig(space=ROOT / "configs/spaces/quickstart.yaml"))
+    monkeypatch.setattr(latency, "ProfileConfig", with_defaults(small.profile))
+    monkeypatch.setattr(run_config, "VerifyConfig", with_defaults(small.verify))
+    monkeypatch.setattr(search_command, "FinalistsConfig", with_defaults(FinalistsConfig(steps=2, batch=2)))
+    folder = Path(shutil.copytree(quickstart, tmp_path / "clone"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run_command(text: str, formfit: Program) -> None:
+    """Run a line; what measures must not mind how restless this machine is, or what it finds."""
+    words = shlex.split(text, comments=True)
+    if words[0] == "python3":
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
+    else:
+        assert words[0] == "formfit", text
+        measures = words[1] in ("verify", "profile") or "--verify" in words
+        done = formfit(*words[1:], *(("--noise", 900) if measures else ()))
+    said = re.search("# exits with ([0-9])", text)
+    expected = {int(said[1])} if said else {0, 3} if "verify" in text else {0}
+    assert done.returncode in expected, (text, done.stderr)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tutorials_run(page: Path, clone: Path, formfit: Program) -> None:
+    assert clone == Path.cwd()
+    for language, text in steps(page):
+        if language == "sh":
+            run_command(text, formfit)
+        else:
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (text, done.stderr)
+            assert done.stdout, text
