@@ -273,11 +273,11 @@ def main() -> int:
     parser.add_argument("--device", default="here")
     parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
     parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="what is kept")
-    parser.add_argument("--steps", type=int, help="of each training [default: 600, quick 20]")
+    parser.add_argument("--steps", type=int, help="of each training [default: 400, quick 20]")
     parser.add_argument("--seeds", type=int, help="[default: 2, quick 1]")
     arguments = parser.parse_args()
     quick = arguments.quick
-    steps, seeds = arguments.steps or (20 if quick else 600), arguments.seeds or (1 if quick else 2)
+    steps, seeds = arguments.steps or (20 if quick else 400), arguments.seeds or (1 if quick else 2)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     run = open_run(arguments.run, arguments.devices)
     card = Program(run.folder, run.devices, arguments.device, arguments.noise)

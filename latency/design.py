@@ -22,7 +22,8 @@ from space.ops import Op, count_ops
 from space.precision import matrix_bytes
 
 Array = NDArray[np.float64]
-STACKS = (5, 24)  # least and most copies in the taller stack
+STACKS = (5, 48)  # least and most copies in the taller stack
+STACK_BYTES = 12 * 2**20  # that it holds at least in decoding: a third of it is beyond a core's cache
 FEW_TOKENS = 64  # up to which a run is slowed by the reading of its weights
 POPULATION = 200  # architectures whose latencies are to be right
 DRAWN = 20  # times as many architectures are drawn as are wanted, at most
@@ -144,14 +145,17 @@ def stack_heights(space: Space, op: Op, workload: Workload) -> tuple[int, int]:
 
     The taller one holds about the bytes of the median model of its width in that workload, so that weights
     and states come from where a model's come from; a few copies of a small op would sit in the core's own
-    cache. Where a run reads many tokens, its weights are read once for all of them, and few copies do.
+    cache. It is 12 MiB at least: were one stack within that cache and the other beyond it, their slope would
+    be no op's latency. What a model saves that a cache holds is the composition's to say. Where a run reads
+    many tokens, its weights are read once for all of them, and few copies do.
     """
     high = STACKS[0]
     if workload.batch * workload.tokens <= FEW_TOKENS:
         each = op_held_bytes(op, workload, space.frame)
         if op.kind == "head":  # a stack of heads has no embeddings to be tied to
             each += matrix_bytes(space.vocabulary, op.width, workload.precision)
-        high = int(np.clip(round(median_bytes(space, op.width, workload) / max(each, 1)), *STACKS))
+        wanted = max(STACK_BYTES, median_bytes(space, op.width, workload))
+        high = int(np.clip(round(wanted / max(each, 1)), *STACKS))
     return max(2, high // 3), high
 
 

@@ -17,10 +17,15 @@ from scipy.stats import spearmanr
 
 from latency.composition import (
     LEAST_NOISE,
+    MOST_SAVED,
+    NO_SAVING,
     OpTimes,
+    Saving,
     conformal,
     design_matrix,
     fit_composition,
+    fit_saving,
+    held_bytes,
     hinge_bytes,
     leave_one_out,
     op_sums,
@@ -49,6 +54,7 @@ class WorkloadModel:
     once_full: float  # s
     per_layer: float  # b
     hinges: tuple[float, ...]  # r_j, seconds for the median bytes
+    saving: Saving = NO_SAVING
     scale: float  # spread of the relative residuals
     errors: Mapping[str, Any]  # see `accuracy`
 
@@ -61,6 +67,7 @@ class WorkloadModel:
             once_full=factor * self.once_full,
             per_layer=factor * self.per_layer,
             hinges=tuple(factor * value for value in self.hinges),
+            saving=replace(self.saving, rate=factor * self.saving.rate),
         )
 
 
@@ -107,6 +114,8 @@ class Predictor:
         def between(a: float, b: float) -> float:
             return (1 - share) * a + share * b
 
+        # The cache is the same at both lengths; where only one saw it, what it saw.
+        seen = max(first.saving, second.saving, key=lambda saving: saving.rate)
         ops = space_ops(self.space)
         seconds = self.ops.seconds([(op, workload) for op in ops])
         return WorkloadModel(
@@ -116,6 +125,7 @@ class Predictor:
             once_full=between(first.once_full, second.once_full),
             per_layer=between(first.per_layer, second.per_layer),
             hinges=tuple(between(*pair) for pair in zip(first.hinges, second.hinges, strict=True)),
+            saving=replace(seen, rate=between(first.saving.rate, second.saving.rate)),
             scale=max(first.scale, second.scale),
             errors={},
         )
@@ -173,26 +183,39 @@ class Predictor:
 
         typical, starts = hinge_bytes(self.space, workload)
 
-        def piece(rate: float, free: float) -> Cost:
-            """The cost with ``rate`` seconds a byte above ``free`` seconds' worth of them."""
+        def piece(rate: float, free: float, share: float = 1.0) -> Cost:
+            """A share of the cost with ``rate`` seconds a byte above ``free`` seconds' worth of them."""
 
             def seconds(op: Op) -> float:
                 alone = model.kinds[op.kind] * model.op_seconds.get(op.key, math.inf)
-                return factor * (alone + rate * op_held_bytes(op, workload, self.space.frame))
+                return factor * share * (alone + rate * op_held_bytes(op, workload, self.space.frame))
 
             return Cost(
                 OpTables(self.space, seconds),
-                constant=factor * (model.constant - free),
-                per_layer=factor * model.per_layer,
-                once_full=factor * model.once_full,
+                constant=factor * share * (model.constant - free),
+                per_layer=factor * share * model.per_layer,
+                once_full=factor * share * model.once_full,
             )
 
-        above, rate, free = [], 0.0, 0.0
+        rates = [(0.0, 0.0)]  # of bytes, and what is free: one for each stretch between hinges
         for start, hinge in zip(starts, model.hinges, strict=True):
             if hinge > 0:
-                rate, free = rate + hinge / typical, free + hinge / typical * start
-                above.append(piece(rate, free))
-        return replace(piece(0.0, 0.0), above=tuple(above))
+                rate, free = rates[-1]
+                rates.append((rate + hinge / typical, free + hinge / typical * start))
+        first, *others = (piece(*pair) for pair in rates)
+        plain = replace(first, above=tuple(others))
+        saving = model.saving
+        if not saving.rate:
+            return plain
+        # Less what is saved: all bytes, or what is left of them; and never more than a share.
+        lost = saving.rate * saving.fall
+        saved = [(rate - saving.rate, free) for rate, free in rates]
+        saved += [(rate + lost, free + lost * saving.gone) for rate, free in rates]
+        first, *others = [
+            *(piece(*pair) for pair in saved),
+            *(piece(*pair, 1 - MOST_SAVED) for pair in rates),
+        ]
+        return replace(plain, otherwise=replace(first, above=tuple(others)))
 
     def recalibrated(
         self, genomes: Genomes, seconds: Mapping[Workload, Array], rss: Mapping[Workload, Array]
@@ -253,9 +276,21 @@ def _to_json(model: WorkloadModel) -> dict[str, Any]:
         "once_full_seconds": model.once_full,
         "per_layer_seconds": model.per_layer,
         "hinge_seconds": list(model.hinges),
+        "saving": {
+            "full_bytes": model.saving.full,
+            "gone_bytes": model.saving.gone,
+            "seconds_per_byte": model.saving.rate,
+        },
         "relative_scale": model.scale,
         "errors": dict(model.errors),
     }
+
+
+def _saving(value: Mapping[str, float] | None) -> Saving:
+    """A saving of a predictor's file; older ones have none."""
+    if value is None:
+        return NO_SAVING
+    return Saving(value["full_bytes"], value["gone_bytes"], value["seconds_per_byte"])
 
 
 def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
@@ -278,6 +313,7 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
             once_full=model["once_full_seconds"],
             per_layer=model["per_layer_seconds"],
             hinges=tuple(model["hinge_seconds"]),
+            saving=_saving(model.get("saving")),
             scale=model["relative_scale"],
             errors=model["errors"],
         )
@@ -337,16 +373,19 @@ def fit_predictor(
     """
     models, residuals = {}, []
     for workload, times in latencies.items():
-        design = design_matrix(space, times, fitted)
-        left_out = leave_one_out(design, seconds[workload], timing[workload])
+        design, held = design_matrix(space, times, fitted), held_bytes(space, workload, fitted)
+        shape = fit_saving(design, held, seconds[workload], timing[workload])
+        saved = shape.saved(held)
+        left_out = leave_one_out(design, seconds[workload], timing[workload], saved)
         # The median, which no extreme moves; 1.48 times it is a normal's standard deviation.
         scale = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(left_out))))
         residuals += list(left_out[-drawn:] / scale)
-        composed = fit_composition(design, seconds[workload], timing[workload])
+        composed = fit_composition(design, seconds[workload], timing[workload], saved)
         errors: dict[str, Any] = {"leave_one_out_mape_percent": 100 * float(np.abs(left_out).mean())}
         if len(held_out):
             measured = held_out_seconds[workload]
-            predicted = composed(design_matrix(space, times, held_out))
+            kept = shape.saved(held_bytes(space, workload, held_out))
+            predicted = composed(design_matrix(space, times, held_out), kept)
             proxy = proxy_predictions(space, workload, fitted, seconds[workload], held_out)
             plain = op_sums(space, times, held_out).sum(axis=1)
             errors |= {
@@ -362,6 +401,7 @@ def fit_predictor(
             once_full=composed.shared * times.shared,
             per_layer=composed.per_layer,
             hinges=tuple(composed.hinges),
+            saving=replace(shape, rate=composed.rate),
             scale=scale,
             errors=errors,
         )

@@ -12,15 +12,16 @@ are allowed cannot bind there, since the cheapest layer is of one kind.
 Several together: one integer programme a width over the counts (:func:`feasible`). The solver
 works to 1e-6 of what it is given, so its rows are scaled, and whatever it finds is priced
 again, exactly; where that still shows a bound passed, the found counts alone are cut away and
-the rest is searched on. A cost that is the greatest of several sums is bounded by bounding each.
+the rest is searched on. A cost that is the greatest of several sums is bounded by bounding each; one that is
+the lesser of two costs is bounded where either is, so both are tried.
 Infinity in a table marks an op that cannot be had; peaks are never negative.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,11 +165,26 @@ def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
     The value is exact for a sum, and within 1e-6 for the greatest of several sums. It is infinite where
     every architecture has an op of infinite cost (then all are least).
     """
+    found = [_least_greatest(space, way) for (way,) in _ways([cost])]
+    return min(found, key=lambda pair: pair[0])
+
+
+def _least_greatest(space: Space, cost: Cost) -> tuple[float, Architecture]:
+    """The least of a sum, or of the greatest of several."""
     value, architecture = _least_sum(space, replace(cost, above=()))
     if not cost.above or not np.isfinite(value):
         return value, architecture
     best = _lowered(space, cost, encode(space, [architecture]), [], [])
     return float(cost(best)[0]), decode(space, best)[0]
+
+
+def _ways(costs: Sequence[Cost]) -> Iterator[tuple[Cost, ...]]:
+    """The costs, of each that is the lesser of two the one or the other: every combination."""
+    options = [
+        (cost,) if cost.otherwise is None else (replace(cost, otherwise=None), cost.otherwise)
+        for cost in costs
+    ]
+    return product(*options)
 
 
 def _lowered(
@@ -368,9 +384,24 @@ def feasible(space: Space, costs: Sequence[Cost], bounds: Sequence[float]) -> Ar
     """
     if min(bounds, default=0) <= 0:
         raise ValueError(f"bounds must be given and above 0, not {list(bounds)}")
-    sums, limits = _sums(costs, bounds)
-    genome = _optimum(space, sums, limits, [1 / bound for bound in limits])
+    genome = _most_roomy(space, costs, bounds, bounds)
     return None if genome is None else decode(space, genome)[0]
+
+
+def _most_roomy(
+    space: Space, costs: Sequence[Cost], bounds: Sequence[float], scales: Sequence[float]
+) -> Genomes | None:
+    """The genome [1, G] of the least sum of cost over scale within the bounds; None if there is none."""
+    best: tuple[float, Genomes] | None = None
+    for way in _ways(costs):
+        sums, limits = _sums(way, bounds)
+        weights = [1 / scale for _, scale in zip(*_sums(way, scales), strict=True)]
+        genome = _optimum(space, sums, limits, weights)
+        if genome is not None:
+            total = sum(w * float(cost(genome)[0]) for w, cost in zip(weights, sums, strict=True))
+            if best is None or total < best[0]:
+                best = total, genome
+    return None if best is None else best[1]
 
 
 def certify(space: Space, asked: Sequence[Bounded]) -> None:
@@ -384,7 +415,8 @@ def certify(space: Space, asked: Sequence[Bounded]) -> None:
     alone = []
     for one in asked:
         value, architecture = least(space, one.cost)
-        if not within(value, one.bound) and (not one.cost.above or not _together(space, [one])):
+        exact = not one.cost.above and not one.cost.otherwise
+        if not within(value, one.bound) and (exact or not _together(space, [one])):
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
             alone.append(f"{one.text} cannot be met: {reason}")
     if alone:
@@ -406,8 +438,7 @@ def nearest(space: Space, asked: Sequence[Bounded]) -> tuple[float, Architecture
     costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
 
     def within_times(factor: float) -> tuple[float, Genomes] | None:
-        sums, limits = _sums(costs, bounds)
-        found = _optimum(space, sums, [factor * one for one in limits], [1 / one for one in limits])
+        found = _most_roomy(space, costs, [factor * one for one in bounds], bounds)
         if found is None:
             return None
         return max(float(c(found)[0]) / b for c, b in zip(costs, bounds, strict=True)), found
@@ -448,17 +479,26 @@ def _conflict(space: Space, some: Sequence[Bounded]) -> str:
     for one in some:
         others = [other for other in some if other is not one]
         costs, bounds = [other.cost for other in others], [other.bound for other in others]
-        sums, limits = _sums([replace(one.cost, above=()), *costs], [np.inf, *bounds])
-        genome = _optimum(space, sums, limits, [1 / one.bound] + [0.0] * (len(sums) - 1))
+        found = [_least_beside(space, first, rest, bounds) for first, *rest in _ways([one.cost, *costs])]
+        genomes = [genome for genome in found if genome is not None]
         met = " and ".join(other.limit.text for other in others)
-        if genome is None:
+        if not genomes:
             leasts.append(f"with {met}, {_LACKS}")
         else:
-            genome = _lowered(space, one.cost, genome, costs, bounds)
+            genome = min(genomes, key=lambda genome: float(one.cost(genome)[0]))
             value = _has(one.show(float(one.cost(genome)[0])), decode(space, genome)[0])
             leasts.append(f"with {met}, the least {one.limit.subject} is {value}")
     names = f"{', '.join(one.text for one in some[:-1])} and {some[-1].text}"
     return f"{names} cannot be met together, though each alone can: {'; '.join(leasts)}"
+
+
+def _least_beside(
+    space: Space, cost: Cost, others: Sequence[Cost], bounds: Sequence[float]
+) -> Genomes | None:
+    """The genome [1, G] of the least of a cost where others keep their bounds; None if there is none."""
+    sums, limits = _sums([replace(cost, above=()), *others], [np.inf, *bounds])
+    genome = _optimum(space, sums, limits, [1.0] + [0.0] * (len(sums) - 1))
+    return None if genome is None else _lowered(space, cost, genome, others, bounds)
 
 
 def _has(value: str, architecture: Architecture) -> str:

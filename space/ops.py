@@ -174,7 +174,8 @@ class Cost:
     ``constant + per_layer * depth + sum over ops of table``, plus ``once_full`` where a layer has
     full attention (what such layers share is paid once), plus, where there is a ``peak``, the
     greatest of it over the ops. Where there are costs ``above``, the greatest of this one and these: so
-    a convex function of several sums is still made of sums.
+    a convex function of several sums is still made of sums. Where there is a cost ``otherwise``, the lesser
+    of all that and of it.
     """
 
     table: OpTables
@@ -183,6 +184,7 @@ class Cost:
     once_full: float = 0.0
     peak: OpTables | None = None
     above: tuple["Cost", ...] = ()
+    otherwise: "Cost | None" = None
 
     def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
         """The cost of each genome: [N]."""
@@ -193,4 +195,4 @@ class Cost:
             total += self.peak.greatest(genomes)
         for other in self.above:
             total = np.maximum(total, other(genomes))
-        return total
+        return total if self.otherwise is None else np.minimum(total, self.otherwise(genomes))

@@ -19,16 +19,31 @@ SMALL = load_space(Path(__file__).parents[2] / "configs" / "spaces" / "small.yam
 DECODE, PREFILL = Workload.parse("decode@2048"), Workload.parse("prefill@512")
 
 
-@pytest.mark.parametrize("op", space_ops(SMALL)[::7], ids=lambda op: op.key)
-def test_a_stack_holds_what_a_model_of_its_width_holds(op: Op) -> None:
-    low, high = stack_heights(SMALL, op, DECODE)
+LARGE = tiny_space(width=[512, 1024], depth=[4, 8], heads=[4, 8], ffn=[0, 2048, 4096], context=2048)
+STACKED = [(space, op) for space in (SMALL, LARGE) for op in space_ops(space)[::7]]
+
+
+@pytest.mark.parametrize(
+    ("space", "op"), STACKED, ids=lambda value: value.name if isinstance(value, Space) else value.key
+)
+def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(space: Space, op: Op) -> None:
+    low, high = stack_heights(space, op, DECODE)
     assert 2 <= low < high <= STACKS[1]
-    drawn = genome.sample(SMALL, np.random.default_rng(3), 2000)
-    held = held_bytes(SMALL, DECODE, drawn[drawn[:, 0] == SMALL.width.index(op.width)])
-    own = high * op_held_bytes(op, DECODE, SMALL.frame)
+    drawn = genome.sample(space, np.random.default_rng(3), 2000)
+    held = held_bytes(space, DECODE, drawn[drawn[:, 0] == space.width.index(op.width)])
+    own = high * op_held_bytes(op, DECODE, space.frame)
     if STACKS[0] < high < STACKS[1] and op.kind != "head":  # whose stack has an embedding beside it
-        assert np.quantile(held, 0.3) < own < np.quantile(held, 0.7)
-    assert stack_heights(SMALL, op, PREFILL)[1] == STACKS[0]
+        wanted = max(12 * 2**20, np.median(held))
+        assert 0.9 * wanted < own < 1.1 * wanted
+    assert stack_heights(space, op, PREFILL)[1] == STACKS[0]
+
+
+def test_stacks_follow_the_median_model_where_that_is_large() -> None:
+    ends = [
+        stack_heights(LARGE, op, DECODE)[1] * op_held_bytes(op, DECODE, LARGE.frame)
+        for op in space_ops(LARGE)
+    ]
+    assert max(ends) > 2 * 12 * 2**20
 
 
 def test_seeds_are_of_every_kind_and_phase_and_vary_in_every_size() -> None:

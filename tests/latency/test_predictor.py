@@ -1,5 +1,6 @@
 """The predictor on latencies whose law is known."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from latency import composition
 from latency.composition import (
     OpTimes,
+    Saving,
     design_matrix,
     fit_composition,
     held_bytes,
@@ -20,6 +23,7 @@ from latency.design import d_optimal
 from latency.op_latencies import OpLatencies
 from latency.predictor import Predictor, accuracy, fit_predictor, load_predictor
 from space import InputError, Space, Workload, genome
+from space.onnx_writer import VERSION
 from space.ops import count_ops, op_kinds, space_ops
 from tests.contracts import tiny_space
 
@@ -214,3 +218,49 @@ def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
     model = predictor.models[W]
     over = np.maximum(0.0, held_bytes(space(), W, held)[:, None] - np.array(starts)) / typical
     assert cost(held) == pytest.approx(parts[0] + over @ model.hinges)
+
+
+def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A law of a cache: up to some bytes nothing is fetched, from twice as many on everything is."""
+    monkeypatch.setattr(composition, "FULL_BYTES", tuple(2**10 * 2 ** (i / 2) for i in range(20)))
+    ops, rng = op_seconds(), np.random.default_rng(0)
+    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
+    sizes = held_bytes(space(), W, held)
+    full = float(np.quantile(sizes, 0.4))
+    rate = 0.8 * float((truth(held, ops, 0.0, 0) / sizes).min())  # nothing takes less than no time
+
+    def law(genomes: Any) -> NDArray[np.float64]:
+        bytes_, plain = held_bytes(space(), W, genomes), truth(genomes, ops, 0.0, 0)
+        saved = np.where(bytes_ <= full, bytes_, np.clip(2 * full - bytes_, 0, None))
+        return plain - rate * saved
+
+    def of(law: Callable[[Any], NDArray[np.float64]]) -> Predictor:
+        ends = {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
+        return fit_predictor(space(), UNMEASURED, {W: OpTimes(W, ops)}, train, *ends)
+
+    predictor = of(law)
+    error = predictor.models[W].errors["held_out"]["mape_percent"]
+    saving = predictor.models[W].saving
+    assert error < 3.0
+    assert saving.rate == pytest.approx(rate, rel=0.3)
+    assert saving.full == pytest.approx(full, rel=0.5)
+    cost = predictor.cost(W)
+    assert cost.otherwise is not None
+    ends = np.array([replace(cost, otherwise=None)(held), cost.otherwise(held)])
+    assert np.array_equal(cost(held), ends.min(axis=0))
+    assert 0 < (ends[1] < ends[0]).mean() < 1
+    plain = ends[0]
+    expected = np.maximum(plain - saving.rate * saving.saved(sizes), 0.2 * plain)
+    assert cost(held) == pytest.approx(expected)
+    assert predictor.models[W].times(2.0).saving.rate == 2 * saving.rate
+    without = of(lambda genomes: truth(genomes, ops, 0.01, 0))
+    assert without.models[W].saving.rate == 0
+    assert without.cost(W).otherwise is None
+
+
+def test_a_saving_survives_its_file(tmp_path: Path) -> None:
+    predictor, _, _ = fitted()
+    saving = Saving(1e6, 3e6, 2e-11)
+    changed = replace(predictor, models={W: replace(predictor.models[W], saving=saving)})
+    changed.save(tmp_path / "p.json", {"graphs": str(VERSION)})
+    assert load_predictor(tmp_path / "p.json", space(), "formfit profile").models[W].saving == saving

@@ -162,6 +162,60 @@ def test_the_greatest_of_sums_is_that_of_brute_force(name: str, style: str) -> N
     assert bent  # in some, the least of the first sum is not the answer
 
 
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_lesser_of_two_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(7)
+    turns = set()
+    for _ in range(3):
+        cost = replace(greatest_of(space, rng, style, 2), otherwise=greatest_of(space, rng, style, 2))
+        both = [replace(cost, otherwise=None), cost.otherwise]
+        parts = priced(both, genomes)
+        values = priced([cost], genomes)
+        assert np.array_equal(values[:, 0], parts.min(axis=1))
+        value, architecture = least(space, cost)
+        assert value == pytest.approx(values.min(), rel=2e-6)
+        assert cost(encode(space, [architecture]))[0] == value
+        turns.add(int(parts.min(axis=0).argmin()))
+        costs = [cost, random_cost(space, rng, style)]
+        pairs = priced(costs, genomes)
+        for bounds in bounds_to_try(pairs, rng):
+            kept = (pairs <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(pairs).all(axis=1)
+            found = feasible(space, costs, list(bounds))
+            assert (found is not None) == kept.any()
+            if found is not None:
+                row = priced(costs, encode(space, [found]))[0]
+                assert all(within(value, bound) for value, bound in zip(row, bounds, strict=True))
+    assert turns
+
+
+def test_the_lesser_of_two_is_refused_with_what_it_can_reach() -> None:
+    name = "no FFN"
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(8)
+    together = 0
+    for _ in range(6):
+        costs = [
+            replace(greatest_of(space, rng, "any", 2), otherwise=greatest_of(space, rng, "any", 2))
+            for _ in range(2)
+        ]
+        values = priced(costs, genomes)
+        low = values.min(axis=0)
+        asked = asked_of(costs, low * [0.999, 2.0])
+        assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in refusal(space, asked)
+        certify(space, asked_of(costs[:1], low[:1]))
+        bounds = low * [1.0, 1.0]
+        bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
+        if bounds[1] > low[1]:
+            together += 1
+            message = refusal(space, asked_of(costs, bounds))
+            assert "cannot be met together" in message
+            reached = priced(costs, named_architectures(message, name))
+            assert reached[1, 1] == pytest.approx(bounds[1] / 0.999, rel=1e-5)
+    assert together
+
+
 def test_the_greatest_of_sums_is_refused_with_what_it_can_reach() -> None:
     name = "no FFN"
     space, genomes = SPACES[name], everything(name)
