@@ -119,11 +119,14 @@ class Headline:
         return lambda members: cost(genome.encode(self.run.space, members))
 
     def bounds(self, workload: Workload) -> list[float]:
-        """The limits in seconds."""
-        low = least_possible(self.run.space, self.predictor.cost(workload, SearchConfig().confidence))[0]
-        high = float(self.seconds(workload)([genome.largest(self.run.space)])[0])
-        places = PLACES[:1] if self.quick else PLACES
-        return [low * (high / low) ** place for place in places]
+        """The limits in seconds; kept once they are found."""
+        path = self.runs / f"limits-{workload}.json".replace("@", "-")
+        if not path.exists():
+            low = least_possible(self.run.space, self.predictor.cost(workload, SearchConfig().confidence))[0]
+            high = float(self.seconds(workload)([genome.largest(self.run.space)])[0])
+            places = PLACES[:1] if self.quick else PLACES
+            write_text(path, json.dumps([low * (high / low) ** place for place in places]))
+        return [float(bound) for bound in json.loads(path.read_text())]
 
     def search(self, workload: Workload, limit: str, strategy: str, size: tuple[int, int]) -> dict[str, Any]:
         """What a search with a population and generations finds: measured, where it is ours."""
