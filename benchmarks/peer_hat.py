@@ -49,7 +49,7 @@ from supernet.extract import write_submodel
 from supernet.train import load_supernet
 
 WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048"))
-PLACES = (0.25, 0.5, 0.75)  # of the way from the least latency there is to the largest model's, in its log
+PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its log
 RUNS, TRIMMED = 10, 0.1  # of a model, and the share of them that is left out at either end
 HELD_OUT = 0.1  # of the measured models; they tell the MLP's error
 POPULATION = 125
