@@ -34,7 +34,7 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.mark.parametrize(("page", "command"), SHOWN)
 def test_commands_parse(page: str, command: str) -> None:
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     name = Path(words[0]).name
     if name != "formfit":
         assert name in ("python3", "pip", "python", "pre-commit", "run"), command

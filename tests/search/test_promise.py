@@ -72,6 +72,7 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
         model[name] /= 3
     model["kinds"] = {kind: factor / 3 for kind, factor in model["kinds"].items()}
     model["hinge_seconds"] = [seconds / 3 for seconds in model["hinge_seconds"]]
+    model["saving"]["seconds_per_byte"] /= 3
     path.write_text(json.dumps(value))
     space = load_run_config(run_folder / "run" / "config.yaml").the_space
     ends = genome.encode(space, [genome.smallest(space), genome.largest(space)])

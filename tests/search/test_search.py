@@ -346,6 +346,7 @@ def test_limits_of_two_devices_bind_at_once(run_folder: Path, formfit: Program) 
         model[name] *= 2
     model["kinds"] = {kind: 2 * factor for kind, factor in model["kinds"].items()}
     model["hinge_seconds"] = [2 * seconds for seconds in model["hinge_seconds"]]
+    model["saving"]["seconds_per_byte"] *= 2
     path.write_text(json.dumps(value))
     limits = ("--limit", "prefill@64<=90%", "--limit", "slow:prefill@64<=70%")
     objectives = ("--objective", "loss", "--objective", "slow:latency:prefill@64")
