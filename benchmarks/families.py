@@ -86,17 +86,20 @@ def hat(
     most: float,
     population: int,
     more: Callable[[int], bool],
+    pool: Genomes | None = None,
     seed: int = 0,
 ) -> Architecture:
     """The best of HAT's evolution (Wang et al. 2020) among members within a latency.
 
-    ``more`` is asked before each generation, with the number of those that are done.
+    ``more`` is asked before each generation, with the number of those that are done; ``pool`` are genomes to
+    begin with, beside the smallest and the largest member.
     """
 
     def violations(rows: Genomes) -> np.ndarray:
         return np.maximum(0.0, seconds(genome.decode(space, rows)) / most - 1)
 
     ends = genome.encode(space, [genome.smallest(space), genome.largest(space)])
+    ends = ends if pool is None else np.concatenate([ends, pool])
     costs: tuple[Cost | None, ...] = (None,)
     strategy = Hat(Task(space, costs, violations, ends, population, seed))
     best, least, done = None, np.inf, 0

@@ -11,7 +11,8 @@ device.
 Beside it, without training: the front of a search under no limit, and that of each hand-made family, in the
 supernet's loss and predicted latency.
 
-It takes a trained run and goes on where it was stopped (an hour and a half on two cores; --quick a quarter of an hour):
+It takes a trained run and goes on where it was stopped (an hour and a half on two cores; --quick a quarter of
+an hour):
 
     formfit train configs/small.yaml --out RUN
     python benchmarks/headline.py --run RUN --devices devices --device here --runs runs/headline

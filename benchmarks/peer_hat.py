@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048
 PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its log
 RUNS, TRIMMED = 10, 0.1  # of a model, and the share of them that is left out at either end
 HELD_OUT = 0.1  # of the measured models; they tell the MLP's error
-POPULATION = 125
+POPULATION, POOL = 125, 50_000  # and how many are drawn for the first ones that are quick enough
 WINDOWS = {"search": 24, "front": 96}  # as formfit search has them
 WORKERS = 2
 
@@ -107,7 +108,7 @@ def fit_mlp(x: torch.Tensor, y: Array) -> tuple[Callable[[torch.Tensor], Array],
     hidden = [m for a, b in pairwise(sizes) for m in (torch.nn.Linear(a, b), torch.nn.ReLU())]
     net = torch.nn.Sequential(*hidden, torch.nn.Linear(400, 1))
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
-    steps = 5000
+    steps = 1500
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         some = torch.randint(held, len(y), (128,))
@@ -140,6 +141,7 @@ def main() -> int:
     parser.add_argument("--device", default="here")
     parser.add_argument("--minutes", type=float, help="that the profile of the card in --devices took")
     parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    parser.add_argument("--done", action="store_true", help="only the limits that are measured already")
     arguments = parser.parse_args()
     if (arguments.devices is None) != (arguments.minutes is None):
         raise SystemExit("--devices and --minutes: give both or none")
@@ -184,12 +186,15 @@ def main() -> int:
 
     models = measure_models(space, seconds, runs / "measured.jsonl")
     rows = genome.encode(space, [Architecture.from_json(m["architecture"]) for m in models])
-    predict, errors = {}, {}
-    for w in WORKLOADS:
-        y = np.array([m["seconds"][str(w)] for m in models])
+
+    @cache
+    def fitted(workload: Workload) -> tuple[Callable[[torch.Tensor], Array], float]:
+        """HAT's predictor of a workload and its error, which is kept."""
         with one_thread():
-            predict[w], errors[str(w)] = fit_mlp(one_hot(space, rows), y)
-    sys.stderr.write(f"HAT's MLP: {len(models)} models in {seconds / 60:.1f} minutes, error {errors} %\n")
+            latencies = np.array([m["seconds"][str(workload)] for m in models])
+            predict, error = fit_mlp(one_hot(space, rows), latencies)
+        write_text(runs / f"mlp-{workload.phase}.json", json.dumps(error))
+        return predict, error
 
     def ours(workload: Workload, bound: float) -> dict[str, Any]:
         """What formfit hands over, and how long it took."""
@@ -209,6 +214,9 @@ def main() -> int:
 
     def theirs(workload: Workload, bound: float, seconds: float) -> dict[str, Any]:
         """What HAT's evolution finds in that time."""
+        predict, _ = fitted(workload)  # learning takes minutes, which are not held against it
+        drawn = genome.sample(space, np.random.default_rng(3), POOL)
+        pool = drawn[np.argsort(predict(one_hot(space, drawn)))[:POPULATION]]
         began, evaluations = time.monotonic(), 0
         problem = SearchConfig(workers=WORKERS)
         with evaluator(supernet, sets, problem.workers, None, sys.stderr.write) as evaluate_all:
@@ -223,9 +231,9 @@ def main() -> int:
                 return done == 0 or time.monotonic() - began + each <= seconds
 
             def latency(members: list[Architecture]) -> Array:
-                return predict[workload](one_hot(space, genome.encode(space, members)))
+                return predict(one_hot(space, genome.encode(space, members)))
 
-            best = hat(space, latency, losses, bound, 8 if quick else POPULATION, more)
+            best = hat(space, latency, losses, bound, 8 if quick else POPULATION, more, pool)
         return {
             "architecture": best.to_json(),
             "search_seconds": time.monotonic() - began,
@@ -244,42 +252,40 @@ def main() -> int:
             quality = next(iter(evaluate_all([architecture], "front")))
         return {"measured_ms": timed, "used": timed / 1e3 / bound, "loss_nats": quality.loss_nats}
 
+    asked = [
+        (w, place) for place in PLACES[: 1 if quick else None] for w in WORKLOADS[: 1 if quick else None]
+    ]
     table = []
-    for workload in WORKLOADS[: 1 if quick else None]:
+    for workload, place in asked:
+        name = f"{workload}-{place}".replace("@", "-")
+        if arguments.done and not (runs / f"{name}-HAT-measured.json").exists():
+            continue
         cost = predictor.cost(workload, SearchConfig().confidence)
         low = least_possible(space, cost)[0]
         high = float(predictor.predict(genome.encode(space, [genome.largest(space)]), workload)[0])
-        for place in PLACES[: 1 if quick else None]:
-            bound = low * (high / low) ** place
-            name = f"{workload}-{place}".replace("@", "-")
-            a = kept(runs / f"{name}-formfit.json", lambda w=workload, b=bound: ours(w, b))
-            b = kept(
-                runs / f"{name}-hat.json",
-                lambda w=workload, b=bound, s=a["search_seconds"]: theirs(w, b, s),
-            )
-            found = {
-                who: {
-                    **one,
-                    **kept(
-                        runs / f"{name}-{who}-measured.json",
-                        lambda one=one, w=workload, b=bound: judged(one, w, b),
-                    ),
-                }
-                for who, one in (("formfit", a), ("HAT", b))
-            }
-            table.append({"limit": f"{workload}<={1e3 * bound:.5g}ms", **found})
-            said = [
-                f"{who} {100 * x['used']:.1f}% used, {x['loss_nats']:.4f} nats" for who, x in found.items()
-            ]
-            sys.stderr.write(f"{table[-1]['limit']}: {'; '.join(said)}\n")
+        bound = low * (high / low) ** place
+        found = {"formfit": kept(runs / f"{name}-formfit.json", partial(ours, workload, bound))}
+        spent = found["formfit"]["search_seconds"]
+        found["HAT"] = kept(runs / f"{name}-HAT.json", partial(theirs, workload, bound, spent))
+        for who, one in found.items():
+            path = runs / f"{name}-{who}-measured.json"
+            one |= kept(path, partial(judged, dict(one), workload, bound))
+        table.append({"limit": f"{workload}<={1e3 * bound:.5g}ms", **found})
+        said = [f"{who} {100 * x['used']:.1f}% used, {x['loss_nats']:.4f} nats" for who, x in found.items()]
+        sys.stderr.write(f"{table[-1]['limit']}: {'; '.join(said)}\n")
+    errors = {str(w): json.loads((runs / f"mlp-{w.phase}.json").read_text()) for w in {w for w, _ in asked}}
     count = {who: sum(row[who]["used"] <= 1 for row in table) for who in ("formfit", "HAT")}
     used = {who: float(np.mean([100 * min(row[who]["used"], 1) for row in table])) for who in count}
     worst = {who: 100 * (max(row[who]["used"] for row in table) - 1) for who in count}
-    lower = sum(row["formfit"]["loss_nats"] < row["HAT"]["loss_nats"] for row in table)
+    both = [row for row in table if max(row[who]["used"] for who in count) <= 1]  # others are no rivals
+    lower = sum(row["formfit"]["loss_nats"] < row["HAT"]["loss_nats"] for row in both)
     checks = {
+        f"{len(asked)} limits, of which {len(table)} are measured": len(table) == len(asked),
         f"formfit keeps {count['formfit']} of {len(table)} limits, HAT {count['HAT']}":
             count["formfit"] >= count["HAT"],
-        f"lower loss than HAT for {lower} of {len(table)} limits": quick or lower >= len(table) / 2,
+        f"lower loss than HAT in {lower} of the {len(both)} limits that both keep": 2 * lower >= len(both),
+        f"worst over its limit by {max(worst['formfit'], 0):.1f}% <= 3, HAT by {worst['HAT']:.1f}%":
+            worst["formfit"] <= 3,
     }  # fmt: skip
     body = {
         "measuring_minutes": seconds / 60,
