@@ -19,12 +19,8 @@ from space.ops import Cost
 
 Seconds = Callable[[list[Architecture]], np.ndarray]
 Losses = Callable[[list[Architecture]], np.ndarray]
-FULL = {
-    "Transformer": 1,
-    "3:1 GatedDeltaNet": 4,
-    "6:1 GatedDeltaNet": 7,
-    "all-linear": 0,
-}  # every how many-th
+# Every how many-th layer is full attention; 0: none.
+FULL = {"Transformer": 1, "3:1 GatedDeltaNet": 4, "6:1 GatedDeltaNet": 7, "all-linear": 0}
 HEADROOM = 1.1  # a hand-made model may take so much longer than what it is held against
 FEWEST = 4  # scalings that stand against a model, however much longer they take
 

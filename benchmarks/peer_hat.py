@@ -277,16 +277,18 @@ def main() -> int:
     count = {who: sum(row[who]["used"] <= 1 for row in table) for who in ("formfit", "HAT")}
     used = {who: float(np.mean([100 * min(row[who]["used"], 1) for row in table])) for who in count}
     worst = {who: 100 * (max(row[who]["used"] for row in table) - 1) for who in count}
-    both = [row for row in table if max(row[who]["used"] for who in count) <= 1]  # others are no rivals
-    lower = sum(row["formfit"]["loss_nats"] < row["HAT"]["loss_nats"] for row in both)
+    both = [row for row in table if max(row[who]["used"] for who in count) <= 1]
     checks = {
         f"{len(asked)} limits, of which {len(table)} are measured": len(table) == len(asked),
         f"formfit keeps {count['formfit']} of {len(table)} limits, HAT {count['HAT']}":
             count["formfit"] >= count["HAT"],
-        f"lower loss than HAT in {lower} of the {len(both)} limits that both keep": 2 * lower >= len(both),
         f"worst over its limit by {max(worst['formfit'], 0):.1f}% <= 3, HAT by {worst['HAT']:.1f}%":
             worst["formfit"] <= 3,
     }  # fmt: skip
+    if both:  # of others the losses are no rivals
+        lower = sum(row["formfit"]["loss_nats"] < row["HAT"]["loss_nats"] for row in both)
+        text = f"lower loss than HAT in {lower} of the {len(both)} limits that both keep"
+        checks[text] = 2 * lower >= len(both)
     body = {
         "measuring_minutes": seconds / 60,
         "models_measured": len(models),
