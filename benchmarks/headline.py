@@ -29,17 +29,15 @@ from typing import Any
 import numpy as np
 import outcome
 from families import FULL, attention_space, hat, scalings, uniform
-from limits import Program
 from onnx import load_model
+from program import Program, bounds_between
 
 from latency import Predictor, load_card, load_predictor
 from latency.rss import session_rss
 from latency.runtime import graph_binding
 from search.audit_trials import Share, losses, one_thread, remove_checkpoints, run_trials
 from search.export import export
-from search.feasibility import least as least_possible
 from search.pareto import non_dominated
-from search.problem import SearchConfig
 from search.reporter import Reporter
 from search.run import Run, open_run, open_supernet
 from search.run_config import VerifyConfig
@@ -90,10 +88,9 @@ def train_job(job: Job, shared: tuple[Space, Corpus, EvaluationSet], tell: Share
 class Headline:
     """A run, a device, and the folder that keeps what was found."""
 
-    def __init__(self, run: Run, device: str, runs: Path, noise: float, quick: bool) -> None:
-        self.run, self.device, self.runs, self.noise, self.quick = run, device, runs, noise, quick
-        self.program = Program(run.folder, run.devices, device, noise)
-        self.card = load_card(run.devices, device)
+    def __init__(self, run: Run, program: Program, runs: Path, noise: float, quick: bool) -> None:
+        self.run, self.program, self.runs, self.noise, self.quick = run, program, runs, noise, quick
+        self.card = load_card(run.devices, program.device)
         path = self.card.predictor_path(run.space.name, "onnxruntime", run.config.profile.threads, "fp32")
         self.predictor: Predictor = load_predictor(path, run.space, "formfit profile")
         self.corpus = load_corpus(run.config.train.data)
@@ -123,34 +120,25 @@ class Headline:
         """The limits in seconds; kept once they are found."""
         path = self.runs / f"limits-{workload}.json".replace("@", "-")
         if not path.exists():
-            low = least_possible(self.run.space, self.predictor.cost(workload, SearchConfig().confidence))[0]
-            high = float(self.seconds(workload)([genome.largest(self.run.space)])[0])
             places = PLACES[:1] if self.quick else PLACES
-            write_text(path, json.dumps([low * (high / low) ** place for place in places]))
+            write_text(path, json.dumps(bounds_between(self.run.space, self.predictor, workload, places)))
         return [float(bound) for bound in json.loads(path.read_text())]
 
     def search(self, workload: Workload, limit: str, strategy: str, size: tuple[int, int]) -> dict[str, Any]:
         """What a search with a population and generations finds: measured, where it is ours."""
         name = re.sub("[^A-Za-z0-9.]+", "-", f"{strategy}-{limit}")
-        proof = ("--verify", "--noise", self.noise) if strategy == BEST else ()
-        code, found, said = self.program(
-            "search", "--supernet", self.run.folder, "--device", self.device, "--name", name,
-            "--limit", limit, "--objective", "loss", "--objective", f"latency:{workload}",
-            "--strategy", "random" if strategy == RANDOM else "evolution", "--workers", 2,
-            "--population", size[0], "--generations", size[1], *proof,
-        )  # fmt: skip
-        if code not in (0, 3) or not found:
-            raise SystemExit(said)
-        return found
+        proof = self.program.proof if strategy == BEST else ()
+        how = ("--strategy", "random" if strategy == RANDOM else "evolution", "--workers", 2)
+        sized = ("--population", size[0], "--generations", size[1])
+        return self.program.search(name, workload, limit, *how, *sized, *proof)
 
     def fronts(self, workload: Workload) -> dict[str, list[list[float]]]:
         """Predicted milliseconds and supernet losses that nothing beats in both, by where they come from."""
         path = self.runs / f"fronts-{str(workload).replace('@', '-')}.json"
         if not path.exists():
-            front = self.search(workload, f"{workload}<=100%", "front", FEW if self.quick else FRONT_SIZE)[
-                "members"
-            ]
-            members = [Architecture.from_json(m["architecture"]) for m in front]
+            size = FEW if self.quick else FRONT_SIZE
+            front = self.search(workload, f"{workload}<=100%", "front", size)
+            members = [Architecture.from_json(m["architecture"]) for m in front["members"]]
             found = {BEST: self.front(members, workload)}
             for family in FULL:
                 found[family] = self.front(uniform(self.run.space, family), workload)
@@ -284,16 +272,10 @@ def main() -> int:
     steps, seeds = arguments.steps or (20 if quick else 400), arguments.seeds or (1 if quick else 2)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     run = open_run(arguments.run, arguments.devices)
-    card = Program(run.folder, run.devices, arguments.device, arguments.noise)
-    space_file = arguments.runs / "space.yaml"
-    write_text(space_file, json.dumps(run.space.model_dump(mode="json")))  # JSON is YAML
-    wanted = [word for text in WORKLOADS[: 1 if quick else None] for word in ("--workload", text)]
+    program = Program(run.folder, run.devices, arguments.device, arguments.noise)
     few = ("--budget", "2m") if quick else ()
-    code, _, said = card("profile", "--space", space_file, "--device", arguments.device, *wanted, *few,
-                         "--noise", arguments.noise)  # fmt: skip
-    if code:
-        raise SystemExit(said)
-    headline = Headline(run, arguments.device, arguments.runs, arguments.noise, quick)
+    program.profile(run.space, arguments.runs, WORKLOADS[: 1 if quick else None], *few)
+    headline = Headline(run, program, arguments.runs, arguments.noise, quick)
     settings, fronts = [], {}
     for text in WORKLOADS[: 1 if quick else None]:
         workload = Workload.parse(text)

@@ -14,7 +14,6 @@ It takes a trained run and a card profiled for its space, and goes on where it w
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import outcome
+from program import Program
 
 from latency import load_predictor
 from search.feasibility import least
@@ -33,35 +33,20 @@ WORKLOADS = ("prefill@256", "decode@256")
 FEW = ("--generations", "8")  # limits are in question here, not losses
 
 
-class Program:
-    """The command line, each call in a process of its own."""
-
-    def __init__(self, run: Path, devices: Path, device: str, noise: float) -> None:
-        self.run, self.devices, self.device, self.noise = run, devices, device, str(noise)
-
-    def __call__(self, *words: object) -> tuple[int, dict[str, Any], str]:
-        """Exit code, what --json printed, and what was said."""
-        code = "from search.cli import main; main()"
-        command = [sys.executable, "-c", code, "--devices", str(self.devices), *map(str, words), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.returncode, json.loads(done.stdout or "{}"), done.stderr.strip()
-
-    def measured(self, key: str, workload: str, folder: Path) -> dict[str, Any]:
-        """A sub-model that a search extracted, measured in a new process."""
-        shutil.copytree(self.run / "submodels" / key, folder, dirs_exist_ok=True)
-        code, found, said = self("verify", folder, "--device", self.device, "--noise", self.noise)
-        if code not in (0, 3):
-            raise SystemExit(said)
-        shutil.rmtree(folder)
-        limit = found["limits"][0]
-        timing = found["latency"][workload]
-        return {
-            "key": key,
-            "predicted_ms": timing["predicted_latency_ms"],
-            "measured_ms": timing["measured_latency_ms"],
-            "used": limit["used"],
-            "kept": limit["status"] == "kept",
-        }
+def measured(program: Program, key: str, workload: str, folder: Path) -> dict[str, Any]:
+    """A sub-model that a search extracted, measured in a new process."""
+    shutil.copytree(program.run / "submodels" / key, folder, dirs_exist_ok=True)
+    found = program("verify", folder, "--device", program.device, "--noise", program.noise, may_miss=True)
+    shutil.rmtree(folder)
+    limit = found["limits"][0]
+    timing = found["latency"][workload]
+    return {
+        "key": key,
+        "predicted_ms": timing["predicted_latency_ms"],
+        "measured_ms": timing["measured_latency_ms"],
+        "used": limit["used"],
+        "kept": limit["status"] == "kept",
+    }
 
 
 def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
@@ -85,13 +70,7 @@ def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
     limit = f"{workload}<={bound:.5g}ms"
     name = re.sub("[^A-Za-z0-9.]+", "-", limit)
     began = time.monotonic()
-    code, found, said = program(
-        "search", "--supernet", program.run, "--device", program.device, "--name", name, "--limit", limit,
-        "--objective", "loss", "--objective", f"latency:{workload}", "--verify", "--noise", program.noise,
-        "--workers", 0, *FEW,
-    )  # fmt: skip
-    if code not in (0, 3) or not found:  # exit 3 with a front: searched, and missed
-        raise SystemExit(said)
+    program.search(name, workload, limit, "--workers", 0, *FEW, *program.proof)
     seconds = time.monotonic() - began
     folder = program.run / "searches" / name
     first = json.loads((folder / "front.json").read_text())
@@ -104,8 +83,8 @@ def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
         "rounds": len(promise["rounds"]),
         "promised": promise["kept"],
         "in_the_loop": promise["chosen"]["used"],
-        "before": program.measured(best, workload, temporary),
-        "after": program.measured(promise["chosen"]["key"], workload, temporary),
+        "before": measured(program, best, workload, temporary),
+        "after": measured(program, promise["chosen"]["key"], workload, temporary),
     }
 
 

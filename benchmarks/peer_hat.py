@@ -29,7 +29,7 @@ import numpy as np
 import outcome
 import torch
 from families import hat
-from limits import Program
+from program import Program, bounds_between
 from scipy.stats import trim_mean
 
 from latency import load_card, load_predictor
@@ -37,8 +37,6 @@ from latency.runtime import OnnxRuntime
 from search.audit_trials import one_thread
 from search.evaluators import evaluator
 from search.export import export
-from search.feasibility import least as least_possible
-from search.problem import SearchConfig
 from search.run import open_run, open_supernet
 from search.run_config import VerifyConfig
 from search.verify import measure_submodel
@@ -69,14 +67,14 @@ def measure_models(space: Space, seconds: float, path: Path) -> list[dict[str, A
     began = time.monotonic()
     with path.open("a") as file:
         for i, architecture in enumerate(wanted):
+            if rows and rows[-1]["spent"] >= seconds:
+                break
             runs = runtime.model(architecture, WORKLOADS, space.frame, seed=i)
             timed = {str(w): mean_latency(run) for w, run in runs.items()}
             row = {"architecture": architecture.to_json(), "seconds": timed}
             rows.append({**row, "spent": spent + time.monotonic() - began})
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
-            if rows[-1]["spent"] >= seconds:
-                break
     return rows
 
 
@@ -154,24 +152,8 @@ def main() -> int:
 
     def profile() -> float:
         """Seconds that our profile takes."""
-        file = runs / "space.yaml"
-        write_text(file, json.dumps(space.model_dump(mode="json")))  # JSON is YAML
         began = time.monotonic()
-        wanted = [word for w in WORKLOADS for word in ("--workload", str(w))]
-        few = ("--budget", "1m") if quick else ()
-        code, _, said = program(
-            "profile",
-            "--space",
-            file,
-            "--device",
-            arguments.device,
-            *wanted,
-            "--noise",
-            arguments.noise,
-            *few,
-        )
-        if code:
-            raise SystemExit(said)
+        program.profile(space, runs, WORKLOADS, *(("--budget", "1m") if quick else ()))
         return time.monotonic() - began
 
     given = arguments.minutes and 60 * arguments.minutes
@@ -201,14 +183,8 @@ def main() -> int:
         limit = f"{workload}<={1e3 * bound:.5g}ms"
         few = ("--generations", 2, "--population", 8) if quick else ()
         began = time.monotonic()
-        code, found, said = program(
-            "search", "--supernet", run.folder, "--device", arguments.device,
-            "--name", f"peer-{workload.phase}-{1e3 * bound:.5g}", "--limit", limit, "--objective", "loss",
-            "--objective", f"latency:{workload}", "--workers", WORKERS, "--verify",
-            "--noise", arguments.noise, *few,
-        )  # fmt: skip
-        if code not in (0, 3) or not found:
-            raise SystemExit(said)
+        name = f"peer-{workload.phase}-{1e3 * bound:.5g}"
+        found = program.search(name, workload, limit, "--workers", WORKERS, *few, *program.proof)
         chosen = found["promise"]["chosen"]
         return {"architecture": chosen["architecture"], "search_seconds": time.monotonic() - began}
 
@@ -218,8 +194,7 @@ def main() -> int:
         drawn = genome.sample(space, np.random.default_rng(3), POOL)
         pool = drawn[np.argsort(predict(one_hot(space, drawn)))[:POPULATION]]
         began, evaluations = time.monotonic(), 0
-        problem = SearchConfig(workers=WORKERS)
-        with evaluator(supernet, sets, problem.workers, None, sys.stderr.write) as evaluate_all:
+        with evaluator(supernet, sets, WORKERS, None, sys.stderr.write) as evaluate_all:
 
             def losses(members: list[Architecture]) -> Array:
                 nonlocal evaluations
@@ -260,10 +235,7 @@ def main() -> int:
         name = f"{workload}-{place}".replace("@", "-")
         if arguments.done and not (runs / f"{name}-HAT-measured.json").exists():
             continue
-        cost = predictor.cost(workload, SearchConfig().confidence)
-        low = least_possible(space, cost)[0]
-        high = float(predictor.predict(genome.encode(space, [genome.largest(space)]), workload)[0])
-        bound = low * (high / low) ** place
+        (bound,) = bounds_between(space, predictor, workload, [place])
         found = {"formfit": kept(runs / f"{name}-formfit.json", partial(ours, workload, bound))}
         spent = found["formfit"]["search_seconds"]
         found["HAT"] = kept(runs / f"{name}-HAT.json", partial(theirs, workload, bound, spent))
