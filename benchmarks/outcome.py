@@ -5,11 +5,13 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from latency.probe import cpu_model
+from space import InputError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +23,15 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a small form, to see that it works")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the outcome is written")
     return parser
+
+
+def ended(main: Callable[[], int]) -> int:
+    """The exit code of a benchmark; what is wrong with its input is said in one line, with exit code 2."""
+    try:
+        return main()
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
 
 
 def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks: dict[str, bool]) -> int:
