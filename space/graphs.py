@@ -46,8 +46,9 @@ def model_graph(
     """The graph of a whole sub-model.
 
     Inputs ``tokens`` int64 [B, T], ``position`` int64 [1] (the place of the first token) and
-    ``state.SLOT.NAME``; outputs ``logits`` [B, T, vocabulary] and ``state.SLOT.NAME.next``. An
-    attention cache may be longer than ``position``: only what lies before it is read.
+    ``state.SLOT.NAME``; outputs ``logits`` [B, T, vocabulary], the first, and
+    ``state.SLOT.NAME.next``. An attention cache may be longer than ``position``: only what lies
+    before it is read.
     """
     graph = Graph(frame)
     tokens = graph.input("tokens", TensorProto.INT64, ["batch", "length"])
@@ -65,5 +66,6 @@ def model_graph(
     if not frame.tied:
         head = graph.constant("head", weights["head"].astype(np.float32))
     logits = add_head(graph, x, weights["norm"], head)
-    graph.output("logits", logits, TensorProto.FLOAT, ["batch", "length", frame.vocabulary])
+    shape: list[int | str] = ["batch", "length", frame.vocabulary]
+    graph.output("logits", logits, TensorProto.FLOAT, shape, first=True)
     return graph.model(metadata)

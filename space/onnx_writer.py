@@ -80,14 +80,20 @@ class Graph:
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
-    def output(self, name: str, value: str, kind: int, shape: list[int | str]) -> None:
-        """Declare a graph output: the value takes the output's name (an Identity node would copy it)."""
+    def output(
+        self, name: str, value: str, kind: int, shape: list[int | str], *, first: bool = False
+    ) -> None:
+        """Declare a graph output: the value takes the output's name (an Identity node would copy it).
+
+        Outputs stand in the order in which they are declared; ``first`` puts one before those that are there.
+        """
         for node in self.nodes:
             for names in (node.input, node.output):
                 for i, known in enumerate(names):
                     if known == value:
                         names[i] = name
-        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+        place = 0 if first else len(self.outputs)
+        self.outputs.insert(place, helper.make_tensor_value_info(name, kind, shape))
 
     def model(self, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
         """The finished model."""

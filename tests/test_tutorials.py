@@ -1,5 +1,7 @@
 """Every command and every program of the tutorials runs, in order, on a small run of a small quickstart."""
 
+import ast
+import json
 import re
 import shlex
 import shutil
@@ -70,6 +72,16 @@ def clone(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return folder
 
 
+def first_text(line: str, formfit: Program) -> str:
+    """The text of the first token that a page's `formfit generate` gives."""
+    words = shlex.split(line, comments=True)[1:]
+    done = formfit(*words, "--tokens", 1, "--ignore-end", "--json")
+    assert done.returncode == 0, (line, done.stderr)
+    value = json.loads(done.stdout)
+    assert value["tokens"] == 1, line
+    return str(value["text"])
+
+
 def run_command(text: str, formfit: Program) -> None:
     """Run a line; what measures must not mind how restless this machine is, or what it finds."""
     words = shlex.split(text, comments=True)
@@ -88,10 +100,17 @@ def run_command(text: str, formfit: Program) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_tutorials_run(page: Path, clone: Path, formfit: Program) -> None:
     assert clone == Path.cwd()
+    spoken = ""
     for language, text in steps(page):
         if language == "sh":
             run_command(text, formfit)
-        else:
-            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, (text, done.stderr)
-            assert done.stdout, text
+            spoken = text if text.startswith("formfit generate ") else spoken
+            continue
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (text, done.stderr)
+        assert done.stdout, text
+        if "onnxruntime" in text:  # the program goes on from the same prompt as the command before it
+            printed = ast.literal_eval(done.stdout)
+            assert isinstance(printed, bytes), done.stdout
+            assert len(printed) == 1, done.stdout
+            assert printed.decode(errors="replace") == first_text(spoken, formfit), text

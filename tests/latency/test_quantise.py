@@ -16,7 +16,7 @@ from space import Architecture, Frame, Layer
 from space.cost import op_weight_bytes
 from space.graphs import model_graph
 from space.ops import Op, count_ops
-from space.precision import block_size
+from space.precision import PRECISIONS, block_size
 from space.shapes import model_shapes, state_shapes
 
 MIXERS = (
@@ -129,6 +129,15 @@ def test_a_tied_embedding_is_stored_once() -> None:
     assert [onnx.TensorProto.DataType.Name(t.data_type) for t in tables] == ["UINT8"]
     expected = logits(graph_of(frame, architecture), frame, architecture)
     assert distance(logits(small, frame, architecture), expected) < 0.05
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_outputs_keep_their_order(precision: str) -> None:
+    frame = FRAMES["tied"]
+    declared = [item.name for item in graph_of(frame).graph.output]
+    session = OnnxRuntime().session(quantise(graph_of(frame), precision))
+    assert [item.name for item in session.get_outputs()] == declared
+    assert declared[0] == "logits"
 
 
 def test_stacks_of_ends_run_in_every_precision() -> None:

@@ -316,6 +316,27 @@ def test_the_graph_is_the_block(layer: Layer) -> None:
             assert_close(f"{name} in {len(cuts) - 1}", found[name], value, FP32)
 
 
+def test_logits_are_the_first_output() -> None:
+    made = model_of(layer_of("attention"), layer_of("gated_deltanet"), Layer(ffn=32))
+    weights = {name: value.numpy() for name, value in made.named_parameters()}
+    graph, text = model_graph(made.architecture, FRAME, weights), tokens(20, batch=1)
+    session = OnnxRuntime().session(graph)
+    names = [item.name for item in session.get_outputs()]
+    states = [
+        f"state.{slot}.{name}.next"
+        for slot, layer in enumerate(made.architecture.layers)
+        for name in state_shapes(layer, WIDTH, FRAME, 1, 0)
+    ]
+    assert len(states) > 2
+    assert names == ["logits", *states]
+    feed = {"tokens": text.numpy(), "position": np.zeros(1, np.int64)}
+    for slot, layer in enumerate(made.architecture.layers):
+        for name, shape in state_shapes(layer, WIDTH, FRAME, 1, 0).items():
+            feed[f"state.{slot}.{name}"] = np.zeros(shape, np.float32)
+    first, expected = session.run(None, feed)[0], made.double()(text)[0]
+    assert_close("logits", first, expected, FP32)
+
+
 @each_recurrence
 def test_the_graph_holds_at_fast_decays(name: str) -> None:
     made = model_of(layer_of(name))
