@@ -24,15 +24,15 @@ import outcome
 import torch
 import torch.nn.functional as F
 
-from search.decoder import Decoder
-from search.export import export_onnx
+from search.submodel.decoder import Decoder
+from search.submodel.export import export_onnx
 from space import Architecture, Frame, Layer
 from space.blocks import Model, ffn, heads_of, mixer, part, project, rms_norm, rotate
 from space.cost import params
-from space.files import write_json
+from space.io.artefact import write_json
 from space.shapes import ffn_shapes, mixer_shapes
 from supernet.extract import KIND, SubModel, read_submodel
-from supernet.huggingface import write_hf
+from supernet.hf.export import write_hf
 
 CONTEXTS = (128, 1024, 4096)
 FRAME = Frame(vocabulary=256, context=4608, head_dim=32, tied=False)

@@ -24,10 +24,10 @@ from typing import Any
 import outcome
 
 from latency import Predictor, load_card, load_predictor
-from search.feasibility import Bounded, certify, least
-from search.limits import Limit
-from search.problem import SearchConfig, make_problem
-from search.search import Search
+from search.engine.search import Search
+from search.problem.feasibility import Bounded, certify, least
+from search.problem.limit import Limit
+from search.problem.problem import SearchConfig, make_problem
 from space import Architecture, LimitError, Workload, load_space
 from space.cost import memory_cost
 from supernet.evaluate import Quality

@@ -17,12 +17,12 @@ import numpy as np
 import outcome
 import torch
 
-from search.spread import choose_spread, sample_pool
+from search.audit.stratified import choose_spread, sample_pool
 from space import Architecture, genome, load_space
 from space.blocks import forward
-from supernet.recipe import TrainConfig
 from supernet.supernet import Supernet, add_gradients, leaves, sources
-from supernet.trainer import cast_matrices, matrix_type, member_loss
+from supernet.training.recipe import TrainConfig
+from supernet.training.trainer import cast_matrices, matrix_type, member_loss
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 BATCH, LENGTH = 8, 256

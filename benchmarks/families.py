@@ -10,11 +10,11 @@ from itertools import product
 
 import numpy as np
 
-from search.evolution import Hat
-from search.strategies import Task
+from search.strategies.nsga2 import Hat
+from search.strategies.strategy import Task
 from space import Architecture, Layer, Space, genome
-from space.config import parse
 from space.genome import Genomes
+from space.io.config import parse
 from space.ops import Cost
 
 Seconds = Callable[[list[Architecture]], np.ndarray]

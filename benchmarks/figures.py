@@ -23,9 +23,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from outcome import RESULTS
 
-from search.figures import COLOURS, INK
+from search.report.figures import COLOURS, INK
 from space import Architecture
-from space.files import digest
+from space.io.artefact import digest
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 SEARCHED = "searched"

@@ -33,26 +33,26 @@ from onnx import load_model
 from program import Program, bounds_between
 
 from latency import Predictor, load_card, load_predictor
-from latency.rss import session_rss
-from latency.runtime import graph_binding
-from search.audit_trials import Share, losses, one_thread, remove_checkpoints, run_trials
-from search.export import export
-from search.pareto import non_dominated
-from search.reporter import Reporter
-from search.run import Run, open_run, open_supernet
-from search.run_config import VerifyConfig
-from search.show import Bars
-from search.verify import measure_submodel
+from latency.runtimes.onnxruntime import graph_binding
+from latency.runtimes.rss import session_rss
+from search.audit.trials import Share, losses, one_thread, remove_checkpoints, run_trials
+from search.cli.output import Bars
+from search.config import VerifyConfig
+from search.pipeline import Run, open_run, open_supernet
+from search.progress import Reporter
+from search.strategies.pareto import non_dominated
+from search.submodel.export import export
+from search.submodel.verify import measure_submodel
 from space import Architecture, Space, Workload, genome
 from space.cost import memory_bytes, params
-from space.files import write_text
+from space.io.artefact import write_text
 from space.precision import model_file
-from supernet.corpus import Corpus, load_corpus
+from supernet.data.corpus import Corpus, load_corpus
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, mqar_accuracy
 from supernet.extract import write_submodel
-from supernet.recipe import TrainConfig
 from supernet.supernet import Supernet
-from supernet.train import load_alone, load_supernet, train
+from supernet.training.recipe import TrainConfig
+from supernet.training.train import load_alone, load_supernet, train
 
 WORKLOADS = ("prefill@1024", "decode@2048")
 PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its logarithm

@@ -19,7 +19,7 @@ import onnxruntime as ort
 import outcome
 
 from latency import Predictor, ProfileConfig, load_card
-from latency.kit import pack, unpack
+from latency.kit.pack import pack, unpack
 from latency.profile import profile
 from space import Space, Workload, genome, load_space
 

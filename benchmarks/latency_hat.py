@@ -17,7 +17,7 @@ import outcome
 import pandas as pd
 from numpy.typing import NDArray
 
-from latency.op_model import Observations, fit_op_model
+from latency.predictor.op_model import Observations, fit_op_model
 
 Array = NDArray[np.float64]
 FILES = {

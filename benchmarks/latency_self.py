@@ -18,10 +18,10 @@ import outcome
 from scipy.stats import kendalltau, spearmanr
 
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
-from latency.predictor import proxy_predictions
+from latency.device_runner.timer import TimerConfig, measure, pinned
+from latency.predictor.predictor import proxy_predictions
 from latency.profile import profile
-from latency.reference import noise_of, reference_items
-from latency.timer import TimerConfig, measure, pinned
+from latency.runtimes.reference import noise_of, reference_items
 from space import Architecture, Workload, genome, load_space
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"

@@ -15,8 +15,8 @@ import outcome
 import pandas as pd
 from numpy.typing import NDArray
 
-from latency.design import most_telling
-from latency.op_model import Observations, fit_op_model, kernel
+from latency.predictor.design import most_telling
+from latency.predictor.op_model import Observations, fit_op_model, kernel
 
 Array = NDArray[np.float64]
 FILES = {"H100": "gdn_h100_sxm.parquet", "H200": "gdn_h200_sxm.parquet"}

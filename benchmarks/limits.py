@@ -24,9 +24,9 @@ import outcome
 from program import Program
 
 from latency import load_predictor
-from search.feasibility import least
-from search.problem import SearchConfig
-from search.run_config import load_run_config
+from search.config import load_run_config
+from search.problem.feasibility import least
+from search.problem.problem import SearchConfig
 from space import Workload, genome
 
 WORKLOADS = ("prefill@256", "decode@256")

@@ -27,10 +27,10 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from space.architecture import MIXERS, Frame, Layer
+from space.attention.linear import linear_attention
+from space.attention.softmax import softmax_attention
 from space.blocks import initial, mixer
-from space.linear_attention import linear_attention
 from space.shapes import mixer_shapes
-from space.softmax_attention import softmax_attention
 
 HEADS, DIM, WIDTH, WINDOW = 4, 64, 256, 128
 # rule, whether decays are per channel, its goal at 1024 tokens, the naive code of flash-linear-attention

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 
 from space.architecture import MIXERS, WINDOWED_MIXERS, Architecture, Frame, Layer
 from space.blocks import Model
-from supernet.corpus import DataConfig, load_corpus, train_batch
+from supernet.data.corpus import DataConfig, load_corpus, train_batch
+from supernet.data.mqar import IGNORED
 from supernet.evaluate import mqar_accuracy
-from supernet.mqar import IGNORED
 
 VOCABULARY, LENGTH, PAIRS, WIDTH, HEADS, WINDOW = 256, 64, 8, 64, 2, 16
 BATCH, WARMUP, RATES, SEED, FEWEST = 64, 50, (8e-3, 3e-3), 0, 2

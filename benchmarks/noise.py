@@ -12,8 +12,8 @@ import numpy as np
 import outcome
 
 from latency import OnnxRuntime
-from latency.reference import FRAME, OP, STACKS
-from latency.timer import TimerConfig, measure, pinned
+from latency.device_runner.timer import TimerConfig, measure, pinned
+from latency.runtimes.reference import FRAME, OP, STACKS
 
 NEIGHBOURS = {  # what the other process does
     "computes": "import numpy as np\na = np.ones((500, 500), np.float32)\nwhile True: a @ a",

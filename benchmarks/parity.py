@@ -17,15 +17,15 @@ import numpy as np
 import outcome
 import torch
 
-from search.decoder import Decoder
-from search.export import export
-from search.generate import Sampling, generate, near_tie
-from search.parity import PARITY, relative_error
+from search.submodel.decoder import Decoder
+from search.submodel.export import export
+from search.submodel.generation import Sampling, generate, near_tie
+from search.submodel.parity import PARITY, relative_error
 from space import Space
 from space.architecture import MIXERS
 from space.blocks import Model
-from space.config import parse
 from space.genome import decode, sample
+from space.io.config import parse
 from supernet.extract import SubModel, write_submodel
 from supernet.supernet import Supernet
 

@@ -33,19 +33,19 @@ from program import Program, bounds_between
 from scipy.stats import trim_mean
 
 from latency import load_card, load_predictor
-from latency.runtime import OnnxRuntime
-from search.audit_trials import one_thread
-from search.evaluators import evaluator
-from search.export import export
-from search.run import open_run, open_supernet
-from search.run_config import VerifyConfig
-from search.verify import measure_submodel
+from latency.runtimes.onnxruntime import OnnxRuntime
+from search.audit.trials import one_thread
+from search.config import VerifyConfig
+from search.engine.evaluator import evaluator
+from search.pipeline import open_run, open_supernet
+from search.submodel.export import export
+from search.submodel.verify import measure_submodel
 from space import Architecture, Space, Workload, genome
-from space.files import write_text
-from supernet.corpus import load_corpus
+from space.io.artefact import write_text
+from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluation_set
 from supernet.extract import write_submodel
-from supernet.train import load_supernet
+from supernet.training.train import load_supernet
 
 WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048"))
 PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its log

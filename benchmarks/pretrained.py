@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from space import Architecture, Space, genome, load_space
-from space.files import write_text
-from supernet.corpus import Corpus, DataConfig, load_corpus, train_batch
+from space.io.artefact import write_text
+from supernet.data.corpus import Corpus, DataConfig, load_corpus, train_batch
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
-from supernet.pretrained import load_pretrained
-from supernet.recipe import TrainConfig
+from supernet.hf.pretrained import load_pretrained
 from supernet.supernet import Supernet
-from supernet.trainer import Trainer
+from supernet.training.recipe import TrainConfig
+from supernet.training.trainer import Trainer
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"
 LENGTH, BATCH = 128, 8

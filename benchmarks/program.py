@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latency import Predictor
-from search.feasibility import least
-from search.problem import SearchConfig
+from search.problem.feasibility import least
+from search.problem.problem import SearchConfig
 from space import Space, Workload, genome
-from space.files import write_text
+from space.io.artefact import write_text
 
 MISSED = 3  # the exit code of a search that found nothing that keeps its limits; its front is there
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import outcome
 
-from search.run_config import load_run_config
+from search.config import load_run_config
 from space import Architecture, genome, load_space
-from supernet.baselines import gzip_bits_per_byte, order2_bits_per_byte
-from supernet.checkpoint import latest_checkpoint
-from supernet.corpus import load_corpus
+from supernet.data.baselines import gzip_bits_per_byte, order2_bits_per_byte
+from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
-from supernet.train import load_supernet, training_inputs
+from supernet.training.checkpoint import latest_checkpoint
+from supernet.training.train import load_supernet, training_inputs
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "small.yaml"

@@ -23,15 +23,15 @@ import outcome
 import torch
 from scipy.stats import kendalltau
 
-from search.spread import choose_spread, sample_pool
+from search.audit.stratified import choose_spread, sample_pool
 from space import Architecture, Space, genome, load_space
-from space.files import write_text
-from supernet.checkpoint import latest_checkpoint
-from supernet.corpus import load_corpus
+from space.io.artefact import write_text
+from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
-from supernet.recipe import TrainConfig, member_count
-from supernet.train import load_supernet, train, training_inputs
-from supernet.trainer import Trainer
+from supernet.training.checkpoint import latest_checkpoint
+from supernet.training.recipe import TrainConfig, member_count
+from supernet.training.train import load_supernet, train, training_inputs
+from supernet.training.trainer import Trainer
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 # The papers' sandwich trains its members together; ours lets them take turns. The rows after "in turn"

@@ -23,24 +23,24 @@ import ray
 from driver import refused
 from threadpoolctl import threadpool_limits
 
-from latency.design import op_design, seeds, stack_heights, stacks
-from latency.op_latencies import OpLatencies, fit_op_latencies
-from latency.predictor import Predictor, WorkloadModel
+from latency.predictor.design import op_design, seeds, stack_heights, stacks
+from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
+from latency.predictor.predictor import Predictor, WorkloadModel
 from latency.profile import BUILD_SECONDS, ProfileConfig
-from latency.runtime import random_weights
-from search.evaluators import SupernetEvaluate, pool
-from search.pareto import non_dominated, survivors
-from search.problem import SearchConfig, make_problem
-from search.search import Search
-from search.strategies import Task, unseen
-from search.surrogate import Surrogate
+from latency.runtimes.onnxruntime import random_weights
+from search.engine.evaluator import SupernetEvaluate, pool
+from search.engine.search import Search
+from search.problem.problem import SearchConfig, make_problem
+from search.strategies.pareto import non_dominated, survivors
+from search.strategies.strategy import Task, unseen
+from search.strategies.surrogate import Surrogate
 from space import Architecture, Space, Workload, genome, load_space
 from space.cost import flops_table, op_activation_bytes, op_flops, op_held_bytes, op_params, params_cost
 from space.ops import op_kinds, space_ops
 from supernet.evaluate import EvaluationSet, Quality
-from supernet.parallel import ray_session
-from supernet.recipe import TrainConfig, members
 from supernet.supernet import Supernet, supernet_shapes
+from supernet.training.parallel import ray_session
+from supernet.training.recipe import TrainConfig, members
 
 SMALL = load_space(Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml")
 PHASES = ("prefill@64", "prefill@256", "prefill@2048", "decode@64", "decode@256", "decode@2048")

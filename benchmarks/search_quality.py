@@ -22,18 +22,18 @@ import outcome
 import torch
 from numpy.typing import NDArray
 
-from search.pareto import hypervolume, non_dominated
-from search.search import make_strategy
-from search.strategies import Task
+from search.engine.search import make_strategy
+from search.strategies.pareto import hypervolume, non_dominated
+from search.strategies.strategy import Task
 from space import Space, Workload, genome
 from space.cost import flops_table
-from space.files import atomic_path, canonical_json, digest
 from space.genome import Genomes
+from space.io.artefact import atomic_path, canonical_json, digest
 from space.ops import Cost
-from supernet.corpus import load_corpus
+from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
-from supernet.recipe import TrainConfig
-from supernet.train import load_supernet, train
+from supernet.training.recipe import TrainConfig
+from supernet.training.train import load_supernet, train
 
 Array = NDArray[np.float64]
 SPACE = {

@@ -22,20 +22,20 @@ import outcome
 import torch
 from kit import bare
 
-from latency.runtime import OnnxRuntime
-from search.decoder import Decoder
-from search.export import export
-from search.generate import Draft, Sampling, generate, speculate
-from search.run import open_run, open_supernet
-from search.verify import graph_loss
+from latency.runtimes.onnxruntime import OnnxRuntime
+from search.pipeline import open_run, open_supernet
+from search.submodel.decoder import Decoder
+from search.submodel.export import export
+from search.submodel.generation import Draft, Sampling, generate, speculate
+from search.submodel.verify import graph_loss
 from space import Architecture, Workload, genome
 from space.cost import flops_table, params
 from space.precision import PRECISIONS, model_file
-from supernet.corpus import load_corpus
+from supernet.data.corpus import load_corpus
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
 from supernet.extract import SubModel, write_submodel
 from supernet.supernet import Supernet
-from supernet.train import load_supernet
+from supernet.training.train import load_supernet
 
 SECONDS, SMALLER, NATS = 20.0, 0.35, 0.02  # goals
 RUN_BARE = """

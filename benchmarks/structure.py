@@ -66,7 +66,7 @@ BRANCHES = (*LOOPS, ast.If, ast.IfExp, ast.ExceptHandler, ast.match_case, ast.As
 
 
 def module_name(path: str) -> str:
-    """The dotted name of a file: ``search/run.py`` is search.run, ``search/__init__.py`` is search."""
+    """The dotted name of a file: ``search/pipeline.py`` is search.run, ``search/__init__.py`` is search."""
     return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 

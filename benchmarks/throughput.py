@@ -11,10 +11,10 @@ import numpy as np
 import outcome
 from latency_self import SPACE
 
-from latency.composition import OpTimes
-from latency.design import choose_models
-from latency.op_latencies import fit_op_latencies
-from latency.predictor import fit_predictor
+from latency.predictor.composition import OpTimes
+from latency.predictor.design import choose_models
+from latency.predictor.op_latencies import fit_op_latencies
+from latency.predictor.predictor import fit_predictor
 from latency.profile import ProfileConfig
 from space import Workload, genome, load_space
 from space.cost import op_flops, op_params

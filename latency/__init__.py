@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latency.card import Card, load_card
-    from latency.predictor import Predictor, load_predictor
+    from latency.predictor.predictor import Predictor, load_predictor
     from latency.profile import ProfileConfig
-    from latency.runtime import OnnxRuntime
+    from latency.runtimes.onnxruntime import OnnxRuntime
 
 __all__ = ["Card", "OnnxRuntime", "Predictor", "ProfileConfig", "load_card", "load_predictor"]
 
 _HOMES = {
     "Card": "latency.card",
-    "OnnxRuntime": "latency.runtime",
-    "Predictor": "latency.predictor",
+    "OnnxRuntime": "latency.runtimes.onnxruntime",
+    "Predictor": "latency.predictor.predictor",
     "ProfileConfig": "latency.profile",
     "load_card": "latency.card",
-    "load_predictor": "latency.predictor",
+    "load_predictor": "latency.predictor.predictor",
 }
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pandas as pd
 
-from latency.reference import reference_seconds
-from latency.timing import Timing
+from latency.device_runner.timing import Timing
+from latency.runtimes.reference import reference_seconds
 from space import InputError
-from space.files import read_json, write_json
-from space.onnx_writer import version_for
-from space.tables import read_table, write_table
+from space.io.artefact import read_json, write_json
+from space.io.parquet import read_table, write_table
+from space.onnx.graph import version_for
 
 KIND = "device card"
 

@@ -1,9 +1,9 @@
 """Profiling: measure some of a space's ops and a few whole models, and fit the predictor.
 
-An op costs the slope between two stack heights; a third height, for one op of each kind,
-checks that the stack is linear. Which ops are measured is for :mod:`latency.design` to say; it stops
-when latencies are known well enough, or at the end of a budget. What is measured is saved group by
-group, so that a profiling that was stopped goes on where it was.
+An op costs the slope between two stack heights; a third height, for one op of each kind, checks that the
+stack is linear. Which ops are measured is for :mod:`latency.predictor.design` to say; it stops when
+latencies are known well enough, or at the end of a budget. What is measured is saved group by group, so
+that a profiling that was stopped goes on where it was.
 """
 
 import math
@@ -18,20 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from latency import rss
-from latency.binding import Run
 from latency.card import Card, load_card, open_card
-from latency.design import ModelCounts, OpDesign, choose_models, op_design, seeds, stack_heights, stacks
-from latency.op_latencies import OpLatencies, Point
-from latency.predictor import Predictor
+from latency.device_runner.io_binding import Run
+from latency.device_runner.timer import TimerConfig, measure, pinned
+from latency.device_runner.timing import Measurements
+from latency.predictor.design import (
+    ModelCounts,
+    OpDesign,
+    choose_models,
+    op_design,
+    seeds,
+    stack_heights,
+    stacks,
+)
+from latency.predictor.op_latencies import OpLatencies, Point
+from latency.predictor.predictor import Predictor
 from latency.records import Records, model_name, stack_name
-from latency.reference import reference_items, require_quiet, time_references
-from latency.runtime import OnnxRuntime, Runtime
-from latency.timer import TimerConfig, measure, pinned
-from latency.timing import Measurements
+from latency.runtimes import rss
+from latency.runtimes.onnxruntime import OnnxRuntime, Runtime
+from latency.runtimes.reference import reference_items, require_quiet, time_references
 from space import Architecture, InputError, Space, Workload
-from space.files import canonical_json, digest
-from space.onnx_writer import version_for
+from space.io.artefact import canonical_json, digest
+from space.onnx.graph import version_for
 from space.ops import space_ops
 
 Array = NDArray[np.float64]
@@ -182,7 +190,7 @@ def open_runtime(name: str, threads: int, precision: str = "fp32") -> Runtime:
         return OnnxRuntime(threads, precision)
     if precision != "fp32":
         raise InputError(f"runtime {name}: precision {precision} is for onnxruntime; torch runs fp32")
-    from latency.torch_runtime import TorchRuntime  # torch takes seconds to load
+    from latency.runtimes.torch import TorchRuntime  # torch takes seconds to load
 
     return TorchRuntime(threads, "cuda" if "cuda" in name else "cpu", compiled=name.endswith("compiled"))
 

@@ -14,18 +14,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from latency.card import Card
-from latency.composition import OpTimes
-from latency.design import stack_heights
-from latency.memory import MemoryModel, fit_memory
-from latency.op_latencies import OpLatencies, Point, fit_op_latencies
-from latency.predictor import Predictor, fit_predictor
-from latency.runtime import ANCHOR_SIDE
-from latency.timing import Timing
+from latency.device_runner.timing import Timing
+from latency.predictor.composition import OpTimes
+from latency.predictor.design import stack_heights
+from latency.predictor.memory import MemoryModel, fit_memory
+from latency.predictor.op_latencies import OpLatencies, Point, fit_op_latencies
+from latency.predictor.predictor import Predictor, fit_predictor
+from latency.runtimes.onnxruntime import ANCHOR_SIDE
 from space import Architecture, Space, Workload, genome
 from space.architecture import FULL_MIXERS
 from space.cost import op_flops
-from space.files import canonical_json
-from space.onnx_writer import version_for
+from space.io.artefact import canonical_json
+from space.onnx.graph import version_for
 from space.ops import Op, space_ops
 
 LINEAR_WITHIN = 0.03

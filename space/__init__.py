@@ -1,11 +1,11 @@
 """What can be built: architectures, the search space, ops, analytic cost, and the plain blocks.
 
 Importing this package does not import torch; :mod:`space.blocks` and
-:mod:`space.linear_attention` do.
+:mod:`space.attention.linear` do.
 """
 
 from space.architecture import Architecture, Frame, Layer
-from space.errors import InputError, LimitError
+from space.io.errors import InputError, LimitError
 from space.space import Space, load_space
 from space.workload import Workload
 

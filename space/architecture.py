@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from space.errors import InputError
-from space.files import canonical_json, digest
+from space.io.artefact import canonical_json, digest
+from space.io.errors import InputError
 
 FULL_MIXERS = ("attention",)
 LOCAL_MIXERS = ("sliding", "short_conv")

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from space.architecture import Architecture, Frame, Layer
-from space.convolution import causal_conv
-from space.gates import gla_decay, hgrn2_forget, kda_decay, retnet_decay, step_decay, unit
-from space.linear_attention import linear_attention
+from space.attention.convolution import causal_conv
+from space.attention.decay import gla_decay, hgrn2_forget, kda_decay, retnet_decay, step_decay, unit
+from space.attention.linear import linear_attention
+from space.attention.softmax import softmax_attention
 from space.shapes import (
     NORM_EPS,
     RECURRENCES,
@@ -32,7 +33,6 @@ from space.shapes import (
     mixer_shapes,
     model_shapes,
 )
-from space.softmax_attention import softmax_attention
 
 Weights = Mapping[str, Tensor]
 State = dict[str, Tensor]

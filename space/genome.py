@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from space.architecture import HEADLESS_MIXERS, Architecture, Layer
-from space.errors import InputError
+from space.io.errors import InputError
 from space.space import Pattern, Space
 
 Genomes = NDArray[np.int16]

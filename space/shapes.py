@@ -25,7 +25,7 @@ MIN_LOG_DECAY = -20.0  # e^-20 forgets everything within fp32; the chunked form 
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:
-    """What a mixer adds to the linear recurrence that it runs on; see :mod:`space.linear_attention`.
+    """What a mixer adds to the linear recurrence that it runs on; see :mod:`space.attention.linear`.
 
     The delta rules take unit queries and keys, and a write strength ``beta`` for each kv head.
     """

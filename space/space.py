@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from space.architecture import FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, Frame
-from space.config import load_yaml, parse
-from space.files import canonical_json, digest
+from space.io.artefact import canonical_json, digest
+from space.io.config import load_yaml, parse
 
 MOST = 2**31 - 1
 Positive = Annotated[int, Field(strict=True, gt=0, le=MOST)]

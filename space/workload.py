@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from space.errors import InputError
+from space.io.errors import InputError
 from space.precision import PRECISIONS
 
 PHASES = ("prefill", "decode")

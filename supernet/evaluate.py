@@ -1,7 +1,7 @@
 """How good a sub-network is, always on the same tokens.
 
 ``loss`` is the mean over all held-out targets; ``recall_loss`` only over those that can be
-recalled from the context (see :mod:`supernet.recall`), since a mean over all tokens does not
+recalled from the context (see :mod:`supernet.data.recall`), since a mean over all tokens does not
 see what linear mixers lose. MQAR accuracy is a control beside them: its number counts where
 softmax attention reaches 0.99.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from space import Architecture, Frame
 from space.blocks import forward
-from supernet.corpus import Corpus, held_out_windows, window_starts
-from supernet.mqar import IGNORED, default_pairs, evaluation_generator, mqar
-from supernet.recall import PIECE_ORDER, PIECE_RARE, recall_mask
+from supernet.data.corpus import Corpus, held_out_windows, window_starts
+from supernet.data.mqar import IGNORED, default_pairs, evaluation_generator, mqar
+from supernet.data.recall import PIECE_ORDER, PIECE_RARE, recall_mask
 
 
 @dataclass(frozen=True, kw_only=True)

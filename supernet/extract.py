@@ -18,10 +18,10 @@ from torch import Tensor
 
 from space import Architecture, Frame, InputError
 from space.blocks import Model
-from space.config import parse
-from space.files import atomic_path, file_digest, read_json, write_bytes, write_json, write_text
+from space.io.artefact import atomic_path, file_digest, read_json, write_bytes, write_json, write_text
+from space.io.config import parse
 from space.shapes import model_shapes
-from supernet.corpus import DataConfig
+from supernet.data.corpus import DataConfig
 from supernet.supernet import Supernet
 
 KIND = "sub-model"

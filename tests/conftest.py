@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from search.cli import main
+from search.cli.app import main
 from tests.contracts import tiny_value
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -93,9 +93,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
     """A folder with ``run`` (trained and searched) and ``devices``."""
-    from search.run import Run
-    from search.run_config import load_run_config
-    from supernet.corpus import load_corpus
+    from search.config import load_run_config
+    from search.pipeline import Run
+    from supernet.data.corpus import load_corpus
 
     folder = tmp_path_factory.mktemp("finished")
     run = Run(folder / "run", load_run_config(config_file), folder / "devices")

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from space.architecture import Architecture, Layer
-from space.config import parse
-from space.errors import InputError
 from space.genome import Genomes, decode
+from space.io.config import parse
+from space.io.errors import InputError
 from space.space import LayerChoices, Space
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import typer.main
 
-from search.cli import app
-from space.files import digest
+from search.cli.app import app
+from space.io.artefact import digest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,9 +14,10 @@ import yaml
 from pydantic import BaseModel, create_model
 
 import latency
-from search import run_config, search_command
-from search.finalists import FinalistsConfig
-from search.run_config import RunConfig, smoke
+from search import config as run_config
+from search.cli import search as search_command
+from search.config import RunConfig, smoke
+from search.select.successive_halving import FinalistsConfig
 from tests.conftest import Program
 
 ROOT = Path(__file__).parents[1]

@@ -8,14 +8,15 @@ import pytest
 
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.card import Card, open_card
-from latency.composition import OpTimes
-from latency.design import choose_models
+from latency.predictor.composition import OpTimes
+from latency.predictor.design import choose_models
 from latency.profile import load_prior, profile
-from latency.runtime import bind_workload, random_weights, stack_graph
-from space import Architecture, InputError, Layer, Space, Workload, genome, mixer_graphs
+from latency.runtimes.onnxruntime import bind_workload, random_weights, stack_graph
+from space import Architecture, InputError, Layer, Space, Workload, genome
 from space.architecture import HEADLESS_MIXERS, MIXERS
 from space.cost import params_cost
-from space.graphs import model_graph
+from space.onnx import mixers as mixer_graphs
+from space.onnx.model import model_graph
 from space.ops import Op, mixer_op, space_ops
 from space.shapes import model_shapes
 from tests.contracts import tiny_space, unknown_operator

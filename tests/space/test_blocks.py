@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from space import Architecture, Frame, Layer
+from space.attention.softmax import softmax_attention
 from space.blocks import Model
-from space.softmax_attention import softmax_attention
 from tests.contracts import scatter
 from tests.numerics import TOLERANCE, assert_close
 from tests.space.naive import naive_attention

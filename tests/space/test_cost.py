@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from space import Architecture, Frame, Layer, Space, Workload, blocks
-from space.convolution import causal_conv
+from space.attention.convolution import causal_conv
 from space.cost import (
     flops,
     flops_table,
@@ -29,9 +29,9 @@ from space.cost import (
     params_cost,
 )
 from space.genome import decode, encode, sample
-from space.graphs import add_embedding, add_ffn, add_head, model_graph
-from space.mixer_graphs import add_mixer
-from space.onnx_writer import Graph
+from space.onnx.graph import Graph
+from space.onnx.mixers import add_mixer
+from space.onnx.model import add_embedding, add_ffn, add_head, model_graph
 from space.ops import Cost, Op, OpTables, count_ops, depths, op_kinds, space_ops
 from space.shapes import FEW, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 from tests.contracts import TINY_SPACES, every_genome, tiny_space

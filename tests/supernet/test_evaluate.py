@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from space import InputError, genome
-from supernet.corpus import Corpus, DataConfig, load_corpus
+from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.evaluate import EvaluationSet, Quality, evaluate, evaluation_set, recall_set
 from supernet.supernet import Supernet
 from tests.contracts import scatter, tiny_space

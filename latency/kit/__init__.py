@@ -1,0 +1,1 @@
+"""Kits: measuring a device that has neither torch nor formfit."""

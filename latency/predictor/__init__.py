@@ -1,0 +1,1 @@
+"""Latency and memory prediction from measured ops and models."""

@@ -1,0 +1,1 @@
+"""Runtimes: what builds and runs ops and models on this machine."""

@@ -1,0 +1,1 @@
+"""The search engine: evaluation, the record, the front."""

@@ -1,0 +1,145 @@
+"""A search's folder: its front, made where it is not there, and the members that are taken from it."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latency import Predictor
+from search.engine.evaluator import Evaluator, evaluator
+from search.engine.search import FRONT_KIND, Known, Search
+from search.problem.problem import Problem, SearchConfig, make_problem
+from search.progress import Reporter
+from space import InputError, Space
+from space.io.artefact import canonical_json, digest, made_from, read_json
+from supernet.data.corpus import Corpus
+from supernet.evaluate import evaluation_set
+from supernet.extract import Text
+from supernet.training.checkpoint import Checkpoint
+from supernet.training.train import load_supernet
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained supernet and the text that it is evaluated on."""
+
+    space: Space
+    checkpoint: Checkpoint
+    corpus: Corpus
+    text: Text  # what the corpus was made of, and how its members are judged
+
+    @property
+    def length(self) -> int:
+        """Tokens of an evaluation window."""
+        return self.text.length
+
+
+def search_front(
+    folder: Path,
+    trained: Trained,
+    predictors: Mapping[str, Predictor],
+    config: SearchConfig,
+    reporter: Reporter,
+    known: Known | None = None,
+    units: Mapping[str, Predictor] | None = None,
+    before: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Search, or read the front that is there already.
+
+    Args:
+        folder: the search's.
+        trained: what is searched.
+        predictors: by device; the first is meant where none is named.
+        config: how.
+        reporter: told how far it is.
+        known: outcomes that need not be found again; those found are added.
+        units: predictors whose predictions percentages are of, where they are others.
+        before: folders of finished searches of the same supernet whose evaluations this one starts from.
+
+    Raises:
+        LimitError: the limits cannot be met.
+        InputError: an objective or a limit is not understood, or the folder is another search's.
+    """
+    problem = make_problem(trained.space, predictors, config, units)
+    inputs = {
+        "space": trained.space.hash,
+        "supernet": trained.checkpoint.digest,
+        "predictors": predictors_digest(predictors),
+        **({"units": predictors_digest(units)} if units and units != predictors else {}),
+    }
+    path = folder / "front.json"
+    search = Search(problem, config, folder, inputs, known, before)
+    rival = _rival(search) if config.compare else None
+    done = made_from(path, FRONT_KIND, search.inputs)
+    if done and (rival is None or rival.complete):
+        reporter.skipped("search")
+        return read_json(path, FRONT_KIND, "formfit search")
+    search.check()
+    with reporter.stage("search") as stage:
+        stage(0.0, "starting the evaluators")
+        with search_evaluator(problem, config, trained, reporter) as evaluate_all:
+            if not done:
+                search.run(evaluate_all, lambda done, total, text: stage(done / total, text))
+            if rival:
+                rival.evolve(
+                    evaluate_all, lambda done, total, text: stage(done / total, f"random search, {text}")
+                )
+    return read_json(path, FRONT_KIND, "formfit search")
+
+
+def predictors_digest(predictors: Mapping[str, Predictor]) -> str:
+    """The hash of what predictors say."""
+    return digest(canonical_json({device: p.identity() for device, p in predictors.items()}))
+
+
+def _rival(search: Search) -> Search:
+    """Random search for the same, at as many evaluations; what the other evaluates is known to it."""
+    population, generations = search.config.size
+    if search.config.strategy == "hat":  # whose later generations are smaller
+        generations = 1 + round((generations - 1) * 0.8)
+    update = {"strategy": "random", "population": population, "generations": generations}
+    config = search.config.model_copy(update=update)
+    inputs = {name: value for name, value in search.inputs.items() if name != "search"}
+    return Search(search.problem, config, search.folder / "random", inputs, search.known)
+
+
+def search_evaluator(
+    problem: Problem, config: SearchConfig, trained: Trained, reporter: Reporter
+) -> AbstractContextManager[Evaluator]:
+    """What evaluates the architectures of a search.
+
+    Raises:
+        InputError: an objective asks for what the evaluation windows do not have.
+    """
+    sets = {
+        name: evaluation_set(trained.corpus, windows, trained.length)
+        for name, windows in config.windows_of().items()
+    }
+    if "recall_loss" in problem.objectives and not sets["search"].recall_share:
+        raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")
+    supernet = load_supernet(trained.space, trained.checkpoint)
+    return evaluator(supernet, sets, config.workers, config.ray_address, reporter.warn)
+
+
+def pick_key(front: Mapping[str, Any], pick: str) -> str:
+    """The key of a front's member by name (``best``, ``knee``, ``fastest``) or by key.
+
+    Raises:
+        InputError: there is no such member.
+    """
+    keys = [m["key"] for m in front["members"]]
+    key = front["picks"].get(pick, pick)
+    if key not in keys:
+        raise InputError(f"pick {pick!r}: not one of {', '.join(front['picks'])}, nor a key of the front")
+    return str(key)
+
+
+def member_choice(front: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
+    """What a front's member was chosen under, to be kept beside its sub-model."""
+    return {
+        "limits": front["limits"],
+        "confidence": front["confidence"],
+        "predicted": member["predicted"],
+        "loss_nats": member["loss_nats"],
+    }

@@ -1,0 +1,358 @@
+"""The search: from a supernet, predictors and limits to a front of architectures.
+
+The driver owns the algorithm. What generation g evaluates is a function of the seed, g and
+the record so far, so that a search that was killed goes on as if it had not been, and gives
+the same ``front.json``, byte for byte, with any number of workers.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from search.engine.evaluations import KIND as RECORD_KIND
+from search.engine.evaluations import Record, genomes_of, open_study
+from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
+from search.problem.feasibility import ROOM, certify, feasible
+from search.problem.problem import QUALITIES, Problem, SearchConfig
+from search.strategies.nsga2 import Evolution, Hat
+from search.strategies.pareto import non_dominated, survivors
+from search.strategies.strategy import Random, Strategy, Task
+from space import Architecture, InputError, genome
+from space.cost import params_cost
+from space.genome import Genomes
+from space.io.artefact import canonical_json, digest, write_json
+from space.io.parquet import read_table
+from supernet.evaluate import Quality
+from supernet.training.checkpoint import sole_writer
+
+FRONT_KIND = "front"
+RESCORED = {"middle": 64, "front": 32}  # how many are evaluated again, on more and more tokens
+Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, what is known
+Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
+
+
+def make_strategy(name: str, task: Task, surrogate: bool = True) -> Strategy:
+    """A strategy by its name."""
+    if name.startswith("optuna"):
+        from search.strategies.optuna import nsga2, tpe
+
+        return (nsga2 if name == "optuna-nsga2" else tpe)(task)
+    if name == "evolution":
+        return Evolution(task, surrogate)
+    return {"hat": Hat, "random": Random}[name](task)
+
+
+class Search:
+    """One search over a problem, kept in a folder."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: SearchConfig,
+        folder: Path,
+        inputs: Mapping[str, str],
+        known: Known | None = None,
+        before: Sequence[Path] = (),
+    ) -> None:
+        """A search in a folder.
+
+        ``known`` are outcomes that need not be found again; those found here are added to it. ``before`` are
+        folders of finished searches of the same supernet, whose evaluations this one starts from.
+        """
+        self.problem, self.config, self.folder = problem, config, folder
+        self.inputs = {**inputs, "search": search_digest(problem, config)}
+        self.record = Record(folder, self.inputs)
+        self.bounded = problem.bounded()
+        self.costs = {name: problem.objective_cost(name) for name in problem.objectives}
+        self.known = {} if known is None else known
+        self.before = tuple(before)
+        self.failed: list[pd.DataFrame] = []  # when the front was evaluated again
+        # What says of each device whether it runs an architecture at all.
+        self.runs = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
+        self.population, self.generations = config.size
+
+    def violations(self, genomes: Genomes) -> NDArray[np.float64]:
+        """By how much genomes break the limits, as a sum of shares of the bounds: [N]."""
+        total = np.zeros(len(genomes))
+        for item in self.bounded:
+            total += np.maximum(0.0, item.cost(genomes) / item.bound - 1 - ROOM)
+        for runs in self.runs:
+            total[~np.isfinite(runs(genomes))] = np.inf
+        return total
+
+    def check(self) -> None:
+        """Refuse limits that cannot be met.
+
+        Raises:
+            LimitError: names them, with the least that is possible and the architecture that has it.
+        """
+        certify(self.problem.space, self.bounded)
+
+    def run(self, evaluate: Evaluator, report: Report | None = None) -> dict[str, Any]:
+        """Search to the last generation, from the record if there is one, and write ``front.json``.
+
+        Raises:
+            LimitError: the limits cannot be met; names them, with what is possible.
+            InputError: the record belongs to a search with other inputs.
+        """
+        self.check()
+        table = self.evolve(evaluate, report)
+        front = self._rescore(table, evaluate, report)
+        return self._write(front, table)
+
+    def evolve(self, evaluate: Evaluator, report: Report | None = None) -> pd.DataFrame:
+        """All that is evaluated on the windows of the search, a row each, in order."""
+        with sole_writer(self.folder):
+            return self._evolve(evaluate, report)
+
+    def _evolve(self, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+        problem = self.problem
+        path = self.folder / "study.log"
+        study = open_study(path, self.folder.name, problem.objectives, problem.space.hash)
+        strategy = make_strategy(self.config.strategy, self._task(), self.config.surrogate)
+        earlier = self._earlier()
+        if strategy.starts_from_others:
+            for part in earlier:
+                strategy.tell(genomes_of(part), self._objectives(part))
+        parts: list[pd.DataFrame] = []
+        for generation in range(self.generations):
+            known = self.record.read(f"{generation:04d}")
+            part = self._generation(generation, strategy, evaluate, report) if known is None else known
+            if known is None:
+                self.record.write(f"{generation:04d}", part)
+            self._remember(part, "search")
+            if not len(part):  # the space has no more that keep the limits
+                break
+            strategy.tell(genomes_of(part), self._objectives(part))
+            study.add(problem.space, part, problem.objectives, sum(map(len, parts)))
+            parts.append(part)
+        return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
+
+    def _generation(
+        self, generation: int, strategy: Strategy, evaluate: Evaluator, report: Report | None
+    ) -> pd.DataFrame:
+        """What a strategy proposes, evaluated, beside what it foretold."""
+        genomes = strategy.ask()
+        part = self._evaluate(genomes, evaluate, "search", generation, report)
+        foretold = strategy.foretold(genomes)
+        for i, (name, cost) in enumerate(self.costs.items()):
+            if cost is None:
+                part[f"foretold_{name}"] = np.nan if foretold is None else foretold[:, i]
+        return part
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last generation is in the record, or the one after which there was nothing left."""
+        parts = sorted(self.record.folder.glob("part-[0-9]*.parquet"))
+        if not parts:
+            return False
+        last = self.record.read(parts[-1].stem.partition("-")[2])
+        return len(parts) == self.generations or (last is not None and last.empty)
+
+    def _earlier(self) -> list[pd.DataFrame]:
+        """What earlier searches evaluated and these limits allow, with the costs of today."""
+        found = []
+        for folder in self.before:
+            for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
+                part = read_table(path, RECORD_KIND, "formfit search")[0]
+                self._remember(part, "search")
+                if not len(part):
+                    continue
+                genomes = genomes_of(part)
+                for name, cost in self.costs.items():
+                    if cost is not None:
+                        part[name] = cost(genomes)
+                found.append(part[self.violations(genomes) <= 0])
+        return [part for part in found if len(part)]
+
+    def _task(self) -> Task:
+        """What the strategy is to solve."""
+        space = self.problem.space
+        seeds = [genome.smallest(space), genome.largest(space)]
+        costs, bounds = [b.cost for b in self.bounded], [b.bound for b in self.bounded]
+        if costs or self.runs:
+            witness = feasible(space, [*costs, *self.runs], [*bounds, *[math.inf] * len(self.runs)])
+            if witness is None:
+                raise InputError(f"space {space.name}: no architecture runs on the device within the limits")
+            seeds.append(witness)
+        return Task(
+            space=space,
+            costs=tuple(self.costs.values()),
+            violations=self.violations,
+            seeds=genome.encode(space, seeds),
+            population=self.population,
+            seed=self.config.seed,
+        )
+
+    def _objectives(self, table: pd.DataFrame) -> NDArray[np.float64]:
+        """The objectives [N, M]; not finite where an evaluation failed."""
+        return table[list(self.problem.objectives)].to_numpy(float)
+
+    def _evaluate(
+        self, genomes: Genomes, evaluate: Evaluator, data: str, generation: int, report: Report | None
+    ) -> pd.DataFrame:
+        """Evaluate genomes on a set of windows: one row each."""
+        architectures = genome.decode(self.problem.space, genomes)
+        keys = [a.key for a in architectures]
+        before, total = generation * self.population, self.generations * self.population
+        title = (
+            f"generation {generation + 1} of {self.generations}" if data == "search" else "the front again"
+        )
+        new = [a for a, key in zip(architectures, keys, strict=True) if (data, key) not in self.known]
+        for done, (one, outcome) in enumerate(zip(new, evaluate(new, data), strict=True), start=1):
+            self.known[data, one.key] = outcome
+            if report:
+                report(min(before + done, total), total, title)
+        outcomes = [self.known[data, key] for key in keys]
+        columns: dict[str, Any] = {
+            "generation": generation,
+            "key": keys,
+            "architecture": [a.text for a in architectures],
+            "genome": list(genomes),
+            "loss": [math.nan if isinstance(o, Failed) else o.loss_nats for o in outcomes],
+            "recall_loss": [math.nan if isinstance(o, Failed) else o.recall_loss_nats for o in outcomes],
+            "failed": [o.reason if isinstance(o, Failed) else "" for o in outcomes],
+            **asdict(Machine.here()),
+        }
+        for name, cost in self.costs.items():
+            if cost is not None:
+                columns[name] = cost(genomes)
+        return pd.DataFrame(columns)
+
+    def _remember(self, part: pd.DataFrame, data: str) -> None:
+        """Take over the outcomes of a part of the record."""
+        for key, loss, recall, failed in zip(
+            part["key"], part["loss"], part["recall_loss"], part["failed"], strict=True
+        ):
+            self.known[data, key] = (
+                Failed(failed) if failed else Quality(loss_nats=loss, recall_loss_nats=recall)
+            )
+
+    def _rescore(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+        """The front, after its candidates were evaluated again on more and more tokens."""
+        last = self.generations - 1
+        for data, count in RESCORED.items():
+            part = self.record.read(data)
+            if part is None:
+                objectives = self._objectives(table)
+                failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
+                best = survivors(objectives, failed, count)
+                best = best[failed[best] == 0]
+                if not len(best):
+                    raise InputError(
+                        f"search: every evaluation failed; the first with {table['failed'].iloc[0]}"
+                    )
+                part = self._evaluate(genomes_of(table)[best], evaluate, data, last, report)
+                if not np.isfinite(self._objectives(part)).all(axis=1).any():
+                    reason = part["failed"].iloc[0]
+                    raise InputError(f"search: every evaluation of the front failed: {reason}")
+                self.record.write(data, part)
+            table = part
+            self.failed += [part[part["failed"] != ""]]
+        finite = table.iloc[np.flatnonzero(np.isfinite(self._objectives(table)).all(axis=1))]
+        kept = np.flatnonzero(non_dominated(self._objectives(finite)))
+        return finite.iloc[kept].sort_values([*self.problem.objectives, "key"], ignore_index=True)
+
+    def _write(self, front: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+        """Write ``front.json``: nothing in it depends on time or on who evaluated."""
+        members = [self._member(row) for _, row in front.iterrows()]
+        failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
+        body = {
+            "space": self.problem.space.name,
+            "objectives": list(self.problem.objectives),
+            "strategy": self.config.strategy,
+            "confidence": self.config.confidence,
+            "seed": self.config.seed,
+            "evaluations": len(table),
+            "failed": [{"key": r["key"], "reason": r["failed"]} for _, r in failed.iterrows()],
+            "surrogate": surrogate_agreement(table),
+            "limits": [
+                {"limit": b.limit.text, "bound": b.bound, "unit": unit_of(b.limit.metric)}
+                for b in self.bounded
+            ],
+            "picks": picks(front, self.problem.objectives),
+            "members": members,
+        }
+        write_json(self.folder / "front.json", FRONT_KIND, self.inputs, body)
+        return body
+
+    def _member(self, row: Any) -> dict[str, Any]:
+        architecture = Architecture.from_json(json.loads(row["architecture"]))
+        return {
+            "key": architecture.key,
+            "architecture": architecture.to_json(),
+            "loss_nats": float(row["loss"]),
+            "recall_loss_nats": None if math.isnan(row["recall_loss"]) else float(row["recall_loss"]),
+            "predicted": predictions(self.problem, architecture),
+        }
+
+
+def surrogate_agreement(table: pd.DataFrame) -> dict[str, Any]:
+    """How the qualities that a surrogate foretold rank beside those found afterwards, by quality."""
+    found = {}
+    for name in QUALITIES:
+        if f"foretold_{name}" in table:
+            some = table[table[f"foretold_{name}"].notna() & table[name].notna()]
+            if len(some) > 2:
+                rho = float(spearmanr(some[f"foretold_{name}"], some[name]).statistic)
+                found[name] = {"evaluations": len(some), "spearman": rho}
+    return found
+
+
+def unit_of(metric: str) -> str:
+    """The base unit of a metric."""
+    units = {"prefill": "seconds", "decode": "seconds", "memory": "bytes", "rss": "bytes"}
+    return units.get(metric, "parameters")
+
+
+def predictions(problem: Problem, architecture: Architecture) -> dict[str, Any]:
+    """What is predicted of an architecture: parameters, and by device the latency of every workload.
+
+    Those that were profiled, and those that limits ask for.
+    """
+    row = genome.encode(problem.space, [architecture])
+    latency = {}
+    for device, predictor in problem.predictors.items():
+        asked = [limit.workload for limit in problem.limits if problem.timed(limit) == device]
+        latency[device] = {
+            str(w): {
+                "latency_ms": 1e3 * float(predictor.cost(w)(row)[0]),
+                "upper_ms": 1e3 * float(predictor.cost(w, problem.confidence)(row)[0]),
+            }
+            for w in dict.fromkeys([*predictor.models, *filter(None, asked)])
+        }
+    return {"params": int(params_cost(problem.space)(row)[0]), "latency": latency}
+
+
+def picks(front: pd.DataFrame, objectives: Sequence[str]) -> dict[str, str]:
+    """The keys of three members: ``best`` in quality, ``fastest`` in cost, and the ``knee`` between.
+
+    The knee lies farthest below the line between the other two, on axes scaled to the front.
+    """
+    quality = next(name for name in objectives if name in QUALITIES)
+    costs = [name for name in objectives if name not in QUALITIES]
+    cost = costs[0] if costs else quality
+    values = front[[cost, quality]].to_numpy(float)
+    span = np.ptp(values, axis=0)
+    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1)
+    keys = list(front["key"])
+    return {
+        "best": keys[int(values[:, 1].argmin())],
+        "knee": keys[int(scaled.sum(axis=1).argmin())],
+        "fastest": keys[int(values[:, 0].argmin())],
+    }
+
+
+def search_digest(problem: Problem, config: SearchConfig) -> str:
+    """The hash of what determines a search's result, beside its space, supernet and predictors."""
+    settings = config.model_dump(mode="json", exclude={"workers", "ray_address", "compare"})
+    settings["population"], settings["generations"] = config.size
+    return digest(canonical_json([settings, list(problem.objectives), list(problem.predictors)]))

@@ -1,0 +1,1 @@
+"""What is searched for: objectives, limits, and whether they can be met."""

@@ -1,0 +1,367 @@
+"""Finalists: the best few of a search learn on for a while before one of them is chosen.
+
+What an architecture reaches inside the supernet ranks it well, but not as it will rank once it has weights
+of its own. So each finalist starts as the plain model that the supernet holds of it and learns from the text
+and from the supernet's largest sub-network. Synchronous halving (Jamieson and Talwalkar 2016) spends little
+on the worse ones: all train to the end of a rung, the better half by held-out loss goes on to twice as many
+steps. Every finalist sees the same batches, at a learning rate that does not depend on how far it gets.
+
+A rung's ``result.json`` and the checkpoints of a training make a killed run go on; the same seed chooses the
+same finalist with the same weights, with any number of workers and with none.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from search.audit.trials import Losses, Share, losses, one_thread, remove_checkpoints, row_flops, run_trials
+from space import Architecture, InputError, Space, genome
+from space.io.artefact import (
+    atomic_path,
+    canonical_json,
+    check_inputs,
+    digest,
+    file_digest,
+    made_from,
+    read_json,
+    write_json,
+)
+from supernet.data.corpus import Corpus
+from supernet.evaluate import EvaluationSet, evaluate
+from supernet.extract import KIND as SUBMODEL_KIND
+from supernet.extract import SubModel, extract, read_submodel, write_submodel
+from supernet.training.checkpoint import Checkpoint
+from supernet.training.distillation import distil, implant, largest_teacher
+from supernet.training.parallel import ray_session
+from supernet.training.recipe import TrainConfig
+from supernet.training.train import load_supernet, training_inputs
+
+if TYPE_CHECKING:  # what the processes that train here need not import
+    from search.engine.run import Trained
+    from search.progress import Reporter
+
+KIND = "finalists"
+RUNG_KIND = "finalist"
+MADE_BY = "formfit search"
+WARMUP = 0.05  # share of all rungs' steps
+CHECKPOINT_EVERY = 50
+OTHER_BATCHES = 1_000_000  # added to the seed: what the supernet saw first is not seen again
+
+
+class FinalistsConfig(BaseModel):
+    """How the finalists of a search learn on.
+
+    Attributes:
+        count: how many finalists; 0 leaves the choice to the supernet.
+        steps: of the first rung; every later one ends at twice the steps of the one before.
+        batch: rows of a step.
+        learning_rate: the greatest; it rises shortly, then falls along a cosine to the last rung's end.
+        distillation: the weight of the teacher against the text.
+        seed: of the batches.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    count: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(gt=0)] = 100
+    batch: Annotated[int, Field(gt=0)] = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def training(self, finalists: int, length: int) -> TrainConfig:
+        """How each of so many finalists is trained, on rows of ``length`` tokens."""
+        return TrainConfig(
+            steps=rungs(finalists, self.steps)[-1][1],
+            batch=self.batch,
+            length=length,
+            learning_rate=self.learning_rate,
+            warmup=WARMUP,
+            distillation=self.distillation,
+            threads=1,
+            checkpoint_every=CHECKPOINT_EVERY,
+            seed=self.seed + OTHER_BATCHES,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """What became of a finalist; ranks count from 1, the best; losses in nats per token."""
+
+    architecture: Architecture
+    before: Losses  # inside the supernet, whose weights it inherits
+    after: Losses | None = None  # at the end of the last rung that it finished; None where it finished none
+    rung: int = 0  # the last that it finished
+    steps: int = 0  # until there
+    rank_before: int
+    rank_after: int
+    folder: Path | None = None  # of its weights there, ``model.safetensors``
+    failed: str | None = None  # why it got no further, where that was not by its loss
+
+    def standing(self, column: str) -> tuple[int, float, str]:
+        """What finalists are sorted by, the best first: the rung they finished, then the loss there."""
+        loss = (self.after or self.before)[column]
+        return -self.rung, math.inf if loss is None else loss, self.architecture.key
+
+    def to_json(self, root: Path) -> dict[str, Any]:
+        """As a JSON value; its folder is relative to ``root``."""
+        value = {"key": self.architecture.key, **vars(self), "architecture": self.architecture.to_json()}
+        return value | {"folder": self.folder and str(self.folder.relative_to(root))}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any], root: Path) -> "Finalist":
+        """The opposite of :meth:`to_json`."""
+        given = {name: value[name] for name in Finalist.__dataclass_fields__}
+        given["architecture"] = Architecture.from_json(value["architecture"])
+        given["folder"] = root / value["folder"] if value["folder"] else None
+        return Finalist(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A finalist's training up to the end of a rung."""
+
+    architecture: Architecture
+    config: TrainConfig
+    until: int
+    folder: Path  # absolute; of the rung, in that of the training
+    inputs: Mapping[str, str]  # the hashes of all that the result depends on
+
+    def result(self) -> dict[str, Any] | None:
+        """What ``result.json`` says; None where it is not there, or the weights that it speaks of.
+
+        Raises:
+            InputError: it was made from other inputs.
+        """
+        path, weights = self.folder / "result.json", self.folder / "model.safetensors"
+        try:
+            value = read_json(path, RUNG_KIND, MADE_BY)
+        except InputError:
+            return None
+        check_inputs(path, value, self.inputs)
+        whole = value["failed"] or (weights.exists() and file_digest(weights) == value["model"])
+        return value if whole else None
+
+    def after(self, rung: int, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What a result changes of its finalist."""
+        if result["failed"]:
+            return {"failed": result["failed"]}
+        return {"after": result["losses"], "rung": rung, "steps": self.until, "folder": self.folder}
+
+    def write(self, reached: Losses | None, failed: str | None = None) -> None:
+        """Write ``result.json``, after the weights where there are some."""
+        model = None if failed else file_digest(self.folder / "model.safetensors")
+        body = {"steps": self.until, "losses": reached, "model": model, "failed": failed}
+        write_json(self.folder / "result.json", RUNG_KIND, self.inputs, body)
+
+
+def rungs(count: int, steps: int) -> list[tuple[int, int]]:
+    """How many finalists each rung has, and the step at which it ends: the last has two, or the only one."""
+    found = [(count, steps)]
+    while found[-1][0] > 2:
+        count, steps = found[-1]
+        found.append(((count + 1) // 2, 2 * steps))
+    return found
+
+
+def evaluation_digest(data: EvaluationSet) -> str:
+    """The hash of the sequences of an evaluation and of what is asked of them."""
+    return digest(b"".join(part.tobytes() for part in (data.tokens, data.targets, data.recallable)))
+
+
+def distil_finalists(
+    trained: "Trained",
+    architectures: Sequence[Architecture],
+    data: EvaluationSet,
+    config: FinalistsConfig,
+    quality: str,
+    folder: Path,
+    reporter: "Reporter",
+    workers: int | None = None,
+) -> list[Finalist]:
+    """Distil the first ``config.count`` architectures and rank them by what they reach, the best first.
+
+    Those that finished a later rung come first, of a rung those with the least loss. Also written to
+    ``finalists.json``. What was stopped goes on; what is finished is read.
+
+    Args:
+        trained: the supernet that they inherit their weights from, and the text.
+        architectures: members of its space, the best first.
+        data: what they are evaluated on, before, and at the end of every rung.
+        config: how.
+        quality: ``loss`` or ``recall_loss``: what decides who goes on.
+        folder: for ``finalists.json`` and ``KEY/rung-N/{model.safetensors,result.json}``.
+        reporter: told how far it is, and of finalists that failed.
+        workers: trainings at a time, in Ray Tune; None is one a core, 0 trains in this process.
+
+    Raises:
+        InputError: an architecture is not of the space, the quality is unknown or cannot be found on the
+            evaluation's tokens, the folder holds what other inputs gave, or every finalist failed.
+    """
+    chosen = list(dict.fromkeys(architectures))[: config.count]
+    if not chosen:
+        return []
+    genome.encode(trained.space, chosen)  # refuses those of another space
+    folder = folder.resolve()
+    training = config.training(len(chosen), trained.length)
+    inputs = training_inputs(trained.space, training, trained.corpus)
+    inputs |= {"supernet": trained.checkpoint.digest, "evaluation": evaluation_digest(data)}
+    path, asked = folder / "finalists.json", digest(canonical_json([quality, sorted(a.key for a in chosen)]))
+    if path.exists():
+        value = read_json(path, KIND, MADE_BY)
+        check_inputs(path, value, inputs | {"finalists": asked})
+        reporter.skipped("finalists")
+        return [Finalist.from_json(item, folder) for item in value["finalists"]]
+    ranked = inherited(trained, chosen, data, quality)
+    plan = rungs(len(chosen), config.steps)
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    with ray_session(workers) if workers else nullcontext():  # one for all rungs
+        for rung, (size, until) in enumerate(plan, start=1):
+            stretches = [
+                Stretch(
+                    architecture=finalist.architecture,
+                    config=training,
+                    until=until,
+                    folder=folder / finalist.architecture.key / f"rung-{rung}",
+                    inputs=inputs | {"architecture": finalist.architecture.key},
+                )
+                for finalist in ranked
+                if finalist.rung == rung - 1 and not finalist.failed
+            ][:size]
+            results = _results(trained, stretches, data, workers, reporter, folder / "tune")
+            reached = {s.architecture: s.after(rung, r) for s, r in zip(stretches, results, strict=True)}
+            ranked = [replace(finalist, **reached.get(finalist.architecture, {})) for finalist in ranked]
+            ranked.sort(key=lambda finalist: finalist.standing(f"{quality}_nats"))
+    for finalist in (f for f in ranked if f.failed):
+        reporter.warn(f"finalist {finalist.architecture.key}: {finalist.failed}")
+    if not ranked[0].rung:
+        raise InputError(
+            f"finalists: all {len(ranked)} failed; {ranked[0].architecture.key}: {ranked[0].failed}; "
+            f"remove {folder} to try again"
+        )
+    for architecture in chosen:
+        remove_checkpoints(folder / architecture.key)
+    ranked = [replace(finalist, rank_after=rank) for rank, finalist in enumerate(ranked, start=1)]
+    body = {
+        "quality": quality,
+        "rungs": [{"finalists": size, "steps": until} for size, until in plan],
+        "finalists": [finalist.to_json(folder) for finalist in ranked],
+    }
+    write_json(path, KIND, inputs | {"finalists": asked}, body)
+    return ranked
+
+
+def inherited(
+    trained: "Trained", architectures: Sequence[Architecture], data: EvaluationSet, quality: str
+) -> list[Finalist]:
+    """Finalists before any training, with what they reach inside the supernet, the best first.
+
+    Raises:
+        InputError: the quality is not one, or not finite.
+    """
+    supernet = load_supernet(trained.space, trained.checkpoint)
+    found = []
+    with one_thread():
+        for architecture in architectures:
+            weights = supernet.weights(architecture)
+            before = losses(evaluate(weights, architecture, trained.space.frame, data))
+            loss = before.get(f"{quality}_nats")
+            if loss is None or not math.isfinite(loss):
+                known = " and ".join(name.removesuffix("_nats") for name in before)
+                raise InputError(
+                    f"finalists: {quality} of {architecture.key} is {loss} inside the supernet, which ranks "
+                    f"nothing; qualities are {known}, the second where tokens can be recalled"
+                )
+            found.append(Finalist(architecture=architecture, before=before, rank_before=0, rank_after=0))
+    found.sort(key=lambda f: f.standing(f"{quality}_nats"))
+    return [replace(f, rank_before=rank, rank_after=rank) for rank, f in enumerate(found, start=1)]
+
+
+def _results(
+    trained: "Trained",
+    stretches: Sequence[Stretch],
+    data: EvaluationSet,
+    workers: int,
+    reporter: "Reporter",
+    storage: Path,
+) -> list[dict[str, Any]]:
+    """What the stretches of a rung reached, in their order; those without a result are trained."""
+    left = [stretch for stretch in stretches if stretch.result() is None]
+    if left:
+        # The longest first, so that all end together.
+        left.sort(key=lambda s: -row_flops(trained.space, s.architecture, trained.length))
+        checkpoint = replace(trained.checkpoint, folder=trained.checkpoint.folder.resolve())
+        shared = (trained.space, checkpoint, trained.corpus, data)
+        with reporter.stage(f"finalists: {len(stretches)} to step {left[0].until}") as stage:
+            failures = run_trials(train_stretch, left, shared, workers, storage, stage)
+        for stretch, failure in zip(left, failures, strict=True):
+            if failure:
+                stretch.write(None, failure.reason)
+    found = [stretch.result() for stretch in stretches]
+    if None in found:
+        raise RuntimeError(f"{storage.parent}: a result just written cannot be read back")
+    return [value for value in found if value]
+
+
+def train_stretch(
+    stretch: Stretch, shared: tuple[Space, Checkpoint, Corpus, EvaluationSet], tell: Share
+) -> None:
+    """Train a finalist to the end of a rung, keep its weights there, and write what they reach.
+
+    Raises:
+        InputError: what the training refuses, a loss that is not finite say.
+    """
+    space, checkpoint, corpus, data = shared
+    architecture, folder = stretch.architecture, stretch.folder
+    supernet = load_supernet(space, checkpoint)
+    with one_thread():
+        start, teacher = extract(supernet, architecture), largest_teacher(supernet)
+        found = distil(
+            space, stretch.config, folder.parent, architecture, start, teacher, corpus,
+            until=stretch.until, report=lambda row: tell(row["step"] / stretch.until),
+        )  # fmt: skip
+        weights = found.load("model")
+        quality = evaluate(weights, architecture, space.frame, data)
+    if not math.isfinite(quality.loss_nats):
+        raise InputError(f"the held-out loss at step {stretch.until} is {quality.loss_nats}")
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary)
+    stretch.write(losses(quality))
+
+
+def write_finalist(
+    folder: Path, trained: "Trained", finalist: Finalist, inputs: Mapping[str, str], chosen: Mapping[str, Any]
+) -> SubModel:
+    """Write a finalist's tuned weights into a sub-model's folder, where they are not there already.
+
+    Args:
+        folder: the sub-model's.
+        trained: what the finalist was distilled from.
+        finalist: which one.
+        inputs: the hashes of what it was chosen from; that of its weights is added.
+        chosen: the limits and predictions it was chosen under.
+
+    Raises:
+        InputError: it has no weights, or their file is not whole.
+    """
+    if finalist.folder is None:
+        raise InputError(f"finalist {finalist.architecture.key} has no weights: {finalist.failed}")
+    path = finalist.folder / "model.safetensors"
+    if path.exists():
+        inputs = {**inputs, "finalist": file_digest(path), "chosen": digest(canonical_json(dict(chosen)))}
+        if made_from(folder / "architecture.json", SUBMODEL_KIND, inputs):
+            return read_submodel(folder)
+    supernet = load_supernet(trained.space, trained.checkpoint)
+    try:
+        implant(supernet, finalist.architecture, load_file(path))
+    except (FileNotFoundError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not the finalist's weights ({error}); `{MADE_BY}` makes them") from None
+    return write_submodel(folder, supernet, finalist.architecture, inputs, chosen, trained.text)

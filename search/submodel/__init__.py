@@ -1,0 +1,1 @@
+"""Sub-models: export, verification, generation, fine-tuning."""

@@ -1,0 +1,111 @@
+"""Writing a sub-model in the forms that people run: ONNX graphs of a precision, a Hugging Face folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnx import load_model, save_model
+
+from space import InputError, Workload
+from space.io.artefact import atomic_path, canonical_json, digest, file_digest
+from space.onnx.model import model_graph
+from space.onnx.quantise import quantise
+from space.precision import PRECISIONS, model_file
+from supernet.extract import SubModel
+from supernet.hf.export import write_hf
+
+FORMATS = ("onnx", "hf")
+HF = "hf"  # the folder within the sub-model's
+
+
+def check_formats(formats: Sequence[str], precisions: Sequence[str]) -> None:
+    """Refuse what cannot be written, before anything is.
+
+    Raises:
+        InputError: a format or a precision that there is not, or a precision without the format that has it.
+    """
+    for given, known, option in ((formats, FORMATS, "--format"), (precisions, PRECISIONS, "--precision")):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise InputError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
+    if "onnx" not in formats and any(name != "fp32" for name in precisions):
+        raise InputError(f"--precision {precisions[0]}: only --format onnx has it; give that too")
+
+
+def export(submodel: SubModel, formats: Sequence[str], precisions: Sequence[str] = ()) -> list[str]:
+    """Write a sub-model in some formats; an ONNX graph in fp32, and in every other precision that is given.
+
+    Returns:
+        The files, relative to the sub-model's folder.
+
+    Raises:
+        InputError: the weights or the tokenizer are not whole, or a format or precision is unknown.
+    """
+    check_formats(formats, precisions)
+    files = []
+    if "onnx" in formats:
+        files += [export_onnx(submodel, p).name for p in dict.fromkeys(("fp32", *precisions))]
+    if "hf" in formats:
+        weights = submodel.model().state_dict()
+        folder = submodel.folder / HF
+        written = write_hf(folder, weights, submodel.architecture, submodel.frame, submodel.tokenizer())
+        files += [f"{HF}/{name}" for name in written]
+    return files
+
+
+def export_onnx(submodel: SubModel, precision: str = "fp32") -> Path:
+    """Write the graph of a precision beside the weights; returns its path."""
+    weights = {name: p.numpy() for name, p in submodel.model().named_parameters()}
+    graph = model_graph(submodel.architecture, submodel.frame, weights, metadata(submodel, precision))
+    path = model_file(submodel.folder, precision)
+    with atomic_path(path) as temporary:
+        save_model(quantise(graph, precision), str(temporary))
+    return path
+
+
+def exported(submodel: SubModel, workloads: Sequence[Workload]) -> list[str]:
+    """The precisions in which a graph of a sub-model is there.
+
+    Raises:
+        InputError: fp32, which all others are compared with, or one that a workload needs is not; a graph is
+            not whole, or not of the weights beside it.
+    """
+    for needed in dict.fromkeys(["fp32", *(w.precision for w in workloads)]):
+        path = model_file(submodel.folder, needed)
+        if not path.exists():
+            option = "" if needed == "fp32" else f" --precision {needed}"
+            raise InputError(f"{path}: not found; `formfit extract --format onnx{option}` writes it")
+    found = [p for p in PRECISIONS if model_file(submodel.folder, p).exists()]
+    weights = file_digest(submodel.folder / "model.safetensors")
+    for path in (model_file(submodel.folder, p) for p in found):
+        try:
+            written = {item.key: item.value for item in load_model(path).metadata_props}
+        except Exception:  # protobuf's errors have no common base but this one
+            raise InputError(f"{path}: not a whole graph; `formfit export` writes it again") from None
+        if written.get("formfit.weights") != weights:
+            raise InputError(f"{path}: not of the weights beside it; `formfit export` writes it again")
+    return found
+
+
+def models_digest(submodel: SubModel, precisions: Sequence[str] = PRECISIONS) -> str:
+    """The hash of the graphs that are there of a sub-model, in these precisions."""
+    files = [path for p in precisions if (path := model_file(submodel.folder, p)).exists()]
+    return digest(canonical_json({path.name: file_digest(path) for path in files}))
+
+
+def metadata(submodel: SubModel, precision: str) -> dict[str, str]:
+    """What a graph says of itself, all as JSON but for names; docs/files.md has the keys."""
+    text = submodel.text
+    found = {
+        "key": submodel.architecture.key,
+        "architecture": canonical_json(submodel.architecture.to_json()),
+        "frame": canonical_json(vars(submodel.frame)),
+        "vocabulary": str(submodel.frame.vocabulary),
+        "context": str(submodel.frame.context),
+        "trained_length": str(text.length if text else submodel.frame.context),
+        "tokenizer": submodel.tokenizer_digest or "bytes",
+        "precision": precision,
+        "weights": file_digest(submodel.folder / "model.safetensors"),
+        "limits": canonical_json(submodel.chosen.get("limits", [])),
+        "predicted": canonical_json(submodel.chosen.get("predicted", {})),
+    }
+    return {f"formfit.{name}": value for name, value in found.items()}

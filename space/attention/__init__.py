@@ -1,0 +1,1 @@
+"""Attention as torch functions: linear recurrences, softmax, convolution, decays."""

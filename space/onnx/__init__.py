@@ -1,0 +1,1 @@
+"""The blocks as ONNX graphs, and their quantisation."""

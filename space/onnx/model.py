@@ -1,0 +1,71 @@
+"""The same blocks as ONNX graphs, for onnxruntime: what is measured is what is exported.
+
+A graph is written node by node in milliseconds, without torch, from weights named as in
+:mod:`space.shapes`. One graph serves prefill and decode: batch and length are dynamic,
+states go in as ``state.SLOT.NAME`` and come out as ``state.SLOT.NAME.next``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from space.architecture import Architecture, Frame
+from space.onnx.graph import Arrays, Graph
+from space.onnx.mixers import add_mixer
+from space.shapes import ffn_shapes, mixer_shapes
+
+
+def add_ffn(graph: Graph, x: str, slot: int, weights: Arrays) -> str:
+    """Append one SwiGLU block: x [B, T, width] -> x."""
+    place = f"layers.{slot}.ffn."
+    hidden = graph.norm(x, place + "pre_norm", weights["pre_norm"])
+    size = weights["gate"].shape[0]
+    joined = graph.product(hidden, place + "in", np.concatenate([weights["gate"], weights["up"]]))
+    gate, up = graph.split(joined, [size, size])
+    gated = graph.add("Mul", graph.silu(gate), up)
+    return graph.residual(x, graph.product(gated, place + "down", weights["down"]))
+
+
+def add_embedding(graph: Graph, tokens: str, weight: NDArray[Any], name: str = "embedding") -> str:
+    """Append the embedding: tokens [B, T] -> [B, T, width]."""
+    return str(graph.add("Gather", graph.constant(name, weight.astype(np.float32)), tokens, axis=0))
+
+
+def add_head(graph: Graph, x: str, gain: NDArray[Any], weight: str, name: str = "norm") -> str:
+    """Append the final norm and the head, whose weight [vocabulary, width] is a constant there already."""
+    return str(graph.add("MatMul", graph.norm(x, name, gain), graph.add("Transpose", weight, perm=[1, 0])))
+
+
+def model_graph(
+    architecture: Architecture, frame: Frame, weights: Arrays, metadata: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """The graph of a whole sub-model.
+
+    Inputs ``tokens`` int64 [B, T], ``position`` int64 [1] (the place of the first token) and
+    ``state.SLOT.NAME``; outputs ``logits`` [B, T, vocabulary], the first, and
+    ``state.SLOT.NAME.next``. An attention cache may be longer than ``position``: only what lies
+    before it is read.
+    """
+    graph = Graph(frame)
+    tokens = graph.input("tokens", TensorProto.INT64, ["batch", "length"])
+    graph.input("position", TensorProto.INT64, [1])
+    x = add_embedding(graph, tokens, weights["embedding"])
+    for slot, layer in enumerate(architecture.layers):
+        if layer.mixer != "none":
+            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, frame)
+            block = {name: weights[f"layers.{slot}.mixer.{name}"] for name in shapes}
+            x = add_mixer(graph, x, slot, layer, block, tokens)
+        if layer.ffn:
+            shapes = ffn_shapes(architecture.width, layer.ffn)
+            x = add_ffn(graph, x, slot, {name: weights[f"layers.{slot}.ffn.{name}"] for name in shapes})
+    head = "embedding"
+    if not frame.tied:
+        head = graph.constant("head", weights["head"].astype(np.float32))
+    logits = add_head(graph, x, weights["norm"], head)
+    shape: list[int | str] = ["batch", "length", frame.vocabulary]
+    graph.output("logits", logits, TensorProto.FLOAT, shape, first=True)
+    return graph.model(metadata)

@@ -1,0 +1,1 @@
+"""Training and evaluation data: text, splits, tokenizers, associative recall, baselines."""

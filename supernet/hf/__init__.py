@@ -1,0 +1,1 @@
+"""Hugging Face: reading a Llama, and writing a sub-model as a folder that transformers loads."""

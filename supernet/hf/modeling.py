@@ -1,0 +1,250 @@
+"""A sub-model as transformers knows models: the source of a folder's ``modeling_formfit.py``.
+
+:func:`supernet.hf.export.write_hf` puts these classes and what they need of :mod:`space` into one
+file. What is easily got wrong:
+
+- What earlier calls leave behind is ``cache`` in transformers 5.24 and ``past_key_values`` in older
+  5.x; both names are taken, and the output has the one that the installed version knows.
+- A tied head is the embedding, used twice. It is one parameter, so transformers has nothing to tie.
+- States cannot be cut back to an earlier token: no assisted generation.
+- Positions count padding, which changes nothing: the mixers see only how far apart tokens are.
+"""
+
+# mypy: allow-untyped-calls
+# (transformers leaves much of what a subclass calls untyped)
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from space.architecture import Architecture, Frame
+from space.blocks import State, add_parameter, forward, initial
+from space.shapes import model_shapes
+
+# The field of an output that holds the cache.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+REFUSED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states")
+
+
+class FormfitConfig(PretrainedConfig):
+    """What a model is: ``architecture`` and ``frame``, as a sub-model's ``architecture.json`` has them.
+
+    The sizes that transformers asks for by its own names follow from the two.
+    """
+
+    model_type = "formfit"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (an annotation makes it a field)
+
+    def __init__(
+        self,
+        architecture: dict[str, Any] | None = None,
+        frame: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        bos_token_id: int | None = 0,
+        eos_token_id: int | None = 0,
+        pad_token_id: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
+        # transformers makes a config without arguments too, to see what differs from it.
+        architecture = architecture or {"width": 16, "layers": [{"mixer": "none", "ffn": 16}]}
+        frame = frame or {"vocabulary": 256, "context": 256, "head_dim": 16}
+        read = Architecture.from_json(architecture, "config.json: architecture")
+        settings = {
+            "architecture": architecture,
+            "frame": frame,
+            "vocab_size": frame["vocabulary"],
+            "max_position_embeddings": frame["context"],
+            "hidden_size": read.width,
+            "num_hidden_layers": read.depth,
+            "tie_word_embeddings": False,
+            "use_cache": use_cache,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+        }
+        super().__init__(**kwargs | settings)
+        for name, value in settings.items():  # transformers drops those that it takes for generate()'s
+            setattr(self, name, value)
+
+
+class FormfitCache:
+    """What a model remembers of B sequences: how many tokens, padding included, and each slot's state.
+
+    A call with a cache changes it in place. States are of fixed size but for softmax attention's.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_linear = (False,)  # its length is known, so that generate() can leave out what it has seen
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.states: dict[int, State] = {}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens it has seen."""
+        return self.position
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at these places, in this order: indices [B']."""
+        for state in self.states.values():
+            for name, value in state.items():
+                state[name] = value.index_select(0, indices.to(value.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same, as beam search asks for it."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence: [B, ...] -> [B * repeats, ...]."""
+        for state in self.states.values():
+            for name, value in state.items():
+                state[name] = value.repeat_interleave(repeats, 0)
+
+
+class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
+    """A sub-model that formfit found: :func:`forward` on weights of the same names."""
+
+    config_class = FormfitConfig
+    _is_stateful = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012 (transformers declares it)
+    # Parts of names: these stay in fp32 whatever type a model is loaded in, as they do in training. The
+    # exponents of decays need it, and norms and convolutions are too small for the other to gain anything.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "norm", "A_log", "dt_bias", "decay", "beta", "D", "lower_bound", "slope_log", "conv_",
+    ]  # fmt: skip
+
+    def __init__(self, config: FormfitConfig) -> None:
+        super().__init__(config)
+        self.architecture = Architecture.from_json(config.architecture, "config.json: architecture")
+        self.frame = Frame(**config.frame)
+        for name, shape in model_shapes(self.architecture, self.frame).items():
+            add_parameter(self, name, torch.empty(shape))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """First values for what no file gave."""
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, (), device="cpu")))
+        for name, parameter in module.named_parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                value = initial(name, tuple(parameter.shape), generator, tied=self.frame.tied)
+                parameter.data.copy_(value)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: FormfitCache | None = None,
+        past_key_values: FormfitCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """A step's arguments of :meth:`forward`: of the tokens [B, T] those that the cache has not seen."""
+        cache = cache if cache is not None else past_key_values
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        elif cache is not None and attention_mask is not None and input_ids.shape == attention_mask.shape:
+            input_ids = input_ids[:, cache.position :]  # before 5.24 every step brings the whole text
+        return {
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": None if attention_mask is None else attention_mask.to(self.device),
+            CACHE: cache,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: FormfitCache | None = None,
+        past_key_values: FormfitCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run the model on the next tokens of B sequences.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, tokens in the cache + T], 0 for padding, which stands on the left.
+            cache: what an earlier call returned; it is changed.
+            past_key_values: the same, by its older name.
+            labels: [B, T], the tokens themselves, -100 where nothing is to be learned.
+            use_cache: whether to return a cache; what the config says, and not in training, if None.
+            logits_to_keep: how many of the last tokens get logits, 0 for all; or the tokens' places.
+            return_dict: False for a tuple.
+            num_items_in_batch: what the summed loss is divided by; the number of labels if None.
+            kwargs: what transformers passes and no formfit model needs.
+
+        Returns:
+            logits [B, T or fewer, vocabulary], the loss where there are labels, and the cache.
+
+        Raises:
+            ValueError: the mask has another length, or an argument asks for what the model has not.
+            TypeError: the cache is of another kind.
+        """
+        asked = [name for name in REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: formfit models take no such argument")
+        cache = cache if cache is not None else past_key_values
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if use_cache and cache is None:
+            cache = FormfitCache()
+        if cache is not None and not isinstance(cache, FormfitCache):
+            raise TypeError(f"cache: a {type(cache).__name__}, expected the FormfitCache of an earlier call")
+        position, states = (cache.position, cache.states) if cache is not None else (0, None)
+        total = position + input_ids.shape[1]
+        mask = _padding(attention_mask, (input_ids.shape[0], total))
+        last = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        logits, states = forward(
+            dict(self.named_parameters()), self.architecture, self.frame, input_ids,
+            position=position, states=states, mask=mask, keep=last,
+        )  # fmt: skip
+        if cache is not None:
+            cache.position, cache.states = total, states
+        loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        elif logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        held: dict[str, Any] = {CACHE: cache if use_cache else None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
+
+def _padding(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """The mask as bool [B, tokens]; None where nothing is padding, which is faster."""
+    if mask is None:
+        return None
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)}, expected {shape}: a value for each token, also for "
+            "those in the cache"
+        )
+    return None if mask.all() else mask.bool()
+
+
+def _loss(logits: Tensor, labels: Tensor, count: int | Tensor | None) -> Tensor:
+    """Cross-entropy of each token given those before it, in fp32: logits [B, T, V], labels [B, T]."""
+    flat, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
+    if count is None:
+        return F.cross_entropy(flat, wanted)
+    return F.cross_entropy(flat, wanted, reduction="sum") / count

@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or do not exist.
+
+A checkpoint is a folder ``step-NNNNNN`` with ``model.safetensors``, ``optimizer.safetensors``
+and ``state.json``, which is written last and holds the hashes of the other two. A folder
+whose hashes do not match is passed over, whatever its name says.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from space import InputError
+from space.io.artefact import atomic_path, check_inputs, file_digest, read_json, write_json
+
+KIND = "supernet checkpoint"
+KEPT = 2
+PARTS = ("model", "optimizer")
+PATIENCE = 30.0  # seconds; the workers of a killed training outlive it by two or three
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    step: int
+    digest: str  # of the weights
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        """The tensors of ``model`` or ``optimizer``."""
+        return load_file(self.folder / f"{part}.safetensors")
+
+
+@contextmanager
+def sole_writer(root: Path) -> Iterator[None]:
+    """Hold the folder of a training while writing to it; the system lets go of it when a process dies.
+
+    Raises:
+        InputError: another training holds it, and goes on doing so.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(f"{root}: another process writes here; wait until it ends") from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], inputs: Mapping[str, str]
+) -> None:
+    """Write a checkpoint, then delete all but the newest two."""
+    folder = root / f"step-{step:06d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in PARTS:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in parts[part].items()}
+        with atomic_path(folder / f"{part}.safetensors") as temporary:
+            save_file(tensors, temporary)
+    hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
+    write_json(folder / "state.json", KIND, inputs, {"step": step, "hashes": hashes})
+    for old in _folders(root)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The checkpoint folders under a run's ``supernet``, newest first."""
+    found = {int(p.name[5:]): p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def latest_checkpoint(root: Path, inputs: Mapping[str, str]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None.
+
+    Raises:
+        InputError: the newest whole one was made from other inputs (another space, say).
+    """
+    for folder in _folders(root):
+        path = folder / "state.json"
+        try:
+            state = read_json(path, KIND, "formfit train")
+            hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
+        except (InputError, OSError):
+            continue
+        if hashes == state["hashes"]:
+            check_inputs(path, state, inputs)
+            return Checkpoint(folder, int(state["step"]), hashes["model"])
+    return None

@@ -1,0 +1,353 @@
+"""The audit: its statistics, its sets of architectures, its verdicts, and a small real one, killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau, spearmanr
+from tests.search.test_run import ROOT
+
+from latency import Card, Predictor, load_card, load_predictor
+from latency.predictor.op_latencies import OpLatencies
+from latency.predictor.predictor import WorkloadModel
+from search.audit.audit import AuditConfig, audit, judge
+from search.audit.page import agreement_rows, audit_section
+from search.audit.rank_correlation import Agreement, Estimate, agreement, correlations, verdict
+from search.audit.stratified import (
+    axis_levels,
+    choose_equal,
+    choose_spread,
+    crowded_level,
+    features,
+    sample_pool,
+)
+from search.config import load_run_config
+from search.pipeline import Run
+from space import Architecture, InputError, Workload, genome, load_space
+from space.cost import op_flops, params_cost
+from space.onnx.graph import VERSION
+from space.ops import op_kinds, space_ops
+from supernet.data.corpus import load_corpus
+from supernet.evaluate import evaluate, evaluation_set
+from supernet.training.recipe import TrainConfig
+from supernet.training.train import load_alone, train
+from tests.conftest import Quiet
+from tests.contracts import TINY_SPACES, every_genome, tiny_space
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_are_scipys(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 5, 12))
+    y = y + x
+    if ties:
+        x, y = x.round(), y.round()
+    tau, rho = correlations(x, y)
+    for i in range(len(x)):
+        assert tau[i] == pytest.approx(kendalltau(x[i], y[i]).statistic, abs=1e-12)
+        assert rho[i] == pytest.approx(spearmanr(x[i], y[i]).statistic, abs=1e-12)
+
+
+def test_correlations_by_hand() -> None:
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert correlations(x, 10 * x) == (1.0, 1.0)
+    assert correlations(x, -(x**3)) == (-1.0, -1.0)
+    assert correlations(x, np.array([1.0, 2.0, 4.0, 3.0]))[0] == pytest.approx(4 / 6)  # one of six pairs
+    # One tie in y: five ordered pairs over the root of 6 x 5.
+    assert correlations(x, np.array([1.0, 2.0, 3.0, 3.0]))[0] == pytest.approx(5 / np.sqrt(30))
+    assert np.isnan(correlations(x, np.ones(4))).all()
+
+
+def test_agreement_is_that_of_resampled_architectures() -> None:
+    """The intervals are those of a plain loop over the same resamples with scipy's figures."""
+    rng = np.random.default_rng(1)
+    alone = rng.normal(size=(2, 12)) * 0.3 + np.arange(12.0)
+    inside, size = np.arange(12.0) + rng.normal(size=12), rng.normal(size=12)
+    found = agreement(alone, {"supernet": inside, "params": size}, seed=3, draws=100)
+    rows = np.random.default_rng([3, 6]).integers(12, size=(100, 12))
+    mean = alone.mean(axis=0)
+    taus = [kendalltau(inside[r], mean[r]).statistic for r in rows]
+    others = [kendalltau(size[r], mean[r]).statistic for r in rows]
+    seeds = [spearmanr(alone[0][r], alone[1][r]).statistic for r in rows]
+    expected = {
+        "supernet": (found.kendall_tau["supernet"], taus, kendalltau(inside, mean).statistic),
+        "params": (found.kendall_tau["params"], others, kendalltau(size, mean).statistic),
+        "two_seeds": (found.spearman_rho["two_seeds"], seeds, spearmanr(*alone).statistic),
+        "difference": (
+            found.supernet_minus_params,
+            np.subtract(taus, others),
+            kendalltau(inside, mean).statistic - kendalltau(size, mean).statistic,
+        ),
+    }
+    for name, (estimate, draws, value) in expected.items():
+        assert estimate.value == pytest.approx(value), name
+        assert [estimate.low, estimate.high] == pytest.approx(list(np.percentile(draws, [2.5, 97.5]))), name
+
+
+def test_undefined_figures_survive_json() -> None:
+    """Equal sizes rank nothing; one seed is not compared with another."""
+    found = agreement(np.arange(5.0)[None], {"supernet": np.arange(5.0), "params": np.ones(5)})
+    assert "two_seeds" not in found.kendall_tau
+    value = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert value["kendall_tau"]["params"]["value"] is None
+    assert str(Estimate.from_json(value["kendall_tau"]["params"])) == "undefined"
+    assert Estimate.from_json(value["kendall_tau"]["supernet"]) == Estimate(1.0, 1.0, 1.0)
+    assert "parameter count cannot rank these" in verdict(found, "here")[1]
+    assert "one seed cannot say how well two agree" in verdict(found, "here")[1]
+
+
+VERDICTS = {  # supernet's tau, two seeds', supernet minus parameters -> word, text
+    "trusted": ((0.81, 0.6, 0.95), (0.9, 0.7, 1), (0.1, 0.02, 0.3), "can be trusted", "is better than"),
+    "loose": ((0.5, 0.1, 0.8), (0.9, 0.7, 1), (0.1, -0.2, 0.3), "but loose", "cannot be told from"),
+    "chance": ((0.3, -0.1, 0.7), (0.9, 0.7, 1), (-0.4, -0.6, -0.1), "from chance", "is worse than"),
+    "reversed": ((-0.5, -0.8, -0.1), None, (0, -1, 1), "wrong way round", "cannot be told from"),
+    "unclear": ((0.3, -0.1, 0.7), (0.2, -0.3, 0.6), (0, -1, 1), "Nothing can be said", "train longer"),
+}
+
+
+@pytest.mark.parametrize("word", VERDICTS)
+def test_verdicts_in_words(word: str) -> None:
+    tau, repeat, difference, says, compares = VERDICTS[word]
+    taus = {"supernet": Estimate(*tau), "params": Estimate(0.7, 0.4, 0.9)}
+    if repeat:
+        taus["two_seeds"] = Estimate(*repeat)
+    found = Agreement(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(*difference))
+    given, text = verdict(found, "over the axes")
+    assert given == word
+    assert "over the axes" in text
+    assert says in text
+    assert compares in text
+    assert text.endswith(".")
+    if word == "trusted":
+        assert "tau 0.81 [0.60, 0.95]" in text
+        assert "0.70 [0.40, 0.90]" in text
+        assert "two seeds agree with tau 0.90 [0.70, 1.00]" in text
+
+
+def test_a_strong_ranking_is_not_undone_by_seeds_that_disagree() -> None:
+    taus = {"supernet": Estimate(0.8, 0.6, 1), "params": Estimate(0, -1, 1), "two_seeds": Estimate(0, -1, 1)}
+    found = Agreement(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(0.8, 0.1, 1))
+    assert verdict(found, "here")[0] == "trusted"
+
+
+@pytest.mark.parametrize("name", TINY_SPACES)
+def test_a_spread_set_meets_every_value_of_every_axis(name: str) -> None:
+    """In spaces small enough to list, what an axis has at all is in the set of twelve."""
+    space = tiny_space(**TINY_SPACES[name])
+    everything = every_genome(space)
+    if len(everything) < 3:
+        with pytest.raises(InputError, match="at least 3"):
+            choose_spread(space, everything, 12)
+        return
+    chosen = choose_spread(space, everything, 12)
+    assert len(np.unique(chosen, axis=0)) == len(chosen) == min(12, len(everything))
+    assert genome.contains(space, chosen).all()
+    found, there = axis_levels(space, chosen), axis_levels(space, everything)
+    for axis, levels in there.items():
+        assert set(found[axis]) == set(levels), axis
+    assert set(axis_levels(space, everything)["depth"]) == {depth for depth, _ in space.patterns}
+
+
+def test_ratios_of_known_architectures() -> None:
+    space = tiny_space(heads=[1], ffn=[16], depth=[4], ratios=["full", 1, 3, "linear"])
+    fulls = {"full": 4, 1: 2, 3: 1, "linear": 0}
+    everything = every_genome(space)
+    full = np.array([sum(m == "attention" for m in a.pattern) for a in genome.decode(space, everything)])
+    level = axis_levels(space, everything)["ratio"]
+    for i, ratio in enumerate(["full", "linear", 1, 3]):
+        assert set(level[full == fulls[ratio]]) == {i}
+
+
+def test_a_spread_set_is_spread_and_the_seeds_own() -> None:
+    space = load_space(ROOT / "configs/spaces/quickstart.yaml")
+    pool = sample_pool(space, 0, 3000)
+    assert np.array_equal(pool, sample_pool(space, 0, 3000))
+    chosen = choose_spread(space, pool, 12)
+    assert np.array_equal(chosen, choose_spread(space, pool, 12))
+    assert not np.array_equal(chosen, choose_spread(space, sample_pool(space, 1, 3000), 12))
+    counts = np.bincount(axis_levels(space, chosen)["width"])
+    assert counts.max() - counts.min() <= 1
+
+    def nearest(genomes: np.ndarray) -> float:
+        points = features(space, genomes)
+        apart = np.linalg.norm(points[:, None] - points[None], axis=2)
+        return float(apart[~np.eye(len(points), dtype=bool)].min())
+
+    drawn = [nearest(pool[i : i + 12]) for i in range(0, 1200, 12)]
+    assert nearest(chosen) > np.quantile(drawn, 0.95)
+
+
+def test_the_level_with_the_most_latencies_near_it() -> None:
+    seconds = np.array([1.0, 2.0, 5.0, 5.2, 5.4, 9.0, 9.1])
+    assert crowded_level(seconds, 0.1) in (5.0, 5.2, 5.4)
+    within = [(np.abs(seconds / s - 1) <= 0.1).sum() for s in seconds]
+    level = crowded_level(seconds, 0.1)
+    assert (np.abs(seconds / level - 1) <= 0.1).sum() == max(within)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equal_latency_is_equal(seed: int) -> None:
+    """Any additive cost will do: parameters have the form of a latency."""
+    space = load_space(ROOT / "configs/spaces/quickstart.yaml")
+    cost = params_cost(space)
+    pool = sample_pool(space, seed, 2000)
+    chosen, level = choose_equal(space, pool, cost, 0.1, 12)
+    assert len(np.unique(chosen, axis=0)) == 12
+    assert np.abs(cost(chosen) / level - 1).max() <= 0.1
+    assert len(set(axis_levels(space, chosen)["ratio"])) > 1
+
+
+def test_judge_reads_losses_up_and_sizes_down() -> None:
+    """A supernet that ranks as training alone does, with larger models better: all taus are 1."""
+    rows = []
+    for i in range(6):
+        alone = [
+            {"seed": s, "loss_nats": 2.0 - 0.1 * i + 0.001 * s, "recall_loss_nats": None} for s in (1, 2)
+        ]
+        rows.append(
+            {
+                "key": str(i), "sets": ["axes", "equal_latency"][: 1 + i % 2 + (i == 0)],
+                "params": 100 + i, "flops": 100 - i, "alone": alone,
+                "supernet": {"loss_nats": 3.0 - i, "recall_loss_nats": None},
+            }
+        )  # fmt: skip
+    found = judge(rows, seed=0)
+    taus = {name: e["value"] for name, e in found["axes"]["loss"]["kendall_tau"].items()}
+    assert taus == {"supernet": 1.0, "params": 1.0, "flops": -1.0, "two_seeds": 1.0}
+    assert found["axes"]["recall_loss"] is None
+    assert found["axes"]["verdict"] == "trusted"
+    assert found["equal_latency"]["architectures"] == ["0", "1", "3", "5"]
+
+
+def test_trainings_alone_are_as_the_run_says() -> None:
+    config = TrainConfig(steps=100, batch=4, seed=5, workers=2, threads=2, learning_rate=1e-2)
+    alone = AuditConfig().training(config)
+    assert alone == TrainConfig(steps=25, batch=4, seed=6, workers=0, threads=1, learning_rate=1e-2)
+    assert AuditConfig(steps=7, batch=2).training(config).steps == 7
+    assert AuditConfig(steps=7, batch=2).training(config).batch == 2
+
+
+@pytest.fixture
+def trained(tmp_path: Path, config_file: Path) -> Run:
+    """A trained run, and a card whose predicted latencies follow from the FLOPs."""
+    run = Run(tmp_path / "run", load_run_config(config_file), tmp_path / "devices")
+    run.save_config()
+    run.trained(Quiet(), load_corpus(run.config.train.data))
+    space, workload = run.space, Workload(phase="prefill", length=64)
+    model = WorkloadModel(
+        op_seconds={op.key: 1e-6 + 1e-11 * op_flops(op, workload, space.frame) for op in space_ops(space)},
+        kinds=dict.fromkeys(op_kinds(space), 1.0),
+        constant=1e-5,
+        once_full=2e-6,
+        per_layer=1e-6,
+        scale=0.01,
+        hinges=(0.0,) * 4,
+        errors={},
+    )
+    card = Card(run.devices / "desk", {"cpu": "made up", "runtime": "onnxruntime", "runtime_version": "0"})
+    card.save()
+    unmeasured = OpLatencies(space.frame, {}, {})
+    predictor = Predictor(space=space, ops=unmeasured, models={workload: model}, residuals=[0.0])
+    predictor.save(card.predictor_path(space.name, "onnxruntime", 1, "fp32"), {"graphs": str(VERSION)})
+    return run
+
+
+def test_without_a_predictor_one_line_says_what_makes_it(trained: Run) -> None:
+    for device, workload, expected in (
+        ("moon", None, "audit: .* needs a predictor: .*`formfit profile --space SPACE --device moon`"),
+        ("desk", "prefill@32", "--workload prefill@64 --workload prefill@32`"),
+    ):
+        with pytest.raises(InputError, match=expected) as found:
+            audit(trained, AuditConfig(workload=workload), device, Quiet())
+        assert "\n" not in str(found.value)
+
+
+def start(run: Run) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from search.cli import main; main()", "--devices", str(run.devices)]
+    command += ["audit", "--supernet", str(run.folder), "--size", "3", "--steps", "2", "--batch", "2"]
+    return subprocess.Popen(
+        [*command, "--workers", "1", "--json"],
+        cwd=run.folder.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.timeout(600)  # Ray starts twice, slowly where the cores are busy
+def test_a_killed_audit_goes_on(trained: Run) -> None:
+    trials = trained.folder / "audit" / "trials"
+    first = start(trained)
+    try:
+        deadline = time.monotonic() + 240
+        while not list(trials.glob("*/result.json")):
+            assert first.poll() is None, first.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    assert not (trials.parent / "audit.json").exists()
+    kept = {path: path.stat().st_ino for path in trials.glob("*/result.json")}  # a new file is another inode
+    logs = {path.parent: (path.parent / "metrics.jsonl").read_text() for path in kept}
+    second = start(trained)
+    out, err = second.communicate(timeout=300)
+    assert second.returncode == 0, err
+    value = json.loads(out)
+    assert value == json.loads((trials.parent / "audit.json").read_text())
+    for path, inode in kept.items():
+        assert path.stat().st_ino == inode
+        assert (path.parent / "metrics.jsonl").read_text() == logs[path.parent]
+    assert not (trials.parent / "tune").exists()
+    assert not list(trials.glob("*/step-*"))
+    check_values(trained, value)
+    check_report(trained.folder, value)
+
+
+def check_values(run: Run, value: dict[str, Any]) -> None:
+    """What the audit says is what the pieces say, without Ray."""
+    space, rows = run.space, value["architectures"]
+    assert [len([r for r in rows if name in r["sets"]]) for name in ("axes", "equal_latency")] == [3, 3]
+    workload = Workload(phase="prefill", length=64)
+    card = load_card(run.devices, "desk")
+    path = card.predictor_path(space.name, "onnxruntime", 1, "fp32")
+    cost = load_predictor(path, space, "").cost(workload)
+    members = [Architecture.from_json(r["architecture"]) for r in rows if "equal_latency" in r["sets"]]
+    level = value["equal_latency_ms"]
+    assert np.abs(1e3 * cost(genome.encode(space, members)) / level - 1).max() <= 0.1
+    # One of the trainings again, in this process.
+    row = rows[-1]
+    architecture = Architecture.from_json(row["architecture"])
+    corpus = load_corpus(run.config.train.data)
+    config = run.config.train.model_copy(update={"steps": 2, "batch": 2, "seed": row["alone"][1]["seed"]})
+    checkpoint = train(space, config, run.folder / "again", None, corpus, architecture)
+    weights = dict(load_alone(space, checkpoint, architecture).named_parameters())
+    data = evaluation_set(corpus, run.config.search.front_windows, space.context)
+    quality = evaluate(weights, architecture, space.frame, data)
+    assert quality.loss_nats == row["alone"][1]["loss_nats"]
+    assert row["alone"][0]["loss_nats"] != row["alone"][1]["loss_nats"]
+
+
+def check_report(run: Path, value: dict[str, Any]) -> None:
+    """The page shows all architectures and loads nothing; a run's report shows this supernet's audit."""
+    page = (run / "audit" / "audit.html").read_text()
+    assert all(row["key"] in page for row in value["architectures"])
+    assert "<script src" not in page
+    supernet = value["header"]["inputs"]["supernet"]
+    section = audit_section(run, supernet)
+    for judged in value["sets"].values():
+        assert judged["text"] in value["verdict"]
+        assert escape(judged["text"]) in section
+    assert section.count("<tr>") == 1 + len(agreement_rows(value)) == 1 + 2 * 5
+    assert audit_section(run, "0" * 64) == ""
+    assert audit_section(run.parent, supernet) == ""

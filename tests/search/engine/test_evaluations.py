@@ -1,0 +1,90 @@
+"""The study: a projection of the record that optuna-dashboard opens, and whose plots say something."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+
+from search.config import load_run_config
+from search.engine.evaluations import genomes_of, open_study, summary_params
+from space import InputError, genome
+from space.io.parquet import read_table
+
+
+def objectives_of(folder: Path) -> list[str]:
+    return list(json.loads((folder / "front.json").read_text())["objectives"])
+
+
+@pytest.fixture
+def folder(run_folder: Path) -> Path:
+    return run_folder / "run" / "searches" / "desk"
+
+
+def asked(app: Any, path: str) -> Any:
+    """What the dashboard's server answers to a GET."""
+    environ: dict[str, Any] = {"PATH_INFO": path, "wsgi.input": io.BytesIO()}
+    setup_testing_defaults(environ)
+    said: list[str] = []
+    body = b"".join(app(environ, lambda status, *_: said.append(status)))
+    assert said[0].startswith("200"), (path, said[0], body[:300])
+    return body
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_dashboard_opens_the_study_and_its_plots_say_something(folder: Path) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    app = dashboard.wsgi(JournalStorage(JournalFileBackend(str(folder / "study.log"))))
+    studies = json.loads(asked(app, "/api/studies"))["study_summaries"]
+    assert [study["study_name"] for study in studies] == ["desk"]
+    number = studies[0]["study_id"]
+    detail = json.loads(asked(app, f"/api/studies/{number}"))
+    assert len(detail["trials"]) == 32
+    assert "latency:prefill@64" in json.dumps(detail)
+    assert {item["name"] for item in detail["union_search_space"]} == {
+        "width", "depth", "full_layers", "linear_layers", "linear_kind", "heads", "ffn"
+    }  # fmt: skip
+    # The importance of parameters for the predicted latency: it is made of them, so they explain it.
+    latency = json.loads(asked(app, f"/api/studies/{number}/param_importances"))["param_importances"][1]
+    weights = {item["name"]: item["importance"] for item in latency}
+    assert sum(weights.values()) == pytest.approx(1, abs=0.01)
+    assert max(weights, key=weights.__getitem__) in (
+        "width",
+        "depth",
+        "heads",
+        "ffn",
+        "linear_layers",
+        "full_layers",
+    )
+    for plot in ("contour", "slice", "edf", "rank"):
+        drawn = json.loads(asked(app, f"/api/studies/{number}/plot/{plot}"))
+        assert drawn["data"], plot
+
+
+def test_trials_are_the_record(folder: Path, run_folder: Path) -> None:
+    space = load_run_config(run_folder / "run" / "config.yaml").the_space
+    study = open_study(folder / "study.log", "desk", objectives_of(folder), space.hash).study
+    part, _ = read_table(folder / "evaluations" / "part-0001.parquet", "evaluations", "formfit search")
+    trials = study.get_trials()[8:16]
+    for trial, row, architecture in zip(
+        trials, part.to_dict("records"), genome.decode(space, genomes_of(part)), strict=True
+    ):
+        assert trial.user_attrs["genome"] == row["genome"].tolist()
+        assert trial.user_attrs["key"] == row["key"] == architecture.key
+        assert trial.values == [row["loss"], row["latency:prefill@64"]]
+        assert trial.params == summary_params(space, architecture)
+        present = [layer for layer in architecture.layers if layer.present]
+        assert trial.params["depth"] == len(present)
+        assert trial.params["ffn"] == sum(layer.ffn for layer in present)
+
+
+def test_a_study_of_another_space_or_of_other_objectives_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="made for space"):
+        open_study(folder / "study.log", "desk", objectives_of(folder), "0" * 64)
+    with pytest.raises(InputError, match="objectives are"):
+        open_study(folder / "study.log", "desk", ["loss", "params"], "0" * 64)

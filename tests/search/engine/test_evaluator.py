@@ -1,0 +1,90 @@
+"""Evaluators: what raises or dies is recorded, and losing workers or nodes changes nothing."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search.engine.evaluations import open_study
+from search.engine.evaluator import Failed, Outcome, attempt, pool
+from search.engine.search import Search
+from search.problem.problem import Problem, SearchConfig
+from space import Architecture, InputError, genome
+from supernet.evaluate import Quality
+from tests.contracts import tiny_space
+from tests.synthetic import Synthetic
+
+SPACE = tiny_space(width=[16, 32], depth=[1, 2], ffn=[0, 16])
+SOME = genome.decode(SPACE, np.unique(genome.sample(SPACE, np.random.default_rng(0), 200), axis=0)[:12])
+
+
+def outcomes(marks: dict[str, str], workers: int) -> list[Outcome]:
+    with pool(Synthetic, (marks,), workers) as evaluate:
+        return list(evaluate(SOME, "search"))
+
+
+def losses(found: Sequence[Outcome]) -> list[float | None]:
+    return [None if isinstance(outcome, Failed) else outcome.loss_nats for outcome in found]
+
+
+def test_what_raises_is_tried_three_times_and_recorded() -> None:
+    one = Synthetic({SOME[0].key: "raises", SOME[1].key: "diverges"})
+    assert attempt(one, SOME[0], "search") == Failed(f"ValueError: no weights for {SOME[0].key}")
+    assert one.tries == 3
+    assert attempt(one, SOME[1], "search") == Failed("the loss is nan")
+    assert attempt(one, SOME[2], "search") == Quality(
+        loss_nats=int(SOME[2].key, 16) % 1000 / 1000, recall_loss_nats=int(SOME[2].key, 16) % 1000 / 1000 + 6
+    )
+
+
+def test_workers_that_raise_and_die_give_the_same_as_none_that_do() -> None:
+    marks = {SOME[2].key: "raises", SOME[7].key: "diverges"}
+    here = outcomes(marks, 0)
+    there = outcomes({**marks, SOME[5].key: "dies"}, 2)
+    assert isinstance(there[5], Failed)
+    assert "died 3 times" in there[5].reason
+    assert here[:5] + here[6:] == there[:5] + there[6:]
+
+
+def test_one_that_cannot_be_evaluated_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
+    """In the record, the study and the front; where all of the front fails, one line says so."""
+    import optuna
+
+    space = SPACE
+    problem = Problem(space, {}, ("loss", "params"), (), 0.975, {})
+    config = SearchConfig(generations=3, population=6, workers=0)
+    bad = {a.key: "raises" for a in genome.decode(space, genome.encode(space, [genome.largest(space)]))}
+
+    def evaluate(architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
+        return (attempt(Synthetic(bad), a, data) for a in architectures)
+
+    front = Search(problem, config, tmp_path, {}).run(evaluate)
+    assert [item["key"] for item in front["failed"]] == [genome.largest(space).key]
+    assert front["failed"][0]["reason"].startswith("ValueError: no weights")
+    assert front["evaluations"] == 18
+    study = open_study(tmp_path / "study.log", tmp_path.name, ["loss", "params"], space.hash).study
+    states = [trial.state for trial in study.get_trials()]
+    assert states.count(optuna.trial.TrialState.FAIL) == 1
+    assert len(states) == 18
+
+    def none(architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
+        return (Failed("lost") if data == "front" else attempt(Synthetic({}), a, data) for a in architectures)
+
+    with pytest.raises(InputError, match="every evaluation of the front failed: lost"):
+        Search(problem, config, tmp_path / "again", {}).run(none)
+
+
+def test_an_address_at_which_nothing_answers_is_refused_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(InputError, match="nothing answers"):
+        pool(Synthetic, ({},), 1, "127.0.0.1:1").__enter__()
+    with pytest.raises(InputError, match="expected HOST:PORT"):
+        pool(Synthetic, ({},), 1, "nowhere").__enter__()
+    assert time.monotonic() - began < 30
+
+
+def test_a_worker_that_cannot_be_made_ends_the_search() -> None:
+    with pytest.raises(InputError, match="a worker cannot be made"), pool(Synthetic, (), 1) as evaluate:
+        list(evaluate(SOME, "search"))

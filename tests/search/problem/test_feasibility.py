@@ -1,0 +1,521 @@
+"""Feasibility against brute force: every architecture of small spaces, under random costs."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.optimize import milp
+
+from search.problem import feasibility
+from search.problem.feasibility import Bounded, certify, feasible, least, nearest, within
+from search.problem.limit import Limit, format_quantity
+from space import LimitError, Space, Workload, load_space
+from space.cost import flops_table, memory_cost, params_cost
+from space.genome import Genomes, contains, decode, encode, layout, sample, size
+from space.ops import Cost, Op, OpTables
+
+Floats = NDArray[np.float64]
+
+
+def space_of(hybrid: dict[str, Any], **changes: Any) -> Space:
+    fields: dict[str, Any] = {"name": "tiny", "context": 64, "head_dim": 16, "width": [16, 32]}
+    layer = changes.pop("layer")
+    return Space.model_validate(fields | changes | {"layer": layer, "hybrid": hybrid})
+
+
+SPACES = {
+    "one kind of two, layers may be absent": space_of(
+        {"ratios": ["full", 1, 2, "linear"], "linear_kinds": 1},
+        depth=[2, 3],
+        layer={"mixer": ["attention", "linear", "retnet", "none"], "heads": [1, 2], "ffn": [0, 16]},
+    ),
+    "two kinds of four, every layer whole": space_of(
+        {"ratios": [1, 3, "linear"], "linear_kinds": 2},
+        width=[16],
+        depth=[3, 4],
+        layer={
+            "mixer": ["attention", "linear", "retnet", "gated_deltanet", "sliding"],
+            "heads": [1],
+            "ffn": [16, 32],
+            "window": [8],
+        },
+    ),
+    "local apart, a forced layer": space_of(
+        {"ratios": ["full", 1, "linear"], "full_layers": [1], "local": "separate"},
+        depth=[1, 2, 3],
+        layer={
+            "mixer": ["sliding", "attention", "linear", "none"],
+            "heads": [2, 4],
+            "kv_heads": [2],
+            "ffn": [0, 16, 32],
+            "window": [8, 16],
+        },
+    ),
+    "two windows are one kind, forced ends": space_of(
+        {"ratios": ["full", 1, 2], "full_layers": [0, 2], "linear_kinds": 1},
+        depth=[2, 3, 4],
+        width=[16],
+        layer={
+            "mixer": ["attention", "retnet", "sliding"],
+            "heads": [1, 2],
+            "ffn": [0, 16],
+            "window": [8, 16],
+        },
+    ),
+    "no FFN": space_of(
+        {"ratios": [1, 2, "linear"], "linear_kinds": 2},
+        depth=[2, 3],
+        layer={"mixer": ["attention", "linear", "retnet", "gated_deltanet"], "heads": [1, 2], "ffn": [0]},
+    ),
+}
+
+
+@cache
+def everything(name: str) -> Genomes:
+    """Every genome of a space: the product of the genes, filtered."""
+    space = SPACES[name]
+    alphabet = layout(space).alphabet
+    product = np.indices(tuple(alphabet.tolist())).reshape(len(alphabet), -1).T.astype(np.int16)
+    genomes = np.concatenate([part[contains(space, part)] for part in np.array_split(product, 16)])
+    assert len(genomes) == size(space)
+    return genomes
+
+
+def random_table(space: Space, rng: np.random.Generator, style: str) -> OpTables:
+    """A number for each op: any, or few different ones (so that ties abound), some of them infinite."""
+    numbers: dict[Op, float] = {}
+
+    def number(op: Op) -> float:
+        if op not in numbers:
+            numbers[op] = float(rng.integers(1, 5)) if style == "ties" else float(rng.lognormal())
+            if style == "kinds" and op.kind != "ffn":  # what one cost likes, another does not
+                numbers[op] = {"attention": 20.0, "embedding": 0.1, "head": 0.1}.get(op.kind, numbers[op])
+                numbers[op] = numbers.setdefault(replace(op, heads=0, kv_heads=0, window=0), numbers[op])
+            if style == "lacking" and rng.random() < 0.25 and op.kind not in ("embedding", "head"):
+                numbers[op] = np.inf
+        return numbers[op]
+
+    return OpTables(space, number)
+
+
+def random_cost(space: Space, rng: np.random.Generator, style: str) -> Cost:
+    table = random_table(space, rng, style)
+    peak = random_table(space, rng, "ties" if style == "ties" else "any") if rng.random() < 0.6 else None
+    if peak is not None and rng.random() < 0.5:  # a peak that matters more than the sum
+        peak.ends, peak.mixer, peak.ffn = peak.ends * 0.1, peak.mixer * 5, peak.ffn * 5
+    constant, per_layer, once_full = rng.integers(8, 11), rng.integers(-2, 3), rng.integers(0, 4)
+    return Cost(table, float(constant), float(per_layer), float(once_full), peak)
+
+
+def priced(costs: list[Cost], genomes: Genomes) -> Floats:
+    """The costs of all genomes [N, costs]; sums with infinity in them are infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.stack([cost(genomes) for cost in costs], axis=1)
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_least_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        cost = random_cost(space, rng, style)
+        values = cost(genomes)
+        value, architecture = least(space, cost)
+        row = encode(space, [architecture])
+        assert contains(space, row).all()
+        assert value == pytest.approx(values.min(), rel=1e-9)
+        assert cost(row)[0] == value
+
+
+def greatest_of(space: Space, rng: np.random.Generator, style: str, count: int) -> Cost:
+    """The greatest of so many random sums."""
+    first, *others = (random_cost(space, rng, style) for _ in range(count))
+    return replace(first, above=tuple(others))
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_greatest_of_sums_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(5)
+    bent = 0
+    for _ in range(3):
+        cost = greatest_of(space, rng, style, 3)
+        parts = priced([replace(cost, above=()), *cost.above], genomes)
+        values = priced([cost], genomes)
+        assert np.array_equal(values[:, 0], parts.max(axis=1))
+        value, architecture = least(space, cost)
+        assert value == pytest.approx(values.min(), rel=2e-6)
+        assert cost(encode(space, [architecture]))[0] == value
+        bent += parts[parts[:, 0].argmin()].max() > parts[:, 0].min()
+        other = random_cost(space, rng, style)
+        both = priced([cost, other], genomes)
+        for bounds in bounds_to_try(both, rng):
+            kept = (both <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(both).all(axis=1)
+            assert (feasible(space, [cost, other], list(bounds)) is not None) == kept.any()
+    assert bent  # in some, the least of the first sum is not the answer
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_lesser_of_two_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(7)
+    turns = set()
+    for _ in range(3):
+        cost = replace(greatest_of(space, rng, style, 2), otherwise=greatest_of(space, rng, style, 2))
+        both = [replace(cost, otherwise=None), cost.otherwise]
+        parts = priced(both, genomes)
+        values = priced([cost], genomes)
+        assert np.array_equal(values[:, 0], parts.min(axis=1))
+        value, architecture = least(space, cost)
+        assert value == pytest.approx(values.min(), rel=2e-6)
+        assert cost(encode(space, [architecture]))[0] == value
+        turns.add(int(parts.min(axis=0).argmin()))
+        costs = [cost, random_cost(space, rng, style)]
+        pairs = priced(costs, genomes)
+        for bounds in bounds_to_try(pairs, rng):
+            kept = (pairs <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(pairs).all(axis=1)
+            found = feasible(space, costs, list(bounds))
+            assert (found is not None) == kept.any()
+            if found is not None:
+                row = priced(costs, encode(space, [found]))[0]
+                assert all(within(value, bound) for value, bound in zip(row, bounds, strict=True))
+    assert turns
+
+
+def test_the_lesser_of_two_is_refused_with_what_it_can_reach() -> None:
+    name = "no FFN"
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(8)
+    together = 0
+    for _ in range(6):
+        costs = [
+            replace(greatest_of(space, rng, "any", 2), otherwise=greatest_of(space, rng, "any", 2))
+            for _ in range(2)
+        ]
+        values = priced(costs, genomes)
+        low = values.min(axis=0)
+        asked = asked_of(costs, low * [0.999, 2.0])
+        assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in refusal(space, asked)
+        certify(space, asked_of(costs[:1], low[:1]))
+        bounds = low * [1.0, 1.0]
+        bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
+        if bounds[1] > low[1]:
+            together += 1
+            message = refusal(space, asked_of(costs, bounds))
+            assert "cannot be met together" in message
+            reached = priced(costs, named_architectures(message, name))
+            assert reached[1, 1] == pytest.approx(bounds[1] / 0.999, rel=1e-5)
+    assert together
+
+
+def test_the_greatest_of_sums_is_refused_with_what_it_can_reach() -> None:
+    name = "no FFN"
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(6)
+    for _ in range(5):
+        costs = [greatest_of(space, rng, "any", 3) for _ in range(2)]
+        values = priced(costs, genomes)
+        low = values.min(axis=0)
+        asked = asked_of(costs, low * [0.999, 2.0])
+        message = refusal(space, asked)
+        assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in message
+        certify(space, asked_of(costs[:1], low[:1]))
+        bounds = low * [1.0, 1.0]
+        bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
+        if bounds[1] > low[1]:
+            message = refusal(space, asked_of(costs, bounds))
+            assert "cannot be met together" in message
+            reached = priced(costs, named_architectures(message, name))
+            assert reached[1, 1] == pytest.approx(bounds[1] / 0.999, rel=1e-5)
+
+
+def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
+    """Bounds about what can be met: those of an architecture, its neighbourhood, hopeless and easy ones.
+
+    Those a little below an undominated architecture are closer than the solver can see.
+    """
+    finite = values[np.isfinite(values).all(axis=1)]
+    if not len(finite):
+        return [np.full(values.shape[1], 1e9)]
+    picked = finite[rng.integers(0, len(finite), 3)]
+    low, high = finite.min(axis=0), np.median(finite, axis=0)
+    ends = finite[finite.argmin(axis=0)]  # of each cost, the architecture that is best in it
+    good = finite[np.argmin((finite / low) @ rng.dirichlet(np.ones(values.shape[1])))]
+    return [
+        *picked,
+        low,
+        ends.mean(axis=0),
+        ends.mean(axis=0) * rng.uniform(0.8, 1.2),
+        good,
+        good * (1 - 3e-8),
+        good * np.where(np.arange(len(good)) == 0, 1 - 1e-7, 1.0),
+        low + (high - low) * rng.random() ** 3,
+        low * rng.uniform(1, 1.5, len(low)),
+        np.where(rng.random(len(good)) < 0.5, np.inf, good),
+        low * 0.9,
+        finite.max(axis=0),
+    ]
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(1)
+    decided = set()
+    for count in (1, 2, 3, 4):
+        costs = [random_cost(space, rng, style) for _ in range(count)]
+        values = priced(costs, genomes)
+        for bounds in bounds_to_try(values, rng):
+            kept = (values <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(values).all(axis=1)
+            architecture = feasible(space, costs, list(bounds))
+            assert (architecture is not None) == kept.any(), (count, bounds)
+            decided.add(bool(kept.any()))
+            if architecture is not None:
+                row = encode(space, [architecture])
+                assert contains(space, row).all()
+                found = priced(costs, row)[0]
+                assert all(within(value, bound) for value, bound in zip(found, bounds, strict=True))
+                comfort = (values[kept] / bounds).sum(axis=1).min()
+                assert (found / bounds).sum() == pytest.approx(comfort, rel=1e-8)
+    assert decided == {True, False}
+
+
+@pytest.mark.parametrize("name", ["no FFN", "one kind of two, layers may be absent"])
+def test_what_the_solver_takes_for_kept_is_priced_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs about 1e-7 apart, in a solver made too coarse to tell: its finds must be cut away one by one."""
+    monkeypatch.setattr(feasibility, "_SCALE", 1.0)
+    solved = 0
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal solved
+        solved += 1
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(feasibility, "milp", counting)
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(6)
+    tables = [random_table(space, rng, "any") for _ in range(2)]
+    for seed in range(3):
+        close = random_table(space, np.random.default_rng(seed), "any")
+        for part in (close.mixer, close.ffn):
+            part[part > 0] = 1 + 1e-7 * part[part > 0]
+        costs = [Cost(close), Cost(tables[0]), Cost(tables[1])]
+        values = priced(costs, genomes)
+        for place in rng.integers(0, min(len(values), 60), 3):
+            row = values[np.argsort(values[:, 0])[place]]
+            for bounds in (row, row * [1, 1.2, 1.2], row * [1, 0.9, 2], values.min(axis=0) * [1, 2, 2]):
+                kept = (values <= bounds * (1 + 1e-9)).all(axis=1)
+                assert (feasible(space, costs, list(bounds)) is not None) == kept.any()
+    assert solved > 100
+
+
+def test_an_option_that_another_kind_betters_may_still_be_needed() -> None:
+    """One kind allowed, two layers within (6, 6): linear with both its heads, though retnet betters one."""
+    space = SPACES["one kind of two, layers may be absent"]
+    numbers = {("linear", 1): (1, 5), ("linear", 2): (5, 1), ("retnet", 1): (1, 4), ("retnet", 2): (9, 9)}
+
+    def table(which: int) -> OpTables:
+        ends = ("embedding", "head")
+        return OpTables(
+            space, lambda op: numbers.get((op.kind, op.heads), (0 if op.kind in ends else 20,) * 2)[which]
+        )
+
+    architecture = feasible(space, [Cost(table(0)), Cost(table(1))], [6.0, 6.0])
+    assert architecture is not None
+    assert sorted((layer.mixer, layer.heads) for layer in architecture.layers if layer.present) == [
+        ("linear", 1),
+        ("linear", 2),
+    ]
+
+
+def test_bounds_that_are_not_above_zero_are_refused() -> None:
+    space = SPACES["no FFN"]
+    with pytest.raises(ValueError, match="above 0"):
+        feasible(space, [params_cost(space)], [0.0])
+    with pytest.raises(ValueError, match="must be given"):
+        feasible(space, [], [])
+
+
+SUBJECTS = ("params", "phone:params", "memory@8", "decode@8")
+
+
+def asked_of(costs: list[Cost], bounds: Floats) -> list[Bounded]:
+    """Limits that stand for random costs: only their names and units matter."""
+    units = ("", "", "B", "s")
+    return [
+        Bounded(Limit.parse(f"{subject}<={float(bound)!r}{unit}"), cost, float(bound))
+        for subject, unit, cost, bound in zip(SUBJECTS, units, costs, bounds, strict=False)
+    ]
+
+
+def refusal(space: Space, asked: list[Bounded]) -> str:
+    with pytest.raises(LimitError) as error:
+        certify(space, asked)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def named_architectures(message: str, name: str) -> Genomes:
+    """The genomes of the architectures that a message names by key and description."""
+    space = SPACES[name]
+    keyed = {a.key: a for a in decode(space, everything(name))}
+    found = [keyed[word] for word in message.split() if word in keyed]
+    for architecture in found:
+        assert f"{architecture.key} ({architecture.describe()})" in message
+    return encode(space, found)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_each_limit_that_fails_alone_is_named_with_its_least(name: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(2)
+    costs = [random_cost(space, rng, "any") for _ in range(4)]
+    values = priced(costs, genomes)
+    low = values.min(axis=0)
+    asked = asked_of(costs, low * [0.9, 1.0, 0.5, 1.0])
+    message = refusal(space, asked)
+    assert message.startswith("space tiny: ")
+    for i in (0, 2):
+        shown = format_quantity(asked[i].limit.metric, low[i])
+        assert f"{asked[i].limit.text} cannot be met: the least is {shown}, of " in message
+    assert asked[1].limit.text not in message
+    assert asked[3].limit.text not in message
+    leasts = priced(costs, named_architectures(message, name))
+    assert [leasts[0, 0], leasts[1, 2]] == pytest.approx([low[0], low[2]], rel=1e-9)
+
+
+def conflicting(values: Floats, together: int, rng: np.random.Generator) -> Floats:
+    """Bounds of which, often, the first ``together`` conflict and no fewer."""
+    bounds: Floats = values.max(axis=0)
+    for i in range(together - 1):
+        kept = (values <= bounds).all(axis=1)
+        bounds[i] = values[kept, i].min() * rng.uniform(1, 1.3)
+    kept, last = values <= bounds, together - 1
+    fewer = [[j for j in range(last) if j != i] for i in range(last)]
+    leasts = [values[kept[:, some].all(axis=1), last].min() for some in [*fewer, list(range(last))]]
+    bounds[last] = (max(leasts[:-1]) + leasts[-1]) / 2
+    return bounds
+
+
+@pytest.mark.parametrize("together", [2, 3])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_fewest_limits_that_conflict_are_named_with_what_the_others_leave(
+    name: str, together: int
+) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(3)
+    checked = 0
+    for _ in range(500):
+        costs = [random_cost(space, rng, "any") for _ in range(4)]
+        values = priced(costs, genomes)
+        bounds = conflicting(values, together, rng)
+        kept = values <= bounds
+        sizes = {n: list(combinations(range(4), n)) for n in (1, 2, 3)}
+        conflicts = [s for n in sizes for s in sizes[n] if not kept[:, s].all(axis=1).any()]
+        if not conflicts or len(conflicts[0]) != together:
+            continue
+        first = list(conflicts[0])
+        asked = asked_of(costs, bounds)
+        message = refusal(space, asked)
+        names = [asked[i].limit.text for i in first]
+        assert f"{', '.join(names[:-1])} and {names[-1]} cannot be met together" in message
+        for other in set(range(4)) - set(first):
+            assert asked[other].limit.text not in message
+        reached = priced(costs, named_architectures(message, name))
+        for row, i in enumerate(first):
+            others = [j for j in first if j != i]
+            best = values[kept[:, others].all(axis=1), i].min()
+            assert reached[row, i] == pytest.approx(best, rel=1e-8)
+            assert f"the least {asked[i].limit.subject} is {asked[i].show(best)}, of " in message
+        checked += 1
+        if checked == 1 + (together == 2):
+            return
+    pytest.fail(f"only {checked} conflicts of {together} limits were drawn")
+
+
+def test_limits_that_can_be_met_pass_and_none_are_no_limits() -> None:
+    space = SPACES["no FFN"]
+    rng = np.random.default_rng(4)
+    costs = [random_cost(space, rng, "any") for _ in range(3)]
+    certify(space, [])
+    certify(space, asked_of(costs, priced(costs, everything("no FFN"))[77]))
+
+
+def test_a_value_is_shown_with_digits_that_tell_it_from_the_bound() -> None:
+    cost = params_cost(SPACES["no FFN"])
+    one = Bounded(Limit.parse("decode@8<=2ms"), cost, 2e-3)
+    assert [one.show(v) for v in (3e-3, 2.001e-3, 2e-3)] == ["3 ms", "2.001 ms", "2 ms"]
+    half = Bounded(Limit.parse("decode@8<=50%"), cost, 2e-3)
+    assert (one.text, half.text) == ("decode@8<=2ms", "decode@8<=50% (2 ms)")
+
+
+def test_ops_that_a_device_lacks_altogether_are_said_so() -> None:
+    space = SPACES["no FFN"]
+    lacking = Cost(OpTables(space, lambda op: np.inf if op.heads else 1.0))
+    held = params_cost(space)
+    for each in SPACES.values():
+        value, architecture = least(each, Cost(OpTables(each, lambda op: np.inf if op.heads else 1.0)))
+        assert value == np.inf
+        assert contains(each, encode(each, [architecture])).all()
+    assert feasible(space, [lacking, held], [1.0, 1e9]) is None
+    message = refusal(space, [Bounded(Limit.parse("decode@8<=1s"), lacking, 1.0)])
+    assert (
+        message
+        == "space tiny: decode@8<=1s cannot be met: every architecture needs an op that the device lacks"
+    )
+
+    # All but linear are lacking, and a parameter limit that only attention could keep.
+    some = Cost(
+        OpTables(space, lambda op: np.inf if op.kind in ("retnet", "gated_deltanet", "attention") else 1.0)
+    )
+    other = Cost(OpTables(space, lambda op: np.inf if op.kind == "linear" else 1.0))
+    asked = [Bounded(Limit.parse(f"{s}:decode@8<=9s"), cost, 9.0) for s, cost in (("a", some), ("b", other))]
+    message = refusal(space, asked)
+    assert "with b:decode@8<=9s, every architecture needs an op that the device lacks" in message
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
+def test_the_quickstart_space_with_its_own_costs(share: float) -> None:
+    space = load_space(Path("configs/spaces/quickstart.yaml"))
+    prefill = Cost(flops_table(space, Workload(phase="prefill", length=256)), 0.0, 1e4)
+    costs = [prefill, memory_cost(space, Workload(phase="prefill", length=512)), params_cost(space)]
+    rng = np.random.default_rng(5)
+    values = priced(costs, sample(space, rng, 4000))
+    lows = np.array([least(space, cost)[0] for cost in costs])
+    assert (values >= lows * (1 - 1e-9)).all()
+    bounds = lows + share * (values.max(axis=0) - lows)
+    architecture = feasible(space, costs, list(bounds))
+    assert architecture is not None or not (values <= bounds).all(axis=1).any()
+    if architecture is not None:
+        assert (priced(costs, encode(space, [architecture])) <= bounds * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_nearest_point_is_that_of_brute_force(name: str, style: str) -> None:
+    space, genomes = SPACES[name], everything(name)
+    rng = np.random.default_rng(3)
+    for count in (2, 3, 2):
+        costs = [random_cost(space, rng, style) for _ in range(count - 1)]
+        costs.append(greatest_of(space, rng, style, 2))
+        values = priced(costs, genomes)
+        finite = values[np.isfinite(values).all(axis=1)]
+        if not len(finite) or (finite <= 0).any():
+            continue
+        bounds = finite.min(axis=0) * rng.uniform(0.3, 1.2, count)
+        found = nearest(space, asked_of(costs, bounds))
+        assert found is not None
+        factor, architecture = found
+        least_factor = (finite / bounds).max(axis=1).min()
+        assert least_factor * (1 - 1e-6) <= factor <= least_factor * 1.006
+        reached = priced(costs, encode(space, [architecture]))[0]
+        assert (reached / bounds).max() == pytest.approx(factor, rel=1e-9)

@@ -1,0 +1,95 @@
+"""A sub-model verified by a kit: packed, run by a Python that gets nothing but the zip, judged here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latency.device_runner import main as probe
+from search.submodel.kit import CASES
+from tests.conftest import Program
+
+
+@pytest.fixture
+def packed(run_folder: Path, tmp_path: Path, formfit: Program) -> Path:
+    """A folder with a sub-model that was exported and packed, and what its kit measured."""
+    source = ("--devices", run_folder / "devices")
+    run, out = run_folder / "run", tmp_path / "model"
+    formfit(*source, "extract", "--supernet", run, "--search", "desk", "--format", "onnx", "--out", out)
+    kit = tmp_path / "kit.zip"
+    done = formfit(*source, "verify", out, "--device", "desk", "--pack", kit, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["timings"] == 6
+    command = [sys.executable, "-I", str(kit), "--out", str(tmp_path / "result.json")]
+    measured = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert measured.returncode == 0, measured.stderr
+    return tmp_path
+
+
+def test_what_a_kit_measured_is_judged(packed: Path, run_folder: Path, formfit: Program) -> None:
+    out, result = packed / "model", packed / "result.json"
+    words = ("--devices", run_folder / "devices", "verify", out, "--device", "desk", "--unpack")
+    done = formfit(*words, result, "--json")
+    assert done.returncode in (0, 3), done.stderr
+    value = json.loads(done.stdout)
+    assert value["parity"]["kept"]
+    assert {f"device_{name}" for name in CASES} < set(value["parity"]["errors"])
+    assert 0 < max(json.loads(result.read_text())["parity"].values()) < 1e-5
+    here = json.loads(formfit(*words[:-1], "--noise", "900", "--json").stdout)
+    for workload, row in value["latency"].items():
+        assert 0.2 < row["measured_latency_ms"] / here["latency"][workload]["measured_latency_ms"] < 5
+    assert {item["status"] for item in value["limits"]} <= {"kept", "missed"}
+
+
+def test_another_model_is_not_judged_by_it(packed: Path, run_folder: Path, formfit: Program) -> None:
+    model = packed / "model" / "model.onnx"
+    model.write_bytes(model.read_bytes() + b" ")
+    words = ("verify", packed / "model", "--device", "desk", "--unpack", packed / "result.json")
+    done = formfit("--devices", run_folder / "devices", *words)
+    assert done.returncode == 2
+    assert "not the graphs that were packed" in done.stderr
+
+
+LIES = {
+    "truncated": (lambda text: text[:-9], "not a result"),
+    "another device": (
+        lambda text: sealed(text, lambda v: v["fingerprint"].update(cpu="Other")),
+        "measured on another device",
+    ),
+    "less": (
+        lambda text: sealed(
+            text, lambda v: v["groups"][0]["timings"].pop(next(iter(v["groups"][0]["timings"])))
+        ),
+        "lacks what its kit",
+    ),
+    "no parity": (lambda text: sealed(text, lambda v: v["parity"].clear()), "lacks what its kit"),
+    "another kit": (lambda text: sealed(text, lambda v: v.update(kit="1" * 64)), "the result of kit 1111"),
+}
+
+
+def sealed(text: str, change: object) -> str:
+    value = json.loads(text)
+    change(value)  # type: ignore[operator]
+    return json.dumps({**value, "seal": probe.seal(value)})
+
+
+def test_results_that_lie_are_refused_in_one_line(packed: Path, run_folder: Path, formfit: Program) -> None:
+    lie = packed / "lie.json"
+    for how, expected in LIES.values():
+        lie.write_text(how((packed / "result.json").read_text()))
+        done = formfit(
+            "--devices",
+            run_folder / "devices",
+            "verify",
+            packed / "model",
+            "--device",
+            "desk",
+            "--unpack",
+            lie,
+        )
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert not (packed / "model" / "verify.json").exists()

@@ -1,0 +1,167 @@
+"""Sub-network, sub-model and graph compute the same, in fp32, against fp64."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from search.submodel.export import export_onnx
+from search.submodel.parity import parity, relative_error
+from search.submodel.verify import judge
+from space import Architecture, InputError, Layer, genome
+from space.architecture import MIXERS
+from space.blocks import Model
+from space.io.artefact import canonical_json
+from space.onnx import mixers as mixer_graphs
+from supernet.extract import read_submodel, write_submodel
+from supernet.supernet import Supernet
+from tests.contracts import scatter, tiny_space, unknown_operator
+
+SPACE = tiny_space(
+    width=[32, 48, 64],
+    depth=[1, 2, 3, 4],
+    mixer=[*MIXERS, "none"],
+    heads=[1, 2, 4],
+    kv_heads=[1, 2],
+    ffn=[0, 32, 64],
+    window=[8, 16],
+    ratios=["full", 1, 3, "linear"],
+    vocabulary=61,
+)
+ARCHITECTURES = genome.decode(SPACE, genome.sample(SPACE, np.random.default_rng(4), 20))
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    made = Supernet(SPACE)
+    scatter(made)
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.key)
+def test_parity_of_twenty_architectures(
+    architecture: Architecture, supernet: Supernet, tmp_path: Path
+) -> None:
+    submodel = write_submodel(tmp_path, supernet, architecture, {}, {})
+    found = parity(submodel, export_onnx(submodel), tokens=40)
+    assert set(found["errors"]) == {
+        f"{who}_{way}" for who in ("torch", "onnx") for way in ("prefill", "split", "decode")
+    }
+    assert max(found["errors"].values()) <= 1e-5, found
+    assert found["kept"]
+
+    # The sub-network inside the supernet, prefill and token by token, against the sub-model in fp64.
+    precise = Model(architecture, SPACE.frame).double()
+    precise.load_state_dict({k: v.double() for k, v in submodel.model().state_dict().items()})
+    text = torch.from_numpy(np.random.default_rng(0).integers(0, 61, (1, 40)))
+    with torch.no_grad():
+        expected = precise(text)[0].numpy()
+        states, steps = None, []
+        for t in range(40):
+            out, states = supernet(text[:, t : t + 1], architecture, t, states)
+            steps.append(out.numpy())
+        assert relative_error(supernet(text, architecture)[0].numpy(), expected) <= 1e-5
+        assert relative_error(np.concatenate(steps, axis=1), expected) <= 1e-5
+
+
+def test_the_twenty_cover_the_space() -> None:
+    mixers = {layer.mixer for a in ARCHITECTURES for layer in a.layers}
+    assert mixers == {*MIXERS, "none"}
+    assert any(layer.heads > layer.kv_heads for a in ARCHITECTURES for layer in a.layers)
+    assert any(not layer.present for a in ARCHITECTURES for layer in a.layers)
+
+
+def test_parity_sees_a_wrong_weight(supernet: Supernet, tmp_path: Path) -> None:
+    submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {})
+    path = export_onnx(submodel)
+    model = onnx.load(path)
+    weight = next(t for t in model.graph.initializer if t.name.endswith("mixer.o"))
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0] += 0.1
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, path)
+    found = parity(submodel, path, tokens=20)
+    assert not found["kept"]
+
+
+def test_the_graph_says_what_it_is(supernet: Supernet, tmp_path: Path) -> None:
+    architecture = genome.largest(SPACE)
+    path = export_onnx(write_submodel(tmp_path, supernet, architecture, {}, {"limits": []}))
+    metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert metadata["formfit.key"] == architecture.key
+    assert metadata["formfit.architecture"] == canonical_json(architecture.to_json())
+    assert (metadata["formfit.vocabulary"], metadata["formfit.context"]) == ("61", "64")
+    assert (metadata["formfit.precision"], metadata["formfit.tokenizer"]) == ("fp32", "bytes")
+    assert json.loads(metadata["formfit.limits"]) == []
+
+
+def test_a_spoilt_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> None:
+    submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {})
+    export_onnx(submodel)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="not a whole weights file"):
+        read_submodel(tmp_path).model()
+    other = write_submodel(tmp_path / "other", supernet, genome.smallest(SPACE), {}, {})
+    (tmp_path / "model.safetensors").write_bytes((other.folder / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match="not the weights of architecture"):
+        read_submodel(tmp_path).model()
+    graph = (tmp_path / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(graph[: len(graph) // 2])
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="cannot run it"):
+        parity(read_submodel(tmp_path), tmp_path / "model.onnx", 8)
+    value = json.loads((tmp_path / "architecture.json").read_text())
+    value["architecture"]["width"] = 32
+    (tmp_path / "architecture.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match="but its architecture has"):
+        read_submodel(tmp_path)
+
+
+def test_a_mixer_that_the_runtime_lacks_is_named(
+    supernet: Supernet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(mixer_graphs.WRITERS, "gla", unknown_operator)
+    layers = (Layer(mixer="gla", heads=1, kv_heads=1), Layer(mixer="linear", heads=1, kv_heads=1))
+    architecture = Architecture(32, (*layers, Layer(ffn=32), Layer(ffn=32)))
+    submodel = write_submodel(tmp_path, supernet, architecture, {}, {})
+    with pytest.raises(InputError, match=r"model.onnx: mixer gla: onnxruntime \S+ cannot run it .*Nowhere"):
+        parity(submodel, export_onnx(submodel), tokens=8)
+
+
+def test_limits_are_judged_by_what_was_measured(supernet: Supernet, tmp_path: Path) -> None:
+    limits = [
+        {"limit": "prefill@64<=2ms", "bound": 0.002, "unit": "seconds"},
+        {"limit": "decode@64<=1ms", "bound": 0.001, "unit": "seconds"},
+        {"limit": "params<=1K", "bound": 1000.0, "unit": "parameters"},
+        {"limit": "rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
+    ]
+    submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {"limits": limits})
+    rows = judge(submodel, "desk", {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900})
+    assert [row["status"] for row in rows] == ["kept", "UNMEASURED", "missed", "kept"]
+    assert rows[0]["used"] == pytest.approx(0.75)
+
+
+def test_another_devices_limits_are_not_judged_by_this_ones_measurements(
+    supernet: Supernet, tmp_path: Path
+) -> None:
+    """A limit that names no device means the first of those that the model was chosen for."""
+    limits = [
+        {"limit": "prefill@64<=2ms", "bound": 0.002, "unit": "seconds"},
+        {"limit": "phone:prefill@64<=1ms", "bound": 0.001, "unit": "seconds"},
+        {"limit": "phone:rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
+        {"limit": "params<=100M", "bound": 1e8, "unit": "parameters"},
+    ]
+    chosen = {"limits": limits, "predicted": {"latency": {"desk": {}, "phone": {}}}}
+    submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, chosen)
+    found = {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900}
+    assert [row["status"] for row in judge(submodel, "desk", *found)] == ["kept", *["UNMEASURED"] * 2, "kept"]
+    assert [row["status"] for row in judge(submodel, "phone", *found)] == [
+        "UNMEASURED",
+        "missed",
+        "kept",
+        "kept",
+    ]

@@ -1,0 +1,234 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from space import InputError
+from space.io.artefact import (
+    atomic_path,
+    canonical_json,
+    check_inputs,
+    digest,
+    file_digest,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class Stop(BaseException):
+    """An end that is no error, as Ctrl-C is."""
+
+
+@pytest.mark.parametrize("end", [ValueError, Stop])
+def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, end: type[BaseException]
+) -> None:
+    path = tmp_path / "card.json"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("new, but only ha")
+            assert path.read_text() == "old"
+            raise end
+
+    with pytest.raises(end):
+        fail()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == {"card.json"}
+
+
+def test_a_block_that_raises_makes_no_file(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_path(tmp_path / "card.json") as temporary:
+            temporary.write_text("{")
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - ours, raised above
+        fail()
+    assert names(tmp_path) == set()
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    write_text(path, "old")
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom space.files import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('new, but only ha')\n"
+        "    os._exit(9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == 9
+    assert path.read_text() == "old"
+
+
+def test_content_is_synced_before_the_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, events = tmp_path / "card.json", []
+    sync, rename = os.fsync, Path.replace
+
+    def spy_sync(descriptor: int) -> None:
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        events.append(("sync", target.name if target == tmp_path else target.read_text()))
+        sync(descriptor)
+
+    def spy_rename(self: Path, target: Path) -> Path:
+        events.append(("rename", target.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    monkeypatch.setattr(Path, "replace", spy_rename)
+    write_text(path, "whole")
+    assert events == [("sync", "whole"), ("rename", "card.json"), ("sync", tmp_path.name)]
+
+
+def test_written_files_are_whole_readable_and_alone(tmp_path: Path) -> None:
+    path = tmp_path / "devices" / "this" / "card.bin"  # folders are made
+    write_bytes(path, b"first")
+    write_bytes(path, b"\x00second")
+    assert path.read_bytes() == b"\x00second"
+    assert names(path.parent) == {"card.bin"}
+    assert path.stat().st_mode & 0o777 == 0o644
+    write_text(path, "\N{GREEK SMALL LETTER TAU}\n")
+    assert path.read_bytes() == b"\xcf\x84\n"
+
+
+def test_digests(tmp_path: Path) -> None:
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    tau = "\N{GREEK SMALL LETTER TAU}"
+    assert digest("") == digest(b"") == empty
+    assert digest(tau) == digest(b"\xcf\x84") != empty
+    (tmp_path / "tau").write_text(tau, encoding="utf-8")
+    assert file_digest(tmp_path / "tau") == digest(tau)
+
+
+def test_canonical_json_is_one_form() -> None:
+    assert (
+        canonical_json({"b": [1, None], "a": {"d": 1.5, "c": "x y"}})
+        == '{"a":{"c":"x y","d":1.5},"b":[1,null]}'
+    )
+    for number in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            canonical_json({"a": number})
+
+
+BODY = {"rows": [1, 2.5, None], "name": 'a "quoted" \N{GREEK SMALL LETTER TAU}'}
+
+
+def card(path: Path) -> Path:
+    write_json(path, "card", {"space": "ab" * 32}, BODY)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_json(path, "card", "formfit profile")
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "`formfit profile` makes" in message
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_an_artefact_is_its_header_and_its_body(tmp_path: Path) -> None:
+    path = card(tmp_path / "card.json")
+    header = {"kind": "card", "schema": 1, "inputs": {"space": "ab" * 32}}
+    assert read_json(path, "card", "formfit profile") == {"header": header, **BODY}
+    assert next(iter(json.loads(path.read_text()))) == "header"
+
+
+def test_a_body_cannot_replace_the_header(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="header"):
+        write_json(tmp_path / "card.json", "card", {}, {"header": {"kind": "front", "schema": 1}})
+    assert names(tmp_path) == set()
+
+
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    path = card(tmp_path / "card.json")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, "card", {}, {"median": math.nan})
+    assert path.read_bytes() == before
+    assert names(tmp_path) == {"card.json"}
+
+
+def test_a_missing_artefact_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    assert "not found; `formfit profile` makes it" in refusal(tmp_path / "card.json")
+
+
+def test_an_artefact_truncated_at_any_byte_is_refused(tmp_path: Path) -> None:
+    path = card(tmp_path / "card.json")
+    whole = path.read_bytes()
+    assert whole.endswith(b"}\n")
+    for end in range(len(whole) - 1):  # all but the last newline belong to the value
+        path.write_bytes(whole[:end])
+        assert "not a whole card file" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\xfa", b"[" * 100_000, b'{"header": ' + b"9" * 5000 + b"}", b'{"a":1}{"b":2}', b"\x00" * 64],
+    ids=["bytes", "deep", "long number", "two values", "zeros"],
+)
+def test_an_artefact_of_anything_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "card.json"
+    path.write_bytes(content)
+    assert "not a whole card file" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[], 3, None, "card", {}, {"header": []}, {"header": {}}, {"header": {"kind": "front", "schema": 1}}],
+)
+def test_an_artefact_of_another_kind_is_refused(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(value))
+    assert "not a card file" in refusal(path)
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", None, "a\nb"])
+def test_an_artefact_of_another_schema_is_refused(tmp_path: Path, schema: Any) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"header": {"kind": "card", "schema": schema}}))
+    message = refusal(path)
+    assert f"schema version {schema!r}, this formfit reads 1" in message
+
+
+def test_a_folder_in_the_place_of_an_artefact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(tmp_path, "card", "formfit profile")
+
+
+def test_inputs_that_agree_pass(tmp_path: Path) -> None:
+    artefact = read_json(card(tmp_path / "card.json"), "card", "formfit profile")
+    check_inputs(tmp_path / "card.json", artefact, {"space": "ab" * 32})
+    check_inputs(tmp_path / "card.json", artefact, {})
+
+
+def test_inputs_that_differ_are_refused_naming_both_sides(tmp_path: Path) -> None:
+    path = card(tmp_path / "card.json")
+    artefact = read_json(path, "card", "formfit profile")
+    with pytest.raises(InputError) as caught:
+        check_inputs(path, artefact, {"space": "cd" * 32})
+    assert str(caught.value) == f"{path}: made for space abababababab, but the space given is cdcdcdcdcdcd"
+
+
+@pytest.mark.parametrize("inputs", [{}, None, [], "space", {"space": None}, {"spaces": "ab" * 32}])
+def test_inputs_that_are_missing_are_refused(tmp_path: Path, inputs: Any) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"header": {"kind": "card", "schema": 1, "inputs": inputs}}))
+    with pytest.raises(InputError, match="made for space None, but the space given is abababababab"):
+        check_inputs(path, read_json(path, "card", "formfit profile"), {"space": "ab" * 32})

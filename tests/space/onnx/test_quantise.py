@@ -1,0 +1,157 @@
+"""Graphs in eight bits against numpy's own reading of their bytes, and their sizes against the cost table."""
+
+import logging
+from math import prod
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from latency.runtimes.onnxruntime import OnnxRuntime, random_weights, stack_graph
+from space import Architecture, Frame, Layer
+from space.cost import op_weight_bytes
+from space.onnx.model import model_graph
+from space.onnx.quantise import quantise
+from space.ops import Op, count_ops
+from space.precision import PRECISIONS, block_size
+from space.shapes import model_shapes, state_shapes
+
+MIXERS = (
+    "attention", "sliding", "linear", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda",
+)  # fmt: skip
+LAYERS = tuple(
+    Layer(mixer=mixer, heads=4, kv_heads=2, window=8 if mixer == "sliding" else 0, ffn=48) for mixer in MIXERS
+)
+ARCHITECTURE = Architecture(96, (*LAYERS, Layer(mixer="short_conv", ffn=0), Layer(), Layer(ffn=32)))
+FRAMES = {
+    "tied": Frame(vocabulary=37, context=64, head_dim=16),
+    "untied": Frame(vocabulary=37, context=64, head_dim=16, tied=False),
+}
+each_frame = pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+
+
+def graph_of(frame: Frame, architecture: Architecture = ARCHITECTURE) -> onnx.ModelProto:
+    weights = random_weights(model_shapes(architecture, frame), 0)
+    return model_graph(architecture, frame, weights, {"formfit.key": "kept"})
+
+
+def logits(
+    model: onnx.ModelProto, frame: Frame, architecture: Architecture = ARCHITECTURE
+) -> NDArray[np.float32]:
+    session = OnnxRuntime().session(model)
+    feeds = {"tokens": np.arange(24)[None] % 37, "position": np.zeros(1, np.int64)}
+    for slot, layer in enumerate(architecture.layers):
+        for name, shape in state_shapes(layer, architecture.width, frame, 1, 0).items():
+            feeds[f"state.{slot}.{name}"] = np.zeros(shape, np.float32)
+    known = {item.name for item in session.get_inputs()}
+    found: NDArray[np.float32] = session.run(["logits"], {k: v for k, v in feeds.items() if k in known})[0]
+    return found
+
+
+def distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of all constants but shapes and other whole numbers."""
+    return sum(
+        numpy_helper.to_array(tensor).nbytes
+        for tensor in model.graph.initializer
+        if tensor.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+    )
+
+
+@pytest.mark.parametrize("inputs", [16, 48, 64, 96, 160, 128, 256, 1024])
+def test_a_block_divides_its_inputs(inputs: int) -> None:
+    size = block_size(inputs)
+    assert inputs % size == 0
+    assert 16 <= size <= 128
+    assert size & (size - 1) == 0
+
+
+def test_a_block_of_other_inputs_is_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of 16"):
+        block_size(24)
+
+
+@each_frame
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
+def test_the_graph_is_as_small_as_the_cost_table_says(frame: Frame, precision: str) -> None:
+    ops = count_ops(ARCHITECTURE)
+    expected = sum(
+        n * (op_weight_bytes(op, frame) - op_weight_bytes(op, frame, precision)) for op, n in ops.items()
+    )
+    small = quantise(graph_of(frame), precision)
+    saved = weight_bytes(graph_of(frame)) - weight_bytes(small)
+    assert saved == expected
+    assert {item.key: item.value for item in small.metadata_props}["formfit.key"] == "kept"
+
+
+@each_frame
+def test_blocks_are_the_weights_within_half_a_step(frame: Frame) -> None:
+    """The bytes as numpy reads them: a product's weight is (byte - 128) * scale of its block."""
+    plain, small = graph_of(frame), quantise(graph_of(frame), "int8")
+    exact = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
+    if frame.tied:
+        exact["embedding.T"] = exact["embedding"].T
+    else:
+        exact |= {"head.T": exact["head"].T, "embedding.T": exact["embedding"].T}
+    found = {t.name: numpy_helper.to_array(t) for t in small.graph.initializer}
+    products = [node for node in small.graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == sum(node.op_type == "MatMul" for node in plain.graph.node)
+    for node in products:
+        rows, scales = found[node.input[1]].astype(np.float64), found[node.input[2]]
+        read = ((rows - 128) * scales[..., None]).reshape(len(rows), -1)
+        expected = exact[node.input[1].removesuffix("_Q8")].T
+        step = np.repeat(np.abs(scales), rows.shape[-1], axis=1)
+        assert (np.abs(read - expected) <= step * 1.001).all()
+        assert np.sqrt(np.mean((read - expected) ** 2)) <= 0.01 * np.sqrt(np.mean(expected**2))
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS, "short_conv", "ffn"])
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.05), ("int8-dynamic", 0.25)])
+def test_one_layer_says_almost_the_same(mixer: str, precision: str, bound: float) -> None:
+    frame = FRAMES["untied"]
+    layers = {**dict(zip(MIXERS, LAYERS, strict=True)), "short_conv": Layer(mixer="short_conv")}
+    architecture = Architecture(96, (layers.get(mixer, Layer(ffn=48)),))
+    expected = logits(graph_of(frame, architecture), frame, architecture)
+    found = logits(quantise(graph_of(frame, architecture), precision), frame, architecture)
+    assert 0 < distance(found, expected) < bound
+
+
+def test_a_tied_embedding_is_stored_once() -> None:
+    frame, architecture = FRAMES["tied"], Architecture(96, (Layer(mixer="linear", heads=2, kv_heads=2),))
+    small = quantise(graph_of(frame, architecture), "int8")
+    tables = [t for t in small.graph.initializer if prod(t.dims) == frame.vocabulary * 96]
+    assert [onnx.TensorProto.DataType.Name(t.data_type) for t in tables] == ["UINT8"]
+    expected = logits(graph_of(frame, architecture), frame, architecture)
+    assert distance(logits(small, frame, architecture), expected) < 0.05
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_outputs_keep_their_order(precision: str) -> None:
+    frame = FRAMES["tied"]
+    declared = [item.name for item in graph_of(frame).graph.output]
+    session = OnnxRuntime().session(quantise(graph_of(frame), precision))
+    assert [item.name for item in session.get_outputs()] == declared
+    assert declared[0] == "logits"
+
+
+def test_stacks_of_ends_run_in_every_precision() -> None:
+    frame = FRAMES["untied"]
+    for precision in ("int8", "int8-dynamic"):
+        runtime = OnnxRuntime(1, precision)
+        for op in (Op(kind="embedding", width=96), Op(kind="head", width=96)):
+            session = runtime.session(quantise(stack_graph(op, 3, frame), precision))
+            assert isinstance(session, ort.InferenceSession)
+            assert len(session.get_outputs()) == 3
+
+
+def test_the_tools_leave_logging_as_it_was() -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level, logging.root.manager.disable
+    quantise(graph_of(FRAMES["tied"], Architecture(96, (Layer(ffn=16),))), "int8")
+    assert (root.handlers[:], root.level, logging.root.manager.disable) == before

@@ -1,0 +1,331 @@
+"""What a sub-model's folder for transformers holds: generated code, a tokenizer, settings and weights."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from space import Architecture, Frame, InputError, Layer, genome
+from space.architecture import HEADLESS_MIXERS, MIXERS
+from space.blocks import Model
+from supernet.hf.bundle import one_file
+from supernet.hf.export import load_hf, modelling_file, write_hf
+from supernet.hf.llama import read_llama
+from supernet.hf.modeling import FormfitConfig, FormfitForCausalLM
+from supernet.training.trainer import cast_matrices
+from tests.contracts import scatter, tiny_space
+from tests.numerics import TOLERANCE, assert_close
+
+ROOT = Path(__file__).parents[3]
+BYTES = Frame(vocabulary=256, context=96, head_dim=16)
+HALF = 2**-4  # eleven layers of bf16 products, each rounded to 2^-9
+ATTENTION = Layer(mixer="attention", heads=4, kv_heads=2, ffn=32)
+
+
+def layer_of(name: str) -> Layer:
+    if name in HEADLESS_MIXERS:
+        return Layer(mixer=name, ffn=32)
+    return Layer(mixer=name, heads=4, kv_heads=2, window=8 if name == "sliding" else 0, ffn=32)
+
+
+MIXED = Architecture(48, tuple(layer_of(name) for name in MIXERS))
+
+
+def written(
+    folder: Path, architecture: Architecture = MIXED, frame: Frame = BYTES, tokenizer: Path | None = None
+) -> tuple[Model, list[str]]:
+    model = Model(architecture, frame)
+    scatter(model)
+    model.requires_grad_(False)
+    return model, write_hf(folder, model.state_dict(), architecture, frame, tokenizer)
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+# The code.
+
+
+@pytest.fixture(scope="module")
+def code() -> str:
+    return modelling_file()
+
+
+def dumps(text: str) -> dict[str, str]:
+    """Each definition at the top of a text, by its name, as its syntax tree."""
+    nodes: dict[str, str] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            nodes[node.name] = ast.dump(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            nodes[ast.unparse(target)] = ast.dump(node)
+    return nodes
+
+
+def test_the_code_is_the_sources(code: str) -> None:
+    head, *sections = re.split(r"(?m)^# (\S+\.py): .*\n", code)
+    assert ast.get_docstring(ast.parse(head))
+    found = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert {
+        "space/blocks.py",
+        "space/shapes.py",
+        "space/attention/decay.py",
+        "supernet/hf/modeling.py",
+    } < found.keys()
+    for path, text in found.items():
+        source = (ROOT / path).read_text(encoding="utf-8")
+        if path == "space/attention/linear.py":
+            source = source.replace("cuda.takes(", "cuda_takes(")
+            source = source.replace("return cuda.linear_attention(", "return cuda_linear_attention(")
+        if path == "space/attention/fla.py":
+            source = re.sub(r"def (takes|linear_attention)\(", r"def cuda_\1(", source)
+        wanted, here = dumps(source), dumps(text)
+        assert here
+        assert list(here) == [name for name in wanted if name in here]
+        for name, dump in here.items():
+            assert dump == wanted[name], f"{path}: {name}"
+    for path, comment in {
+        "space/attention/linear.py": "# What a chunk's rows weigh: the queries' scores",
+        "space/attention/fla.py": "# The kernels by rule and by whether",
+    }.items():
+        assert comment in found[path]
+    # What formfit alone needs stays out.
+    assert not {"Model", "write_json", "state_shapes"} & dumps(code).keys()
+    assert not re.search(r"(?m)^\s*(import|from) (space|supernet|fla|triton)", code)
+
+
+HOUSE = {
+    "supernet/top.py": "from space import part\nfrom space.one import first\n\n\n"
+    "class Main:\n    def run(self, second=None):\n        return first(self), part.second(), part.é()\n",
+    "space/one.py": "import math\n\n# What it adds.\nSTEP = math.pi\nUNUSED = nowhere\n\n\n"
+    "@property\ndef first(x):\n    return x + STEP\n",
+    "space/part.py": "import math\n\n\ndef second():\n    return math.tau\n\n\n"
+    "def é():\n    return [second for second in range(3)]\n",
+}
+
+
+def built(folder: Path, **changes: str) -> str:
+    for path, text in (HOUSE | {f"space/{name}.py": text for name, text in changes.items()}).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    return one_file("supernet.top", ["Main"], folder)
+
+
+def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
+    text = built(tmp_path)
+    _, body = text.split("import math\n")
+    assert body == (
+        "\n\n# space/one.py: \n\n\n# What it adds.\nSTEP = math.pi\n\n\n"
+        "@property\ndef first(x):\n    return x + STEP\n"
+        "\n\n# space/part.py: \n\n\ndef part_second():\n    return math.tau\n\n\n"
+        "def part_é():\n    return [second for second in range(3)]\n"
+        "\n\n# supernet/top.py: \n\n\nclass Main:\n    def run(self, second=None):\n"
+        "        return first(self), part_second(), part_é()\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"part": "STEP = 1\ndef second(): return STEP\ndef é(): pass\n"}, "STEP is space.(one|part)"),
+        ({"part": "import cmath as math\ndef second(): return math\ndef é(): pass\n"}, "math is import "),
+        ({"part": "def second(): return first\ndef é(): pass\n"}, "space.part.second uses first, which"),
+        ({"part": "def second(): return second\ndef é(): pass\n"}, "space.part.second is used as "),
+        ({"part": "def second(): pass\n"}, "space.part does not define é"),
+        ({"part": "def second(): pass\ndef é():\n    import space.one\n"}, "import space.one: only the top"),
+        ({"one": "import space.part\ndef first(x): return space\n"}, "space.one.first uses space, which"),
+        ({"one": "def first(x): return abs\n", "part": "from space.one import first\ndef abs(): pass\n"
+          "def second(): return abs()\ndef é(): pass\n"}, "abs is "),
+    ],
+)  # fmt: skip
+def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(tmp_path, **changes)
+
+
+# The tokenizer.
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    folder = tmp_path_factory.mktemp("bytes")
+    _, files = written(folder)
+    assert {"tokenizer.json", "tokenizer_config.json"} < set(files)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+ANY = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+ODD = st.lists(st.sampled_from(["<|endoftext|>", " ", "\r\n", "é", "😀", " ,", "n't"])).map("".join)
+
+
+@given(text=ANY | ODD)
+def test_tokens_are_bytes_after_byte_0(byte_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    ids = byte_tokenizer(text).input_ids
+    assert ids == [0, *text.encode()]
+    assert byte_tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_texts_are_padded_on_the_left_and_cut_at_the_context(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = byte_tokenizer(["ab", "abcd"], padding=True)
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert batch["input_ids"] == [[0, 0, 0, 97, 98], [0, 97, 98, 99, 100]]
+    assert batch["attention_mask"] == [[0, 0, 1, 1, 1], [1] * 5]
+    assert len(byte_tokenizer("a" * 200, truncation=True).input_ids) == BYTES.context
+    assert byte_tokenizer("a", "b").input_ids == [0, 97, 0, 98]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [getattr(byte_tokenizer, name) for name in names] == [0, 0, 0]
+
+
+def word_pieces(folder: Path, specials: list[str]) -> Path:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["the cat and the hat and the bat"] * 3, trainer)
+    made.save(str(folder / "given.json"))
+    return folder / "given.json"
+
+
+@pytest.mark.parametrize(
+    ("specials", "separator", "name"), [(["<unk>", "</s>"], 1, "</s>"), (["<unk>"], 0, None)], ids=str
+)
+def test_a_given_tokenizer_is_kept(
+    tmp_path: Path, specials: list[str], separator: int, name: str | None
+) -> None:
+    given = word_pieces(tmp_path, specials)
+    frame = Frame(vocabulary=300, context=64, head_dim=16)
+    written(tmp_path / "model", frame=frame, tokenizer=given)
+    assert (tmp_path / "model/tokenizer.json").read_bytes() == given.read_bytes()
+    assert read(tmp_path / "model/config.json")["eos_token_id"] == separator
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == (name, name, 64)
+    text = "the cat <unk> hat"
+    assert tokenizer(text).input_ids == tokenizers.Tokenizer.from_file(str(given)).encode(text).ids
+    with pytest.raises(InputError, match=r"given.json: \d+ tokens, the model has 256"):
+        written(tmp_path / "small", tokenizer=given)
+
+
+# Settings and weights.
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    _, files = written(tmp_path / "small", frame=Frame(vocabulary=61, context=96, head_dim=16))
+    assert files == ["model.safetensors", "modeling_formfit.py", "generation_config.json", "config.json"]
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == sorted(files)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    assert read(tmp_path / "small/generation_config.json") == ids
+    with pytest.raises(ValueError, match="not the weights of architecture"):
+        write_hf(tmp_path, {}, MIXED, BYTES, None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tied: bool) -> None:
+    space = tiny_space(
+        vocabulary=256, context=96, tied=tied, width=[48], depth=[2], mixer=["attention"], heads=[4],
+        kv_heads=[2], ffn=[32], ratios=["full"],
+    )  # fmt: skip
+    model, files = written(tmp_path, genome.largest(space), space.frame)
+    assert "modeling_formfit.py" not in files
+    architecture, weights = read_llama(tmp_path, space)
+    assert architecture == model.architecture
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    ids = torch.arange(38).view(2, 19)
+    with torch.no_grad():
+        found = LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits
+        assert_close("logits", found, model.double()(ids)[0], TOLERANCE["float32"])
+    # The same with empty slots between is the same folder.
+    apart = Architecture(48, (Layer(), ATTENTION, Layer(), Layer(), ATTENTION))
+    written(tmp_path / "apart", apart, space.frame)
+    for name in files:
+        assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes"),
+    [
+        ([Layer(mixer="attention", heads=2, kv_heads=2, ffn=32)], {}),
+        ([Layer(mixer="attention", heads=4, kv_heads=1, ffn=32)], {}),
+        ([Layer(mixer="attention", heads=4, kv_heads=2, ffn=64)], {}),
+        ([Layer(mixer="attention", heads=4, kv_heads=2)], {}),
+        ([Layer(ffn=32)], {}),
+        ([layer_of("sliding")], {}),
+        ([], {"qk_norm": True}),
+    ],
+    ids=str,
+)
+def test_what_differs_from_a_llama_is_none(
+    tmp_path: Path, layers: list[Layer], changes: dict[str, Any]
+) -> None:
+    frame = Frame(vocabulary=61, context=96, head_dim=16, **changes)
+    written(tmp_path, Architecture(48, (ATTENTION, *layers)), frame)
+    assert read(tmp_path / "config.json")["model_type"] == "formfit"
+
+
+def test_a_width_that_transformers_refuses_is_no_llama(tmp_path: Path) -> None:
+    written(tmp_path, Architecture(32, (Layer(mixer="attention", heads=3, kv_heads=3, ffn=32),)))
+    assert read(tmp_path / "config.json")["model_type"] == "formfit"
+
+
+def test_half_precision_is_for_matrices(tmp_path: Path) -> None:
+    model, _ = written(tmp_path)
+    full, half = (
+        FormfitForCausalLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    wanted = cast_matrices(dict(model.named_parameters()), torch.bfloat16)
+    assert {n: p.dtype for n, p in half.named_parameters()} == {n: p.dtype for n, p in wanted.items()}
+    ids, mask = torch.arange(38).view(2, 19), torch.arange(19) >= torch.tensor([[0], [7]])
+    with torch.no_grad():
+        expected = full(ids, attention_mask=mask).logits
+        assert_close("fp32", expected[:1], model(ids[:1])[0], TOLERANCE["float32"])
+        assert_close("bf16", half(ids, attention_mask=mask).logits, expected, HALF)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close("autocast", full(ids, attention_mask=mask).logits, expected, HALF)
+    assert half.generate(ids, attention_mask=mask.long(), max_new_tokens=3).shape == (2, 22)
+
+
+def test_a_new_model_starts_as_formfit_starts_one() -> None:
+    layer = {"mixer": "mamba2", "heads": 4, "kv_heads": 4, "ffn": 32}
+    config = FormfitConfig(architecture={"width": 32, "layers": [layer]}, frame=vars(BYTES))
+    starts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        starts.append(FormfitForCausalLM(config).state_dict())
+    first, second = starts
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert (first["norm"] == 1).all()
+    assert (first["layers.0.mixer.o"] == 0).all()
+    assert 0.9 < first["layers.0.ffn.up"].std() * 32**0.5 < 1.1
+    assert not torch.equal(first["layers.0.ffn.up"], first["layers.0.ffn.gate"])
+
+
+def test_a_folder_with_other_code_is_not_executed(tmp_path: Path) -> None:
+    written(tmp_path)
+    assert type(load_hf(tmp_path)).__name__ == "FormfitForCausalLM"
+    code = tmp_path / "modeling_formfit.py"
+    code.write_text(code.read_text() + "raise SystemExit('executed')\n")
+    with pytest.raises(InputError, match="not what this formfit writes"):
+        load_hf(tmp_path)
+
+
+def test_a_llama_in_the_place_of_another_model_has_no_code(tmp_path: Path) -> None:
+    written(tmp_path)
+    written(tmp_path, Architecture(64, (ATTENTION, ATTENTION)))
+    assert not (tmp_path / "modeling_formfit.py").exists()
+    assert type(load_hf(tmp_path)).__name__ == "LlamaForCausalLM"
