@@ -25,8 +25,9 @@ import outcome
 
 from latency import Predictor, load_card, load_predictor
 from search.engine.search import Search
-from search.problem.feasibility import Bounded, certify, least
-from search.problem.limit import Limit
+from search.problem.feasibility import certify
+from search.problem.limit import Bounded, Limit
+from search.problem.milp import least
 from search.problem.problem import SearchConfig, make_problem
 from space import Architecture, LimitError, Workload, load_space
 from space.cost import memory_cost

@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-from search.strategies.nsga2 import Hat
+from search.strategies.hat import Hat
 from search.strategies.strategy import Task
 from space import Architecture, Layer, Space, genome
 from space.genome import Genomes

@@ -35,24 +35,24 @@ from program import Program, bounds_between
 from latency import Predictor, load_card, load_predictor
 from latency.runtimes.onnxruntime import graph_binding
 from latency.runtimes.rss import session_rss
-from search.audit.trials import Share, losses, one_thread, remove_checkpoints, run_trials
 from search.cli.output import Bars
 from search.config import VerifyConfig
-from search.pipeline import Run, open_run, open_supernet
-from search.progress import Reporter
 from search.strategies.pareto import non_dominated
 from search.submodel.export import export
 from search.submodel.verify import measure_submodel
+from search.workspace import Run, open_run, open_supernet
 from space import Architecture, Space, Workload, genome
 from space.cost import memory_bytes, params
 from space.io.artefact import write_text
+from space.io.progress import Reporter
 from space.precision import model_file
 from supernet.data.corpus import Corpus, load_corpus
-from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, mqar_accuracy
+from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, losses, mqar_accuracy
 from supernet.extract import write_submodel
 from supernet.supernet import Supernet
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_alone, load_supernet, train
+from supernet.training.trials import Share, one_thread, remove_checkpoints, run_trials
 
 WORKLOADS = ("prefill@1024", "decode@2048")
 PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its logarithm

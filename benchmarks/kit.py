@@ -21,7 +21,7 @@ import outcome
 from latency import Predictor, ProfileConfig, load_card
 from latency.kit.pack import pack, unpack
 from latency.profile import profile
-from space import Space, Workload, genome, load_space
+from space import Space, Workload, load_space, variation
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"
 QUICK = {
@@ -76,7 +76,7 @@ def main() -> int:
         far = unpack(space, folder / "kit", folder / "result.json")
         again, _ = direct(space, folder, "again", config)
         problems = {name: load_card(folder, name).problems for name in ("here", "kit", "again")}
-    genomes = genome.sample(space, np.random.default_rng(1), 1000)
+    genomes = variation.sample(space, np.random.default_rng(1), 1000)
     table, checks = {}, {f"kit of {packed['bytes'] / 2**20:.1f} MiB < 20": packed["bytes"] < 20 * 2**20}
     for w in here.models:
         of_kit, of_noise = (difference(p, here, genomes, w) for p in (far, again))

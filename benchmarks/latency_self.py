@@ -19,10 +19,10 @@ from scipy.stats import kendalltau, spearmanr
 
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.device_runner.timer import TimerConfig, measure, pinned
-from latency.predictor.predictor import proxy_predictions
+from latency.predictor.fit import proxy_predictions
 from latency.profile import profile
 from latency.runtimes.reference import noise_of, reference_items
-from space import Architecture, Workload, genome, load_space
+from space import Architecture, Workload, genome, load_space, variation
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 WORKLOADS = ("prefill@64", "prefill@256", "prefill@512", "decode@64", "decode@512", "decode@2048")
@@ -70,7 +70,7 @@ def measure_later(devices: Path, count: int, quick: bool) -> dict[str, Any]:
     space, card = load_space(SPACE), load_card(devices, NAME)
     predictor = load_predictor(next((card.folder / "predictors").glob("*.json")), space, "profile")
     seen = set(card.table("models")["key"])
-    drawn = genome.decode(space, genome.sample(space, np.random.default_rng(2026), 4 * count))
+    drawn = genome.decode(space, variation.sample(space, np.random.default_rng(2026), 4 * count))
     models = [a for a in {a.key: a for a in drawn}.values() if a.key not in seen][:count]
     runtime = OnnxRuntime(1)
     rounds = 4 if quick else 60

@@ -25,9 +25,9 @@ from program import Program
 
 from latency import load_predictor
 from search.config import load_run_config
-from search.problem.feasibility import least
+from search.problem.milp import least
 from search.problem.problem import SearchConfig
-from space import Workload, genome
+from space import Workload, variation
 
 WORKLOADS = ("prefill@256", "decode@256")
 FEW = ("--generations", "8")  # limits are in question here, not losses
@@ -54,7 +54,7 @@ def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
     space = load_run_config(program.run / "config.yaml").the_space
     path = program.devices / program.device / "predictors" / f"{space.name}-onnxruntime-t1-fp32.json"
     predictor = load_predictor(path, space, "formfit profile")
-    rows = genome.sample(space, np.random.default_rng(0), 20_000)
+    rows = variation.sample(space, np.random.default_rng(0), 20_000)
     found: list[list[tuple[str, float]]] = []
     for text in WORKLOADS:
         workload = Workload.parse(text)

@@ -24,8 +24,9 @@ from search.submodel.parity import PARITY, relative_error
 from space import Space
 from space.architecture import MIXERS
 from space.blocks import Model
-from space.genome import decode, sample
+from space.genome import decode
 from space.io.config import parse
+from space.variation import sample
 from supernet.extract import SubModel, write_submodel
 from supernet.supernet import Supernet
 

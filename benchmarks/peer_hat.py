@@ -34,18 +34,18 @@ from scipy.stats import trim_mean
 
 from latency import load_card, load_predictor
 from latency.runtimes.onnxruntime import OnnxRuntime
-from search.audit.trials import one_thread
 from search.config import VerifyConfig
 from search.engine.evaluator import evaluator
-from search.pipeline import open_run, open_supernet
 from search.submodel.export import export
 from search.submodel.verify import measure_submodel
-from space import Architecture, Space, Workload, genome
+from search.workspace import open_run, open_supernet
+from space import Architecture, Space, Workload, genome, variation
 from space.io.artefact import write_text
 from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluation_set
 from supernet.extract import write_submodel
 from supernet.training.train import load_supernet
+from supernet.training.trials import one_thread
 
 WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048"))
 PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its log
@@ -63,7 +63,7 @@ def measure_models(space: Space, seconds: float, path: Path) -> list[dict[str, A
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     spent = rows[-1]["spent"] if rows else 0.0
     runtime = OnnxRuntime()
-    wanted = genome.decode(space, genome.sample(space, np.random.default_rng(1), 20_000))[len(rows) :]
+    wanted = genome.decode(space, variation.sample(space, np.random.default_rng(1), 20_000))[len(rows) :]
     began = time.monotonic()
     with path.open("a") as file:
         for i, architecture in enumerate(wanted):
@@ -91,7 +91,7 @@ def mean_latency(run: Callable[[int], None]) -> float:
 
 def one_hot(space: Space, rows: Array) -> torch.Tensor:
     """Genomes [N, G] as [N, choices of all genes]; the columns are those of all the space's values."""
-    values = np.arange(int(genome.sample(space, np.random.default_rng(2), 5000).max()) + 2)
+    values = np.arange(int(variation.sample(space, np.random.default_rng(2), 5000).max()) + 2)
     wide = (rows[:, :, None] == values).reshape(len(rows), -1)
     return torch.tensor(wide, dtype=torch.float32)
 
@@ -191,7 +191,7 @@ def main() -> int:
     def theirs(workload: Workload, bound: float, seconds: float) -> dict[str, Any]:
         """What HAT's evolution finds in that time."""
         predict, _ = fitted(workload)  # learning takes minutes, which are not held against it
-        drawn = genome.sample(space, np.random.default_rng(3), POOL)
+        drawn = variation.sample(space, np.random.default_rng(3), POOL)
         pool = drawn[np.argsort(predict(one_hot(space, drawn)))[:POPULATION]]
         began, evaluations = time.monotonic(), 0
         with evaluator(supernet, sets, WORKERS, None, sys.stderr.write) as evaluate_all:

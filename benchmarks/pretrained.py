@@ -23,7 +23,7 @@ import outcome
 import torch
 import torch.nn.functional as F
 
-from space import Architecture, Space, genome, load_space
+from space import Architecture, Space, genome, load_space, variation
 from space.io.artefact import write_text
 from supernet.data.corpus import Corpus, DataConfig, load_corpus, train_batch
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
@@ -86,7 +86,7 @@ def small_members(space: Space, count: int) -> list[Architecture]:
     value["hybrid"] |= {"ratios": ["full"], "linear_kinds": None}
     value["depth"] = value["depth"][-2:]  # fewer layers would hide what the order does
     only = Space.model_validate(value)
-    return genome.decode(only, genome.sample(only, np.random.default_rng(24), count))
+    return genome.decode(only, variation.sample(only, np.random.default_rng(24), count))
 
 
 def starts(space: Space, folder: Path, corpus: Corpus, data: EvaluationSet, count: int) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def starts(space: Space, folder: Path, corpus: Corpus, data: EvaluationSet, coun
 
 
 def fixed_members(space: Space, count: int) -> list[Architecture]:
-    return genome.decode(space, genome.sample(space, np.random.default_rng(8), count))
+    return genome.decode(space, variation.sample(space, np.random.default_rng(8), count))
 
 
 def curve(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latency import Predictor
-from search.problem.feasibility import least
+from search.problem.milp import least
 from search.problem.problem import SearchConfig
 from space import Space, Workload, genome
 from space.io.artefact import write_text

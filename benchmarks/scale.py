@@ -27,14 +27,14 @@ from latency.predictor.design import op_design, seeds, stack_heights, stacks
 from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
 from latency.predictor.predictor import Predictor, WorkloadModel
 from latency.profile import BUILD_SECONDS, ProfileConfig
-from latency.runtimes.onnxruntime import random_weights
+from latency.runtimes.protocol import random_weights
 from search.engine.evaluator import SupernetEvaluate, pool
 from search.engine.search import Search
 from search.problem.problem import SearchConfig, make_problem
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Task, unseen
 from search.strategies.surrogate import Surrogate
-from space import Architecture, Space, Workload, genome, load_space
+from space import Architecture, Space, Workload, genome, load_space, variation
 from space.cost import flops_table, op_activation_bytes, op_flops, op_held_bytes, op_params, params_cost
 from space.ops import op_kinds, space_ops
 from supernet.evaluate import EvaluationSet, Quality
@@ -150,7 +150,7 @@ def made_up(space: Space) -> tuple[Predictor, dict[Any, float]]:
 def on_architectures(predictor: Predictor, sizes: Sequence[int]) -> dict[str, Any]:
     """What evolution does to so many architectures in one call."""
     space, rng = predictor.space, np.random.default_rng(0)
-    some = genome.sample(space, rng, min(max(sizes), 100_000))
+    some = variation.sample(space, rng, min(max(sizes), 100_000))
     workloads = [Workload.parse(PHASES[1]), Workload.parse(PHASES[4])]
     cost = predictor.cost(workloads[0])
     surrogate = Surrogate(Task(space, (None, cost), lambda g: np.zeros(len(g)), some[:2], 96, 0))
@@ -165,9 +165,9 @@ def on_architectures(predictor: Predictor, sizes: Sequence[int]) -> dict[str, An
             np.asarray,
             lambda g: [predictor.cost(w, c)(g) for w in workloads for c in (None, 0.975)],
         ),
-        "sample": (len, lambda n: genome.sample(space, rng, n)),
-        "repair": (rng.permuted, lambda g: genome.repair(space, g, rng)),
-        "mutate": (np.asarray, lambda g: genome.mutate(space, g, rng)),
+        "sample": (len, lambda n: variation.sample(space, rng, n)),
+        "repair": (rng.permuted, lambda g: variation.repair(space, g, rng)),
+        "mutate": (np.asarray, lambda g: variation.mutate(space, g, rng)),
         "tell apart": (lambda g: rng.integers(0, 9, g.shape), lambda g: unseen(g, set(), len(g))),
         "keys": (np.asarray, lambda g: [a.key for a in genome.decode(space, g)]),
         "surrogate": (np.asarray, surrogate),
@@ -204,7 +204,7 @@ def simulated(costs: Iterable[float], workers: int, latency: float, dispatch: fl
 def busy(space: Space, population: int, latency: float, dispatch: float, longest_first: bool) -> float:
     """The share of 64 GPUs that evaluates, in 20 generations of so many samples, each waited for."""
     rng, flops = np.random.default_rng(0), flops_table(space, Workload(phase="prefill", length=4096))
-    costs = [flops.totals(genome.sample(space, rng, population)) * 24 / (0.4 * 989e12) for _ in range(20)]
+    costs = [flops.totals(variation.sample(space, rng, population)) * 24 / (0.4 * 989e12) for _ in range(20)]
     costs = [np.sort(some)[::-1] for some in costs] if longest_first else costs
     return float(np.sum(costs) / (64 * sum(simulated(some, 64, latency, dispatch) for some in costs)))
 
@@ -212,7 +212,7 @@ def busy(space: Space, population: int, latency: float, dispatch: float, longest
 def on_workers(predictor: Predictor, quick: bool) -> dict[str, Any]:
     """The pool of Ray actors with evaluators that sleep, its simulation, and a search on four of them."""
     rows, counts = [], {"0": 100, "0.02": 32, "0.2": 3} if quick else {"0": 400, "0.02": 192, "0.2": 40}
-    some = genome.decode(predictor.space, genome.sample(predictor.space, np.random.default_rng(1), 1000))
+    some = genome.decode(predictor.space, variation.sample(predictor.space, np.random.default_rng(1), 1000))
     began, megabytes = time.perf_counter(), np.ones(25_000_000)
     with ray_session(4):
         found: dict[str, Any] = {"rows": rows, "session_seconds": time.perf_counter() - began}
@@ -269,7 +269,7 @@ def on_models(space: Space, steps: int) -> dict[str, float]:
     """Parameters, and forward FLOPs a token at the context, of a space's members and of its recipe's."""
     config, workload = TrainConfig(steps=steps), Workload(phase="prefill", length=space.context)
     count, flops = params_cost(space), flops_table(space, workload)
-    sampled = genome.sample(space, np.random.default_rng(0), 2001)
+    sampled = variation.sample(space, np.random.default_rng(0), 2001)
     groups = {
         "largest": genome.encode(space, [genome.largest(space)]),
         "smallest": genome.encode(space, [genome.smallest(space)]),

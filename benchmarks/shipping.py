@@ -23,12 +23,12 @@ import torch
 from kit import bare
 
 from latency.runtimes.onnxruntime import OnnxRuntime
-from search.pipeline import open_run, open_supernet
 from search.submodel.decoder import Decoder
 from search.submodel.export import export
 from search.submodel.generation import Draft, Sampling, generate, speculate
 from search.submodel.verify import graph_loss
-from space import Architecture, Workload, genome
+from search.workspace import open_run, open_supernet
+from space import Architecture, Workload, genome, variation
 from space.cost import flops_table, params
 from space.precision import PRECISIONS, model_file
 from supernet.data.corpus import load_corpus
@@ -101,7 +101,7 @@ def small_members(
     """The best of some random members at each share of the largest's FLOPs in a decode step."""
     space = supernet.space
     table = flops_table(space, Workload.parse("decode@256"))
-    pool = genome.sample(space, np.random.default_rng(0), 20_000)
+    pool = variation.sample(space, np.random.default_rng(0), 20_000)
     cost = table.totals(pool) / table.totals(genome.encode(space, [genome.largest(space)]))
     found = []
     few = replace(data, tokens=data.tokens[:8], targets=data.targets[:8], recallable=data.recallable[:8])

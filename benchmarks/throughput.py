@@ -13,10 +13,10 @@ from latency_self import SPACE
 
 from latency.predictor.composition import OpTimes
 from latency.predictor.design import choose_models
+from latency.predictor.fit import fit_predictor
 from latency.predictor.op_latencies import fit_op_latencies
-from latency.predictor.predictor import fit_predictor
 from latency.profile import ProfileConfig
-from space import Workload, genome, load_space
+from space import Workload, genome, load_space, variation
 from space.cost import op_flops, op_params
 from space.ops import count_ops, space_ops
 
@@ -54,7 +54,7 @@ def main() -> int:
         dict.fromkeys(WORKLOADS, 0.0),
         drawn=8,
     )
-    genomes = genome.sample(space, rng, 20_000 if arguments.quick else 400_000)
+    genomes = variation.sample(space, rng, 20_000 if arguments.quick else 400_000)
     found = []
     for _ in range(3 if arguments.quick else 11):
         began = time.perf_counter()

@@ -35,8 +35,10 @@ from latency.predictor.op_latencies import OpLatencies, Point
 from latency.predictor.predictor import Predictor
 from latency.records import Records, model_name, stack_name
 from latency.runtimes import rss
-from latency.runtimes.onnxruntime import OnnxRuntime, Runtime
+from latency.runtimes.onnxruntime import OnnxRuntime
+from latency.runtimes.protocol import Runtime
 from latency.runtimes.reference import reference_items, require_quiet, time_references
+from latency.runtimes.registry import open_runtime
 from space import Architecture, InputError, Space, Workload
 from space.io.artefact import canonical_json, digest
 from space.onnx.graph import version_for
@@ -178,26 +180,6 @@ def load_prior(space: Space, devices: Path, name: str, config: ProfileConfig) ->
             f"{config.threads} threads in {config.precision}; as a prior it says nothing"
         )
     return found
-
-
-def open_runtime(name: str, threads: int, precision: str = "fp32") -> Runtime:
-    """A runtime by its name, for models of a precision.
-
-    Raises:
-        InputError: this machine does not have it, or it does not have the precision.
-    """
-    if name == "onnxruntime":
-        return OnnxRuntime(threads, precision)
-    if precision != "fp32":
-        raise InputError(f"runtime {name}: precision {precision} is for onnxruntime; torch runs fp32")
-    from latency.runtimes.torch import TorchRuntime  # torch takes seconds to load
-
-    return TorchRuntime(threads, "cuda" if "cuda" in name else "cpu", compiled=name.endswith("compiled"))
-
-
-def open_card_runtime(card: Card, threads: int = 1) -> Runtime:
-    """The runtime that a card is of, on this machine."""
-    return open_runtime(str(card.fingerprint.get("runtime")), threads)
 
 
 def minutes(text: str) -> float:

@@ -17,9 +17,10 @@ from latency.card import Card
 from latency.device_runner.timing import Timing
 from latency.predictor.composition import OpTimes
 from latency.predictor.design import stack_heights
+from latency.predictor.fit import fit_predictor
 from latency.predictor.memory import MemoryModel, fit_memory
 from latency.predictor.op_latencies import OpLatencies, Point, fit_op_latencies
-from latency.predictor.predictor import Predictor, fit_predictor
+from latency.predictor.predictor import Predictor
 from latency.runtimes.onnxruntime import ANCHOR_SIDE
 from space import Architecture, Space, Workload, genome
 from space.architecture import FULL_MIXERS

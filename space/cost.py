@@ -172,3 +172,8 @@ def memory_cost(space: Space, workload: Workload) -> Cost:
     frame = space.frame
     held = OpTables(space, lambda op: op_held_bytes(op, workload, frame))
     return Cost(held, peak=OpTables(space, lambda op: op_activation_bytes(op, workload, frame)))
+
+
+def row_flops(space: Space, architecture: Architecture, length: int) -> int:
+    """FLOPs of reading so many tokens."""
+    return flops(architecture, Workload(phase="prefill", length=length), space.frame)

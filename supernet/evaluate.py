@@ -18,6 +18,7 @@ from torch import Tensor
 
 from space import Architecture, Frame
 from space.blocks import forward
+from space.io.artefact import digest
 from supernet.data.corpus import Corpus, held_out_windows, window_starts
 from supernet.data.mqar import IGNORED, default_pairs, evaluation_generator, mqar
 from supernet.data.recall import PIECE_ORDER, PIECE_RARE, recall_mask
@@ -173,3 +174,17 @@ def mqar_accuracy(
         logits, _ = forward(weights, architecture, frame, torch.from_numpy(data.tokens[part]))
         right += int((logits.argmax(-1).numpy() == data.targets[part]).sum())
     return right / data.count
+
+
+Losses = dict[str, float | None]
+
+
+def losses(quality: Quality) -> Losses:
+    """Losses in nats per token, as a JSON value; null where nothing can be recalled."""
+    recall = quality.recall_loss_nats
+    return {"loss_nats": quality.loss_nats, "recall_loss_nats": None if math.isnan(recall) else recall}
+
+
+def evaluation_digest(data: EvaluationSet) -> str:
+    """The hash of the sequences of an evaluation and of what is asked of them."""
+    return digest(b"".join(part.tobytes() for part in (data.tokens, data.targets, data.recallable)))

@@ -93,17 +93,18 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
     """A folder with ``run`` (trained and searched) and ``devices``."""
+    from search import pipeline
     from search.config import load_run_config
-    from search.pipeline import Run
+    from search.workspace import Run
     from supernet.data.corpus import load_corpus
 
     folder = tmp_path_factory.mktemp("finished")
     run = Run(folder / "run", load_run_config(config_file), folder / "devices")
     run.save_config()
     corpus = load_corpus(run.config.train.data)
-    checkpoint = run.trained(Quiet(), corpus)
-    predictor = run.profiled(Quiet())
-    front = run.searched(Quiet(), checkpoint, predictor, corpus)
+    checkpoint = pipeline.trained(run, Quiet(), corpus)
+    predictor = pipeline.profiled(run, Quiet())
+    front = pipeline.searched(run, Quiet(), checkpoint, predictor, corpus)
     assert json.loads(json.dumps(front)) == front
     return folder
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel, create_model
 
 import latency
 from search import config as run_config
-from search.cli import search as search_command
 from search.config import RunConfig, smoke
-from search.select.successive_halving import FinalistsConfig
+from search.select import searched as search_command
+from search.select.finalist import FinalistsConfig
 from tests.conftest import Program
 
 ROOT = Path(__file__).parents[1]

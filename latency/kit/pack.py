@@ -27,13 +27,8 @@ from latency.predictor.op_latencies import Point
 from latency.predictor.predictor import Predictor
 from latency.profile import ProfileConfig, card_digest, load_prior, settings_digest
 from latency.records import Records, model_name, stack_name
-from latency.runtimes.onnxruntime import (
-    anchor_binding,
-    anchor_graph,
-    graph_binding,
-    random_weights,
-    stack_graph,
-)
+from latency.runtimes.onnxruntime import anchor_binding, anchor_graph, graph_binding, stack_graph
+from latency.runtimes.protocol import random_weights
 from latency.runtimes.reference import COPIES, FRAME, OP, STACKS, reference_name, reference_work
 from space import Architecture, InputError, Space, Workload
 from space.cost import flops, op_flops, op_params

@@ -28,8 +28,9 @@ from scipy.stats import t as student
 
 from space import Space, Workload
 from space.cost import op_held_bytes
-from space.genome import Genomes, sample
+from space.genome import Genomes
 from space.ops import OpTables, depths, has_full
+from space.variation import sample
 
 PRIOR_SPREAD = 0.03  # of a_k around 1
 SHARED_SPREAD = 0.5  # of s around the measured intercept, as a share of it

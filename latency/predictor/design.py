@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from latency.predictor.composition import OpTimes, design_matrix, held_bytes, op_sums
 from latency.predictor.op_latencies import OpLatencies, Point, features, grouped
-from space import Architecture, InputError, Space, Workload, genome
+from space import Architecture, InputError, Space, Workload, genome, variation
 from space.cost import op_held_bytes
 from space.ops import Op, count_ops
 from space.precision import matrix_bytes
@@ -113,7 +113,7 @@ def most_telling(
 def op_design(space: Space, ops: Sequence[Op], workloads: Sequence[Workload]) -> OpDesign:
     """The design of a space's ops (those that the device can run) in some workloads."""
     rng = np.random.default_rng(0)
-    drawn = genome.decode(space, genome.sample(space, rng, POPULATION))
+    drawn = genome.decode(space, variation.sample(space, rng, POPULATION))
     points = tuple((op, workload) for op in ops for workload in workloads)
     place = {point: i for i, point in enumerate(points)}
     rows = []
@@ -174,7 +174,7 @@ def stacks(
 @lru_cache(maxsize=64)
 def median_bytes(space: Space, width: int, workload: Workload) -> float:
     """The median bytes of weights and states of the models of a width, over a fixed sample of the space."""
-    sampled = genome.sample(space, np.random.default_rng(0), 2001)
+    sampled = variation.sample(space, np.random.default_rng(0), 2001)
     some = sampled[sampled[:, 0] == space.width.index(width)]
     return float(np.median(held_bytes(space, workload, some)))
 
@@ -242,7 +242,7 @@ def _distinct(
     """Up to ``count`` different random architectures of those allowed."""
     found: dict[str, Architecture] = {}
     for _ in range(DRAWN):
-        drawn = genome.decode(space, genome.sample(space, rng, count))
+        drawn = genome.decode(space, variation.sample(space, rng, count))
         found |= {a.key: a for a in drawn if runs(a)}
         if len(found) >= count:
             break

@@ -14,31 +14,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from latency.predictor.composition import (
-    LEAST_NOISE,
     MOST_SAVED,
     NO_SAVING,
-    OpTimes,
     Saving,
     conformal,
-    design_matrix,
-    fit_composition,
-    fit_saving,
-    held_bytes,
     hinge_bytes,
-    leave_one_out,
-    op_sums,
 )
 from latency.predictor.memory import MemoryModel
 from latency.predictor.op_latencies import OpLatencies
 from space import InputError, Space, Workload
-from space.cost import flops_table, op_held_bytes, params_cost
+from space.cost import op_held_bytes
 from space.genome import Genomes
 from space.io.artefact import check_inputs, read_json, write_json
 from space.onnx.graph import VERSION
-from space.ops import Cost, Op, OpTables, op_kinds, space_ops
+from space.ops import Cost, Op, OpTables, space_ops
 
 KIND = "latency predictor"
 RUNS_APART = 0.02  # relative spread of what one machine says in runs of different hours; see docs/adr/0004
@@ -120,7 +111,7 @@ class Predictor:
         ops = space_ops(self.space)
         seconds = self.ops.seconds([(op, workload) for op in ops])
         return WorkloadModel(
-            op_seconds=_finite({op.key: float(value) for op, value in zip(ops, seconds, strict=True)}),
+            op_seconds=finite_seconds({op.key: float(value) for op, value in zip(ops, seconds, strict=True)}),
             kinds={kind: between(value, second.kinds[kind]) for kind, value in first.kinds.items()},
             constant=between(first.constant, second.constant),
             once_full=between(first.once_full, second.once_full),
@@ -265,7 +256,8 @@ class Predictor:
         write_json(path, KIND, {"space": self.space.hash, **inputs}, body)
 
 
-def _finite(seconds: Mapping[str, float]) -> dict[str, float]:
+def finite_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The finite latencies, by op."""
     return {key: value for key, value in seconds.items() if math.isfinite(value)}
 
 
@@ -323,87 +315,3 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
     ops = OpLatencies.from_json(space.frame, value["ops"])
     memory = {Workload.parse(text): MemoryModel.from_json(item) for text, item in value["memory"].items()}
     return Predictor(space=space, ops=ops, models=models, residuals=value["residuals"], memory=memory)
-
-
-def accuracy(predicted: Array, measured: Array) -> dict[str, float | None]:
-    """How well predictions hold: MAPE, shares within 5% and 10%, rank correlation, spread."""
-    relative = np.abs(predicted / measured - 1)
-    return {
-        "models": len(measured),
-        "mape_percent": 100 * float(relative.mean()),
-        "worst_percent": 100 * float(relative.max()),
-        "within_5_percent": float((relative <= 0.05).mean()),
-        "within_10_percent": float((relative <= 0.10).mean()),
-        "spearman": float(spearmanr(predicted, measured).statistic) if len(measured) > 2 else None,
-        "span": float(measured.max() / measured.min()),
-    }
-
-
-def proxy_predictions(
-    space: Space, workload: Workload, fitted: Genomes, seconds: Array, genomes: Genomes
-) -> Array:
-    """What a linear fit on FLOPs and parameters, from the same whole models, says of others."""
-    flops, params = flops_table(space, workload), params_cost(space)
-
-    def features(rows: Genomes) -> Array:
-        return np.column_stack([np.ones(len(rows)), flops.totals(rows), params(rows)])
-
-    known = features(fitted)
-    scale = np.abs(known).max(axis=0)
-    solution = np.linalg.lstsq(known / scale / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
-    return np.asarray(features(genomes) / scale @ solution)
-
-
-def fit_predictor(
-    space: Space,
-    ops: OpLatencies,
-    latencies: Mapping[Workload, OpTimes],
-    fitted: Genomes,
-    seconds: Mapping[Workload, Array],
-    timing: Mapping[Workload, Array],
-    held_out: Genomes,
-    held_out_seconds: Mapping[Workload, Array],
-    repeat_error: Mapping[Workload, float | None],
-    drawn: int,
-) -> Predictor:
-    """Fit every workload and test it on whole models that no fit saw.
-
-    ``timing`` are relative standard deviations of the ``seconds``. The last ``drawn`` of the fitted were
-    drawn at random; the others were chosen to be unlike each other, and the residuals of extremes would say
-    that all predictions are bad. So intervals come from the drawn ones.
-    """
-    models, residuals = {}, []
-    for workload, times in latencies.items():
-        design, held = design_matrix(space, times, fitted), held_bytes(space, workload, fitted)
-        shape = fit_saving(design, held, seconds[workload], timing[workload])
-        saved = shape.saved(held)
-        left_out = leave_one_out(design, seconds[workload], timing[workload], saved)
-        # The median, which no extreme moves; 1.48 times it is a normal's standard deviation.
-        scale = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(left_out))))
-        residuals += list(left_out[-drawn:] / scale)
-        composed = fit_composition(design, seconds[workload], timing[workload], saved)
-        errors: dict[str, Any] = {"leave_one_out_mape_percent": 100 * float(np.abs(left_out).mean())}
-        if len(held_out):
-            measured = held_out_seconds[workload]
-            kept = shape.saved(held_bytes(space, workload, held_out))
-            predicted = composed(design_matrix(space, times, held_out), kept)
-            proxy = proxy_predictions(space, workload, fitted, seconds[workload], held_out)
-            plain = op_sums(space, times, held_out).sum(axis=1)
-            errors |= {
-                "held_out": accuracy(predicted, measured),
-                "plain_sum": accuracy(plain, measured),
-                "flops_and_params": accuracy(proxy, measured),
-                "repeat_mape_percent": repeat_error[workload],
-            }
-        models[workload] = WorkloadModel(
-            op_seconds=_finite(times.by_key),
-            kinds=dict(zip(op_kinds(space), composed.kinds, strict=True)),
-            constant=composed.constant,
-            once_full=composed.shared * times.shared,
-            per_layer=composed.per_layer,
-            hinges=tuple(composed.hinges),
-            saving=replace(shape, rate=composed.rate),
-            scale=scale,
-            errors=errors,
-        )
-    return Predictor(space=space, ops=ops, models=models, residuals=[float(r) for r in residuals])

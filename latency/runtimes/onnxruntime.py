@@ -8,16 +8,16 @@ and output, so that a decode step writes its token in place and copies nothing.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from latency.device_runner.io_binding import Binding, Feed, Run, bind, session_options
 from latency.device_runner.main import fingerprint
+from latency.runtimes.protocol import random_weights
 from latency.runtimes.rss import session_rss
 from space import Architecture, Frame, InputError, Layer, Workload
 from space.onnx.graph import Graph
@@ -25,43 +25,9 @@ from space.onnx.mixers import add_mixer
 from space.onnx.model import add_embedding, add_ffn, add_head, model_graph
 from space.onnx.quantise import quantise
 from space.ops import Op, mixer_op
-from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
+from space.shapes import end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 
 ANCHOR_SIDE = 256  # of the square product that serves as anchor
-
-
-class Runtime(Protocol):
-    """What profiling needs of a runtime."""
-
-    name: str
-
-    def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
-        """Runners of ``height`` copies of an op, one for each workload."""
-        ...
-
-    def model(
-        self, architecture: Architecture, workloads: Sequence[Workload], frame: Frame, seed: int
-    ) -> dict[Workload, Run]:
-        """Runners of a whole model with random weights, one for each workload."""
-        ...
-
-    def anchors(self) -> list[Run]:
-        """The fixed reference work that the machine's drift is read from."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the device and the runtime's version."""
-        ...
-
-
-def random_weights(shapes: Shapes, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Weights of the size that trained ones have, distinct everywhere."""
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in shapes.items():
-        values = rng.standard_normal(shape, np.float32)
-        weights[name] = 1 + 0.1 * values if len(shape) == 1 else values * np.float32(shape[-1] ** -0.5)
-    return weights
 
 
 class OnnxRuntime:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from latency.device_runner.io_binding import Run
 from latency.device_runner.timer import TimerConfig, measure
 from latency.device_runner.timing import Timing
-from latency.runtimes.onnxruntime import Runtime
+from latency.runtimes.protocol import Runtime
 from space import Frame, InputError, Workload
 from space.cost import op_flops
 from space.ops import Op

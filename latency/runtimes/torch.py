@@ -16,7 +16,8 @@ from torch import Tensor
 
 from latency.device_runner.io_binding import Run
 from latency.device_runner.main import cpu_model
-from latency.runtimes.onnxruntime import ANCHOR_SIDE, random_weights
+from latency.runtimes.onnxruntime import ANCHOR_SIDE
+from latency.runtimes.protocol import random_weights
 from space import Architecture, Frame, InputError, Layer, Workload
 from space.blocks import ffn, forward, mixer, project, rms_norm
 from space.ops import Op

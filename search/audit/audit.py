@@ -20,16 +20,16 @@ from latency import Predictor, load_card
 from search.audit.page import KIND, SETS, write_audit_page
 from search.audit.rank_correlation import agreement, verdict
 from search.audit.stratified import choose_equal, choose_spread, sample_pool
-from search.audit.trials import MADE_BY, Trial, losses, train_trials
+from search.audit.trials import MADE_BY, Trial, train_trials
 from search.engine.devices import open_predictor
 from search.engine.evaluator import Failed, evaluator
-from search.pipeline import Run, open_supernet
-from search.progress import Reporter
+from search.workspace import Run, open_supernet
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
 from space.io.artefact import canonical_json, digest, read_json, write_json
+from space.io.progress import Reporter
 from supernet.data.corpus import Corpus, load_corpus
-from supernet.evaluate import EvaluationSet, Quality, evaluation_set
+from supernet.evaluate import EvaluationSet, Quality, evaluation_set, losses
 from supernet.training.checkpoint import Checkpoint
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet, training_inputs

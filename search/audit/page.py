@@ -8,10 +8,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.subplots import make_subplots
-from rich.table import Table
 
 from search.audit.rank_correlation import Estimate
-from search.cli.output import make_table
 from search.report.figures import LAYOUT
 from search.report.page import STYLE, table
 from space import Architecture, InputError
@@ -44,11 +42,6 @@ def agreement_rows(audit: Mapping[str, Any]) -> list[list[str]]:
                 title = "supernet - parameters"
                 rows.append([where, loss.replace("_", " "), title, str(difference), ""])
     return rows
-
-
-def audit_table(audit: Mapping[str, Any]) -> Table:
-    """The figures for a terminal."""
-    return make_table("What ranks as training alone does", AGREEMENT_COLUMNS, agreement_rows(audit))
 
 
 def audit_section(run: Path, supernet: str) -> str:

@@ -9,7 +9,7 @@ where the set is large enough; among equals the genome farthest from those chose
 import numpy as np
 from numpy.typing import NDArray
 
-from space import InputError, Space, genome
+from space import InputError, Space, genome, variation
 from space.genome import Genomes
 from space.ops import Cost, depths
 
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 def sample_pool(space: Space, seed: int, count: int = POOL) -> Genomes:
     """Distinct sampled genomes [N, G], N <= count, in an order that depends on the seed alone."""
     rng = np.random.default_rng([seed, 5])
-    return rng.permutation(np.unique(genome.sample(space, rng, count), axis=0))
+    return rng.permutation(np.unique(variation.sample(space, rng, count), axis=0))
 
 
 def axis_levels(space: Space, genomes: Genomes) -> dict[str, NDArray[np.int64]]:

@@ -62,12 +62,13 @@ def run(
     from search import pipeline as stages
     from search.config import load_run_config
     from search.config import smoke as small
+    from search.workspace import Run
 
     loaded = load_run_config(config)
     if smoke:
         loaded = small(loaded)
     folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
-    the_run = stages.Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
+    the_run = Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
     if dry_run:
         value = describe_space(the_run.space) | {"out": str(folder), "device": loaded.device}
         show(value, as_json, lambda: [space_table(value)])
@@ -98,10 +99,11 @@ def train(
     """Train the supernet of a run's configuration. Resumes."""
     from search import pipeline as stages
     from search.config import load_run_config
+    from search.workspace import Run
     from supernet.data.corpus import load_corpus
 
-    the_run = stages.Run(out_dir, load_run_config(config), context.obj)
-    found = the_run.trained(Bars(), load_corpus(the_run.config.train.data))
+    the_run = Run(out_dir, load_run_config(config), context.obj)
+    found = stages.trained(the_run, Bars(), load_corpus(the_run.config.train.data))
     value = {"checkpoint": str(found.folder), "step": found.step, "sha256": found.digest}
     show(value, as_json, lambda: [make_table("Supernet", list(value), [[str(v) for v in value.values()]])])
 
@@ -183,9 +185,9 @@ def search(
     cards, predictors = open_targets(context.obj, device, run_config, config, bars)
 
     # What cannot be met is refused before torch is loaded, which takes seconds.
-    from search.cli.search import require_tuned, search_run
-    from search.pipeline import Run
     from search.select.measured_search import require_kept
+    from search.select.searched import require_tuned, search_run
+    from search.workspace import Run
 
     the_run = Run(supernet, run_config, context.obj)
     found = search_run(
@@ -221,13 +223,13 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Ask whether the supernet ranks architectures as training each alone does. Resumes."""
-    from search import pipeline as stages
     from search.audit.audit import AuditConfig
     from search.audit.audit import audit as carry_out
-    from search.audit.page import audit_table
+    from search.cli.output import audit_table
+    from search.workspace import open_run
 
     config = AuditConfig(size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers)
-    found = carry_out(stages.open_run(supernet, context.obj), config, device, Bars())
+    found = carry_out(open_run(supernet, context.obj), config, device, Bars())
     show(found, as_json, lambda: [audit_table(found)])
     if not as_json:
         for judged in found["sets"].values():
@@ -248,12 +250,13 @@ def report(
     from latency import load_card
     from search import pipeline as stages
     from search.audit.page import audit_section
-    from search.engine.search import FRONT_KIND
+    from search.engine.front import FRONT_KIND
     from search.report.images import write_images
     from search.report.page import figures, write_report
+    from search.workspace import open_run
     from space.io.artefact import read_json
 
-    the_run = stages.open_run(folder, context.obj)
+    the_run = open_run(folder, context.obj)
     summary = read_json(folder / "summary.json", stages.SUMMARY_KIND, "formfit run")
     name = summary["device"]["name"]
     front = read_json(folder / "searches" / name / "front.json", FRONT_KIND, "formfit search")

@@ -128,7 +128,7 @@ def verify(
     """Check parity, measure on this device, compare with prediction and limits. Exit 3 if one is missed."""
     from latency import load_card
     from latency.card import outdated
-    from latency.profile import open_card_runtime
+    from latency.runtimes.registry import open_card_runtime
     from search.config import VerifyConfig
     from search.submodel.export import models_digest
     from search.submodel.kit import pack_submodel, unpack_submodel
@@ -258,7 +258,7 @@ def devices(
 def _fingerprint(card: "Card") -> dict[str, Any]:
     """This machine's under the runtime that a card is of; under onnxruntime where it does not have that."""
     from latency import OnnxRuntime
-    from latency.profile import open_card_runtime
+    from latency.runtimes.registry import open_card_runtime
 
     try:
         return open_card_runtime(card).fingerprint()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -245,3 +245,10 @@ def space_table(value: dict[str, Any]) -> Table:
         ["expected profiling", f"{value['expected_profiling_seconds']} s for two workloads"],
     ]
     return make_table(f"Space {value['name']}", ["", ""], rows)
+
+
+def audit_table(audit: Mapping[str, Any]) -> Table:
+    """The figures for a terminal."""
+    from search.audit.page import AGREEMENT_COLUMNS, agreement_rows
+
+    return make_table("What ranks as training alone does", AGREEMENT_COLUMNS, agreement_rows(audit))

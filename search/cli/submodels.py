@@ -45,15 +45,16 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Take a sub-network out of the supernet as a plain model in a folder of its own."""
-    from search import pipeline as stages
+    from search.select.picks import chosen_architecture
     from search.submodel.export import check_formats, export
+    from search.workspace import open_run, open_supernet
     from space import Workload
     from supernet.data.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.training.train import load_supernet
 
     check_formats(format_ or (), precision or ())
-    the_run = stages.open_run(supernet, context.obj)
+    the_run = open_run(supernet, context.obj)
     if architecture and pick:
         raise InputError("--pick: an architecture is given already, by --architecture")
     mixing = bool(set(pick or "") & set("<=>≤≥"))  # of a key or a name none is part
@@ -64,8 +65,8 @@ def extract(
 
         chosen, found = mixed(the_run, search, str(pick), device, Bars())
     else:
-        chosen, found = stages.chosen_architecture(the_run, search, pick, architecture)
-    checkpoint = stages.open_supernet(the_run, load_corpus(the_run.config.train.data))
+        chosen, found = chosen_architecture(the_run, search, pick, architecture)
+    checkpoint = open_supernet(the_run, load_corpus(the_run.config.train.data))
     inputs = {"supernet": checkpoint.digest}
     weights = load_supernet(the_run.space, checkpoint)
     submodel = write_submodel(out_dir, weights, found, inputs, chosen, the_run.text)
@@ -114,11 +115,11 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a sub-model on your own text, taught by its supernet's largest too. Resumes."""
-    from search.pipeline import open_run
     from search.submodel.export import check_formats
     from search.submodel.export import export as write
     from search.submodel.finetune import KIND, MADE_BY, FinetuneConfig
     from search.submodel.finetune import finetune as carry_out
+    from search.workspace import open_run
     from space.io.artefact import read_json
     from space.io.config import parse
     from supernet.data.corpus import DataConfig

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from latency import Card, Predictor, load_card, load_predictor
 from latency.card import outdated, profile_command
-from latency.profile import open_card_runtime
+from latency.runtimes.registry import open_card_runtime
 from search.config import RunConfig
 from search.problem.feasibility import certify
 from search.problem.problem import SearchConfig, make_problem, precision_of
-from search.progress import Reporter
 from space import InputError
+from space.io.progress import Reporter
 
 
 def open_targets(

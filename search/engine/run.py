@@ -2,37 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latency import Predictor
 from search.engine.evaluator import Evaluator, evaluator
-from search.engine.search import FRONT_KIND, Known, Search
+from search.engine.front import FRONT_KIND
+from search.engine.search import Known, Search
 from search.problem.problem import Problem, SearchConfig, make_problem
-from search.progress import Reporter
-from space import InputError, Space
+from space import InputError
 from space.io.artefact import canonical_json, digest, made_from, read_json
-from supernet.data.corpus import Corpus
+from space.io.progress import Reporter
 from supernet.evaluate import evaluation_set
-from supernet.extract import Text
-from supernet.training.checkpoint import Checkpoint
-from supernet.training.train import load_supernet
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained supernet and the text that it is evaluated on."""
-
-    space: Space
-    checkpoint: Checkpoint
-    corpus: Corpus
-    text: Text  # what the corpus was made of, and how its members are judged
-
-    @property
-    def length(self) -> int:
-        """Tokens of an evaluation window."""
-        return self.text.length
+from supernet.training.train import Trained, load_supernet
 
 
 def search_front(
@@ -120,26 +102,3 @@ def search_evaluator(
         raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")
     supernet = load_supernet(trained.space, trained.checkpoint)
     return evaluator(supernet, sets, config.workers, config.ray_address, reporter.warn)
-
-
-def pick_key(front: Mapping[str, Any], pick: str) -> str:
-    """The key of a front's member by name (``best``, ``knee``, ``fastest``) or by key.
-
-    Raises:
-        InputError: there is no such member.
-    """
-    keys = [m["key"] for m in front["members"]]
-    key = front["picks"].get(pick, pick)
-    if key not in keys:
-        raise InputError(f"pick {pick!r}: not one of {', '.join(front['picks'])}, nor a key of the front")
-    return str(key)
-
-
-def member_choice(front: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
-    """What a front's member was chosen under, to be kept beside its sub-model."""
-    return {
-        "limits": front["limits"],
-        "confidence": front["confidence"],
-        "predicted": member["predicted"],
-        "loss_nats": member["loss_nats"],
-    }

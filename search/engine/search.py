@@ -15,25 +15,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from search.engine.evaluations import KIND as RECORD_KIND
-from search.engine.evaluations import Record, genomes_of, open_study
+from search.engine.evaluations import Record, genomes_of
 from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
-from search.problem.feasibility import ROOM, certify, feasible
-from search.problem.problem import QUALITIES, Problem, SearchConfig
-from search.strategies.nsga2 import Evolution, Hat
+from search.engine.front import FRONT_KIND, picks, predictions, surrogate_agreement
+from search.engine.optuna_study import open_study
+from search.problem.feasibility import certify
+from search.problem.limit import unit_of
+from search.problem.milp import ROOM, feasible
+from search.problem.problem import Problem, SearchConfig
+from search.strategies.hat import Hat
+from search.strategies.nsga2 import Evolution
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Random, Strategy, Task
 from space import Architecture, InputError, genome
-from space.cost import params_cost
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest, write_json
 from space.io.parquet import read_table
 from supernet.evaluate import Quality
 from supernet.training.checkpoint import sole_writer
 
-FRONT_KIND = "front"
 RESCORED = {"middle": 64, "front": 32}  # how many are evaluated again, on more and more tokens
 Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, what is known
 Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
@@ -293,62 +295,6 @@ class Search:
             "recall_loss_nats": None if math.isnan(row["recall_loss"]) else float(row["recall_loss"]),
             "predicted": predictions(self.problem, architecture),
         }
-
-
-def surrogate_agreement(table: pd.DataFrame) -> dict[str, Any]:
-    """How the qualities that a surrogate foretold rank beside those found afterwards, by quality."""
-    found = {}
-    for name in QUALITIES:
-        if f"foretold_{name}" in table:
-            some = table[table[f"foretold_{name}"].notna() & table[name].notna()]
-            if len(some) > 2:
-                rho = float(spearmanr(some[f"foretold_{name}"], some[name]).statistic)
-                found[name] = {"evaluations": len(some), "spearman": rho}
-    return found
-
-
-def unit_of(metric: str) -> str:
-    """The base unit of a metric."""
-    units = {"prefill": "seconds", "decode": "seconds", "memory": "bytes", "rss": "bytes"}
-    return units.get(metric, "parameters")
-
-
-def predictions(problem: Problem, architecture: Architecture) -> dict[str, Any]:
-    """What is predicted of an architecture: parameters, and by device the latency of every workload.
-
-    Those that were profiled, and those that limits ask for.
-    """
-    row = genome.encode(problem.space, [architecture])
-    latency = {}
-    for device, predictor in problem.predictors.items():
-        asked = [limit.workload for limit in problem.limits if problem.timed(limit) == device]
-        latency[device] = {
-            str(w): {
-                "latency_ms": 1e3 * float(predictor.cost(w)(row)[0]),
-                "upper_ms": 1e3 * float(predictor.cost(w, problem.confidence)(row)[0]),
-            }
-            for w in dict.fromkeys([*predictor.models, *filter(None, asked)])
-        }
-    return {"params": int(params_cost(problem.space)(row)[0]), "latency": latency}
-
-
-def picks(front: pd.DataFrame, objectives: Sequence[str]) -> dict[str, str]:
-    """The keys of three members: ``best`` in quality, ``fastest`` in cost, and the ``knee`` between.
-
-    The knee lies farthest below the line between the other two, on axes scaled to the front.
-    """
-    quality = next(name for name in objectives if name in QUALITIES)
-    costs = [name for name in objectives if name not in QUALITIES]
-    cost = costs[0] if costs else quality
-    values = front[[cost, quality]].to_numpy(float)
-    span = np.ptp(values, axis=0)
-    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1)
-    keys = list(front["key"])
-    return {
-        "best": keys[int(values[:, 1].argmin())],
-        "knee": keys[int(scaled.sum(axis=1).argmin())],
-        "fastest": keys[int(values[:, 0].argmin())],
-    }
 
 
 def search_digest(problem: Problem, config: SearchConfig) -> str:

@@ -13,6 +13,7 @@ from math import isfinite
 from typing import NoReturn
 
 from space import InputError, Workload
+from space.ops import Cost
 from space.precision import PRECISIONS
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -170,3 +171,31 @@ def format_quantity(metric: str, value: float, digits: int = 3) -> str:
     place = max([i for i, scale in enumerate(scales) if rounded >= scale * (1 - 1e-12)], default=0)
     number = float(f"{value / scales[place]:.{digits}g}")
     return f"{number:.15g}{_PRINTED[metric][place]}"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A limit as it stands on one space: the cost that it limits, and its bound in base units."""
+
+    limit: Limit
+    cost: Cost
+    bound: float
+
+    @property
+    def text(self) -> str:
+        """The limit; one in percent with what that is in units."""
+        return f"{self.limit.text} ({self.show(self.bound)})" if self.limit.relative else self.limit.text
+
+    def show(self, value: float) -> str:
+        """A value of the cost, with digits enough to tell it from the bound."""
+        for digits in range(3, 12):
+            shown = format_quantity(self.limit.metric, value, digits)
+            if value == self.bound or shown != format_quantity(self.limit.metric, self.bound, digits):
+                break
+        return shown
+
+
+def unit_of(metric: str) -> str:
+    """The base unit of a metric."""
+    units = {"prefill": "seconds", "decode": "seconds", "memory": "bytes", "rss": "bytes"}
+    return units.get(metric, "parameters")

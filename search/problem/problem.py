@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Predictor
-from search.problem.feasibility import Bounded
-from search.problem.limit import Limit, check_limits
+from search.problem.limit import Bounded, Limit, check_limits
 from space import InputError, Space, Workload, genome
 from space.cost import memory_cost, params_cost
 from space.ops import Cost

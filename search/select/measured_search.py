@@ -17,11 +17,12 @@ import numpy as np
 from latency import Card, Predictor
 from latency.predictor.predictor import RUNS_APART
 from search.config import VerifyConfig
-from search.engine.run import Trained, member_choice, search_front
+from search.engine.front import member_choice
+from search.engine.run import search_front
 from search.engine.search import Known
 from search.problem.limit import Limit
 from search.problem.problem import QUALITIES, SearchConfig
-from search.progress import Reporter
+from search.select.picks import PROMISE_KIND
 from search.submodel.export import export, models_digest
 from search.submodel.verify import KIND as VERIFY_KIND
 from search.submodel.verify import require_card_is_here, verify
@@ -35,14 +36,14 @@ from space.io.artefact import (
     read_json,
     write_json,
 )
+from space.io.progress import Reporter
 from space.precision import model_file
 from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, read_submodel, write_submodel
 from supernet.supernet import Supernet
-from supernet.training.train import load_supernet
+from supernet.training.train import Trained, load_supernet
 
-KIND = "promise"
 MEASURED_KIND = "measured finalists"
 MADE_BY = "formfit search --verify"
 MEASURED = 3  # finalists a round
@@ -65,7 +66,7 @@ class Workbench:
     def extracted(self, architecture: Architecture, choice: Mapping[str, Any]) -> SubModel:
         """The sub-model of an architecture with its graph, extracted where it is not there.
 
-        ``choice`` is what it was chosen under, see :func:`search.engine.run.member_choice`.
+        ``choice`` is what it was chosen under, see :func:`search.engine.front.member_choice`.
         """
         inputs = {
             "supernet": self.trained.checkpoint.digest,
@@ -218,12 +219,12 @@ def keep_promise(
     body = {"device": device, "kept": best["kept"], "chosen": best, "rounds": rounds}
     inputs = {"supernet": bench.trained.checkpoint.digest, "front": file_digest(folder / "front.json")}
     path = folder / "promise.json"
-    if made_from(path, KIND, inputs):
-        value = read_json(path, KIND, MADE_BY)
+    if made_from(path, PROMISE_KIND, inputs):
+        value = read_json(path, PROMISE_KIND, MADE_BY)
         if all(value.get(name) == part for name, part in body.items()):
             return value
-    write_json(path, KIND, inputs, body)
-    return read_json(path, KIND, MADE_BY)
+    write_json(path, PROMISE_KIND, inputs, body)
+    return read_json(path, PROMISE_KIND, MADE_BY)
 
 
 def _measured_inputs(front: Mapping[str, Any], bench: Workbench) -> dict[str, str]:

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from latency import Predictor
 from search.engine.devices import open_targets
-from search.engine.search import predictions, unit_of
-from search.pipeline import Run, chosen_architecture
-from search.problem.feasibility import ROOM, Bounded
-from search.problem.limit import Limit
+from search.engine.front import predictions
+from search.problem.limit import Bounded, Limit, unit_of
+from search.problem.milp import ROOM
 from search.problem.problem import Problem, SearchConfig
-from search.progress import Reporter
+from search.select.picks import chosen_architecture
+from search.workspace import Run
 from space import Architecture, LimitError, Space, genome
 from space.genome import Genomes
+from space.io.progress import Reporter
 
 HOW = "mix'n'match"
 CARDLESS = ("params", "memory")  # metrics that are counted, not predicted
@@ -92,7 +93,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
             of the space's largest architecture.
 
     Returns:
-        The architecture, and what it was chosen under, as :func:`search.engine.run.member_choice` says it
+        The architecture, and what it was chosen under, as :func:`search.engine.front.member_choice` says it
         of a front's member. It has no ``loss_nats``, since nothing was evaluated, but ``picked``: ``how``,
         the key of the ``base``, and how many members the ``family`` has.
 

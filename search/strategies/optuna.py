@@ -18,7 +18,8 @@ from optuna.trial import Trial, TrialState
 from search.strategies.pareto import Array
 from search.strategies.strategy import Strategy, Task
 from space import InputError
-from space.genome import Genomes, layout, repair
+from space.genome import Genomes, layout
+from space.variation import repair
 
 TRIES = 8  # draws for each architecture that is wanted
 

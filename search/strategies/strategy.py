@@ -18,8 +18,9 @@ import numpy as np
 
 from search.strategies.pareto import Array
 from space import Space
-from space.genome import Genomes, mutate, sample
+from space.genome import Genomes
 from space.ops import Cost
+from space.variation import mutate, sample
 
 OVERSAMPLE = 16  # candidates drawn for each one that is wanted
 DRAWS = 8  # how often they are drawn before a generation stays short

@@ -22,21 +22,20 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from search.audit.trials import losses, one_thread, remove_checkpoints
-from search.pipeline import Run, open_supernet
-from search.progress import Reporter
-from search.select.successive_halving import evaluation_digest
+from search.workspace import Run, open_supernet
 from space import InputError, genome
 from space.io.artefact import check_inputs, file_digest, made_from, read_json, write_json
+from space.io.progress import Reporter
 from supernet.data.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.data.tokenizer import load_tokenizer
-from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
+from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, evaluation_set, losses
 from supernet.extract import KIND as SUBMODEL_KIND
 from supernet.extract import SubModel, Text, read_submodel, write_submodel
 from supernet.training.distillation import distil, distil_inputs, implant, largest_teacher
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet
 from supernet.training.trainer import Weights
+from supernet.training.trials import one_thread, remove_checkpoints
 
 KIND = "fine-tuning"
 MADE_BY = "formfit finetune"

@@ -20,9 +20,10 @@ from latency.card import differences, outdated
 from latency.device_runner.io_binding import Run
 from latency.device_runner.timer import TimerConfig, measure, pinned
 from latency.device_runner.timing import Timing
-from latency.profile import open_card_runtime
-from latency.runtimes.onnxruntime import Runtime, graph_binding
+from latency.runtimes.onnxruntime import graph_binding
+from latency.runtimes.protocol import Runtime
 from latency.runtimes.reference import reference_items, require_quiet
+from latency.runtimes.registry import open_card_runtime
 from latency.runtimes.rss import session_rss
 from search.config import VerifyConfig
 from search.problem.limit import Limit

@@ -19,9 +19,10 @@ from supernet.data.corpus import Corpus
 from supernet.extract import extract
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, sole_writer
+from supernet.training.loop import take_steps
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import trained_until, training_inputs
-from supernet.training.trainer import Teacher, Trainer, Weights, take_steps
+from supernet.training.trainer import Teacher, Trainer, Weights
 
 
 def largest_teacher(supernet: Supernet) -> Teacher:

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from space import Architecture, InputError, Space
 from supernet.data.corpus import Corpus
 from supernet.training.checkpoint import latest_checkpoint, sole_writer
+from supernet.training.loop import keep_metrics, take_steps
 from supernet.training.recipe import TrainConfig
-from supernet.training.trainer import Trainer, keep_metrics, take_steps
+from supernet.training.trainer import Trainer
 
 RETRIES = 2  # how often a training goes on after losing a worker
 ANSWER = 5.0  # seconds that a Ray cluster has to answer

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from space import Architecture, Space, genome
+from space import Architecture, Space, genome, variation
 from space.genome import Genomes
 from space.ops import depths
 from supernet.data.corpus import DataConfig
@@ -122,11 +122,11 @@ def draw_members(space: Space, rng: np.random.Generator, count: int, fair: bool,
     the mixers' shares of all layers most alike.
     """
     if not count or (deepest == allowed_depths(space)[-1] and not fair):
-        return genome.sample(space, rng, count)
-    pool = genome.sample(space, rng, CANDIDATES * count)
+        return variation.sample(space, rng, count)
+    pool = variation.sample(space, rng, CANDIDATES * count)
     pool = pool[depths(pool) <= deepest]
     while len(pool) < count:
-        more = genome.sample(space, rng, CANDIDATES * count)
+        more = variation.sample(space, rng, CANDIDATES * count)
         pool = np.concatenate([pool, more[depths(more) <= deepest]])
     if not fair:
         return pool[:count]
@@ -205,7 +205,7 @@ def _maximal(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Ar
     full |= genome.layout(space).forced
     genomes[0, 1::3] = np.where(full, attention, option)
     genomes[0, 2::3] = len(space.head_options) - 1
-    return genome.decode(space, genome.repair(space, genomes, rng))[0]
+    return genome.decode(space, variation.repair(space, genomes, rng))[0]
 
 
 def step_rate(config: TrainConfig, step: int) -> float:

@@ -1,6 +1,7 @@
 """Training: a supernet by its recipe, or one architecture as a plain model, from scratch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ from space import Architecture, Space
 from space.blocks import Model
 from space.io.artefact import canonical_json, digest
 from supernet.data.corpus import Corpus, load_corpus
+from supernet.extract import Text
 from supernet.hf.pretrained import pretrained_digest
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint, sole_writer
+from supernet.training.loop import take_steps
 from supernet.training.recipe import TrainConfig
-from supernet.training.trainer import Trainer, take_steps
+from supernet.training.trainer import Trainer
 
 
 def training_inputs(
@@ -88,3 +91,18 @@ def load_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture)
     model = Model(architecture, space.frame)
     model.load_state_dict(checkpoint.load("model"))
     return model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained supernet and the text that it is evaluated on."""
+
+    space: Space
+    checkpoint: Checkpoint
+    corpus: Corpus
+    text: Text  # what the corpus was made of, and how its members are judged
+
+    @property
+    def length(self) -> int:
+        """Tokens of an evaluation window."""
+        return self.text.length

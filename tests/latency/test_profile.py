@@ -11,8 +11,9 @@ from latency.card import Card, open_card
 from latency.predictor.composition import OpTimes
 from latency.predictor.design import choose_models
 from latency.profile import load_prior, profile
-from latency.runtimes.onnxruntime import bind_workload, random_weights, stack_graph
-from space import Architecture, InputError, Layer, Space, Workload, genome
+from latency.runtimes.onnxruntime import bind_workload, stack_graph
+from latency.runtimes.protocol import random_weights
+from space import Architecture, InputError, Layer, Space, Workload, genome, variation
 from space.architecture import HEADLESS_MIXERS, MIXERS
 from space.cost import params_cost
 from space.onnx import mixers as mixer_graphs
@@ -205,7 +206,7 @@ def test_a_known_device_is_a_prior(tmp_path: Path) -> None:
     assert all(len(model.processes) == 2 for model in predictor.ops.models.values())
     path = load_card(tmp_path, "new").predictor_path("tiny", "onnxruntime", 1, "fp32")
     again = load_predictor(path, space(), "formfit profile")
-    rows = genome.sample(space(), np.random.default_rng(0), 20)
+    rows = variation.sample(space(), np.random.default_rng(0), 20)
     for workload in QUICK.parsed(space()):
         assert (again.predict(rows, workload) == predictor.predict(rows, workload)).all()
     with pytest.raises(InputError, match="as a prior it says nothing"):
@@ -216,7 +217,7 @@ def test_a_known_device_is_a_prior(tmp_path: Path) -> None:
 
 def test_memory_is_measured_beside_latency(tmp_path: Path) -> None:
     predictor = profile(space(), tmp_path, "this", QUICK.model_copy(update={"rss": True, "rss_models": 2}))
-    rows = genome.sample(space(), np.random.default_rng(0), 50)
+    rows = variation.sample(space(), np.random.default_rng(0), 50)
     mean, upper = (predictor.memory_cost(Workload.parse("prefill@64"), c)(rows) for c in (None, 0.9))
     assert (mean > 4 * params_cost(space())(rows)).all()
     assert (upper >= mean).all()
@@ -228,7 +229,7 @@ def test_memory_is_measured_beside_latency(tmp_path: Path) -> None:
 def test_lengths_between_the_measured_ones_are_predicted(tmp_path: Path) -> None:
     config = QUICK.model_copy(update={"workloads": ("prefill@8", "prefill@64")})
     predictor = profile(space(), tmp_path, "this", config)
-    rows = genome.sample(space(), np.random.default_rng(0), 20)
+    rows = variation.sample(space(), np.random.default_rng(0), 20)
     between = predictor.predict(rows, Workload.parse("prefill@32"))
     assert (between > 0).all()
     for outside, expected in (

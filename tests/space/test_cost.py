@@ -28,12 +28,13 @@ from space.cost import (
     params,
     params_cost,
 )
-from space.genome import decode, encode, sample
+from space.genome import decode, encode
 from space.onnx.graph import Graph
 from space.onnx.mixers import add_mixer
 from space.onnx.model import add_embedding, add_ffn, add_head, model_graph
 from space.ops import Cost, Op, OpTables, count_ops, depths, op_kinds, space_ops
 from space.shapes import FEW, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
+from space.variation import sample
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
 
 SPACES = {name: tiny_space(**changes) for name, changes in TINY_SPACES.items()}

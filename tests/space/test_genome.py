@@ -10,21 +10,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import chisquare
 
 from space import Architecture, InputError, Layer, Space
-from space.genome import (
-    Genomes,
-    canonical,
-    contains,
-    crossover,
-    decode,
-    encode,
-    largest,
-    mutate,
-    repair,
-    sample,
-    size,
-    slot_classes,
-    smallest,
-)
+from space.genome import Genomes, canonical, contains, decode, encode, largest, size, slot_classes, smallest
+from space.variation import crossover, mutate, repair, sample
 from tests.contracts import TINY_SPACES, belongs, every_architecture, every_genome, every_row, tiny_space
 
 SPACES = {name: tiny_space(**changes) for name, changes in TINY_SPACES.items()}

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from space import Architecture, Frame, InputError, Space, load_space
-from space.genome import contains, sample
+from space.genome import contains
+from space.variation import sample
 from tests.contracts import TINY_SPACES, attempt, every_architecture, tiny_space, tiny_value
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "spaces").glob("*.yaml"))

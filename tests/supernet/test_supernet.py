@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from space import Space, genome
+from space import Space, genome, variation
 from space.architecture import MIXERS
 from space.blocks import Model, forward
 from space.shapes import model_shapes
@@ -39,7 +39,7 @@ def test_subnetwork_equals_submodel(space: Space) -> None:
     supernet = Supernet(space)
     scatter(supernet)
     rng = np.random.default_rng(0)
-    architectures = genome.decode(space, genome.sample(space, rng, 20))
+    architectures = genome.decode(space, variation.sample(space, rng, 20))
     architectures += [genome.largest(space), genome.smallest(space)]
     text = torch.from_numpy(rng.integers(0, space.vocabulary, (2, 21)))
     for architecture in architectures:
@@ -58,7 +58,7 @@ def test_weights_are_prefix_views_and_extraction_copies(space: Space) -> None:
     supernet = Supernet(space)
     scatter(supernet)
     owned = {p.untyped_storage().data_ptr() for p in supernet.parameters()}
-    for architecture in genome.decode(space, genome.sample(space, np.random.default_rng(1), 10)):
+    for architecture in genome.decode(space, variation.sample(space, np.random.default_rng(1), 10)):
         shapes = model_shapes(architecture, space.frame)
         copies = extract(supernet, architecture)
         for name, view in supernet.weights(architecture).items():
@@ -82,7 +82,7 @@ def test_layers_share_projections_only_where_the_space_says_so() -> None:
 def test_gradients_land_in_prefixes_as_autograd_would_put_them(space: Space) -> None:
     rng = np.random.default_rng(2)
     text = torch.from_numpy(rng.integers(0, space.vocabulary, (2, 17)))
-    architectures = genome.decode(space, genome.sample(space, rng, 6))
+    architectures = genome.decode(space, variation.sample(space, rng, 6))
     ours, theirs = Supernet(space), Supernet(space)
     for supernet in (ours, theirs):
         scatter(supernet)
@@ -132,7 +132,7 @@ def test_no_weight_is_copied_in_the_forward(space: Space, dtype: torch.dtype) ->
     weights = cast_matrices(dict(supernet.named_parameters()), dtype)
     owned = {w.untyped_storage().data_ptr() for w in weights.values() if w.ndim == 2 and min(w.shape) > 16}
     text = torch.zeros(2, 33, dtype=torch.int64)
-    architectures = genome.decode(space, genome.sample(space, np.random.default_rng(3), 40))
+    architectures = genome.decode(space, variation.sample(space, np.random.default_rng(3), 40))
     met = {mixer for architecture in architectures for mixer in architecture.pattern}
     assert met >= set(MIXERS)
     with Copies(owned) as copies:

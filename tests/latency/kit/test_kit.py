@@ -17,7 +17,7 @@ import pytest
 from latency import ProfileConfig, load_card, load_predictor
 from latency.device_runner import main as probe
 from latency.kit.pack import PARTS, pack, unpack
-from space import InputError, Space, Workload, genome
+from space import InputError, Space, Workload, genome, variation
 from tests.contracts import tiny_space
 
 QUICK = ProfileConfig(
@@ -76,7 +76,7 @@ def test_a_kit_is_small_and_a_result_makes_a_card(measured: Path) -> None:
     card = load_card(measured / "devices", "far")
     assert card.unsupported == {}
     predictor = load_predictor(card.predictor_path("tiny", "onnxruntime", 1, "fp32"), space(), "x")
-    rows = genome.sample(space(), np.random.default_rng(0), 50)
+    rows = variation.sample(space(), np.random.default_rng(0), 50)
     for workload in QUICK.parsed(space()):
         assert (predictor.predict(rows, workload) > 0).all()
         assert predictor.models[workload].errors["held_out"]["models"] == 3
@@ -135,7 +135,7 @@ def test_what_a_device_lacks_stays_out(measured: Path, tmp_path: Path) -> None:
     assert "UNSUPPORTED linear" in done.stderr
     predictor = unpack(space(), packed_for(measured, tmp_path / "devices" / "old"), out)
     assert set(load_card(tmp_path / "devices", "old").unsupported) == {"linear"}
-    rows = genome.sample(space(), np.random.default_rng(0), 200)
+    rows = variation.sample(space(), np.random.default_rng(0), 200)
     has = np.array([any(x.mixer == "linear" for x in a.layers) for a in genome.decode(space(), rows)])
     assert has.any()
     assert (~has).any()

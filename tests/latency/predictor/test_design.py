@@ -10,7 +10,7 @@ from latency.predictor.composition import held_bytes
 from latency.predictor.design import STACKS, seeds, stack_heights, stacks
 from latency.predictor.op_latencies import features, grouped
 from latency.profile import minutes, profile
-from space import InputError, Space, Workload, genome, load_space
+from space import InputError, Space, Workload, load_space, variation
 from space.cost import op_held_bytes
 from space.ops import Op, space_ops
 from tests.contracts import tiny_space
@@ -29,7 +29,7 @@ STACKED = [(space, op) for space in (SMALL, LARGE) for op in space_ops(space)[::
 def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(space: Space, op: Op) -> None:
     low, high = stack_heights(space, op, DECODE)
     assert 2 <= low < high <= STACKS[1]
-    drawn = genome.sample(space, np.random.default_rng(3), 2000)
+    drawn = variation.sample(space, np.random.default_rng(3), 2000)
     held = held_bytes(space, DECODE, drawn[drawn[:, 0] == space.width.index(op.width)])
     own = high * op_held_bytes(op, DECODE, space.frame)
     if STACKS[0] < high < STACKS[1] and op.kind != "head":  # whose stack has an embedding beside it
@@ -83,7 +83,7 @@ def test_a_budget_ends_the_ops_and_progress_says_what_is_known(tmp_path: Path) -
     measured = len(load_card(tmp_path, "here").table("ops"))
     assert 12 <= measured < len(space_ops(many_shapes()))
     assert any("ops known to" in what and f"of {len(space_ops(many_shapes()))}" in what for what in said)
-    rows = genome.sample(many_shapes(), np.random.default_rng(0), 50)
+    rows = variation.sample(many_shapes(), np.random.default_rng(0), 50)
     assert (predictor.predict(rows, Workload.parse("decode@16")) > 0).all()
 
 

@@ -10,7 +10,7 @@ from latency.device_runner.io_binding import Binding
 from latency.predictor.memory import MemoryModel, fit_memory
 from latency.runtimes import rss
 from latency.runtimes.rss import session_rss
-from space import Workload, genome
+from space import Workload, genome, variation
 from space.cost import memory_bytes, params
 from tests.contracts import tiny_space
 
@@ -29,7 +29,7 @@ def law(genomes: np.ndarray) -> np.ndarray:
 
 def test_a_known_law_is_recovered() -> None:
     rng = np.random.default_rng(0)
-    fitted, others = genome.sample(SPACE, rng, 30), genome.sample(SPACE, rng, 100)
+    fitted, others = variation.sample(SPACE, rng, 30), variation.sample(SPACE, rng, 100)
     model = fit_memory(SPACE, W, fitted, law(fitted), others, law(others))
     assert model.errors["mape_percent"] < 0.5
     predicted = model.cost(SPACE, W)(others)

@@ -20,9 +20,10 @@ from latency.predictor.composition import (
     leave_one_out,
 )
 from latency.predictor.design import d_optimal
+from latency.predictor.fit import accuracy, fit_predictor
 from latency.predictor.op_latencies import OpLatencies
-from latency.predictor.predictor import Predictor, accuracy, fit_predictor, load_predictor
-from space import InputError, Space, Workload, genome
+from latency.predictor.predictor import Predictor, load_predictor
+from space import InputError, Space, Workload, genome, variation
 from space.onnx.graph import VERSION
 from space.ops import count_ops, op_kinds, space_ops
 from tests.contracts import tiny_space
@@ -59,7 +60,7 @@ def truth(genomes: Any, ops: dict[str, float], noise: float, seed: int) -> NDArr
 def fitted(noise: float = 0.01, seed: int = 0) -> tuple[Predictor, Any, dict[str, float]]:
     ops = op_seconds()
     rng = np.random.default_rng(seed)
-    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
+    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
     predictor = fit_predictor(
         space(),
         UNMEASURED,
@@ -89,7 +90,7 @@ def test_a_known_law_is_recovered() -> None:
 def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() -> None:
     rng = np.random.default_rng(0)
     ops = op_seconds()
-    design = design_matrix(space(), OpTimes(W, ops), genome.sample(space(), rng, 8))
+    design = design_matrix(space(), OpTimes(W, ops), variation.sample(space(), rng, 8))
     for _ in range(20):
         seconds = design[:, 2:-5].sum(axis=1) * rng.uniform(0.3, 3.0, len(design))
         assert (fit_composition(design, seconds, EXACT[:8]).coefficients >= 0).all()
@@ -100,7 +101,7 @@ def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() ->
 
 def test_a_noisy_timing_counts_less() -> None:
     ops, rng = op_seconds(), np.random.default_rng(0)
-    design = design_matrix(space(), OpTimes(W, ops), genome.sample(space(), rng, 20))
+    design = design_matrix(space(), OpTimes(W, ops), variation.sample(space(), rng, 20))
     exact = design[:, 2:-5].sum(axis=1)
     seconds, timing = exact.copy(), EXACT.copy()
     seconds[:5] *= 1.3
@@ -111,7 +112,7 @@ def test_a_noisy_timing_counts_less() -> None:
 
 def test_leave_one_out_leaves_one_out() -> None:
     ops = op_seconds()
-    genomes = genome.sample(space(), np.random.default_rng(0), 20)
+    genomes = variation.sample(space(), np.random.default_rng(0), 20)
     design, seconds = design_matrix(space(), OpTimes(W, ops), genomes), truth(genomes, ops, 0.01, 0)
     seconds[3] *= 2
     residuals = leave_one_out(design, seconds, EXACT)
@@ -182,7 +183,7 @@ def test_d_optimal_beats_random_choices() -> None:
 def test_what_full_attention_shares_is_paid_once() -> None:
     ops = op_seconds()
     rng = np.random.default_rng(0)
-    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 100)
+    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 100)
 
     def law(genomes: Any) -> NDArray[np.float64]:
         full = ["attention" in a.pattern for a in genome.decode(space(), genomes)]
@@ -199,7 +200,7 @@ def test_what_full_attention_shares_is_paid_once() -> None:
 def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
     """A law with a hinge: beyond some bytes, each more costs; the cost is the greatest of sums."""
     ops, rng = op_seconds(), np.random.default_rng(0)
-    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
+    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
     typical, starts = hinge_bytes(space(), W)
 
     def law(genomes: Any) -> NDArray[np.float64]:
@@ -224,7 +225,7 @@ def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.Mo
     """A law of a cache: up to some bytes nothing is fetched, from twice as many on everything is."""
     monkeypatch.setattr(composition, "FULL_BYTES", tuple(2**10 * 2 ** (i / 2) for i in range(20)))
     ops, rng = op_seconds(), np.random.default_rng(0)
-    train, held = genome.sample(space(), rng, 20), genome.sample(space(), rng, 200)
+    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
     sizes = held_bytes(space(), W, held)
     full = float(np.quantile(sizes, 0.4))
     rate = 0.8 * float((truth(held, ops, 0.0, 0) / sizes).min())  # nothing takes less than no time

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from latency import ProfileConfig, load_card
-from latency.profile import open_runtime, profile
+from latency.profile import profile
+from latency.runtimes.registry import open_runtime
 from latency.runtimes.torch import TorchRuntime
-from space import InputError, Workload, genome
+from space import InputError, Workload, genome, variation
 from space.ops import space_ops
 from tests.contracts import tiny_space
 
@@ -37,7 +38,7 @@ def test_every_op_runs(op: object) -> None:
 
 
 def test_whole_models_run_in_every_workload() -> None:
-    for architecture in genome.decode(SPACE, genome.sample(SPACE, np.random.default_rng(0), 10)):
+    for architecture in genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(0), 10)):
         for run in TorchRuntime().model(architecture, WORKLOADS, SPACE.frame, 0).values():
             run(1)
 
@@ -48,7 +49,7 @@ def test_a_profile_makes_a_card_of_its_own(tmp_path: Path) -> None:
     card = load_card(tmp_path, "here")
     assert card.fingerprint["runtime"] == "torch"
     assert card.predictor_path("tiny", "torch", 1, "fp32").exists()
-    rows = genome.sample(small, np.random.default_rng(0), 20)
+    rows = variation.sample(small, np.random.default_rng(0), 20)
     for workload in WORKLOADS:
         assert (predictor.predict(rows, workload) > 0).all()
     with pytest.raises(InputError, match="measured on another device"):
@@ -77,5 +78,5 @@ def test_a_gpu_is_profiled(tmp_path: Path) -> None:
     )
     predictor = profile(SPACE, tmp_path, "gpu", config)
     assert load_card(tmp_path, "gpu").fingerprint["cpu"] == torch.cuda.get_device_name()
-    rows = genome.sample(SPACE, np.random.default_rng(0), 20)
+    rows = variation.sample(SPACE, np.random.default_rng(0), 20)
     assert (predictor.predict(rows, WORKLOADS[0]) > 0).all()

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import kendalltau, spearmanr
-from tests.search.test_run import ROOT
 
 from latency import Card, Predictor, load_card, load_predictor
 from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import WorkloadModel
+from search import pipeline
 from search.audit.audit import AuditConfig, audit, judge
 from search.audit.page import agreement_rows, audit_section
 from search.audit.rank_correlation import Agreement, Estimate, agreement, correlations, verdict
@@ -30,7 +30,7 @@ from search.audit.stratified import (
     sample_pool,
 )
 from search.config import load_run_config
-from search.pipeline import Run
+from search.workspace import Run
 from space import Architecture, InputError, Workload, genome, load_space
 from space.cost import op_flops, params_cost
 from space.onnx.graph import VERSION
@@ -41,6 +41,7 @@ from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_alone, train
 from tests.conftest import Quiet
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
+from tests.search.test_pipeline import ROOT
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -240,7 +241,7 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
     """A trained run, and a card whose predicted latencies follow from the FLOPs."""
     run = Run(tmp_path / "run", load_run_config(config_file), tmp_path / "devices")
     run.save_config()
-    run.trained(Quiet(), load_corpus(run.config.train.data))
+    pipeline.trained(run, Quiet(), load_corpus(run.config.train.data))
     space, workload = run.space, Workload(phase="prefill", length=64)
     model = WorkloadModel(
         op_seconds={op.key: 1e-6 + 1e-11 * op_flops(op, workload, space.frame) for op in space_ops(space)},

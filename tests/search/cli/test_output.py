@@ -8,9 +8,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from search import pipeline
 from search.cli import output as show
 from search.config import RunConfig
-from search.pipeline import Run
+from search.workspace import Run
 from space import InputError
 from supernet.data.corpus import load_corpus
 from tests.conftest import Quiet
@@ -28,8 +29,8 @@ def run(folder: Path, vocabulary: int, **data: object) -> Run:
 
 def quality(the_run: Run) -> dict[str, Any]:
     corpus = load_corpus(the_run.config.train.data)
-    checkpoint = the_run.trained(Quiet(), corpus)
-    return the_run.text_quality(checkpoint, corpus, {"loss_nats": 2.0})
+    checkpoint = pipeline.trained(the_run, Quiet(), corpus)
+    return pipeline.text_quality(the_run, checkpoint, corpus, {"loss_nats": 2.0})
 
 
 def letters(folder: Path) -> Path:

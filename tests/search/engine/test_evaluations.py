@@ -9,7 +9,8 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 
 from search.config import load_run_config
-from search.engine.evaluations import genomes_of, open_study, summary_params
+from search.engine.evaluations import genomes_of
+from search.engine.optuna_study import open_study, summary_params
 from space import InputError, genome
 from space.io.parquet import read_table
 

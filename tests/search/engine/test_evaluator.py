@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.engine.evaluations import open_study
 from search.engine.evaluator import Failed, Outcome, attempt, pool
+from search.engine.optuna_study import open_study
 from search.engine.search import Search
 from search.problem.problem import Problem, SearchConfig
-from space import Architecture, InputError, genome
+from space import Architecture, InputError, genome, variation
 from supernet.evaluate import Quality
 from tests.contracts import tiny_space
 from tests.synthetic import Synthetic
 
 SPACE = tiny_space(width=[16, 32], depth=[1, 2], ffn=[0, 16])
-SOME = genome.decode(SPACE, np.unique(genome.sample(SPACE, np.random.default_rng(0), 200), axis=0)[:12])
+SOME = genome.decode(SPACE, np.unique(variation.sample(SPACE, np.random.default_rng(0), 200), axis=0)[:12])
 
 
 def outcomes(marks: dict[str, str], workers: int) -> list[Outcome]:

@@ -163,7 +163,7 @@ def test_no_architecture_is_evaluated_twice(finished_run: Path) -> None:
 
 
 def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
-    from search.engine.evaluations import open_study
+    from search.engine.optuna_study import open_study
 
     folder = run_folder / "run" / "searches" / "desk"
     study = open_study(
@@ -186,7 +186,7 @@ def test_a_journal_is_mended_wherever_its_last_line_was_cut(tmp_path: Path, lock
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    from search.engine.evaluations import open_study
+    from search.engine.optuna_study import open_study
 
     path = tmp_path / "study.log"
 
@@ -307,7 +307,7 @@ def test_two_searches_do_not_share_a_folder(
 def test_a_search_ends_where_the_limits_leave_no_more(run_folder: Path, formfit: Program) -> None:
     """Beside it random search, which ends likewise; the same command again does nothing."""
     from latency import load_predictor
-    from search.problem.feasibility import least
+    from search.problem.milp import least
 
     space = load_space_of(run_folder)
     predictor = load_predictor(card_file(run_folder), space, "formfit profile")

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from scipy.optimize import milp
 
 from search.problem import feasibility
-from search.problem.feasibility import Bounded, certify, feasible, least, nearest, within
-from search.problem.limit import Limit, format_quantity
+from search.problem.feasibility import certify, nearest
+from search.problem.limit import Bounded, Limit, format_quantity
+from search.problem.milp import feasible, least, within
 from space import LimitError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost
-from space.genome import Genomes, contains, decode, encode, layout, sample, size
+from space.genome import Genomes, contains, decode, encode, layout, size
 from space.ops import Cost, Op, OpTables
+from space.variation import sample
 
 Floats = NDArray[np.float64]
 

@@ -16,13 +16,13 @@ import pandas as pd
 import pytest
 
 from search.config import load_run_config
-from search.pipeline import Run as TheRun
 from search.pipeline import execute
 from search.report.figures import ROWS, thinned
 from search.report.front_figure import above_points, axis_of, limit_of, picked, rescoring
 from search.report.history import evaluations, first_to_reach, progress, volume, volumes
 from search.report.images import write_images
 from search.report.page import figures, headline, kept, kind, write_report
+from search.workspace import Run as TheRun
 from space import Architecture, InputError, LimitError
 from tests.conftest import Program, Quiet
 

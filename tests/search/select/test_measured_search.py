@@ -12,7 +12,7 @@ from latency import load_predictor
 from latency.predictor.predictor import RUNS_APART, Predictor
 from search.config import load_run_config
 from search.select.measured_search import ENOUGH, best_kept
-from space import Workload, genome
+from space import Workload, genome, variation
 from tests.conftest import Program
 
 PREFILL = Workload.parse("prefill@64")
@@ -100,7 +100,7 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
 
 def test_recalibration_by_hand(finished_run: Path) -> None:
     predictor = predictor_of(finished_run)
-    rows = genome.sample(predictor.space, np.random.default_rng(0), 4)
+    rows = variation.sample(predictor.space, np.random.default_rng(0), 4)
     before = predictor.predict(rows, PREFILL)
     measured = before * np.array([1.1, 1.12, 1.08, 1.1])
     after = predictor.recalibrated(rows, {PREFILL: measured}, {})

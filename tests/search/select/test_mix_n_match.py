@@ -10,14 +10,15 @@ import pytest
 
 from latency import Predictor, load_predictor
 from search.config import load_run_config
-from search.engine.search import predictions
-from search.pipeline import chosen_architecture, open_run, open_supernet
-from search.problem.feasibility import within
+from search.engine.front import predictions
 from search.problem.limit import Limit
+from search.problem.milp import within
 from search.problem.problem import Problem
 from search.select.mix_n_match import family, mix_and_match, mix_problem, mixed
+from search.select.picks import chosen_architecture
 from search.submodel.verify import judge
-from space import Architecture, InputError, LimitError, Space, Workload, genome, load_space
+from search.workspace import open_run, open_supernet
+from space import Architecture, InputError, LimitError, Space, Workload, genome, load_space, variation
 from space.cost import memory_bytes, params
 from space.io.artefact import canonical_json
 from supernet.data.corpus import load_corpus
@@ -93,7 +94,7 @@ def test_a_family_is_all_that_the_rule_allows_in_its_one_order(space: Space) -> 
 
 
 def random_members(space: Space, count: int) -> list[Architecture]:
-    return genome.decode(space, genome.sample(space, np.random.default_rng(0), count))
+    return genome.decode(space, variation.sample(space, np.random.default_rng(0), count))
 
 
 def test_a_layer_keeps_its_place_and_the_deeper_ones_grow_first() -> None:

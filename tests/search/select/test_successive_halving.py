@@ -16,28 +16,21 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tests.supernet.test_train import small_space
 
-from search.engine.run import Trained
 from search.select import successive_halving as finalists
-from search.select.successive_halving import (
-    Finalist,
-    FinalistsConfig,
-    distil_finalists,
-    inherited,
-    rungs,
-    write_finalist,
-)
-from space import Architecture, InputError, genome
+from search.select.finalist import Finalist, FinalistsConfig, rungs
+from search.select.successive_halving import distil_finalists, inherited, write_finalist
+from space import Architecture, InputError, genome, variation
 from space.io.artefact import canonical_json, digest, file_digest
 from supernet.data.corpus import DataConfig, load_corpus
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
 from supernet.extract import Text, extract
 from supernet.training.distillation import distil, largest_teacher
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_supernet, train
+from supernet.training.train import Trained, load_supernet, train
 from tests.conftest import Quiet
 from tests.contracts import tiny_space
+from tests.supernet.training.test_train import small_space
 
 ROOT = Path(__file__).parents[3]
 CONFIG = FinalistsConfig(count=4, steps=8, learning_rate=5e-3)
@@ -69,7 +62,7 @@ def evaluation_of(trained: Trained) -> EvaluationSet:
 
 
 def members_of(trained: Trained) -> list[Architecture]:
-    drawn = genome.sample(trained.space, np.random.default_rng(5), 40)
+    drawn = variation.sample(trained.space, np.random.default_rng(5), 40)
     return list(dict.fromkeys(genome.decode(trained.space, drawn)))[:5]
 
 

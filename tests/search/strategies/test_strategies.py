@@ -5,11 +5,12 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from search.engine.search import make_strategy
-from search.strategies.nsga2 import Evolution, Hat, children
+from search.strategies.hat import Hat
+from search.strategies.nsga2 import Evolution, children
 from search.strategies.pareto import hypervolume
 from search.strategies.strategy import Random, Task, unseen
 from search.strategies.surrogate import LEAST, Surrogate, features, kernel
-from space import Space, genome
+from space import Space, genome, variation
 from space.cost import params_cost
 from space.genome import Genomes
 from tests.contracts import tiny_space
@@ -156,7 +157,7 @@ def test_a_space_that_is_used_up_ends(name: str) -> None:
 @pytest.mark.parametrize("name", ["evolution", "hat", "random"])
 def test_a_few_architectures_within_the_limits_are_all_found(name: str) -> None:
     space = wide()
-    rows = genome.sample(space, np.random.default_rng(0), 4000)
+    rows = variation.sample(space, np.random.default_rng(0), 4000)
     bound = float(np.sort(np.unique(params_cost(space)(rows)))[3])
     task = make_task(name, most_params=bound)
     strategy = make_strategy(name, task)
@@ -170,7 +171,7 @@ def test_a_few_architectures_within_the_limits_are_all_found(name: str) -> None:
 
 def test_evolution_beats_random_and_its_surrogate_beats_evolution_alone() -> None:
     task = make_task("evolution", population=12)
-    everyone = np.unique(genome.sample(task.space, np.random.default_rng(0), 20000), axis=0)
+    everyone = np.unique(variation.sample(task.space, np.random.default_rng(0), 20000), axis=0)
     points = values_of(task, everyone)
     reference = points.max(axis=0)
 
@@ -203,7 +204,7 @@ def test_hats_children_come_from_its_parents() -> None:
 
 def test_children_are_members_and_come_from_both_parents() -> None:
     task = make_task("evolution")
-    parents = genome.sample(task.space, np.random.default_rng(1), 6)
+    parents = variation.sample(task.space, np.random.default_rng(1), 6)
     born = children(task, parents, 200, np.random.default_rng(2))
     assert genome.contains(task.space, born).all()
     same = (born[:, None] == parents[None]).mean(axis=2)
@@ -220,14 +221,14 @@ def test_the_surrogate_is_a_gaussian_process() -> None:
     """Its expectation and its choice of settings, from the textbook's formulas with dense inverses."""
     task = make_task("evolution")
     surrogate = Surrogate(task)
-    rows = unseen(genome.sample(task.space, np.random.default_rng(0), 200), set(), 40)
+    rows = unseen(variation.sample(task.space, np.random.default_rng(0), 200), set(), 40)
     values = values_of(task, rows)
     values[3] = np.nan
     surrogate.tell(rows[: LEAST - 1], values[: LEAST - 1])
     assert not surrogate.ready
     surrogate.tell(rows[LEAST - 1 :], values[LEAST - 1 :])
     assert surrogate.ready
-    new = genome.sample(task.space, np.random.default_rng(1), 30)
+    new = variation.sample(task.space, np.random.default_rng(1), 30)
     found = surrogate(new)
     np.testing.assert_array_equal(found[:, 1], params_cost(task.space)(new))
     good = np.isfinite(values).all(axis=1)
@@ -250,7 +251,7 @@ def test_the_surrogate_is_a_gaussian_process() -> None:
 
 def test_the_kernel_by_hand() -> None:
     space = wide()
-    rows = genome.sample(space, np.random.default_rng(0), 12)
+    rows = variation.sample(space, np.random.default_rng(0), 12)
     a = features(space, rows)
     assert ((a.sums >= 0) & (a.sums <= 1)).all()
     matrix = kernel(a, a, ((1.0, 0.5, 0.25), 0.4, 3.0, 0.0))

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tests.supernet.test_tokens import byte_level, saved
 
 from search.config import RunConfig
-from search.pipeline import Run, chosen_architecture, open_run, open_supernet
+from search.select.picks import chosen_architecture
 from search.submodel import finetune as module
 from search.submodel.finetune import FinetuneConfig, finetune
-from space import InputError, genome
+from search.workspace import Run, open_run, open_supernet
+from space import InputError, genome, variation
 from space.io.artefact import file_digest
 from supernet.data.corpus import DataConfig, load_corpus
 from supernet.evaluate import evaluate, evaluation_set
@@ -33,6 +33,7 @@ from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet, train
 from tests.conftest import Quiet
 from tests.contracts import tiny_space
+from tests.supernet.data.test_tokenizer import byte_level, saved
 
 ROOT = Path(__file__).parents[3]
 CONFIG = FinetuneConfig(steps=60, batch=4, learning_rate=5e-3, threads=1)
@@ -296,7 +297,7 @@ def test_a_sub_model_that_does_not_fit_the_run(
     layers = (first, *submodel.architecture.layers[1:])
     wider = replace(submodel, architecture=replace(submodel.architecture, layers=layers))
     refused(r"is not of space small: layers\[0\].ffn: 96", wider, run, data, tmp_path, CONFIG, Quiet())
-    drawn = genome.decode(run.space, genome.sample(run.space, np.random.default_rng(0), 200))
+    drawn = genome.decode(run.space, variation.sample(run.space, np.random.default_rng(0), 200))
     swap = {"linear": "attention", "attention": "linear"}
     swapped = [
         replace(a, layers=tuple(replace(one, mixer=swap.get(one.mixer, one.mixer)) for one in a.layers))

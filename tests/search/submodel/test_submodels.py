@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.search.test_run import ROOT
 
 from latency import load_card, load_predictor
 from search.config import load_run_config
@@ -18,6 +17,7 @@ from space.cost import params
 from supernet.evaluate import evaluate
 from supernet.extract import read_submodel
 from tests.conftest import Program, Quiet
+from tests.search.test_pipeline import ROOT
 
 INT8 = "precision=int8"
 

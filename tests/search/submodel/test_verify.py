@@ -11,7 +11,7 @@ import torch
 from search.submodel.export import export_onnx
 from search.submodel.parity import parity, relative_error
 from search.submodel.verify import judge
-from space import Architecture, InputError, Layer, genome
+from space import Architecture, InputError, Layer, genome, variation
 from space.architecture import MIXERS
 from space.blocks import Model
 from space.io.artefact import canonical_json
@@ -31,7 +31,7 @@ SPACE = tiny_space(
     ratios=["full", 1, 3, "linear"],
     vocabulary=61,
 )
-ARCHITECTURES = genome.decode(SPACE, genome.sample(SPACE, np.random.default_rng(4), 20))
+ARCHITECTURES = genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(4), 20))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.space.test_linear_attention import KINDS, make
 from torch import Tensor
 
 from space.attention import fla as cuda
@@ -18,6 +17,7 @@ from space.attention.softmax import softmax_attention
 from space.blocks import rotate
 from tests.numerics import TOLERANCE, assert_close
 from tests.space import naive
+from tests.space.attention.test_linear_attention import KINDS, make
 
 SINGLE, HALF = TOLERANCE["float32"], TOLERANCE["bfloat16"]
 

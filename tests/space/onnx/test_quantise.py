@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from latency.runtimes.onnxruntime import OnnxRuntime, random_weights, stack_graph
+from latency.runtimes.onnxruntime import OnnxRuntime, stack_graph
+from latency.runtimes.protocol import random_weights
 from space import Architecture, Frame, Layer
 from space.cost import op_weight_bytes
 from space.onnx.model import model_graph

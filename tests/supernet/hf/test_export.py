@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from space import Architecture, Frame, Layer, genome
+from space import Architecture, Frame, Layer, genome, variation
 from space.architecture import HEADLESS_MIXERS, MIXERS
 from space.blocks import Model
 from supernet.hf.export import modelling_file, write_hf
@@ -167,7 +167,7 @@ def check_parity(found: dict[str, Tensor], models: list[Model]) -> None:
 
 
 def sampled(count: int) -> list[Model]:
-    genomes = genome.sample(SPACE, np.random.default_rng(13), count)
+    genomes = variation.sample(SPACE, np.random.default_rng(13), count)
     return [plain(architecture, SPACE.frame) for architecture in genome.decode(SPACE, genomes)]
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from space import Architecture, InputError, Layer, Space, genome
+from space import Architecture, InputError, Layer, Space, genome, variation
 from space.blocks import mixer
 from supernet.data.corpus import DataConfig, load_corpus, train_batch
 from supernet.evaluate import evaluate, evaluation_set
@@ -480,7 +480,7 @@ def test_a_trained_llama_is_a_better_start(text_folder: Path, tmp_path: Path) ->
     small = sorted(every_architecture(attention) - {genome.largest(space)}, key=lambda a: a.key)
     assert loss_of(ordered, small) < loss_of(unordered, small) - 0.05
 
-    sampled = genome.decode(space, genome.sample(space, np.random.default_rng(8), 8))
+    sampled = genome.decode(space, variation.sample(space, np.random.default_rng(8), 8))
     config = TrainConfig(data=data, steps=10, batch=8, length=32, precision="fp32")
     scratch = Trainer(space, config, corpus)
     for step in range(config.steps):

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.supernet.test_train import small_space
 
-from space import Architecture, InputError, Space, genome
+from space import Architecture, InputError, Space, genome, variation
 from space.blocks import Model
 from space.io.artefact import file_digest
 from supernet.data.corpus import Corpus, DataConfig, load_corpus
@@ -21,6 +20,7 @@ from supernet.training.recipe import TrainConfig, step_rate
 from supernet.training.train import load_alone, load_supernet, train
 from supernet.training.trainer import Teacher, Trainer
 from tests.contracts import scatter
+from tests.supernet.training.test_train import small_space
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Start:
     supernet = load_supernet(space, checkpoint)
     student = next(
         a
-        for a in genome.decode(space, genome.sample(space, np.random.default_rng(0), 50))
+        for a in genome.decode(space, variation.sample(space, np.random.default_rng(0), 50))
         if len({layer.mixer for layer in a.layers} - {"none"}) == 2 and a.width == 16
     )
     return Start(space, supernet, corpus, student, largest_teacher(supernet))
@@ -66,7 +66,7 @@ def losses(start: Start, weights: dict[str, torch.Tensor]) -> float:
 def test_a_student_starts_as_the_sub_network_that_the_supernet_holds(start: Start) -> None:
     data = evaluation_set(start.corpus, 16, 32)
     rng = np.random.default_rng(1)
-    for architecture in genome.decode(start.space, genome.sample(start.space, rng, 6)):
+    for architecture in genome.decode(start.space, variation.sample(start.space, rng, 6)):
         given = extract(start.supernet, architecture)
         trainer = Trainer(start.space, settings(), start.corpus, architecture, start=given)
         trainer.prepare()

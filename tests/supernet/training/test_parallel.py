@@ -20,8 +20,6 @@ import ray
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.supernet.test_train import config as base
-from tests.supernet.test_train import small_space
 
 from space import InputError
 from supernet.data.corpus import Corpus, DataConfig, load_corpus
@@ -32,6 +30,8 @@ from supernet.training.recipe import TrainConfig
 from supernet.training.train import train, training_inputs
 from supernet.training.trainer import Trainer
 from tests.numerics import assert_close
+from tests.supernet.training.test_train import config as base
+from tests.supernet.training.test_train import small_space
 
 REPOSITORY = Path(__file__).parents[3]
 # Rounding alone, but AdamW divides by the size of a gradient that may itself be rounding.

@@ -70,7 +70,7 @@ def test_a_killed_run_ends_with_the_same_weights(text: Path, tmp_path: Path) -> 
     script = tmp_path / "go.py"
     script.write_text(
         "import sys; from pathlib import Path\n"
-        "from tests.supernet.test_train import small_space, config\n"
+        "from tests.supernet.training.test_train import small_space, config\n"
         "from supernet.train import train\n"
         "train(small_space(), config(Path(sys.argv[1]), steps=60, checkpoint_every=7), Path(sys.argv[2]))\n"
     )

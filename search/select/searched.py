@@ -1,4 +1,4 @@
-"""What ``formfit search`` does: the search, and the proof where one is asked for."""
+"""A search and what is made of its front: measured finalists, distilled finalists."""
 
 import re
 from collections.abc import Mapping
@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from latency import Card, Predictor
-from search.engine.run import member_choice, search_front
-from search.pipeline import Run, open_supernet
+from search.engine.front import member_choice
+from search.engine.run import search_front
 from search.problem.problem import QUALITIES, SearchConfig
-from search.progress import Reporter
+from search.select.finalist import FinalistsConfig
 from search.select.measured_search import Workbench, keep_promise, make_workbench
-from search.select.successive_halving import FinalistsConfig, distil_finalists, write_finalist
+from search.select.successive_halving import distil_finalists, write_finalist
 from search.submodel.export import export
+from search.workspace import Run, open_supernet
 from space import Architecture, InputError, LimitError, Workload
 from space.io.artefact import canonical_json, digest
+from space.io.progress import Reporter
 from space.precision import model_file
 from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluation_set

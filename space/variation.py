@@ -1,0 +1,223 @@
+"""Sampling, repair, mutation and crossover of genomes, vectorised over arrays [N, G]."""
+
+from functools import lru_cache
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from space.genome import (
+    EMPTY,
+    FFN_ONLY,
+    FULL,
+    LINEAR,
+    LOCAL,
+    Genomes,
+    canonical,
+    layout,
+    pattern_counts,
+    slot_classes,
+    split,
+)
+from space.space import Pattern, Space
+
+
+def _first(keys: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark, in each row, the ``count`` places with the greatest keys; -inf is never marked."""
+    rank = np.argsort(np.argsort(-keys, axis=1, kind="stable"), axis=1, kind="stable")
+    return (rank < count[:, None]) & np.isfinite(keys)
+
+
+def _place(
+    space: Space,
+    genomes: Genomes,
+    patterns: NDArray[np.int64],
+    kinds: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> Genomes:
+    """The nearest genomes with the given patterns [N, 4] and at most ``kinds`` [N] linear kinds.
+
+    Which slots keep their class, and which change it, is drawn at random among those that
+    have to give way; a slot already of the wanted class goes before one that is not.
+    """
+    lay = layout(space)
+    genomes = genomes.copy()
+    _, mixer, heads, ffn = split(genomes)
+    rows, slots = mixer.shape
+    classes = slot_classes(space, genomes)
+    wanted = np.full((rows, slots), EMPTY)
+    free = np.ones((rows, slots), bool)
+    # Those that may stay, then the places still to fill: of slots that must change, then of empty ones.
+    for stay in (True, False):
+        for kind, column in ((FULL, 1), (FFN_ONLY, 0), (LOCAL, 3), (LINEAR, 2)):
+            forced = lay.forced & (kind == FULL)
+            able = free & ((classes == kind) | forced) if stay else free
+            keys = np.where(able, (classes != EMPTY) + 2.0 * forced + rng.random((rows, slots)), -np.inf)
+            chosen = _first(keys, patterns[:, column] - (wanted == kind).sum(axis=1))
+            wanted[chosen] = kind
+            free &= ~chosen
+
+    had_heads = ~lay.headless[mixer]
+    for kind in (FULL, LOCAL, LINEAR):
+        options = np.flatnonzero(lay.classes == kind)
+        change = (wanted == kind) & (classes != kind)
+        if change.any():
+            mixer[change] = rng.choice(options, change.sum())
+    mixer[np.asarray(wanted <= FFN_ONLY)] = 0
+    _limit_kinds(space, mixer, wanted, kinds, rng)
+
+    gained = ~lay.headless[mixer] & ~had_heads
+    heads[gained] = rng.integers(0, len(space.head_options), gained.sum())
+    least = np.where(wanted == FFN_ONLY, 1, lay.least_ffn)
+    lacking = (wanted != EMPTY) & (ffn < least)
+    ffn[lacking] = rng.integers(1, len(space.ffn_options), lacking.sum()) if lacking.any() else 0
+    ffn[wanted == EMPTY] = 0
+    return canonical(space, genomes)
+
+
+def _limit_kinds(
+    space: Space,
+    mixer: Genomes,
+    classes: NDArray[np.int64],
+    kinds: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> None:
+    """Where a row has too many kinds of linear mixer, keep the most used and redraw the others' slots."""
+    lay = layout(space)
+    if lay.kind_count == 0:
+        return
+    kind_of = lay.kinds[mixer]
+    used = np.stack([(kind_of == k).sum(axis=1) for k in range(lay.kind_count)], axis=1)
+    keys = np.where(used > 0, used + rng.random(used.shape), -np.inf)
+    kept = _first(keys, kinds)  # [N, kinds]
+    option_kept = np.zeros((len(mixer), len(lay.kinds)), bool)
+    linear = lay.kinds >= 0
+    option_kept[:, linear] = kept[:, lay.kinds[linear]]
+    draws = rng.random((*mixer.shape, len(lay.kinds)))
+    drawn = np.argmax(np.where(option_kept[:, None, :], draws, -1.0), axis=2)
+    redraw = (classes == LINEAR) & ~np.take_along_axis(option_kept, mixer.astype(np.int64), axis=1)
+    mixer[redraw] = drawn[redraw]
+
+
+def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
+    """Draw genomes [count, G]: depth, ratio and number of kinds first, placement after.
+
+    Depths and ratios are drawn evenly, so that the extremes are as likely as the middle.
+    """
+    lay = layout(space)
+    raw = rng.integers(0, lay.alphabet, (count, lay.genes)).astype(np.int16)
+    raw[:, 1::3] = rng.integers(1, len(space.mixer_options), (count, lay.slots))
+    raw[:, 3::3] = rng.integers(lay.least_ffn, len(space.ffn_options), (count, lay.slots))
+    cells = list(space.patterns)
+    depths = sorted({depth for depth, _ in cells})
+    depth = np.array(depths)[rng.integers(0, len(depths), count)]
+    patterns = np.empty((count, 4), np.int64)
+    u_ratio, u_pattern = rng.random(count), rng.random(count)
+    for d in depths:
+        rows = np.flatnonzero(depth == d)
+        ratios = [r for depth_, r in cells if depth_ == d]
+        picked = (u_ratio[rows] * len(ratios)).astype(int)
+        for i, ratio in enumerate(ratios):
+            some = rows[picked == i]
+            choices = space.patterns[d, ratio]
+            weights = _pattern_weights(space, choices)
+            at = np.searchsorted(weights / weights[-1], u_pattern[some], side="right")
+            patterns[some] = np.array(choices)[np.minimum(at, len(choices) - 1)]
+    kinds = rng.integers(1, space.linear_kinds + 1, count)
+    return _place(space, raw, patterns, kinds, rng)
+
+
+@lru_cache(maxsize=1024)
+def _pattern_weights(space: Space, patterns: tuple[Pattern, ...]) -> NDArray[np.float64]:
+    """How often each pattern would come up, summed so far."""
+    return np.array([_pattern_weight(space, p) for p in patterns]).cumsum()
+
+
+def _pattern_weight(space: Space, pattern: Pattern) -> float:
+    """How often layers that draw their mixer evenly would give this many FFN-only and local layers."""
+    options = len(space.layer.mixer)
+    local = sum(space.mixer_class(m) == "local" for m in space.layer.mixer if m != "none")
+    ffn_only = 1 if "none" in space.layer.mixer else 0
+    rest = max(options - local - ffn_only, 1)
+    depth = pattern.depth
+    ways = comb(depth, pattern[0]) * comb(depth - pattern[0], pattern[3])
+    return float(ways * ffn_only ** pattern[0] * local ** pattern[3] * rest ** (pattern[1] + pattern[2]))
+
+
+def repair(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
+    """The nearest canonical genomes of the space to any integers [N, G]; ties at random."""
+    lay = layout(space)
+    clipped = np.clip(genomes, 0, lay.alphabet - 1).astype(np.int16)
+    classes = np.where(lay.forced, FULL, slot_classes(space, clipped))
+    apart = pattern_counts(classes)[:, None, :] - lay.patterns[None]  # [N, P, 4]
+    distance = np.abs(apart).sum(axis=2) + np.abs(apart.sum(axis=2))  # twice the slots that change
+    nearest = np.argmin(distance + 0.5 * rng.random(distance.shape), axis=1)
+    kinds = np.full(len(clipped), space.linear_kinds)
+    return _place(space, clipped, lay.patterns[nearest], kinds, rng)
+
+
+def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float | None = None) -> Genomes:
+    """Mutated copies: each gene is redrawn with probability ``rate`` (default 2 / genes).
+
+    Half of the rows, at random, also make a move that needs several genes to change together: they
+    exchange two slots, move a full-attention layer, or take the depth and ratio of a fresh sample.
+    """
+    lay = layout(space)
+    rate = 2.0 / lay.genes if rate is None else rate
+    fresh = rng.integers(0, lay.alphabet, genomes.shape)
+    mutated = np.where(rng.random(genomes.shape) < rate, fresh, genomes).astype(np.int16)
+    move = rng.integers(0, 6, len(genomes))
+    mutated[move == 0] = _exchange_slots(space, mutated[move == 0], rng)
+    mutated[move == 1] = _move_full(space, mutated[move == 1], rng)
+    repaired = repair(space, mutated, rng)
+    other = move == 2
+    if other.any():
+        targets = pattern_counts(slot_classes(space, sample(space, rng, int(other.sum()))))
+        kinds = np.full(len(targets), space.linear_kinds)
+        repaired[other] = _place(space, repaired[other], targets, kinds, rng)
+    return repaired
+
+
+def _exchange_slots(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
+    """Copies in which two slots, at random, have changed places."""
+    order = np.tile(np.arange(layout(space).slots), (len(genomes), 1))
+    row, (a, b) = np.arange(len(genomes)), rng.integers(0, order.shape[1], (2, len(genomes)))
+    order[row, a], order[row, b] = b, a
+    return _with_slots(genomes, _slots(genomes)[row[:, None], order])
+
+
+def _move_full(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
+    """Copies in which a full layer and another layer, at random, have exchanged mixer and heads."""
+    lay = layout(space)
+    classes = slot_classes(space, genomes)
+    full = (classes == FULL) & ~lay.forced
+    other = (classes != FULL) & (classes != EMPTY)
+    draws = rng.random((2, *classes.shape))
+    a = np.where(full, draws[0], -1).argmax(axis=1)
+    b = np.where(other, draws[1], -1).argmax(axis=1)
+    able = np.flatnonzero(full.any(axis=1) & other.any(axis=1))
+    slots = _slots(genomes).copy()
+    slots[able, a[able], :2], slots[able, b[able], :2] = slots[able, b[able], :2], slots[able, a[able], :2]
+    return _with_slots(genomes, slots)
+
+
+def _slots(genomes: Genomes) -> Genomes:
+    """The genes of every slot [N, L, 3]."""
+    return genomes[:, 1:].reshape(len(genomes), genomes.shape[1] // 3, 3)
+
+
+def _with_slots(genomes: Genomes, slots: Genomes) -> Genomes:
+    """Copies of genomes [N, G] with other slots [N, L, 3]."""
+    return np.concatenate([genomes[:, :1], slots.reshape(len(genomes), genomes.shape[1] - 1)], axis=1)
+
+
+def crossover(space: Space, first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
+    """Children [N, G] that take the width, and each slot whole, from either parent."""
+    return repair(space, mix(first, second, rng), rng)
+
+
+def mix(first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
+    """What :func:`crossover` makes before its repair, for children that mutate, which repairs them."""
+    choice = rng.random((len(first), 1 + first.shape[1] // 3)) < 0.5
+    mask = np.concatenate([choice[:, :1], np.repeat(choice[:, 1:], 3, axis=1)], axis=1)
+    return np.where(mask, first, second).astype(np.int16)
