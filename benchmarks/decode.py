@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from search.submodel.decoder import Decoder
 from search.submodel.export import export_onnx
-from space import Architecture, Frame, Layer
+from space import Architecture, Layer, ModelConfig
 from space.blocks import Model, ffn, heads_of, mixer, part, project, rms_norm, rotate
 from space.cost import params
 from space.io.artefact import write_json
@@ -35,7 +35,7 @@ from supernet.extract import KIND, SubModel, read_submodel
 from supernet.hf.export import write_hf
 
 CONTEXTS = (128, 1024, 4096)
-FRAME = Frame(vocabulary=256, context=4608, head_dim=32, tied=False)
+FRAME = ModelConfig(vocab_size=256, max_seq_len=4608, head_dim=32, tie_embeddings=False)
 SIZES = {"large": (192, 6, 512), "small": (128, 4, 256)}  # width, heads, FFN of all eight layers
 LINEAR = ("gated_deltanet",)
 PATTERNS = {
@@ -81,7 +81,7 @@ def submodel_of(folder: Path, architecture: Architecture) -> SubModel:
     body = {
         "key": architecture.key,
         "architecture": architecture.to_json(),
-        "frame": vars(FRAME),
+        "model_config": vars(FRAME),
         "chosen": {},
     }
     write_json(folder / "architecture.json", KIND, {}, body)
@@ -136,16 +136,16 @@ class Eager:
         return project(rms_norm(x, self.weights["norm"]), self.weights["head"]), after
 
 
-def timings(submodel: SubModel, hf: Any, context: int) -> dict[str, Callable[[], float]]:
+def timings(submodel: SubModel, hf: Any, max_seq_len: int) -> dict[str, Callable[[], float]]:
     """What times one token at a context, in seconds, by who decodes; all start from the same prompt."""
-    prompt = np.random.default_rng(0).integers(1, FRAME.vocabulary, context - 1)
+    prompt = np.random.default_rng(0).integers(1, FRAME.vocab_size, max_seq_len - 1)
     decoder = Decoder(submodel.folder / "model.onnx")
     model = submodel.model()
-    eager = Eager(model, FRAME.context)
+    eager = Eager(model, FRAME.max_seq_len)
     with torch.inference_mode():
         states = model(torch.from_numpy(prompt[None]))[1]
         first = eager.fill(states)
-        expected = eager.step(torch.tensor([[7]]), context - 1, first)[0].numpy()
+        expected = eager.step(torch.tensor([[7]]), max_seq_len - 1, first)[0].numpy()
     state = decoder.read(prompt.tolist(), decoder.start())[1]
     found = decoder(np.array([[7]]), state)[0]
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -163,7 +163,7 @@ def timings(submodel: SubModel, hf: Any, context: int) -> dict[str, Callable[[],
 
     def torch_eager() -> float:
         with torch.inference_mode():
-            now, token, position = first, torch.tensor([[7]]), context - 1
+            now, token, position = first, torch.tensor([[7]]), max_seq_len - 1
             began = time.perf_counter()
             for _ in range(STEPS):
                 logits, now = eager.step(token, position, now)
@@ -207,31 +207,31 @@ def main() -> int:
                 warnings.simplefilter("ignore")
                 hf = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
             table[name] = {"params": params(architecture, FRAME), "architecture": architecture.describe()}
-            for context in contexts:
-                items[name, context] = timings(submodel, hf, context)
+            for max_seq_len in contexts:
+                items[name, max_seq_len] = timings(submodel, hf, max_seq_len)
         seconds: dict[tuple[str, int, str], list[float]] = {}
         for _ in range(rounds):
-            for (name, context), runs in items.items():
+            for (name, max_seq_len), runs in items.items():
                 for who, run in runs.items():
-                    seconds.setdefault((name, context, who), []).append(run())
+                    seconds.setdefault((name, max_seq_len, who), []).append(run())
     checks = {}
-    for name, context in items:
-        row = {who: statistics.median(seconds[name, context, who]) for who in items[name, context]}
+    for name, max_seq_len in items:
+        row = {who: statistics.median(seconds[name, max_seq_len, who]) for who in items[name, max_seq_len]}
         spread = {
-            who: (max(seconds[name, context, who]) - min(seconds[name, context, who])) / row[who]
+            who: (max(seconds[name, max_seq_len, who]) - min(seconds[name, max_seq_len, who])) / row[who]
             for who in row
         }
-        table[name][str(context)] = {
+        table[name][str(max_seq_len)] = {
             "tokens_per_second": {who: round(1 / value, 1) for who, value in row.items()},
             "times_torch_eager": row["torch eager"] / row["onnxruntime"],
             "times_transformers": row["transformers"] / row["onnxruntime"],
             "spread": spread,
         }
         times = row["torch eager"] / row["onnxruntime"]
-        checks[f"{name} at {context}: {times:.1f} times torch eager >= {TIMES}"] = times >= TIMES
+        checks[f"{name} at {max_seq_len}: {times:.1f} times torch eager >= {TIMES}"] = times >= TIMES
     for size in SIZES:
         name, ends = f"{size} all linear", (contexts[0], contexts[-1])
-        times = [statistics.median(seconds[name, context, "onnxruntime"]) for context in ends]
+        times = [statistics.median(seconds[name, max_seq_len, "onnxruntime"]) for max_seq_len in ends]
         text = f"{name}: {times[1] / times[0]:.2f} of the time from {ends[0]} to {ends[1]} <= {FLAT}"
         checks[text] = times[1] / times[0] <= FLAT
     return outcome.write("decode", arguments, {"threads": 1, "models": table}, checks)

@@ -25,8 +25,8 @@ import outcome
 
 from latency import Predictor, load_card, load_predictor
 from search.engine.search import Search
-from search.problem.feasibility import certify
-from search.problem.limit import Bounded, Limit
+from search.problem.feasibility import check_feasible
+from search.problem.limit import Constraint, Limit
 from search.problem.milp import least
 from search.problem.problem import SearchConfig, make_problem
 from space import Architecture, LimitError, Workload, load_space
@@ -79,10 +79,10 @@ def refused(predictor: Predictor) -> dict[str, Any]:
     asked = []
     for text, cost, unit in (("decode@256", latency, "s"), ("memory@2048", memory, "B")):
         bound = 1.001 * least(space, cost)[0]
-        asked.append(Bounded(Limit.parse(f"{text}<={bound!r}{unit}"), cost, bound))
+        asked.append(Constraint(Limit.parse(f"{text}<={bound!r}{unit}"), cost, bound))
     began = time.perf_counter()
     try:
-        certify(space, asked)
+        check_feasible(space, asked)
         said = "both can be met"
     except LimitError as error:
         said = str(error)
@@ -94,7 +94,7 @@ def command(run: Path, devices: Path, device: str) -> dict[str, Any]:
     began = time.perf_counter()
     code = "from search.cli import main; main()"
     limits = ("--limit", "params<=1", "--limit", "prefill@256<=1us")
-    words = ["--devices", devices, "search", "--supernet", run, "--device", device, *limits]
+    words = ["--devices", devices, "search", "--run", run, "--device", device, *limits]
     done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
     return {"seconds": time.perf_counter() - began, "exit": done.returncode, "said": done.stderr.strip()}
 

@@ -51,7 +51,7 @@ def main() -> int:
     def inside(architecture: Architecture) -> None:
         table = sources(space, architecture)
         slices = leaves(weights, table)
-        logits = forward(slices, architecture, space.frame, tokens)[0]
+        logits = forward(slices, architecture, space.config, tokens)[0]
         member_loss(logits, targets, None, 0.0).backward()
         add_gradients(slices, table, totals)
 
@@ -60,7 +60,7 @@ def main() -> int:
 
         def call() -> None:
             mine = {name: tensor.detach().requires_grad_() for name, tensor in own.items()}
-            logits = forward(mine, architecture, space.frame, tokens)[0]
+            logits = forward(mine, architecture, space.config, tokens)[0]
             member_loss(logits, targets, None, 0.0).backward()
 
         return call

@@ -91,13 +91,13 @@ def hat(
     begin with, beside the smallest and the largest member.
     """
 
-    def violations(rows: Genomes) -> np.ndarray:
+    def constraint_violation(rows: Genomes) -> np.ndarray:
         return np.maximum(0.0, seconds(genome.decode(space, rows)) / most - 1)
 
     ends = genome.encode(space, [genome.smallest(space), genome.largest(space)])
     ends = ends if pool is None else np.concatenate([ends, pool])
     costs: tuple[Cost | None, ...] = (None,)
-    strategy = Hat(Task(space, costs, violations, ends, population, seed))
+    strategy = Hat(Task(space, costs, constraint_violation, ends, population, seed))
     best, least, done = None, np.inf, 0
     while more(done) and len(rows := strategy.ask()):
         members = genome.decode(space, rows)

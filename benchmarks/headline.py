@@ -79,8 +79,8 @@ def train_job(job: Job, shared: tuple[Space, Corpus, EvaluationSet], tell: Share
         report: Callable[[Mapping[str, Any]], None] = lambda row: tell(row["step"] / row["steps"])  # noqa: E731
         checkpoint = train(space, job.config, job.folder, report, corpus, job.architecture)
         weights = dict(load_alone(space, checkpoint, job.architecture).named_parameters())
-        found = losses(evaluate(weights, job.architecture, space.frame, data))
-        accuracy = mqar_accuracy(weights, job.architecture, space.frame, length=64, vocabulary=256)
+        found = losses(evaluate(weights, job.architecture, space.config, data))
+        accuracy = mqar_accuracy(weights, job.architecture, space.config, length=64, vocab_size=256)
     write_text(job.folder / "result.json", json.dumps({**found, "mqar_accuracy": accuracy}))
     remove_checkpoints(job.folder)
 
@@ -103,7 +103,7 @@ class Headline:
         if architecture.key not in self.known:
             weights = self.supernet.weights(architecture)
             with one_thread():
-                found = evaluate(weights, architecture, self.run.space.frame, self.data)
+                found = evaluate(weights, architecture, self.run.space.config, self.data)
             self.known[architecture.key] = found.loss_nats
         return self.known[architecture.key]
 
@@ -159,15 +159,15 @@ class Headline:
         if path.exists():
             return {k: Architecture.from_json(v) for k, v in json.loads(path.read_text()).items()}
         population, generations = FEW if self.quick else SIZE
-        promise = self.search(workload, limit, BEST, (population, generations))["promise"]
-        chosen = promise["chosen"]
+        measured_search = self.search(workload, limit, BEST, (population, generations))["measured_search"]
+        chosen = measured_search["chosen"]
         found = {BEST: Architecture.from_json(chosen["architecture"])}
         predicted = float(self.seconds(workload)([found[BEST]])[0])
         least = max(predicted, 1e-3 * chosen["latency_ms"][str(workload)])
         for family in FULL:
             members = uniform(self.run.space, family)
             found[family] = min(scalings(members, self.seconds(workload)(members), least), key=self.loss)
-        spent = sum(one["evaluations"] for one in promise["rounds"])
+        spent = sum(one["evaluations"] for one in measured_search["rounds"])
         best = self.search(workload, limit, RANDOM, (population, -(-spent // population)))
         members = {m["key"]: m for m in best["members"]}
         found[RANDOM] = Architecture.from_json(members[best["picks"]["best"]]["architecture"])
@@ -207,7 +207,7 @@ class Headline:
         ]
         left = [job for job in jobs if not (job.folder / "result.json").exists()]
         if left:
-            left.sort(key=lambda job: -params(job.architecture, self.run.space.frame))
+            left.sort(key=lambda job: -params(job.architecture, self.run.space.config))
             with reporter.stage(f"train {len(left)} of {len(jobs)} from scratch") as stage:
                 shared = (self.run.space, corpus, judged)
                 failures = run_trials(train_job, left, shared, 2, self.runs / "tune", stage)
@@ -229,7 +229,7 @@ class Headline:
                 self.runs / "submodels" / architecture.key, self.supernet, architecture, {}, {}
             )
             export(submodel, ["onnx"])
-            config = VerifyConfig(most_noise=self.noise / 100, copies=1 if self.quick else 3)
+            config = VerifyConfig(max_noise=self.noise / 100, copies=1 if self.quick else 3)
             timed = measure_submodel(submodel, self.card, workloads, config)
             file, ends = model_file(submodel.folder), (architecture.width, architecture.layers)
             graph = load_model(file)
@@ -237,7 +237,9 @@ class Headline:
                 str(w): {
                     "latency_ms": timed[str(w)]["latency_ms"],
                     "interval_ms": timed[str(w)]["interval_ms"],
-                    "rss_bytes": session_rss(file, graph_binding(graph, w, submodel.frame, *ends), w.threads),
+                    "rss_bytes": session_rss(
+                        file, graph_binding(graph, w, submodel.model_config, *ends), w.threads
+                    ),
                 }
                 for w in workloads
             }
@@ -263,7 +265,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="a trained run of configs/small.yaml")
     parser.add_argument("--devices", type=Path, default=Path("devices"))
     parser.add_argument("--device", default="here")
-    parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    parser.add_argument("--max-noise", type=float, default=10.0, help="as of formfit search")
     parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="what is kept")
     parser.add_argument("--steps", type=int, help="of each training [default: 400, quick 20]")
     parser.add_argument("--seeds", type=int, help="[default: 2, quick 1]")
@@ -296,8 +298,9 @@ def main() -> int:
         rows = {
             name: {
                 "key": a.key, "architecture": a.to_json(), "described": a.describe(),
-                "params": params(a, run.space.frame),
-                **latencies[a.key][str(workload)], "memory_bytes": memory_bytes(a, workload, run.space.frame),
+                "params": params(a, run.space.config),
+                **latencies[a.key][str(workload)],
+                "memory_bytes": memory_bytes(a, workload, run.space.config),
                 "seeds": reached[a.key],
                 **{f: float(np.mean([r[f] for r in reached[a.key]])) for f in reached[a.key][0]},
             }

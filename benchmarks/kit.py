@@ -26,7 +26,7 @@ from space import Space, Workload, load_space, variation
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"
 QUICK = {
     "block_ms": 1.0, "min_rounds": 3, "op_rounds": 3, "max_rounds": 3, "held_out_models": 5,
-    "repeated_models": 2, "op_error": 0.5, "most_noise": None,
+    "repeated_models": 2, "op_error": 0.5, "max_noise": None,
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def direct(space: Space, folder: Path, name: str, config: ProfileConfig) -> tupl
 def main() -> int:
     arguments = outcome.options(__doc__).parse_args()
     space = load_space(SPACE)
-    config = ProfileConfig(**(QUICK if arguments.quick else {**FEWER, "most_noise": 0.1}))
+    config = ProfileConfig(**(QUICK if arguments.quick else {**FEWER, "max_noise": 0.1}))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         packed = pack(space, folder / "kit", config, folder / "kit.zip")
@@ -87,7 +87,7 @@ def main() -> int:
                 name: p.models[w].errors["held_out"]["mape_percent"]
                 for name, p in (("direct", here), ("kit", far), ("direct again", again))
             },
-            "repeat_mape_percent": here.models[w].errors["repeat_mape_percent"],
+            "repeatability_mape_percent": here.models[w].errors["repeatability_mape_percent"],
         }
         bound = max(2 * of_noise["mean_percent"], 3.0)
         text = f"{w}: kit and direct differ by {of_kit['mean_percent']:.1f}%, two direct by "

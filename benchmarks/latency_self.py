@@ -35,11 +35,11 @@ def fit(devices: Path, quick: bool) -> dict[str, Any]:
     """Profile this machine."""
     small = {
         "block_ms": 1.0, "min_rounds": 4, "op_rounds": 4, "max_rounds": 4, "op_error": 1.0,
-        "held_out_models": 6, "repeated_models": 2, "most_noise": None,
+        "held_out_models": 6, "repeated_models": 2, "max_noise": None,
     }  # fmt: skip
     workloads = WORKLOADS[::3] if quick else WORKLOADS
     config = ProfileConfig(
-        workloads=workloads, **(small if quick else {"budget_minutes": 20.0, "most_noise": 0.1})
+        workloads=workloads, **(small if quick else {"budget_minutes": 20.0, "max_noise": 0.1})
     )
     began, last = time.monotonic(), [0.0]
 
@@ -60,7 +60,7 @@ def fit(devices: Path, quick: bool) -> dict[str, Any]:
         "whole_models_in_the_fit": config.optimal_models + config.random_models,
         "in_the_run_of_the_fit": {str(w): dict(m.errors) for w, m in predictor.models.items()},
         "memory": {str(w): dict(m.errors) for w, m in predictor.memory.items()},
-        "noise_percent": 100 * (card.noise or 0.0),
+        "aa_difference_percent": 100 * (card.aa_difference or 0.0),
         "problems": card.problems,
     }
 
@@ -81,7 +81,7 @@ def measure_later(devices: Path, count: int, quick: bool) -> dict[str, Any]:
                 workloads = list(predictor.models)
                 if not turn and not quick and i < REPEATED:
                     workloads += map(Workload.parse, BETWEEN)
-                made = runtime.model(architecture, workloads, space.frame, 1000 * turn + i)
+                made = runtime.model(architecture, workloads, space.config, 1000 * turn + i)
                 items |= {f"{turn}|{architecture.key}|{w}": run for w, run in made.items()}
         timer = TimerConfig(block_ms=3.0, min_rounds=min(50, rounds), max_rounds=rounds)
         measured = measure({**items, **reference_items(runtime)}, runtime.anchors(), timer)
@@ -93,7 +93,7 @@ def measure_later(devices: Path, count: int, quick: bool) -> dict[str, Any]:
         },
         "half_width": float(np.median([t.half_width for t in measured.timings.values()])),
         "scale": scales,
-        "noise_percent": 100 * noise_of(measured.timings),
+        "aa_difference_percent": 100 * noise_of(measured.timings),
         "problems": measured.machine_problems(),
     }
 
@@ -179,7 +179,7 @@ def main() -> int:
         table, pooled = compare(devices, later)
     own = [errors["held_out"]["mape_percent"] for errors in fitted["in_the_run_of_the_fit"].values()]
     pooled["mape_in_the_run_of_the_fit_percent"] = float(np.mean(own))
-    machine = {key: later[key] for key in ("half_width", "scale", "noise_percent", "problems")}
+    machine = {key: later[key] for key in ("half_width", "scale", "aa_difference_percent", "problems")}
     checks = {
         f"profiling took {fitted['minutes']} min <= 20": fitted["minutes"] <= 20,
         f"MAPE in the run of the fit {np.mean(own):.2f}% <= 2.0%": np.mean(own) <= 2.0,

@@ -36,7 +36,7 @@ FEW = ("--generations", "8")  # limits are in question here, not losses
 def measured(program: Program, key: str, workload: str, folder: Path) -> dict[str, Any]:
     """A sub-model that a search extracted, measured in a new process."""
     shutil.copytree(program.run / "submodels" / key, folder, dirs_exist_ok=True)
-    found = program("verify", folder, "--device", program.device, "--noise", program.noise, may_miss=True)
+    found = program("verify", folder, "--device", program.device, "--max-noise", program.noise, may_miss=True)
     shutil.rmtree(folder)
     limit = found["limits"][0]
     timing = found["latency"][workload]
@@ -74,17 +74,17 @@ def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
     seconds = time.monotonic() - began
     folder = program.run / "searches" / name
     first = json.loads((folder / "front.json").read_text())
-    promise = json.loads((folder / "promise.json").read_text())
+    measured_search = json.loads((folder / "measured_search.json").read_text())
     best = min(first["members"], key=lambda m: m["loss_nats"])["key"]
     temporary = folder / "measured"
     return {
         "limit": limit,
         "search_seconds": round(seconds, 1),
-        "rounds": len(promise["rounds"]),
-        "promised": promise["kept"],
-        "in_the_loop": promise["chosen"]["used"],
+        "rounds": len(measured_search["rounds"]),
+        "promised": measured_search["kept"],
+        "in_the_loop": measured_search["chosen"]["used"],
         "before": measured(program, best, workload, temporary),
-        "after": measured(program, promise["chosen"]["key"], workload, temporary),
+        "after": measured(program, measured_search["chosen"]["key"], workload, temporary),
     }
 
 
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="a trained run")
     parser.add_argument("--devices", type=Path, default=Path("devices"))
     parser.add_argument("--device", default="here")
-    parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    parser.add_argument("--max-noise", type=float, default=10.0, help="as of formfit search")
     parser.add_argument("--runs", type=Path, default=Path("runs/limits"), help="what is kept")
     parser.add_argument("--done", action="store_true", help="only what was measured already")
     arguments = parser.parse_args()

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from space.architecture import MIXERS, Frame, Layer
+from space.architecture import MIXERS, Layer, ModelConfig
 from space.attention.linear import linear_attention
 from space.attention.softmax import softmax_attention
 from space.blocks import initial, mixer
@@ -212,7 +212,7 @@ def recurrences(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float
 
 def blocks(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     """Whole mixer blocks beside the attention block: forward, forward and backward, one decode step."""
-    frame = Frame(vocabulary=256, context=2 * tokens, head_dim=DIM)
+    model_config = ModelConfig(vocab_size=256, max_seq_len=2 * tokens, head_dim=DIM)
     generator = torch.Generator().manual_seed(0)
     x, step = torch.randn(1, tokens, WIDTH), torch.randn(1, 1, WIDTH)
     ahead: Jobs = {}
@@ -220,18 +220,18 @@ def blocks(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     decode: Jobs = {}
     for name in sorted(MIXERS, key=lambda name: name != "attention"):
         layer = Layer(mixer=name, heads=HEADS, kv_heads=HEADS, window=WINDOW if name == "sliding" else 0)
-        shapes = mixer_shapes(name, WIDTH, HEADS, HEADS, frame)
+        shapes = mixer_shapes(name, WIDTH, HEADS, HEADS, model_config)
         weights = {part: initial(part, shape, generator) for part, shape in shapes.items()}
         learnt = {part: weight.clone() for part, weight in weights.items()}
         source = x.clone()
-        ahead[name] = forward(mixer, weights, x, layer, frame)
+        ahead[name] = forward(mixer, weights, x, layer, model_config)
         back[name] = backward(
-            lambda layer=layer, learnt=learnt, source=source: mixer(learnt, source, layer, frame)[0],
+            lambda layer=layer, learnt=learnt, source=source: mixer(learnt, source, layer, model_config)[0],
             (source, *learnt.values()),
         )
         with torch.no_grad():
-            _, state = mixer(weights, x, layer, frame)
-        decode[name] = forward(mixer, weights, step, layer, frame, tokens, state)
+            _, state = mixer(weights, x, layer, model_config)
+        decode[name] = forward(mixer, weights, step, layer, model_config, tokens, state)
     return {
         "forward": timed(ahead, rounds),
         "forward_backward": timed(back, max(3, rounds // 2)),

@@ -26,7 +26,7 @@ import outcome
 import torch
 import torch.nn.functional as F
 
-from space.architecture import MIXERS, WINDOWED_MIXERS, Architecture, Frame, Layer
+from space.architecture import MIXERS, WINDOWED_MIXERS, Architecture, Layer, ModelConfig
 from space.blocks import Model
 from supernet.data.corpus import DataConfig, load_corpus, train_batch
 from supernet.data.mqar import IGNORED
@@ -38,7 +38,7 @@ LAST, NEXT, ENOUGH = 10, 0.9, 0.995  # batches, and their mean accuracy: for mor
 AT_LEAST = {"attention": 0.99, "kda": 0.97, "gated_deltanet": 0.97, "deltanet": 0.97}  # the slow ones early
 AT_MOST = {"sliding": 0.2}
 # With the embedding as head, attention takes off much later.
-FRAME = Frame(vocabulary=VOCABULARY, context=LENGTH, head_dim=WIDTH // HEADS, tied=False)
+FRAME = ModelConfig(vocab_size=VOCABULARY, max_seq_len=LENGTH, head_dim=WIDTH // HEADS, tie_embeddings=False)
 
 
 def two_layers(mixer: str) -> Architecture:
@@ -125,7 +125,7 @@ def main() -> int:
         found = named[mixer]["accuracy"]
         checks[f"{mixer}({WINDOW}) {found:.3f} <= {goal}"] = found <= goal
     body = {
-        "sizes": {"vocabulary": VOCABULARY, "length": LENGTH, "pairs": PAIRS, "width": WIDTH, "heads": HEADS,
+        "sizes": {"vocab_size": VOCABULARY, "length": LENGTH, "pairs": PAIRS, "width": WIDTH, "heads": HEADS,
                   "batch": BATCH, "steps": steps, "workers": arguments.workers},
         "seconds": seconds,
         "mixers": named,

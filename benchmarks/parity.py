@@ -31,7 +31,7 @@ from supernet.extract import SubModel, write_submodel
 from supernet.supernet import Supernet
 
 SPACE = {
-    "name": "parity", "vocabulary": 256, "context": 192, "head_dim": 16, "width": [32, 48, 64],
+    "name": "parity", "vocab_size": 256, "max_seq_len": 192, "head_dim": 16, "width": [32, 48, 64],
     "depth": [1, 2, 3, 4, 5],
     "layer": {
         "mixer": [*MIXERS, "none"], "heads": [1, 2, 4], "kv_heads": [1, 2], "ffn": [0, 32, 64, 96],
@@ -63,7 +63,7 @@ def carried(output: Any) -> dict[str, Any]:
 def errors(submodel: SubModel, hf: Any) -> dict[str, float]:
     """The largest relative errors against the plain model in fp64, and of padded rows against rows alone."""
     plain = submodel.model()
-    precise = Model(submodel.architecture, submodel.frame).double()
+    precise = Model(submodel.architecture, submodel.model_config).double()
     precise.load_state_dict({name: p.double() for name, p in plain.state_dict().items()})
     text = np.random.default_rng(0).integers(1, 256, (1, PREFILL))
     tokens = torch.from_numpy(text)

@@ -69,7 +69,7 @@ def measure_models(space: Space, seconds: float, path: Path) -> list[dict[str, A
         for i, architecture in enumerate(wanted):
             if rows and rows[-1]["spent"] >= seconds:
                 break
-            runs = runtime.model(architecture, WORKLOADS, space.frame, seed=i)
+            runs = runtime.model(architecture, WORKLOADS, space.config, seed=i)
             timed = {str(w): mean_latency(run) for w, run in runs.items()}
             row = {"architecture": architecture.to_json(), "seconds": timed}
             rows.append({**row, "spent": spent + time.monotonic() - began})
@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--devices", type=Path, help="with a card of this device [default: profiled afresh]")
     parser.add_argument("--device", default="here")
     parser.add_argument("--minutes", type=float, help="that the profile of the card in --devices took")
-    parser.add_argument("--noise", type=float, default=10.0, help="as of formfit search")
+    parser.add_argument("--max-noise", type=float, default=10.0, help="as of formfit search")
     parser.add_argument("--done", action="store_true", help="only the limits that are measured already")
     arguments = parser.parse_args()
     if (arguments.devices is None) != (arguments.minutes is None):
@@ -185,7 +185,7 @@ def main() -> int:
         began = time.monotonic()
         name = f"peer-{workload.phase}-{1e3 * bound:.5g}"
         found = program.search(name, workload, limit, "--workers", WORKERS, *few, *program.proof)
-        chosen = found["promise"]["chosen"]
+        chosen = found["measured_search"]["chosen"]
         return {"architecture": chosen["architecture"], "search_seconds": time.monotonic() - began}
 
     def theirs(workload: Workload, bound: float, seconds: float) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def main() -> int:
         architecture = Architecture.from_json(found["architecture"])
         submodel = write_submodel(runs / "submodels" / architecture.key, supernet, architecture, {}, {})
         export(submodel, ["onnx"])
-        config = VerifyConfig(most_noise=arguments.noise / 100)
+        config = VerifyConfig(max_noise=arguments.noise / 100)
         timed = measure_submodel(submodel, card, [workload], config)[str(workload)]["latency_ms"]
         with evaluator(supernet, sets, 0, None, sys.stderr.write) as evaluate_all:
             quality = next(iter(evaluate_all([architecture], "front")))

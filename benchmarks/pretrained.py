@@ -45,7 +45,7 @@ def train_llama(folder: Path, space: Space, corpus: Corpus, steps: int) -> dict[
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=space.vocabulary,
+            vocab_size=space.vocab_size,
             hidden_size=largest.width,
             intermediate_size=layer.ffn,
             num_hidden_layers=space.slots,
@@ -53,8 +53,8 @@ def train_llama(folder: Path, space: Space, corpus: Corpus, steps: int) -> dict[
             num_key_value_heads=layer.kv_heads,
             head_dim=space.head_dim,
             rms_norm_eps=1e-5,
-            tie_word_embeddings=space.tied,
-            max_position_embeddings=space.context,
+            tie_word_embeddings=space.tie_embeddings,
+            max_position_embeddings=space.max_seq_len,
         )
     )
     optimiser = torch.optim.AdamW(llama.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -75,7 +75,7 @@ def train_llama(folder: Path, space: Space, corpus: Corpus, steps: int) -> dict[
 
 def mean_loss(supernet: Supernet, architectures: list[Architecture], data: EvaluationSet) -> float:
     with torch.no_grad():
-        losses = [evaluate(supernet.weights(a), a, supernet.space.frame, data) for a in architectures]
+        losses = [evaluate(supernet.weights(a), a, supernet.space.config, data) for a in architectures]
     return float(np.mean([quality.loss_nats for quality in losses]))
 
 
@@ -83,7 +83,7 @@ def small_members(space: Space, count: int) -> list[Architecture]:
     """Fixed architectures below the largest, with attention alone."""
     value = space.model_dump(mode="json")
     value["layer"] |= {"mixer": ["attention"], "window": []}
-    value["hybrid"] |= {"ratios": ["full"], "linear_kinds": None}
+    value["hybrid"] |= {"ratios": ["full"], "max_linear_kinds": None}
     value["depth"] = value["depth"][-2:]  # fewer layers would hide what the order does
     only = Space.model_validate(value)
     return genome.decode(only, variation.sample(only, np.random.default_rng(24), count))

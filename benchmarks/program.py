@@ -40,19 +40,19 @@ class Program:
         file = folder / "space.yaml"
         write_text(file, json.dumps(space.model_dump(mode="json")))  # JSON is YAML
         wanted = [word for w in workloads for word in ("--workload", w)]
-        self("profile", "--space", file, "--device", self.device, *wanted, "--noise", self.noise, *more)
+        self("profile", "--space", file, "--device", self.device, *wanted, "--max-noise", self.noise, *more)
 
     def search(self, name: str, workload: object, limit: str, *more: object) -> dict[str, Any]:
         """Search for low loss and low latency in a workload, under a limit."""
         return self(
-            "search", "--supernet", self.run, "--device", self.device, "--name", name, "--limit", limit,
+            "search", "--run", self.run, "--device", self.device, "--name", name, "--limit", limit,
             "--objective", "loss", "--objective", f"latency:{workload}", *more, may_miss=True,
         )  # fmt: skip
 
     @property
     def proof(self) -> tuple[str, ...]:
         """What makes a search measure what it hands over."""
-        return "--verify", "--noise", self.noise
+        return "--verify", "--max-noise", self.noise
 
 
 def bounds_between(

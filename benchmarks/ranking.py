@@ -52,12 +52,12 @@ def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
     checkpoint = latest_checkpoint(run / "supernet", training_inputs(space, config.train, corpus))
     if checkpoint is None:
         raise SystemExit(f"{run}: no supernet of {config_file}")
-    data = evaluation_set(corpus, config.search.front_windows, config.train.length or space.context)
+    data = evaluation_set(corpus, config.search.front_windows, config.train.length or space.max_seq_len)
     supernet = load_supernet(space, checkpoint)
 
     def bits(architecture: Architecture) -> float | None:
         weights = supernet.weights(architecture)
-        return evaluate(weights, architecture, space.frame, data).bits_per_byte
+        return evaluate(weights, architecture, space.config, data).bits_per_byte
 
     return {
         "held_out_bytes": data.text_bytes,
@@ -88,7 +88,7 @@ def main() -> int:
         formfit(devices, "profile", "--space", str(SPACE), "--device", "here", "--workload", WORKLOAD)
     options = ["--workload", WORKLOAD, "--size", str(size)]
     options += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
-    formfit(devices, "audit", "--supernet", str(run), "--device", "here", *options)
+    formfit(devices, "audit", "--run", str(run), "--device", "here", *options)
 
     audit = json.loads((run / "audit" / "audit.json").read_text())
     minutes = training_seconds(run / "supernet" / "metrics.jsonl") / 60

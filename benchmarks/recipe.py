@@ -157,10 +157,10 @@ def score(
     if checkpoint is None:
         raise FileNotFoundError(folder)
     supernet = load_supernet(space, checkpoint)
-    data = evaluation_set(corpus, 8 if arguments.quick else 48, config.length or space.context)
+    data = evaluation_set(corpus, 8 if arguments.quick else 48, config.length or space.max_seq_len)
 
     def losses(architectures: list[Architecture]) -> list[float]:
-        return [evaluate(supernet.weights(a), a, space.frame, data).loss_nats for a in architectures]
+        return [evaluate(supernet.weights(a), a, space.config, data).loss_nats for a in architectures]
 
     found = losses(fixed_architectures(space, 4 if arguments.quick else 24))
     value: dict[str, Any] = {

@@ -46,11 +46,12 @@ SMALL = load_space(Path(__file__).parents[1] / "configs" / "spaces" / "small.yam
 PHASES = ("prefill@64", "prefill@256", "prefill@2048", "decode@64", "decode@256", "decode@2048")
 DEVICES = {"small": (5e10, 1e10), "seven-b": (0.6 * 67e12, 0.7 * 3.35e12)}  # FLOP/s, bytes/s: core, H100
 LARGE: dict[str, Any] = {
-    "name": "seven-b", "vocabulary": 32000, "context": 4096, "head_dim": 128, "kv_group": 4, "window": [1024],
+    "name": "seven-b", "vocab_size": 32000, "max_seq_len": 4096,
+    "head_dim": 128, "kv_group": 4, "window": [1024],
     "width": [2048, 2560, 3072, 3584, 4096], "depth": [16, 20, 24, 28, 32],
     "heads": [16, 20, 24, 28, 32], "ffn": [4096, 5632, 8192, 11008, 14336],
 }  # fmt: skip
-MIDDLE = {"width": [256, 512], "heads": [4, 8], "ffn": [1024, 2048], "depth": [4, 8], "vocabulary": 256}
+MIDDLE = {"width": [256, 512], "heads": [4, 8], "ffn": [1024, 2048], "depth": [4, 8], "vocab_size": 256}
 PLAN = """
 gpus              = 64                  # the question
 node              = 8                   # GPUs: DGX H100
@@ -137,14 +138,18 @@ def large_space(**changes: Any) -> Space:
 def made_up(space: Space) -> tuple[Predictor, dict[Any, float]]:
     """A predictor of ops that take a call, FLOPs and bytes at a device's rates, and 5% of their own."""
     rng, (rate, bandwidth) = np.random.default_rng(0), DEVICES[space.name]
-    ops, frame, workloads = space_ops(space), space.frame, [Workload.parse(text) for text in PHASES]
-    table = {(op, w): (1e-6 + op_flops(op, w, frame) / rate + op_held_bytes(op, w, frame) / bandwidth)
+    ops, model_config, workloads = space_ops(space), space.config, [Workload.parse(text) for text in PHASES]
+    table = {(op, w): (1e-6 + op_flops(op, w, model_config) / rate
+                       + op_held_bytes(op, w, model_config) / bandwidth)
              * float(rng.lognormal(0, 0.05)) for op in ops for w in workloads}  # fmt: skip
     kinds = dict.fromkeys(op_kinds(space), 1.0)
     models = {w: WorkloadModel(op_seconds={op.key: table[op, w] for op in ops}, kinds=kinds, constant=1e-6,
-                               once_full=1e-6, per_layer=1e-6, hinges=(1e-6,) * 4, scale=0.02, errors={})
+                               attention_constant=1e-6, per_layer=1e-6, hinges=(1e-6,) * 4,
+                               scale=0.02, errors={})
               for w in workloads}  # fmt: skip
-    return Predictor(space=space, ops=OpLatencies(frame, {}, {}), models=models, residuals=[-1, 1, 2]), table
+    return Predictor(
+        space=space, ops=OpLatencies(model_config, {}, {}), models=models, residuals=[-1, 1, 2]
+    ), table
 
 
 def on_architectures(predictor: Predictor, sizes: Sequence[int]) -> dict[str, Any]:
@@ -252,14 +257,14 @@ def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dic
 
     costs, known = np.array([timing(point) for point in design.points]), seeds(design.points)
     while True:
-        fit = fit_op_latencies(space.frame, {point: (table[point], 0.01) for point in known})
+        fit = fit_op_latencies(space.config, {point: (table[point], 0.01) for point in known})
         error = design.expected_error(fit)
         if error <= config.op_error or len(known) == len(design.points):
             break
         known += design.choose(fit, costs, config.group, known)
     models = np.maximum(block, design.counts @ [table[point] for point in design.points])
     whole = 58 * len(texts) * float((rounds * models + BUILD_SECONDS).mean())  # 58: ProfileConfig's models
-    values = [height * op_params(op, space.frame) for op, height in stacks(space, known)]
+    values = [height * op_params(op, space.config) for op, height in stacks(space, known)]
     return {"ops": len(space_ops(space)), "points": len(costs), "measured": len(known), "error": error,
             "design_seconds": time.perf_counter() - began, "timing_seconds": sum(map(timing, known)) + whole,
             "values": sum(values), "values_in_a_group": sum(values) * config.group / len(known)}  # fmt: skip
@@ -267,7 +272,7 @@ def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dic
 
 def on_models(space: Space, steps: int) -> dict[str, float]:
     """Parameters, and forward FLOPs a token at the context, of a space's members and of its recipe's."""
-    config, workload = TrainConfig(steps=steps), Workload(phase="prefill", length=space.context)
+    config, workload = TrainConfig(steps=steps), Workload(phase="prefill", length=space.max_seq_len)
     count, flops = params_cost(space), flops_table(space, workload)
     sampled = variation.sample(space, np.random.default_rng(0), 2001)
     groups = {
@@ -280,9 +285,11 @@ def on_models(space: Space, steps: int) -> dict[str, float]:
     found = {}
     for name, rows in groups.items():
         found[f"params_{name}"] = float(count(rows).mean())
-        found[f"forward_{name}"] = float(flops.totals(rows).mean()) / space.context
+        found[f"forward_{name}"] = float(flops.totals(rows).mean()) / space.max_seq_len
     blocks = [op for op in space_ops(space) if op.kind not in ("embedding", "head")]
-    found["widest"] = max(op_activation_bytes(op, workload, space.frame) for op in blocks) / space.context
+    found["widest"] = (
+        max(op_activation_bytes(op, workload, space.config) for op in blocks) / space.max_seq_len
+    )
     shared = space.model_copy(update={"sharing": "qkvo"})
     whole = [float(sum(map(prod, supernet_shapes(one).values()))) for one in (space, shared)]
     return found | {"supernet": whole[0], "supernet_shared": whole[1]}

@@ -37,11 +37,11 @@ from supernet.training.train import load_supernet, train
 
 Array = NDArray[np.float64]
 SPACE = {
-    "name": "enumerable", "vocabulary": 256, "context": 256, "head_dim": 32, "tied": False,
+    "name": "enumerable", "vocab_size": 256, "max_seq_len": 256, "head_dim": 32, "tie_embeddings": False,
     "width": [64, 96, 128], "depth": [2, 3, 4], "kv_group": 1, "sharing": "none",
     "layer": {"mixer": ["attention", "sliding", "gated_deltanet"], "heads": [2], "ffn": [128, 256],
               "window": [64]},
-    "hybrid": {"ratios": ["full", 1, 2, 3, "linear"], "linear_kinds": 2},
+    "hybrid": {"ratios": ["full", 1, 2, 3, "linear"], "max_linear_kinds": 2},
 }  # fmt: skip
 TRAINING = TrainConfig(steps=1000, batch=4, sampled=3, threads=2)  # and a seed
 WINDOWS = 16
@@ -57,9 +57,9 @@ STRATEGIES = {
 
 def everything(space: Space) -> Genomes:
     """All genomes [N, G] of the space."""
-    lay = genome.layout(space)
-    slot = list(itertools.product(*(range(n) for n in lay.alphabet[1:4])))
-    slots = np.array(list(itertools.product(slot, repeat=lay.slots)), np.int16).reshape(-1, 3 * lay.slots)
+    enc = genome.encoding(space)
+    slot = list(itertools.product(*(range(n) for n in enc.cardinalities[1:4])))
+    slots = np.array(list(itertools.product(slot, repeat=enc.slots)), np.int16).reshape(-1, 3 * enc.slots)
     widths = [np.c_[np.full(len(slots), w, np.int16), slots] for w in range(len(space.width))]
     rows = np.concatenate(widths)
     return rows[genome.contains(space, rows)]
@@ -75,13 +75,13 @@ def evaluate_part(job: tuple[str, int, int, int]) -> Array:
     torch.use_deterministic_algorithms(True)
     space = Space.model_validate(SPACE)
     corpus = load_corpus(training.data)
-    data = evaluation_set(corpus, WINDOWS, space.context)
+    data = evaluation_set(corpus, WINDOWS, space.max_seq_len)
     supernet = load_supernet(space, train(space, training, folder / "supernet", None, corpus))
     rows = everything(space)[part::parts]
     found = list(np.load(path)) if path.exists() else []
     for done in range(len(found), len(rows)):
         architecture = genome.decode(space, rows[done : done + 1])[0]
-        found.append(evaluate(supernet.weights(architecture), architecture, space.frame, data).loss_nats)
+        found.append(evaluate(supernet.weights(architecture), architecture, space.config, data).loss_nats)
         if done % 500 == 499 or done == len(rows) - 1:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.array(found))
@@ -112,7 +112,7 @@ class Table:
 
     def __init__(self, space: Space, rows: Genomes, losses: Array) -> None:
         self.space = space
-        self.cost = Cost(flops_table(space, Workload(phase="prefill", length=space.context)))
+        self.cost = Cost(flops_table(space, Workload(phase="prefill", length=space.max_seq_len)))
         self.loss = {row.tobytes(): loss for row, loss in zip(rows, losses, strict=True)}
         self.points = np.column_stack([losses, self.cost(rows)])
         front = self.points[non_dominated(self.points)]
@@ -126,7 +126,7 @@ class Table:
         task = Task(
             space=self.space,
             costs=(None, self.cost),
-            violations=lambda genomes: np.zeros(len(genomes)),
+            constraint_violation=lambda genomes: np.zeros(len(genomes)),
             seeds=genome.encode(self.space, ends),
             population=24,
             seed=seed,

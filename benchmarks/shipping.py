@@ -70,7 +70,9 @@ def precisions(submodel: SubModel, data: EvaluationSet, rounds: int) -> dict[str
     for p in PRECISIONS:
         for w in workloads:
             path = model_file(submodel.folder, p)
-            run = OnnxRuntime().load(path, submodel.architecture, replace(w, precision=p), submodel.frame)
+            run = OnnxRuntime().load(
+                path, submodel.architecture, replace(w, precision=p), submodel.model_config
+            )
             run(3)
             loops = 1 if w.phase == "prefill" else 30
 
@@ -108,7 +110,7 @@ def small_members(
     for share in shares:
         some = np.flatnonzero((cost <= share) & (cost > 0.7 * share))[:tried]
         members = genome.decode(space, pool[some])
-        losses = [evaluate(supernet.weights(a), a, space.frame, few).loss_nats for a in members]
+        losses = [evaluate(supernet.weights(a), a, space.config, few).loss_nats for a in members]
         found.append(members[int(np.argmin(losses))])
     return found
 
@@ -135,7 +137,7 @@ def drafted(
             rows.append(
                 {
                     "draft": draft.architecture.describe(),
-                    "draft_params": params(draft.architecture, draft.frame),
+                    "draft_params": params(draft.architecture, draft.model_config),
                     "ahead": ahead,
                     "acceptance": counts.accepted / counts.proposed,
                     "tokens_a_round": most * len(prompts) / max(1, counts.rounds),
@@ -164,7 +166,7 @@ def main() -> int:
         (folder / "largest.json").write_text(json.dumps(largest.to_json()))
         command = [
             sys.executable, "-c", "from search.cli import main; main()", "extract",
-            "--supernet", str(arguments.run), "--architecture", str(folder / "largest.json"),
+            "--run", str(arguments.run), "--architecture", str(folder / "largest.json"),
             "--format", "onnx", "--out", str(folder / "command"),
         ]  # fmt: skip
         began = time.perf_counter()
@@ -188,7 +190,7 @@ def main() -> int:
         for submodel in [target, *drafts]:
             export(submodel, ["onnx"], PRECISIONS)
             models[submodel.architecture.describe()] = {
-                "params": params(submodel.architecture, submodel.frame),
+                "params": params(submodel.architecture, submodel.model_config),
                 **precisions(submodel, data, 3 if quick else 15),
             }
         rows = data.tokens[:: max(1, len(data.tokens) // (2 if quick else 12))]

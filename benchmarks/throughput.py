@@ -27,11 +27,11 @@ def main() -> int:
     arguments = outcome.options(__doc__).parse_args()
     space, rng = load_space(SPACE), np.random.default_rng(0)
     seconds = {
-        (op, w): (1e-6 + 1e-10 * op_flops(op, w, space.frame) + 1e-10 * op_params(op, space.frame), 0.01)
+        (op, w): (1e-6 + 1e-10 * op_flops(op, w, space.config) + 1e-10 * op_params(op, space.config), 0.01)
         for op in space_ops(space)
         for w in WORKLOADS
     }
-    ops = fit_op_latencies(space.frame, seconds)
+    ops = fit_op_latencies(space.config, seconds)
     times = {w: OpTimes(w, {op.key: seconds[op, w][0] for op in space_ops(space)}) for w in WORKLOADS}
     chosen = choose_models(space, ProfileConfig().counts(), times)
     rows = {role: genome.encode(space, chosen[role]) for role in ("optimal", "held_out")}

@@ -33,7 +33,9 @@ class Card:
     measured: str | None = None  # when, UTC
     problems: list[str] = field(default_factory=list)
     unsupported: dict[str, str] = field(default_factory=dict)  # mixers that its runtime lacks, and why
-    noise: float | None = None  # relative difference between timings of the same work; see latency.reference
+    aa_difference: float | None = (
+        None  # relative difference between timings of the same work; see latency.reference
+    )
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class Card:
             "measured": self.measured,
             "problems": self.problems,
             "unsupported": self.unsupported,
-            "noise": self.noise,
+            "aa_difference": self.aa_difference,
         }
         write_json(self.folder / "device.json", KIND, {}, body)
 
@@ -108,7 +110,7 @@ def load_card(devices: Path, name: str) -> Card:
         measured=value["measured"],
         problems=value["problems"],
         unsupported=value["unsupported"],
-        noise=value["noise"],
+        aa_difference=value["aa_difference"],
     )
 
 

@@ -37,7 +37,7 @@ from latency.records import Records, model_name, stack_name
 from latency.runtimes import rss
 from latency.runtimes.onnxruntime import OnnxRuntime
 from latency.runtimes.protocol import Runtime
-from latency.runtimes.reference import reference_items, require_quiet, time_references
+from latency.runtimes.reference import reference_items, require_stable, time_references
 from latency.runtimes.registry import open_runtime
 from space import Architecture, InputError, Space, Workload
 from space.io.artefact import canonical_json, digest
@@ -78,7 +78,7 @@ class ProfileConfig(BaseModel):
     rss: bool = True  # memory is measured too, where the system tells it
     rss_models: Annotated[int, Field(ge=1)] = 10  # of those held out, to test the fit
     # Between two timings of the same work, see latency.reference; None: whatever there is.
-    most_noise: Annotated[float, Field(gt=0)] | None = 0.1
+    max_noise: Annotated[float, Field(gt=0)] | None = 0.1
 
     def timer(self, rounds: int) -> TimerConfig:
         """The timer's settings, with so many rounds at most."""
@@ -103,15 +103,15 @@ class ProfileConfig(BaseModel):
         Raises:
             InputError: one is malformed, longer than the space's context, or of other threads or precision.
         """
-        texts = self.workloads or tuple(f"{phase}@{space.context}" for phase in ("prefill", "decode"))
+        texts = self.workloads or tuple(f"{phase}@{space.max_seq_len}" for phase in ("prefill", "decode"))
         found = []
         for text in texts:
             for name in ("threads", "precision"):
                 text += "" if f"{name}=" in text else f",{name}={getattr(self, name)}"
             workload = Workload.parse(text)
-            if workload.length > space.context:
+            if workload.length > space.max_seq_len:
                 raise InputError(
-                    f"workload {text}: longer than the context {space.context} of space {space.name}"
+                    f"workload {text}: longer than the context {space.max_seq_len} of space {space.name}"
                 )
             if workload.threads != self.threads:
                 raise InputError(f"workload {text}: profiling runs on {self.threads} threads")
@@ -150,9 +150,9 @@ def profile(
     records = Records(card, space, runtime.name, config.threads, config.precision)
     with pinned(config.threads):
         session = _Session(records, config, runtime, report or (lambda _what, _share: None), prior)
-        if config.most_noise is not None:
+        if config.max_noise is not None:
             plain = open_runtime(config.runtime, config.threads)
-            card.noise = require_quiet(time_references(plain), config.most_noise)
+            card.aa_difference = require_stable(time_references(plain), config.max_noise)
         ops = session.ops(workloads)
         times = {w: records.op_times(ops, w) for w in workloads}
         chosen = choose_models(space, config.counts(), times)
@@ -307,7 +307,7 @@ class _Session:
         new = {(op.kind, w.phase): (op, w) for op, w in points if (op.kind, w.phase) not in self.checked}
         self.checked |= set(new)
         for (op, height), some in stacks(self.space, points, list(new.values())).items():
-            runs = self.runtime.stack(op, height, some, self.space.frame)
+            runs = self.runtime.stack(op, height, some, self.space.config)
             items |= {stack_name(op, height, w): run for w, run in runs.items()}
         measured = self._measure(
             f"measuring {len(points)} ops", items, self.config.op_rounds, self._op_share(len(points))
@@ -325,7 +325,7 @@ class _Session:
             some = [missing[i] for i in order[turn::groups]]
             items: dict[str, Run] = {}
             for i, (role, architecture) in enumerate(some):
-                runs = self.runtime.model(architecture, workloads, self.space.frame, seed=i)
+                runs = self.runtime.model(architecture, workloads, self.space.config, seed=i)
                 items |= {model_name(role, architecture, w): run for w, run in runs.items()}
             share = 0.6 + 0.35 * turn / groups, 0.6 + 0.35 * (turn + 1) / groups
             what = f"measuring whole models, {len(some)} of {len(missing)}"
@@ -344,7 +344,7 @@ class _Session:
         for done, (role, architecture) in enumerate(missing):
             self.report("measuring memory", 0.95 + 0.05 * done / len(missing))
             try:
-                found = self.runtime.memory(architecture, prefills, self.space.frame)
+                found = self.runtime.memory(architecture, prefills, self.space.config)
             except OSError as error:  # latency is worth keeping all the same
                 self.card.problems.append(f"memory: {error}")
                 self.card.save()

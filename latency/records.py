@@ -67,9 +67,9 @@ class Records:
         return {**asked, "graphs": version_for(self.runtime)}
 
     @cached_property
-    def frame(self) -> str:
+    def model_config(self) -> str:
         """What ops of different spaces must have in common."""
-        return canonical_json(vars(self.space.frame))
+        return canonical_json(vars(self.space.config))
 
     def add_ops(self, points: Sequence[Point], timings: Mapping[str, Timing], anchor: float) -> None:
         """Add what stacks of ops took in a run, in the card's units; each must be a line.
@@ -92,7 +92,7 @@ class Records:
                     self.card.problems.append(
                         f"{op.key} {workload}: {middle} copies are {off:+.1%} from the line"
                     )
-            work = high * op_flops(op, workload, self.space.frame)
+            work = high * op_flops(op, workload, self.space.config)
             if ends[1].seconds < least_anchored(work, anchor):
                 self.card.problems.append(f"{op.key} {workload}: faster than this machine can be")
             scale = scales[workload.phase]
@@ -102,7 +102,7 @@ class Records:
             rows.append(
                 {
                     **self.conditions,
-                    "frame": self.frame,
+                    "frame": self.model_config,
                     "workload": str(workload),
                     "op": op.key,
                     "seconds": seconds * scale,
@@ -163,7 +163,7 @@ class Records:
 
     def ops(self) -> dict[Point, tuple[float, float]]:
         """Seconds of each op that was measured, and their relative standard deviation."""
-        rows = self._rows("ops", {"frame": self.frame})
+        rows = self._rows("ops", {"frame": self.model_config})
         if not len(rows):
             return {}
         columns = zip(rows["op"], rows["workload"], rows["seconds"], rows["half_width"], strict=True)
@@ -182,13 +182,13 @@ class Records:
 
     def fitted(self, source: OpLatencies | None = None) -> OpLatencies:
         """What the measured ops say of all of them."""
-        return fit_op_latencies(self.space.frame, self.ops(), source)
+        return fit_op_latencies(self.space.config, self.ops(), source)
 
     def op_times(self, ops: OpLatencies, workload: Workload) -> OpTimes:
         """What the ops of the space take in a workload, and what full attention computes once."""
         names = space_ops(self.space)
         seconds = ops.seconds([(op, workload) for op in names])
-        rows = self._rows("ops", {"frame": self.frame, "workload": str(workload)})
+        rows = self._rows("ops", {"frame": self.model_config, "workload": str(workload)})
         full = rows["op"].str.split("-").str[0].isin(FULL_MIXERS) if len(rows) else pd.Series(dtype=bool)
         shared = max(0.0, float(rows["intercept"][full].median())) if full.any() else 0.0
         return OpTimes(workload, {op.key: float(s) for op, s in zip(names, seconds, strict=True)}, shared)

@@ -22,7 +22,7 @@ class VerifyConfig(BaseModel):
     rounds: int = Field(default=60, ge=4)  # of timing
     block_ms: float = Field(default=3.0, gt=0)
     searches: int = Field(default=3, ge=1)  # at most, each with finalists to measure; see search.promise
-    most_noise: float | None = 0.1  # between two timings of the same work, see latency.reference; None: any
+    max_noise: float | None = 0.1  # between two timings of the same work, see latency.reference; None: any
 
 
 class RunConfig(BaseModel):
@@ -68,11 +68,11 @@ def smoke(config: RunConfig) -> RunConfig:
     changes: dict[str, dict[str, Any]] = {
         "train": {"steps": 12, "batch": 2, "checkpoint_every": 6},
         "profile": {"block_ms": 1.0, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2,
-                    "op_error": 1.0, "most_noise": None, "rss_models": 1,
+                    "op_error": 1.0, "max_noise": None, "rss_models": 1,
                     "optimal_models": 6, "random_models": 4,
                     "held_out_models": 5, "repeated_models": 2},
         "search": {"generations": 2, "population": 8, "windows": 4, "front_windows": 8},
-        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "most_noise": None,
+        "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "max_noise": None,
                    "searches": 1},
     }  # fmt: skip
     fields = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}

@@ -16,7 +16,7 @@ from search.audit.page import audit_section
 from search.engine.front import FRONT_KIND, member_choice, pick_key
 from search.engine.run import search_front
 from search.report.page import write_report
-from search.select.measured_search import keep_promise, make_workbench, require_kept
+from search.select.measured_search import make_workbench, require_kept, run_measured_search
 from search.workspace import Run
 from space import Architecture, genome
 from space.io.artefact import (
@@ -41,7 +41,7 @@ def trained(run: Run, reporter: Reporter, corpus: Corpus) -> Checkpoint:
     settings = run.config.search
     if corpus.recall < 1:  # what the search will evaluate on, refused now rather than after hours
         windows = max(settings.windows, settings.front_windows)
-        window_starts(len(corpus.held_out), windows, run.config.train.length or run.space.context)
+        window_starts(len(corpus.held_out), windows, run.config.train.length or run.space.max_seq_len)
     root, inputs = run.folder / "supernet", training_inputs(run.space, run.config.train, corpus)
     found = latest_checkpoint(root, inputs)  # refuses one of another training
     run.save_config()
@@ -88,7 +88,7 @@ def searched(
     )
 
 
-def promised(
+def verified(
     run: Run, reporter: Reporter, checkpoint: Checkpoint, predictor: Predictor, corpus: Corpus
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What came of searching and measuring, and the chosen and picked members by pick, verified."""
@@ -97,19 +97,19 @@ def promised(
         run.folder / "submodels", run.the_trained(checkpoint, corpus), card, run.config.verify
     )
     folder = run.folder / "searches" / card.name
-    promise = keep_promise(folder, bench, {card.name: predictor}, run.config.search, reporter)
+    measured_search = run_measured_search(folder, bench, {card.name: predictor}, run.config.search, reporter)
     front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
     members = {m["key"]: m for m in front["members"]}
-    measured = {row["key"]: row for one in promise["rounds"] for row in one["finalists"]}
+    measured = {row["key"]: row for one in measured_search["rounds"] for row in one["finalists"]}
     keys = {pick: pick_key(front, pick) for pick in run.config.picks}
-    picked = {"chosen": promise["chosen"]}
+    picked = {"chosen": measured_search["chosen"]}
     picked |= {pick: measured.get(key, members[key]) for pick, key in keys.items()}
     found = {}
     for pick, member in picked.items():
         choice = member.get("choice") or member_choice(front, member)
         submodel = bench.extracted(Architecture.from_json(member["architecture"]), choice)
         found[pick] = {**_member(member), **_results(bench.verified(submodel, reporter))}
-    return promise, found
+    return measured_search, found
 
 
 def summarised(
@@ -117,7 +117,7 @@ def summarised(
     checkpoint: Checkpoint,
     corpus: Corpus,
     predictor: Predictor,
-    promise: Mapping[str, Any],
+    measured_search: Mapping[str, Any],
     verified: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Write ``summary.json`` and the report."""
@@ -138,7 +138,7 @@ def summarised(
         "text": text_quality(run, checkpoint, corpus, verified["chosen"]),
         "predictor": {str(w): dict(model.errors) for w, model in predictor.models.items()},
         "front": front["members"],
-        "rounds": len(promise["rounds"]),
+        "rounds": len(measured_search["rounds"]),
         "limits": verified["chosen"]["limits"],
         "chosen": dict(verified["chosen"]),
         "verified": {pick: dict(value) for pick, value in verified.items()},
@@ -157,15 +157,15 @@ def text_quality(
     None stands for what is unknown: the baselines where bytes are not the tokens, all where there is
     no text or its bytes are not known, and the accuracy on MQAR where it was not trained on.
     """
-    length = run.config.train.length or run.space.context
+    length = run.config.train.length or run.space.max_seq_len
     data = evaluation_set(corpus, run.config.search.front_windows, length)
-    largest, frame = genome.largest(run.space), run.space.frame
+    largest, model_config = genome.largest(run.space), run.space.config
     weights = load_supernet(run.space, checkpoint).weights(largest)
-    quality = evaluate(weights, largest, frame, data)
+    quality = evaluate(weights, largest, model_config, data)
     accuracy = None
     if corpus.recall:
         accuracy = mqar_accuracy(
-            weights, largest, frame, length=length, pairs=corpus.pairs, vocabulary=corpus.vocabulary
+            weights, largest, model_config, length=length, pairs=corpus.pairs, vocab_size=corpus.vocab_size
         )
     baselines = corpus.is_bytes and data.text_bytes is not None
     return {
@@ -200,7 +200,7 @@ def execute(run: Run, reporter: Reporter) -> dict[str, Any]:
     corpus = load_corpus(run.config.train.data)
     checkpoint = trained(run, reporter, corpus)
     predictor = profiled(run, reporter)
-    promise, verified = promised(run, reporter, checkpoint, predictor, corpus)
-    summary = summarised(run, checkpoint, corpus, predictor, promise, verified)
-    require_kept(promise)
+    measured_search, results = verified(run, reporter, checkpoint, predictor, corpus)
+    summary = summarised(run, checkpoint, corpus, predictor, measured_search, results)
+    require_kept(measured_search)
     return summary

@@ -45,7 +45,7 @@ class Run:
     def text(self) -> Text:
         """The text that the supernet is trained on, and its members are judged by."""
         train = self.config.train
-        length = train.length or self.space.context
+        length = train.length or self.space.max_seq_len
         return Text(data=train.data, length=length, windows=self.config.search.front_windows)
 
 

@@ -4,9 +4,18 @@ Importing this package does not import torch; :mod:`space.blocks` and
 :mod:`space.attention.linear` do.
 """
 
-from space.architecture import Architecture, Frame, Layer
+from space.architecture import Architecture, Layer, ModelConfig
 from space.io.errors import InputError, LimitError
 from space.space import Space, load_space
 from space.workload import Workload
 
-__all__ = ["Architecture", "Frame", "InputError", "Layer", "LimitError", "Space", "Workload", "load_space"]
+__all__ = [
+    "Architecture",
+    "InputError",
+    "Layer",
+    "LimitError",
+    "ModelConfig",
+    "Space",
+    "Workload",
+    "load_space",
+]

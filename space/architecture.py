@@ -22,13 +22,13 @@ HEADLESS_MIXERS = ("none", "short_conv")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
+class ModelConfig:
     """What a space fixes for all its architectures."""
 
-    vocabulary: int
-    context: int
+    vocab_size: int
+    max_seq_len: int
     head_dim: int
-    tied: bool = True
+    tie_embeddings: bool = True
     qk_norm: bool = False
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from space.architecture import Architecture, Frame, Layer
+from space.architecture import Architecture, Layer, ModelConfig
 from space.attention.convolution import causal_conv
 from space.attention.decay import gla_decay, hgrn2_forget, kda_decay, retnet_decay, step_decay, unit
 from space.attention.linear import linear_attention
@@ -91,7 +91,7 @@ def mixer(
     weights: Weights,
     x: Tensor,
     layer: Layer,
-    frame: Frame,
+    model_config: ModelConfig,
     position: int = 0,
     state: State | None = None,
     mask: Tensor | None = None,
@@ -108,10 +108,10 @@ def mixer(
     if layer.mixer == "short_conv":
         out, state = _short_conv(weights, hidden, state or {})
         return x + project(out, weights["out"]), state
-    q, k, v = (heads_of(project(hidden, weights[name]), frame.head_dim) for name in ("q", "k", "v"))
+    q, k, v = (heads_of(project(hidden, weights[name]), model_config.head_dim) for name in ("q", "k", "v"))
     state = state or {}
     if layer.mixer in ("attention", "sliding"):
-        out, state = _softmax_mixer(weights, q, k, v, layer, frame, position, state, mask)
+        out, state = _softmax_mixer(weights, q, k, v, layer, model_config, position, state, mask)
     else:
         out, state = _linear_mixer(weights, hidden, q, k, v, layer, position, state)
     return x + project(out.flatten(2), weights["o"]), state
@@ -123,13 +123,13 @@ def _softmax_mixer(
     k: Tensor,
     v: Tensor,
     layer: Layer,
-    frame: Frame,
+    model_config: ModelConfig,
     position: int,
     state: State,
     mask: Tensor | None,
 ) -> tuple[Tensor, State]:
     """``attention`` and ``sliding``; the state holds keys after RoPE, [B, Hkv, tokens, D]."""
-    if frame.qk_norm:
+    if model_config.qk_norm:
         q, k = rms_norm(q, weights["q_norm"]).to(v.dtype), rms_norm(k, weights["k_norm"]).to(v.dtype)
     q, k = rotate(q, position), rotate(k, position)
     if state:
@@ -234,7 +234,7 @@ def part(weights: Weights, prefix: str, shapes: Shapes) -> Weights:
 def forward(
     weights: Weights,
     architecture: Architecture,
-    frame: Frame,
+    model_config: ModelConfig,
     tokens: Tensor,
     *,
     position: int = 0,
@@ -247,7 +247,7 @@ def forward(
     Args:
         weights: every parameter of :func:`space.shapes.model_shapes`, of exactly that shape.
         architecture: what to run.
-        frame: what its space fixes.
+        model_config: what its space fixes.
         tokens: [B, T] integers.
         position: the place of the first token in its sequence.
         states: per slot, what an earlier call returned; None at the start of a sequence.
@@ -262,16 +262,18 @@ def forward(
     after: dict[int, State] = {}
     for slot, layer in enumerate(architecture.layers):
         if layer.mixer != "none":
-            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, frame)
+            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, model_config)
             block = part(weights, f"layers.{slot}.mixer", shapes)
-            x, after[slot] = mixer(block, x, layer, frame, position, (states or {}).get(slot), mask)
+            x, after[slot] = mixer(block, x, layer, model_config, position, (states or {}).get(slot), mask)
         if layer.ffn:
             x = ffn(part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn)), x)
-    head = weights["embedding" if frame.tied else "head"]
+    head = weights["embedding" if model_config.tie_embeddings else "head"]
     return project(rms_norm(x[:, -keep:] if keep else x, weights["norm"]), head), after
 
 
-def initial(name: str, shape: tuple[int, ...], generator: torch.Generator, *, tied: bool = True) -> Tensor:
+def initial(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, *, tie_embeddings: bool = True
+) -> Tensor:
     """A parameter's first value, by its name.
 
     Matrices are normal with variance 1/fan-in; those that write to the residual stream start at zero, so
@@ -299,7 +301,7 @@ def initial(name: str, shape: tuple[int, ...], generator: torch.Generator, *, ti
         return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
     if kind.startswith("conv_"):
         return (2 * uniform - 1) / math.sqrt(shape[-1])
-    scale = 1 / math.sqrt(shape[-1]) if tied or kind != "embedding" else 1.0
+    scale = 1 / math.sqrt(shape[-1]) if tie_embeddings or kind != "embedding" else 1.0
     return torch.randn(shape, generator=generator) * scale
 
 
@@ -307,14 +309,14 @@ class Model(nn.Module):
     """A plain model: an architecture with weights of its own."""
 
     def __init__(
-        self, architecture: Architecture, frame: Frame, generator: torch.Generator | None = None
+        self, architecture: Architecture, model_config: ModelConfig, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.architecture = architecture
-        self.frame = frame
+        self.model_config = model_config
         generator = generator or torch.Generator().manual_seed(0)
-        for name, shape in model_shapes(architecture, frame).items():
-            value = initial(name, shape, generator, tied=frame.tied)
+        for name, shape in model_shapes(architecture, model_config).items():
+            value = initial(name, shape, generator, tie_embeddings=model_config.tie_embeddings)
             add_parameter(self, name, value)
 
     def forward(
@@ -327,7 +329,7 @@ class Model(nn.Module):
         """Tokens [B, T] -> (logits [B, T, vocabulary], states); see :func:`forward`."""
         weights = dict(self.named_parameters())
         return forward(
-            weights, self.architecture, self.frame, tokens, position=position, states=states, mask=mask
+            weights, self.architecture, self.model_config, tokens, position=position, states=states, mask=mask
         )
 
 

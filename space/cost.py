@@ -7,7 +7,7 @@ recurrent form); norms, gates and activations, some percent of the whole, are le
 
 from math import prod
 
-from space.architecture import Architecture, Frame
+from space.architecture import Architecture, ModelConfig
 from space.ops import Cost, Op, OpTables, count_ops
 from space.precision import FLOAT, matrix_bytes
 from space.shapes import (
@@ -26,54 +26,54 @@ from space.workload import Workload
 MATRICES = (*PACKED, "decay_up", "o", "out", "up", "down")
 
 
-def op_params(op: Op, frame: Frame) -> int:
+def op_params(op: Op, model_config: ModelConfig) -> int:
     """Parameters of an op. A tied head has only its norm: its matrix is the embedding's."""
     if op.kind in ("embedding", "head"):
-        ends = end_shapes(op.width, frame)
+        ends = end_shapes(op.width, model_config)
         names = ("embedding",) if op.kind == "embedding" else ("norm", "head")
         return sum(prod(ends[name]) for name in names if name in ends)
-    return sum(prod(shape) for shape in _shapes(op, frame).values())
+    return sum(prod(shape) for shape in _shapes(op, model_config).values())
 
 
-def op_weight_bytes(op: Op, frame: Frame, precision: str = "fp32") -> int:
+def op_weight_bytes(op: Op, model_config: ModelConfig, precision: str = "fp32") -> int:
     """Bytes of an op's weights in an exported graph of a precision.
 
     A tied head has its matrix in the embedding's op, but for ``int8-dynamic``, which has no operator that
     reads one quantised tensor both ways.
     """
     if precision == "fp32":
-        return FLOAT * op_params(op, frame)
-    matrix = matrix_bytes(frame.vocabulary, op.width, precision)
+        return FLOAT * op_params(op, model_config)
+    matrix = matrix_bytes(model_config.vocab_size, op.width, precision)
     if op.kind == "embedding":  # dynamic: one scale and zero point for all
-        return matrix if precision == "int8" else frame.vocabulary * op.width + FLOAT + 1
+        return matrix if precision == "int8" else model_config.vocab_size * op.width + FLOAT + 1
     if op.kind == "head":
-        return FLOAT * op.width + (0 if frame.tied and precision == "int8" else matrix)
-    shapes = _shapes(op, frame)
+        return FLOAT * op.width + (0 if model_config.tie_embeddings and precision == "int8" else matrix)
+    shapes = _shapes(op, model_config)
     return sum(
         matrix_bytes(shape[0], shape[1], precision) if name in MATRICES else FLOAT * prod(shape)
         for name, shape in shapes.items()
     )
 
 
-def _shapes(op: Op, frame: Frame) -> dict[str, tuple[int, ...]]:
+def _shapes(op: Op, model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if op.kind == "ffn":
         return ffn_shapes(op.width, op.ffn)
-    return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, frame)
+    return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, model_config)
 
 
-def op_flops(op: Op, workload: Workload, frame: Frame) -> int:
+def op_flops(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """FLOPs of an op in one run of a workload."""
     tokens = workload.batch * workload.tokens
     if op.kind == "embedding":
         return 0
     if op.kind == "head":
-        return 2 * tokens * op.width * frame.vocabulary
-    shapes = _shapes(op, frame)
+        return 2 * tokens * op.width * model_config.vocab_size
+    shapes = _shapes(op, model_config)
     flops = 2 * tokens * sum(prod(shapes[name]) for name in MATRICES if name in shapes)
     if op.kind == "ffn":
         return flops
     flops += 2 * tokens * sum(prod(shape) for name, shape in shapes.items() if name.startswith("conv_"))
-    d = frame.head_dim
+    d = model_config.head_dim
     if op.kind in RECURRENCES:
         # S += k v^T for each kv head, S^T q for each query head; the delta rule first reads S^T k.
         reads = op.heads + (2 if RECURRENCES[op.kind].delta else 1) * op.kv_heads
@@ -89,20 +89,20 @@ def _pairs(tokens: int, window: int) -> int:
     return full * (full + 1) // 2 + (tokens - full) * window
 
 
-def op_state_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+def op_state_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """Bytes that an op carries to the next call once a workload's ``length`` tokens are read."""
     if op.kind in ("embedding", "head", "ffn"):
         return 0
-    shapes = state_shapes(op.layer, op.width, frame, workload.batch, workload.length)
+    shapes = state_shapes(op.layer, op.width, model_config, workload.batch, workload.length)
     return FLOAT * sum(prod(shape) for shape in shapes.values())
 
 
-def op_held_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+def op_held_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """Bytes of an op's weights, and of its states once a workload's tokens are read."""
-    return op_weight_bytes(op, frame, workload.precision) + op_state_bytes(op, workload, frame)
+    return op_weight_bytes(op, model_config, workload.precision) + op_state_bytes(op, workload, model_config)
 
 
-def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+def op_activation_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """Bytes of the values that stand side by side at the widest node of an op's graph.
 
     States are not among them, nor what a node uses inside (the scores of attention). An op ends in the node
@@ -112,16 +112,16 @@ def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     if op.kind == "embedding":
         return FLOAT * tokens * w
     if op.kind == "head":
-        return FLOAT * tokens * max(2 * w, w + frame.vocabulary)
+        return FLOAT * tokens * max(2 * w, w + model_config.vocab_size)
     if op.kind == "ffn":
         # x and, in turn: pre-norm with packed gate and up; both packed and split; silu with its parts.
         return FLOAT * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 4 * w)
-    d = frame.head_dim
+    d = model_config.head_dim
     q, kv = op.heads * d, op.kv_heads * d
-    shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, frame)
+    shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, model_config)
     packed = sum(shapes[name][0] for name in PACKED if name in shapes)
     if op.kind in ("attention", "sliding"):
-        widest = max(2 * w + packed, w + (2 * packed if frame.qk_norm else packed + q), 4 * w)
+        widest = max(2 * w + packed, w + (2 * packed if model_config.qk_norm else packed + q), 4 * w)
         if op.kind == "attention":
             return FLOAT * tokens * widest
         # The keys and values of state and input side by side, before they are cut to the window.
@@ -140,40 +140,40 @@ def op_activation_bytes(op: Op, workload: Workload, frame: Frame) -> int:
     return FLOAT * max(tokens * max(widest, w + packed + 2 * mixed), convolving)
 
 
-def params(architecture: Architecture, frame: Frame) -> int:
+def params(architecture: Architecture, model_config: ModelConfig) -> int:
     """Parameters of a sub-model."""
-    return sum(n * op_params(op, frame) for op, n in count_ops(architecture).items())
+    return sum(n * op_params(op, model_config) for op, n in count_ops(architecture).items())
 
 
-def flops(architecture: Architecture, workload: Workload, frame: Frame) -> int:
+def flops(architecture: Architecture, workload: Workload, model_config: ModelConfig) -> int:
     """FLOPs of one run of a workload."""
-    return sum(n * op_flops(op, workload, frame) for op, n in count_ops(architecture).items())
+    return sum(n * op_flops(op, workload, model_config) for op, n in count_ops(architecture).items())
 
 
-def memory_bytes(architecture: Architecture, workload: Workload, frame: Frame) -> int:
+def memory_bytes(architecture: Architecture, workload: Workload, model_config: ModelConfig) -> int:
     """Weights, states after the workload, and peak activations, in bytes."""
     ops = count_ops(architecture)
-    held = sum(n * op_held_bytes(op, workload, frame) for op, n in ops.items())
-    return held + max(op_activation_bytes(op, workload, frame) for op in ops)
+    held = sum(n * op_held_bytes(op, workload, model_config) for op, n in ops.items())
+    return held + max(op_activation_bytes(op, workload, model_config) for op in ops)
 
 
 def flops_table(space: Space, workload: Workload) -> OpTables:
     """FLOPs by op."""
-    return OpTables(space, lambda op: op_flops(op, workload, space.frame))
+    return OpTables(space, lambda op: op_flops(op, workload, space.config))
 
 
 def params_cost(space: Space) -> Cost:
     """Parameters of each genome."""
-    return Cost(OpTables(space, lambda op: op_params(op, space.frame)))
+    return Cost(OpTables(space, lambda op: op_params(op, space.config)))
 
 
 def memory_cost(space: Space, workload: Workload) -> Cost:
     """Bytes of each genome: weights, states after the workload, peak activations."""
-    frame = space.frame
-    held = OpTables(space, lambda op: op_held_bytes(op, workload, frame))
-    return Cost(held, peak=OpTables(space, lambda op: op_activation_bytes(op, workload, frame)))
+    model_config = space.config
+    held = OpTables(space, lambda op: op_held_bytes(op, workload, model_config))
+    return Cost(held, max_op=OpTables(space, lambda op: op_activation_bytes(op, workload, model_config)))
 
 
 def row_flops(space: Space, architecture: Architecture, length: int) -> int:
     """FLOPs of reading so many tokens."""
-    return flops(architecture, Workload(phase="prefill", length=length), space.frame)
+    return flops(architecture, Workload(phase="prefill", length=length), space.config)

@@ -26,41 +26,41 @@ _CLASS = {"full": FULL, "linear": LINEAR, "local": LOCAL}
 
 
 @dataclass(frozen=True)
-class Layout:
+class Encoding:
     """A space's lists as arrays, made once."""
 
     slots: int
-    alphabet: NDArray[np.int64]  # [G] number of values of each gene
+    cardinalities: NDArray[np.int64]  # [G] number of values of each gene
     classes: NDArray[np.int64]  # [mixer options] class of each mixer option
-    kinds: NDArray[np.int64]  # [mixer options] which linear kind an option is, -1 for the others
+    max_linear_kinds: NDArray[np.int64]  # [mixer options] which linear kind an option is, -1 for the others
     headless: NDArray[np.bool_]  # [mixer options]
     kind_count: int
-    forced: NDArray[np.bool_]  # [slots] must be full
+    must_be_full: NDArray[np.bool_]  # [slots] must be full
     patterns: NDArray[np.int64]  # [P, 4]
     least_ffn: int  # the smallest FFN gene of a layer that has a mixer
 
     @property
     def genes(self) -> int:
         """Genes of a genome."""
-        return len(self.alphabet)
+        return len(self.cardinalities)
 
 
 @lru_cache(maxsize=64)
-def layout(space: Space) -> Layout:
+def encoding(space: Space) -> Encoding:
     """The arrays that the functions of this module work on."""
     options = space.mixer_options
     names = sorted({m for m, _ in options[1:] if space.mixer_class(m) == "linear"})
-    forced = np.zeros(space.slots, bool)
-    forced[list(space.hybrid.full_layers)] = True
+    must_be_full = np.zeros(space.slots, bool)
+    must_be_full[list(space.hybrid.full_layers)] = True
     per_slot = [len(options), len(space.head_options), len(space.ffn_options)]
-    return Layout(
+    return Encoding(
         slots=space.slots,
-        alphabet=np.array([len(space.width), *per_slot * space.slots]),
+        cardinalities=np.array([len(space.width), *per_slot * space.slots]),
         classes=np.array([EMPTY] + [_CLASS[space.mixer_class(m)] for m, _ in options[1:]]),
-        kinds=np.array([names.index(m) if m in names else -1 for m, _ in options]),
+        max_linear_kinds=np.array([names.index(m) if m in names else -1 for m, _ in options]),
         headless=np.array([m in HEADLESS_MIXERS for m, _ in options]),
         kind_count=len(names),
-        forced=forced,
+        must_be_full=must_be_full,
         patterns=np.array(space.all_patterns),
         least_ffn=0 if space.layer.ffn[0] == 0 else 1,
     )
@@ -77,7 +77,7 @@ def encode(space: Space, architectures: Sequence[Architecture]) -> Genomes:
     Raises:
         InputError: an architecture has a value that the space does not list.
     """
-    rows = np.zeros((len(architectures), layout(space).genes), np.int16)
+    rows = np.zeros((len(architectures), encoding(space).genes), np.int16)
     for row, architecture in zip(rows, architectures, strict=True):
         try:
             if len(architecture.layers) != space.slots:
@@ -123,14 +123,14 @@ def canonical(space: Space, genomes: Genomes) -> Genomes:
     """A copy in which genes without effect are 0."""
     genomes = genomes.copy()
     _, mixer, heads, _ = split(genomes)
-    heads[layout(space).headless[mixer]] = 0
+    heads[encoding(space).headless[mixer]] = 0
     return genomes
 
 
 def slot_classes(space: Space, genomes: Genomes) -> NDArray[np.int64]:
     """The class [N, L] of every slot: EMPTY, FFN_ONLY, FULL, LINEAR or LOCAL."""
     _, mixer, _, ffn = split(genomes)
-    classes = layout(space).classes[mixer]
+    classes = encoding(space).classes[mixer]
     return np.where((mixer == 0) & (ffn > 0), FFN_ONLY, classes)
 
 
@@ -141,51 +141,52 @@ def pattern_counts(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def kinds_used(space: Space, genomes: Genomes) -> NDArray[np.int64]:
     """How many slots [N, kinds] use each kind of linear mixer."""
-    lay = layout(space)
-    kinds = lay.kinds[split(genomes)[1]]
-    return np.asarray((kinds[:, :, None] == np.arange(lay.kind_count)).sum(axis=1))
+    enc = encoding(space)
+    kinds = enc.max_linear_kinds[split(genomes)[1]]
+    return np.asarray((kinds[:, :, None] == np.arange(enc.kind_count)).sum(axis=1))
 
 
 def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
     """Which rows [N] are canonical genomes of the space."""
-    lay = layout(space)
+    enc = encoding(space)
     genomes = np.asarray(genomes)
-    inside = np.asarray(((genomes >= 0) & (genomes < lay.alphabet)).all(axis=1))
+    inside = np.asarray(((genomes >= 0) & (genomes < enc.cardinalities)).all(axis=1))
     safe = np.where(inside[:, None], genomes, 0).astype(np.int16)
     classes = slot_classes(space, safe)
     counts = pattern_counts(classes)
-    known = (counts[:, None, :] == lay.patterns[None]).all(axis=2).any(axis=1)
-    forced = np.equal(classes[:, lay.forced], FULL).all(axis=1)
-    kinds = (kinds_used(space, safe) > 0).sum(axis=1) <= space.linear_kinds
-    ffn = ~((split(safe)[3] < lay.least_ffn) & (classes > FFN_ONLY)).any(axis=1)
+    known = (counts[:, None, :] == enc.patterns[None]).all(axis=2).any(axis=1)
+    must_be_full = np.equal(classes[:, enc.must_be_full], FULL).all(axis=1)
+    kinds = (kinds_used(space, safe) > 0).sum(axis=1) <= space.max_linear_kinds
+    ffn = ~((split(safe)[3] < enc.least_ffn) & (classes > FFN_ONLY)).any(axis=1)
     same = (canonical(space, safe) == safe).all(axis=1)
-    return np.asarray(inside & known & forced & kinds & ffn & same)
+    return np.asarray(inside & known & must_be_full & kinds & ffn & same)
 
 
 def size(space: Space) -> int:
     """How many distinct architectures the space has, exactly."""
-    lay = layout(space)
+    enc = encoding(space)
     heads = {
-        option: 1 if lay.headless[option] else len(space.head_options) for option in range(len(lay.kinds))
+        option: 1 if enc.headless[option] else len(space.head_options)
+        for option in range(len(enc.max_linear_kinds))
     }
-    ffns = len(space.ffn_options) - lay.least_ffn
+    ffns = len(space.ffn_options) - enc.least_ffn
     by_class: Counter[tuple[int, int]] = Counter()  # (class, linear kind) -> choices of one slot
     by_class[EMPTY, -1] = 1
     if "none" in space.layer.mixer:
         by_class[FFN_ONLY, -1] = len(space.ffn_options) - 1
-    for option in range(1, len(lay.kinds)):
-        by_class[int(lay.classes[option]), int(lay.kinds[option])] += heads[option] * ffns
+    for option in range(1, len(enc.max_linear_kinds)):
+        by_class[int(enc.classes[option]), int(enc.max_linear_kinds[option])] += heads[option] * ffns
 
     # (ffn only, full, linear, local, set of kinds) -> ways to fill the slots so far
     ways: Counter[tuple[int, int, int, int, frozenset[int]]] = Counter({(0, 0, 0, 0, frozenset()): 1})
-    for slot in range(lay.slots):
+    for slot in range(enc.slots):
         following: Counter[tuple[int, int, int, int, frozenset[int]]] = Counter()
         for (ffn_only, full, linear, local, kinds), number in ways.items():
             for (kind_class, kind), choices in by_class.items():
-                if lay.forced[slot] and kind_class != FULL:
+                if enc.must_be_full[slot] and kind_class != FULL:
                     continue
                 used = kinds | {kind} if kind_class == LINEAR else kinds
-                if len(used) > space.linear_kinds:
+                if len(used) > space.max_linear_kinds:
                     continue
                 state = (
                     ffn_only + (kind_class == FFN_ONLY),
@@ -212,27 +213,33 @@ def _extreme(space: Space, *, largest: bool) -> Architecture:
     pattern = max(
         patterns, key=lambda p: (p[1] - p[0], p[1], p[2]) if largest else (p[0] - p[1], -p[1], -p[3])
     )
-    lay = layout(space)
-    forced = [int(s) for s in np.flatnonzero(lay.forced)]
-    spread = [int(s) for s in np.linspace(0, lay.slots - 1, pattern.depth).round()]
-    present = sorted(forced + [s for s in spread if s not in forced][: pattern.depth - len(forced)])
+    enc = encoding(space)
+    must_be_full = [int(s) for s in np.flatnonzero(enc.must_be_full)]
+    spread = [int(s) for s in np.linspace(0, enc.slots - 1, pattern.depth).round()]
+    present = sorted(
+        must_be_full + [s for s in spread if s not in must_be_full][: pattern.depth - len(must_be_full)]
+    )
     if len(present) < pattern.depth:
         present = sorted(
-            present + [s for s in range(lay.slots) if s not in present][: pattern.depth - len(present)]
+            present + [s for s in range(enc.slots) if s not in present][: pattern.depth - len(present)]
         )
     wanted = dict.fromkeys(present, LINEAR)
-    rest = [s for s in present if s not in forced]
-    more = pattern[1] - len(forced)
-    full = forced + [rest[int(i)] for i in np.linspace(0, len(rest) - 1, more).round()] if more else forced
+    rest = [s for s in present if s not in must_be_full]
+    more = pattern[1] - len(must_be_full)
+    full = (
+        must_be_full + [rest[int(i)] for i in np.linspace(0, len(rest) - 1, more).round()]
+        if more
+        else must_be_full
+    )
     wanted |= dict.fromkeys(full, FULL)
     others = [s for s in present if wanted[s] != FULL]
     wanted |= dict.fromkeys(others[: pattern[0]], FFN_ONLY)
     wanted |= dict.fromkeys(others[pattern[0] : pattern[0] + pattern[3]], LOCAL)
-    first = {c: int(np.flatnonzero(lay.classes == c)[0]) for c in set(wanted.values()) if c > FFN_ONLY}
-    genome = np.zeros((1, lay.genes), np.int16)
+    first = {c: int(np.flatnonzero(enc.classes == c)[0]) for c in set(wanted.values()) if c > FFN_ONLY}
+    genome = np.zeros((1, enc.genes), np.int16)
     genome[0, 0] = len(space.width) - 1 if largest else 0
     for slot, kind in wanted.items():
-        ffn = len(space.ffn_options) - 1 if largest else (1 if kind == FFN_ONLY else lay.least_ffn)
+        ffn = len(space.ffn_options) - 1 if largest else (1 if kind == FFN_ONLY else enc.least_ffn)
         heads = range(len(space.head_options))[end] if kind > FFN_ONLY else 0
         genome[0, 1 + 3 * slot : 4 + 3 * slot] = (first.get(kind, 0), heads, ffn)
     return decode(space, canonical(space, genome))[0]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from space.architecture import HEADLESS_MIXERS, Architecture, Layer
-from space.genome import FULL, Genomes, layout, split
+from space.genome import FULL, Genomes, encoding, split
 from space.space import Space
 
 
@@ -158,7 +158,7 @@ class OpTables:
 
 def has_full(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
     """Which genomes have a layer of full attention: [N]."""
-    return np.asarray((layout(space).classes[split(genomes)[1]] == FULL).any(axis=1))
+    return np.asarray((encoding(space).classes[split(genomes)[1]] == FULL).any(axis=1))
 
 
 def depths(genomes: Genomes) -> NDArray[np.int64]:
@@ -181,18 +181,18 @@ class Cost:
     table: OpTables
     constant: float = 0.0
     per_layer: float = 0.0
-    once_full: float = 0.0
-    peak: OpTables | None = None
-    above: tuple["Cost", ...] = ()
-    otherwise: "Cost | None" = None
+    attention_constant: float = 0.0
+    max_op: OpTables | None = None
+    max_with: tuple["Cost", ...] = ()
+    min_with: "Cost | None" = None
 
     def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
         """The cost of each genome: [N]."""
         total = self.constant + self.per_layer * depths(genomes) + self.table.totals(genomes)
-        if self.once_full:
-            total += self.once_full * has_full(self.table.space, genomes)
-        if self.peak is not None:
-            total += self.peak.greatest(genomes)
-        for other in self.above:
+        if self.attention_constant:
+            total += self.attention_constant * has_full(self.table.space, genomes)
+        if self.max_op is not None:
+            total += self.max_op.greatest(genomes)
+        for other in self.max_with:
             total = np.maximum(total, other(genomes))
-        return total if self.otherwise is None else np.minimum(total, self.otherwise(genomes))
+        return total if self.min_with is None else np.minimum(total, self.min_with(genomes))

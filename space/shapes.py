@@ -7,7 +7,7 @@ by them, and the parameter count is their sum.
 
 from dataclasses import dataclass
 
-from space.architecture import Architecture, Frame, Layer
+from space.architecture import Architecture, Layer, ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -56,7 +56,7 @@ RECURRENCES = {
 }
 
 
-def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, frame: Frame) -> Shapes:
+def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, model_config: ModelConfig) -> Shapes:
     """Parameters of one mixer block: its pre-norm, projections and private parts.
 
     Matrices are [out, in], as in ``torch.nn.functional.linear``. What belongs to the state (decays,
@@ -69,7 +69,7 @@ def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, frame: Frame
         square = (width, width)
         inner: Shapes = {"in_b": square, "in_c": square, "in_x": square, "conv_x": (width, SHORT_CONV)}
         return {"pre_norm": (width,)} | inner | {"out": square}
-    d = frame.head_dim
+    d = model_config.head_dim
     q, kv = heads * d, kv_heads * d
     shapes: Shapes = {
         "pre_norm": (width,),
@@ -79,7 +79,7 @@ def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, frame: Frame
         "o": (width, q),
     }
     if mixer in ("attention", "sliding"):
-        if frame.qk_norm:
+        if model_config.qk_norm:
             shapes |= {"q_norm": (d,), "k_norm": (d,)}
         return shapes
     if mixer not in RECURRENCES:
@@ -110,40 +110,40 @@ def ffn_shapes(width: int, ffn: int) -> Shapes:
     return {"pre_norm": (width,), "gate": (ffn, width), "up": (ffn, width), "down": (width, ffn)}
 
 
-def layer_shapes(layer: Layer, width: int, frame: Frame) -> Shapes:
+def layer_shapes(layer: Layer, width: int, model_config: ModelConfig) -> Shapes:
     """Parameters of one layer, named ``mixer.NAME`` and ``ffn.NAME``; empty where it is absent."""
     shapes: Shapes = {}
     if layer.mixer != "none":
-        block = mixer_shapes(layer.mixer, width, layer.heads, layer.kv_heads, frame)
+        block = mixer_shapes(layer.mixer, width, layer.heads, layer.kv_heads, model_config)
         shapes |= {f"mixer.{name}": shape for name, shape in block.items()}
     if layer.ffn:
         shapes |= {f"ffn.{name}": shape for name, shape in ffn_shapes(width, layer.ffn).items()}
     return shapes
 
 
-def end_shapes(width: int, frame: Frame) -> Shapes:
+def end_shapes(width: int, model_config: ModelConfig) -> Shapes:
     """The embedding, the final norm and, where it is not tied to the embedding, the head."""
-    shapes: Shapes = {"embedding": (frame.vocabulary, width), "norm": (width,)}
-    if not frame.tied:
-        shapes["head"] = (frame.vocabulary, width)
+    shapes: Shapes = {"embedding": (model_config.vocab_size, width), "norm": (width,)}
+    if not model_config.tie_embeddings:
+        shapes["head"] = (model_config.vocab_size, width)
     return shapes
 
 
-def model_shapes(architecture: Architecture, frame: Frame) -> Shapes:
+def model_shapes(architecture: Architecture, model_config: ModelConfig) -> Shapes:
     """Every parameter of a sub-model: the ends, and ``layers.SLOT.PART.NAME``."""
-    shapes = end_shapes(architecture.width, frame)
+    shapes = end_shapes(architecture.width, model_config)
     for slot, layer in enumerate(architecture.layers):
-        block = layer_shapes(layer, architecture.width, frame)
+        block = layer_shapes(layer, architecture.width, model_config)
         shapes |= {f"layers.{slot}.{name}": shape for name, shape in block.items()}
     return shapes
 
 
-def state_shapes(layer: Layer, width: int, frame: Frame, batch: int, past: int) -> Shapes:
+def state_shapes(layer: Layer, width: int, model_config: ModelConfig, batch: int, past: int) -> Shapes:
     """What a layer of a model of this width carries from one call to the next, after ``past`` tokens.
 
     ``key``, ``value`` [B, Hkv, tokens held, D]; ``s`` [B, Hkv, D, D]; ``conv`` [B, channels, taps - 1].
     """
-    d, kv = frame.head_dim, layer.kv_heads
+    d, kv = model_config.head_dim, layer.kv_heads
     if layer.mixer in ("attention", "sliding"):
         held = min(past, layer.window - 1) if layer.mixer == "sliding" else past
         return {"key": (batch, kv, held, d), "value": (batch, kv, held, d)}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
-from space.architecture import FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, Frame
+from space.architecture import FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, ModelConfig
 from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
 
@@ -49,12 +49,12 @@ class Hybrid(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratios: tuple[Ratio, ...] = ("full",)
-    linear_kinds: Positive | None = None
+    max_linear_kinds: Positive | None = None
     full_layers: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = ()
     local: Literal["linear", "separate"] = "linear"
 
 
-class Pattern(tuple[int, int, int, int]):
+class LayerCounts(tuple[int, int, int, int]):
     """How many layers there are of each class: (ffn only, full, linear, local)."""
 
     @property
@@ -69,10 +69,10 @@ class Space(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    vocabulary: Positive = 256
-    context: Positive
+    vocab_size: Positive = 256
+    max_seq_len: Positive
     head_dim: Positive
-    tied: StrictBool = True
+    tie_embeddings: StrictBool = True
     qk_norm: StrictBool = False
     kv_group: Positive | None = None
     sharing: Literal["qkvo", "none"] = "qkvo"
@@ -144,8 +144,8 @@ class Space(BaseModel):
         if self.layer.window and not windowed:
             yield f"layer.window: no mixer has a window; only {', '.join(WINDOWED_MIXERS)} has one"
         for i, window in enumerate(self.layer.window):
-            if window > self.context:
-                yield f"layer.window[{i}]: {window} is more than context {self.context}"
+            if window > self.max_seq_len:
+                yield f"layer.window[{i}]: {window} is more than max_seq_len {self.max_seq_len}"
         full = [m for m in mixers if m in FULL_MIXERS]
         linear = [m for m in mixers if m != "none" and self.mixer_class(m) == "linear"]
         if not hybrid.ratios:
@@ -161,8 +161,9 @@ class Space(BaseModel):
             yield f"hybrid.ratios: only full is allowed, so that {', '.join(linear)} can never appear"
         if full and set(hybrid.ratios) == {"linear"}:
             yield "hybrid.ratios: only linear is allowed, so that attention can never appear"
-        if hybrid.linear_kinds is not None and hybrid.linear_kinds > len(linear):
-            yield f"hybrid.linear_kinds: {hybrid.linear_kinds} is more than the linear mixers, {len(linear)}"
+        if hybrid.max_linear_kinds is not None and hybrid.max_linear_kinds > len(linear):
+            count = f"the {len(linear)} linear mixers"
+            yield f"hybrid.max_linear_kinds: {hybrid.max_linear_kinds} is more than {count}"
         if hybrid.local == "separate" and not set(mixers) & set(LOCAL_MIXERS):
             yield f"hybrid.local: separate, but layer.mixer has none of {', '.join(LOCAL_MIXERS)}"
         if hybrid.full_layers:
@@ -185,13 +186,13 @@ class Space(BaseModel):
         return max(self.depth)
 
     @property
-    def frame(self) -> Frame:
+    def config(self) -> ModelConfig:
         """What the space fixes for all its architectures."""
-        return Frame(
-            vocabulary=self.vocabulary,
-            context=self.context,
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            max_seq_len=self.max_seq_len,
             head_dim=self.head_dim,
-            tied=self.tied,
+            tie_embeddings=self.tie_embeddings,
             qk_norm=self.qk_norm,
         )
 
@@ -221,10 +222,10 @@ class Space(BaseModel):
         return self.layer.ffn if self.layer.ffn[0] == 0 else (0, *self.layer.ffn)
 
     @property
-    def linear_kinds(self) -> int:
+    def max_linear_kinds(self) -> int:
         """How many kinds of linear mixer one architecture may have."""
         kinds = {m for m in self.layer.mixer if m != "none" and self.mixer_class(m) == "linear"}
-        return self.hybrid.linear_kinds or max(1, len(kinds))
+        return self.hybrid.max_linear_kinds or max(1, len(kinds))
 
     def full_count(self, ratio: Ratio, mixers: int) -> int:
         """Full-attention layers among ``mixers`` (full plus linear) layers at a ratio r:1, linear to full."""
@@ -233,10 +234,10 @@ class Space(BaseModel):
         return 0 if ratio == "linear" else -(-mixers // (ratio + 1))
 
     @cached_property
-    def patterns(self) -> dict[tuple[int, Ratio], tuple[Pattern, ...]]:
+    def patterns(self) -> dict[tuple[int, Ratio], tuple[LayerCounts, ...]]:
         """The patterns that each (depth, ratio) allows; pairs that allow none are left out."""
         has_local = any(self.mixer_class(m) == "local" for m, _ in self.mixer_options[1:])
-        table: dict[tuple[int, Ratio], tuple[Pattern, ...]] = {}
+        table: dict[tuple[int, Ratio], tuple[LayerCounts, ...]] = {}
         for depth in self.depth:
             for ratio in self.hybrid.ratios:
                 rows = []
@@ -245,13 +246,13 @@ class Space(BaseModel):
                         mixers = depth - ffn_only - local
                         full = self.full_count(ratio, mixers)
                         if full >= len(self.hybrid.full_layers):
-                            rows.append(Pattern((ffn_only, full, mixers - full, local)))
+                            rows.append(LayerCounts((ffn_only, full, mixers - full, local)))
                 if rows:
                     table[depth, ratio] = tuple(rows)
         return table
 
     @cached_property
-    def all_patterns(self) -> tuple[Pattern, ...]:
+    def all_patterns(self) -> tuple[LayerCounts, ...]:
         """The distinct patterns of the space, sorted."""
         return tuple(sorted({p for rows in self.patterns.values() for p in rows}))
 

@@ -14,12 +14,12 @@ from space.genome import (
     LOCAL,
     Genomes,
     canonical,
-    layout,
+    encoding,
     pattern_counts,
     slot_classes,
     split,
 )
-from space.space import Pattern, Space
+from space.space import LayerCounts, Space
 
 
 def _first(keys: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -40,7 +40,7 @@ def _place(
     Which slots keep their class, and which change it, is drawn at random among those that
     have to give way; a slot already of the wanted class goes before one that is not.
     """
-    lay = layout(space)
+    enc = encoding(space)
     genomes = genomes.copy()
     _, mixer, heads, ffn = split(genomes)
     rows, slots = mixer.shape
@@ -50,25 +50,27 @@ def _place(
     # Those that may stay, then the places still to fill: of slots that must change, then of empty ones.
     for stay in (True, False):
         for kind, column in ((FULL, 1), (FFN_ONLY, 0), (LOCAL, 3), (LINEAR, 2)):
-            forced = lay.forced & (kind == FULL)
-            able = free & ((classes == kind) | forced) if stay else free
-            keys = np.where(able, (classes != EMPTY) + 2.0 * forced + rng.random((rows, slots)), -np.inf)
+            must_be_full = enc.must_be_full & (kind == FULL)
+            able = free & ((classes == kind) | must_be_full) if stay else free
+            keys = np.where(
+                able, (classes != EMPTY) + 2.0 * must_be_full + rng.random((rows, slots)), -np.inf
+            )
             chosen = _first(keys, patterns[:, column] - (wanted == kind).sum(axis=1))
             wanted[chosen] = kind
             free &= ~chosen
 
-    had_heads = ~lay.headless[mixer]
+    had_heads = ~enc.headless[mixer]
     for kind in (FULL, LOCAL, LINEAR):
-        options = np.flatnonzero(lay.classes == kind)
+        options = np.flatnonzero(enc.classes == kind)
         change = (wanted == kind) & (classes != kind)
         if change.any():
             mixer[change] = rng.choice(options, change.sum())
     mixer[np.asarray(wanted <= FFN_ONLY)] = 0
     _limit_kinds(space, mixer, wanted, kinds, rng)
 
-    gained = ~lay.headless[mixer] & ~had_heads
+    gained = ~enc.headless[mixer] & ~had_heads
     heads[gained] = rng.integers(0, len(space.head_options), gained.sum())
-    least = np.where(wanted == FFN_ONLY, 1, lay.least_ffn)
+    least = np.where(wanted == FFN_ONLY, 1, enc.least_ffn)
     lacking = (wanted != EMPTY) & (ffn < least)
     ffn[lacking] = rng.integers(1, len(space.ffn_options), lacking.sum()) if lacking.any() else 0
     ffn[wanted == EMPTY] = 0
@@ -83,17 +85,17 @@ def _limit_kinds(
     rng: np.random.Generator,
 ) -> None:
     """Where a row has too many kinds of linear mixer, keep the most used and redraw the others' slots."""
-    lay = layout(space)
-    if lay.kind_count == 0:
+    enc = encoding(space)
+    if enc.kind_count == 0:
         return
-    kind_of = lay.kinds[mixer]
-    used = np.stack([(kind_of == k).sum(axis=1) for k in range(lay.kind_count)], axis=1)
+    kind_of = enc.max_linear_kinds[mixer]
+    used = np.stack([(kind_of == k).sum(axis=1) for k in range(enc.kind_count)], axis=1)
     keys = np.where(used > 0, used + rng.random(used.shape), -np.inf)
     kept = _first(keys, kinds)  # [N, kinds]
-    option_kept = np.zeros((len(mixer), len(lay.kinds)), bool)
-    linear = lay.kinds >= 0
-    option_kept[:, linear] = kept[:, lay.kinds[linear]]
-    draws = rng.random((*mixer.shape, len(lay.kinds)))
+    option_kept = np.zeros((len(mixer), len(enc.max_linear_kinds)), bool)
+    linear = enc.max_linear_kinds >= 0
+    option_kept[:, linear] = kept[:, enc.max_linear_kinds[linear]]
+    draws = rng.random((*mixer.shape, len(enc.max_linear_kinds)))
     drawn = np.argmax(np.where(option_kept[:, None, :], draws, -1.0), axis=2)
     redraw = (classes == LINEAR) & ~np.take_along_axis(option_kept, mixer.astype(np.int64), axis=1)
     mixer[redraw] = drawn[redraw]
@@ -104,10 +106,10 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
 
     Depths and ratios are drawn evenly, so that the extremes are as likely as the middle.
     """
-    lay = layout(space)
-    raw = rng.integers(0, lay.alphabet, (count, lay.genes)).astype(np.int16)
-    raw[:, 1::3] = rng.integers(1, len(space.mixer_options), (count, lay.slots))
-    raw[:, 3::3] = rng.integers(lay.least_ffn, len(space.ffn_options), (count, lay.slots))
+    enc = encoding(space)
+    raw = rng.integers(0, enc.cardinalities, (count, enc.genes)).astype(np.int16)
+    raw[:, 1::3] = rng.integers(1, len(space.mixer_options), (count, enc.slots))
+    raw[:, 3::3] = rng.integers(enc.least_ffn, len(space.ffn_options), (count, enc.slots))
     cells = list(space.patterns)
     depths = sorted({depth for depth, _ in cells})
     depth = np.array(depths)[rng.integers(0, len(depths), count)]
@@ -123,17 +125,17 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
             weights = _pattern_weights(space, choices)
             at = np.searchsorted(weights / weights[-1], u_pattern[some], side="right")
             patterns[some] = np.array(choices)[np.minimum(at, len(choices) - 1)]
-    kinds = rng.integers(1, space.linear_kinds + 1, count)
+    kinds = rng.integers(1, space.max_linear_kinds + 1, count)
     return _place(space, raw, patterns, kinds, rng)
 
 
 @lru_cache(maxsize=1024)
-def _pattern_weights(space: Space, patterns: tuple[Pattern, ...]) -> NDArray[np.float64]:
+def _pattern_weights(space: Space, patterns: tuple[LayerCounts, ...]) -> NDArray[np.float64]:
     """How often each pattern would come up, summed so far."""
     return np.array([_pattern_weight(space, p) for p in patterns]).cumsum()
 
 
-def _pattern_weight(space: Space, pattern: Pattern) -> float:
+def _pattern_weight(space: Space, pattern: LayerCounts) -> float:
     """How often layers that draw their mixer evenly would give this many FFN-only and local layers."""
     options = len(space.layer.mixer)
     local = sum(space.mixer_class(m) == "local" for m in space.layer.mixer if m != "none")
@@ -146,14 +148,14 @@ def _pattern_weight(space: Space, pattern: Pattern) -> float:
 
 def repair(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
     """The nearest canonical genomes of the space to any integers [N, G]; ties at random."""
-    lay = layout(space)
-    clipped = np.clip(genomes, 0, lay.alphabet - 1).astype(np.int16)
-    classes = np.where(lay.forced, FULL, slot_classes(space, clipped))
-    apart = pattern_counts(classes)[:, None, :] - lay.patterns[None]  # [N, P, 4]
+    enc = encoding(space)
+    clipped = np.clip(genomes, 0, enc.cardinalities - 1).astype(np.int16)
+    classes = np.where(enc.must_be_full, FULL, slot_classes(space, clipped))
+    apart = pattern_counts(classes)[:, None, :] - enc.patterns[None]  # [N, P, 4]
     distance = np.abs(apart).sum(axis=2) + np.abs(apart.sum(axis=2))  # twice the slots that change
     nearest = np.argmin(distance + 0.5 * rng.random(distance.shape), axis=1)
-    kinds = np.full(len(clipped), space.linear_kinds)
-    return _place(space, clipped, lay.patterns[nearest], kinds, rng)
+    kinds = np.full(len(clipped), space.max_linear_kinds)
+    return _place(space, clipped, enc.patterns[nearest], kinds, rng)
 
 
 def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float | None = None) -> Genomes:
@@ -162,9 +164,9 @@ def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float
     Half of the rows, at random, also make a move that needs several genes to change together: they
     exchange two slots, move a full-attention layer, or take the depth and ratio of a fresh sample.
     """
-    lay = layout(space)
-    rate = 2.0 / lay.genes if rate is None else rate
-    fresh = rng.integers(0, lay.alphabet, genomes.shape)
+    enc = encoding(space)
+    rate = 2.0 / enc.genes if rate is None else rate
+    fresh = rng.integers(0, enc.cardinalities, genomes.shape)
     mutated = np.where(rng.random(genomes.shape) < rate, fresh, genomes).astype(np.int16)
     move = rng.integers(0, 6, len(genomes))
     mutated[move == 0] = _exchange_slots(space, mutated[move == 0], rng)
@@ -173,14 +175,14 @@ def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float
     other = move == 2
     if other.any():
         targets = pattern_counts(slot_classes(space, sample(space, rng, int(other.sum()))))
-        kinds = np.full(len(targets), space.linear_kinds)
+        kinds = np.full(len(targets), space.max_linear_kinds)
         repaired[other] = _place(space, repaired[other], targets, kinds, rng)
     return repaired
 
 
 def _exchange_slots(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
     """Copies in which two slots, at random, have changed places."""
-    order = np.tile(np.arange(layout(space).slots), (len(genomes), 1))
+    order = np.tile(np.arange(encoding(space).slots), (len(genomes), 1))
     row, (a, b) = np.arange(len(genomes)), rng.integers(0, order.shape[1], (2, len(genomes)))
     order[row, a], order[row, b] = b, a
     return _with_slots(genomes, _slots(genomes)[row[:, None], order])
@@ -188,9 +190,9 @@ def _exchange_slots(space: Space, genomes: Genomes, rng: np.random.Generator) ->
 
 def _move_full(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
     """Copies in which a full layer and another layer, at random, have exchanged mixer and heads."""
-    lay = layout(space)
+    enc = encoding(space)
     classes = slot_classes(space, genomes)
-    full = (classes == FULL) & ~lay.forced
+    full = (classes == FULL) & ~enc.must_be_full
     other = (classes != FULL) & (classes != EMPTY)
     draws = rng.random((2, *classes.shape))
     a = np.where(full, draws[0], -1).argmax(axis=1)

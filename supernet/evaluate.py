@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from space import Architecture, Frame
+from space import Architecture, ModelConfig
 from space.blocks import forward
 from space.io.artefact import digest
 from supernet.data.corpus import Corpus, held_out_windows, window_starts
@@ -84,7 +84,7 @@ def evaluation_set(corpus: Corpus, windows: int, length: int) -> EvaluationSet:
         InputError: the held-out text is too short for so many windows.
     """
     if corpus.recall == 1:
-        return recall_set(corpus.vocabulary, windows, length, corpus.pairs)
+        return recall_set(corpus.vocab_size, windows, length, corpus.pairs)
     found = held_out_windows(corpus.held_out, windows, length)
     if corpus.is_bytes:
         recallable = recall_mask(found, corpus.train)
@@ -99,11 +99,11 @@ def evaluation_set(corpus: Corpus, windows: int, length: int) -> EvaluationSet:
 
 
 def recall_set(
-    vocabulary: int, count: int, length: int, pairs: int | None = None, seed: int = 0
+    vocab_size: int, count: int, length: int, pairs: int | None = None, seed: int = 0
 ) -> EvaluationSet:
     """MQAR sequences that no training draws: every label is a target, and can be recalled."""
     rng = evaluation_generator(seed)
-    tokens, labels = mqar(rng, count, vocabulary, length, pairs or default_pairs(length))
+    tokens, labels = mqar(rng, count, vocab_size, length, pairs or default_pairs(length))
     return EvaluationSet(tokens=tokens, targets=labels, recallable=labels != IGNORED)
 
 
@@ -111,7 +111,7 @@ def recall_set(
 def evaluate(
     weights: Mapping[str, Tensor],
     architecture: Architecture,
-    frame: Frame,
+    model_config: ModelConfig,
     data: EvaluationSet,
     batch: int = 4,
 ) -> Quality:
@@ -122,7 +122,7 @@ def evaluate(
     total = recalled = 0.0
     for start in range(0, len(data.tokens), batch):
         part = slice(start, start + batch)
-        logits, _ = forward(weights, architecture, frame, torch.from_numpy(data.tokens[part]))
+        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[part]))
         targets = torch.from_numpy(data.targets[part]).flatten()
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="none"
@@ -142,11 +142,11 @@ def evaluate(
 def mqar_accuracy(
     weights: Mapping[str, Tensor],
     architecture: Architecture,
-    frame: Frame,
+    model_config: ModelConfig,
     *,
     length: int = 64,
     pairs: int | None = None,
-    vocabulary: int | None = None,
+    vocab_size: int | None = None,
     sequences: int = 256,
     seed: int = 0,
     batch: int = 64,
@@ -156,10 +156,10 @@ def mqar_accuracy(
     Args:
         weights: views, or a plain model's own.
         architecture: what to run.
-        frame: what its space fixes.
+        model_config: what its space fixes.
         length: tokens in a sequence.
         pairs: of key and value in it; None is an eighth of the length.
-        vocabulary: of the sequences' tokens; None is all that the frame has.
+        vocab_size: of the sequences' tokens; None is all that the frame has.
         sequences: how many there are.
         seed: of the sequences, which no training draws.
         batch: sequences run at a time.
@@ -167,11 +167,11 @@ def mqar_accuracy(
     Raises:
         InputError: the pairs do not fit the length or the vocabulary.
     """
-    data = recall_set(vocabulary or frame.vocabulary, sequences, length, pairs, seed)
+    data = recall_set(vocab_size or model_config.vocab_size, sequences, length, pairs, seed)
     right = 0
     for start in range(0, sequences, batch):
         part = slice(start, start + batch)
-        logits, _ = forward(weights, architecture, frame, torch.from_numpy(data.tokens[part]))
+        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[part]))
         right += int((logits.argmax(-1).numpy() == data.targets[part]).sum())
     return right / data.count
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from space import Architecture, Frame, InputError
+from space import Architecture, InputError, ModelConfig
 from space.blocks import Model
 from space.io.artefact import atomic_path, file_digest, read_json, write_bytes, write_json, write_text
 from space.io.config import parse
@@ -45,7 +45,7 @@ class SubModel:
 
     folder: Path
     architecture: Architecture
-    frame: Frame
+    model_config: ModelConfig
     chosen: Mapping[str, Any]  # the limits and predictions it was chosen under
     text: Text | None = None  # None: unknown
     tokenizer_digest: str | None = None  # of its tokenizer.json; None: bytes are the tokens
@@ -80,7 +80,7 @@ class SubModel:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a whole weights file ({error}); `{MADE_BY}` makes it") from None
-        expected = model_shapes(self.architecture, self.frame)
+        expected = model_shapes(self.architecture, self.model_config)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -88,7 +88,7 @@ class SubModel:
                 f"{path}: not the weights of architecture {self.architecture.key}: {wrong[0]} is "
                 f"{found.get(wrong[0])}, expected {expected.get(wrong[0])} ({len(wrong)} differ)"
             )
-        model = Model(self.architecture, self.frame)
+        model = Model(self.architecture, self.model_config)
         model.load_state_dict(tensors)
         return model.requires_grad_(False).eval()
 
@@ -122,7 +122,7 @@ def write_submodel(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give one that is a sub-model's, empty or not there")
     remove_derived(folder)
-    frame = supernet.space.frame
+    model_config = supernet.space.config
     tokenizer = text.data.tokenizer if text else None
     if tokenizer:
         write_bytes(folder / TOKENIZER, tokenizer.read_bytes())
@@ -131,14 +131,14 @@ def write_submodel(
     body = {
         "key": architecture.key,
         "architecture": architecture.to_json(),
-        "frame": vars(frame),
+        "model_config": vars(model_config),
         "space": supernet.space.name,
         "chosen": dict(chosen),
         "text": text.model_dump(mode="json") if text else None,
         "tokenizer": file_digest(folder / TOKENIZER) if tokenizer else None,
     }
     write_json(folder / "architecture.json", KIND, inputs, body)
-    write_text(folder / "README.md", _card(architecture, frame, chosen))
+    write_text(folder / "README.md", _card(architecture, model_config, chosen))
     return read_submodel(folder)
 
 
@@ -158,39 +158,40 @@ def read_submodel(folder: Path) -> SubModel:
     """
     path = folder / "architecture.json"
     value = read_json(path, KIND, MADE_BY)
-    missing = [name for name in ("architecture", "key", "frame", "chosen") if name not in value]
+    missing = [name for name in ("architecture", "key", "model_config", "chosen") if name not in value]
     if missing:
         raise InputError(f"{path}: has no {missing[0]}; `{MADE_BY}` writes it")
     architecture = Architecture.from_json(value["architecture"], f"{path}: architecture")
     if architecture.key != value["key"]:
         raise InputError(f"{path}: key {value['key']}, but its architecture has {architecture.key}")
-    frame = _frame(value["frame"], f"{path}: frame")
+    model_config = _frame(value["model_config"], f"{path}: frame")
     text = value.get("text") and parse(Text, value["text"], f"{path}: text")
-    return SubModel(folder, architecture, frame, value["chosen"], text, value.get("tokenizer"))
+    return SubModel(folder, architecture, model_config, value["chosen"], text, value.get("tokenizer"))
 
 
-def _frame(value: Any, where: str) -> Frame:
+def _frame(value: Any, where: str) -> ModelConfig:
     """What a space fixes, read.
 
     Raises:
         InputError: a field is missing, unknown or of another type.
     """
-    known = {field.name: field.type for field in fields(Frame)}
+    known = {field.name: field.type for field in fields(ModelConfig)}
     if not isinstance(value, dict) or set(value) != set(known):
         raise InputError(f"{where}: expected an object with {', '.join(known)}")
     for name, kind in known.items():
         if type(value[name]) is not kind or (kind is int and value[name] < 1):
             raise InputError(f"{where}.{name}: {value[name]!r} is not what it should be")
-    return Frame(**value)
+    return ModelConfig(**value)
 
 
-def _card(architecture: Architecture, frame: Frame, chosen: Mapping[str, Any]) -> str:
+def _card(architecture: Architecture, model_config: ModelConfig, chosen: Mapping[str, Any]) -> str:
     rows = [f"| {slot} | {layer.describe()} |" for slot, layer in enumerate(architecture.layers)]
     limits = "".join(f"- `{item['limit']}`\n" for item in chosen.get("limits", []))
     return (
         f"# Sub-model {architecture.key}\n\n"
         f"A language model found and extracted by formfit: residual width {architecture.width}, "
-        f"{architecture.depth} layers, vocabulary {frame.vocabulary}, context {frame.context}.\n\n"
+        f"{architecture.depth} layers, vocabulary {model_config.vocab_size}, "
+        f"context {model_config.max_seq_len}.\n\n"
         "| slot | layer: mixer/heads:kv heads@window+ffn size |\n|---|---|\n"
         + "\n".join(rows)
         + "\n\n"

@@ -24,13 +24,13 @@ def supernet_shapes(space: Space) -> Shapes:
     Names are ``layers.SLOT.MIXER.NAME``, ``layers.SLOT.shared.NAME`` for the projections that
     a layer's mixers share, ``layers.SLOT.ffn.NAME``, and the ends.
     """
-    width, frame = max(space.width), space.frame
+    width, model_config = max(space.width), space.config
     heads = max(h for h, _ in space.head_options)
     kv_heads = max(k for _, k in space.head_options)
-    shapes = end_shapes(width, frame)
+    shapes = end_shapes(width, model_config)
     for slot in range(space.slots):
         for mixer in sorted({m for m, _ in space.mixer_options[1:]}):
-            for name, shape in mixer_shapes(mixer, width, heads, kv_heads, frame).items():
+            for name, shape in mixer_shapes(mixer, width, heads, kv_heads, model_config).items():
                 shapes[f"layers.{slot}.{_owner(space, mixer, name)}.{name}"] = shape
         if max(space.ffn_options):
             for name, shape in ffn_shapes(width, max(space.ffn_options)).items():
@@ -45,7 +45,7 @@ def _owner(space: Space, mixer: str, name: str) -> str:
 def sources(space: Space, architecture: Architecture) -> Sources:
     """For each parameter of a sub-model: the supernet's parameter it is a prefix of, and its shape."""
     table = {}
-    for name, shape in model_shapes(architecture, space.frame).items():
+    for name, shape in model_shapes(architecture, space.config).items():
         source = name
         if ".mixer." in name:
             slot, leaf = int(name.split(".")[1]), name.rsplit(".", 1)[1]
@@ -89,7 +89,7 @@ class Supernet(nn.Module):
         self.space = space
         generator = generator or torch.Generator().manual_seed(0)
         for name, shape in supernet_shapes(space).items():
-            value = initial(name, shape, generator, tied=space.tied)
+            value = initial(name, shape, generator, tie_embeddings=space.tie_embeddings)
             add_parameter(self, name, value)
 
     def weights(
@@ -116,4 +116,4 @@ class Supernet(nn.Module):
     ) -> tuple[Tensor, dict[int, State]]:
         """Run a sub-network: tokens [B, T] -> (logits [B, T, vocabulary], states)."""
         weights = self.weights(architecture)
-        return forward(weights, architecture, self.space.frame, tokens, position=position, states=states)
+        return forward(weights, architecture, self.space.config, tokens, position=position, states=states)

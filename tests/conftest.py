@@ -55,7 +55,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
     folder = tmp_path_factory.mktemp("config")
     space = tiny_value(
         name="small",
-        vocabulary=256,
+        vocab_size=256,
         width=[16, 32],
         depth=[1, 2, 3],
         mixer=["attention", "sliding", "linear", "gated_deltanet", "none"],
@@ -75,14 +75,14 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
         "profile": {
             "block_ms": 0.5, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2, "optimal_models": 6,
             "random_models": 4, "held_out_models": 5, "repeated_models": 2, "rss_models": 1,
-            "most_noise": None,
+            "max_noise": None,
         },
         "search": {
             "limits": ["prefill@64<=90%", "params<=95%"], "generations": 4, "population": 8, "windows": 8,
             "front_windows": 12, "workers": 0,
         },
         "verify": {
-            "tokens": 20, "copies": 1, "rounds": 4, "block_ms": 1.0, "most_noise": None, "searches": 2
+            "tokens": 20, "copies": 1, "rounds": 4, "block_ms": 1.0, "max_noise": None, "searches": 2
         },
     }  # fmt: skip
     path = folder / "run.yaml"

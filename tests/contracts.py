@@ -17,7 +17,7 @@ from space.space import LayerChoices, Space
 
 T = TypeVar("T")
 LAYER_KEYS = ("mixer", "heads", "kv_heads", "ffn", "window")
-HYBRID_KEYS = ("ratios", "linear_kinds", "full_layers", "local")
+HYBRID_KEYS = ("ratios", "max_linear_kinds", "full_layers", "local")
 
 
 def tiny_value(**changes: Any) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def tiny_value(**changes: Any) -> dict[str, Any]:
     """
     value: dict[str, Any] = {
         "name": "tiny",
-        "vocabulary": 19,
-        "context": 64,
+        "vocab_size": 19,
+        "max_seq_len": 64,
         "head_dim": 16,
         "width": [16, 32],
         "depth": [1, 2],
@@ -66,14 +66,14 @@ TINY_SPACES: dict[str, dict[str, Any]] = {
     "kinds 1": {
         "mixer": ["attention", "linear", "retnet", "sliding"],
         "ratios": [1, 2, "linear"],
-        "linear_kinds": 1,
+        "max_linear_kinds": 1,
         "window": [8],
         "heads": [1],
         "depth": [1, 2, 3],
     },
     "kinds 2": {
         "mixer": ["attention", "linear", "retnet", "gated_deltanet"],
-        "linear_kinds": 2,
+        "max_linear_kinds": 2,
         "heads": [2],
         "ffn": [32],
         "depth": [2, 4],
@@ -163,7 +163,7 @@ def belongs(space: Space, architecture: Architecture) -> bool:
     mixers = [layer.mixer for layer in architecture.layers if layer.mixer != "none"]
     apart = ("sliding", "short_conv") if space.hybrid.local == "separate" else ()
     linear = [mixer for mixer in mixers if mixer != "attention" and mixer not in apart]
-    if space.hybrid.linear_kinds is not None and len(set(linear)) > space.hybrid.linear_kinds:
+    if space.hybrid.max_linear_kinds is not None and len(set(linear)) > space.hybrid.max_linear_kinds:
         return False
     full = mixers.count("attention")
     m = full + len(linear)

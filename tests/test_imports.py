@@ -69,7 +69,7 @@ def test_space_is_described_without_torch(module: str) -> None:
 def test_the_door_of_space() -> None:
     assert importlib.import_module("space").__all__ == [
         "Architecture",
-        "Frame",
+        "ModelConfig",
         "InputError",
         "Layer",
         "LimitError",

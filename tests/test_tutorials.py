@@ -45,7 +45,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     value = yaml.safe_load(space.read_text())
     value |= {"width": [96, 128], "depth": [2, 3, 4]}
     value["layer"] |= {"mixer": ["attention", "gated_deltanet", "none"], "heads": [2], "window": []}
-    value["hybrid"]["linear_kinds"] = 1
+    value["hybrid"]["max_linear_kinds"] = 1
     space.write_text(yaml.safe_dump(value))
     words = ["run", "configs/quickstart.yaml", "--smoke", "--out", "runs/quickstart"]
     command = [sys.executable, "-c", START, *words]
@@ -76,7 +76,7 @@ def clone(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def first_text(line: str, formfit: Program) -> str:
     """The text of the first token that a page's `formfit generate` gives."""
     words = shlex.split(line, comments=True)[1:]
-    done = formfit(*words, "--tokens", 1, "--ignore-end", "--json")
+    done = formfit(*words, "--tokens", 1, "--ignore-eos", "--json")
     assert done.returncode == 0, (line, done.stderr)
     value = json.loads(done.stdout)
     assert value["tokens"] == 1, line
@@ -91,7 +91,7 @@ def run_command(text: str, formfit: Program) -> None:
     else:
         assert words[0] == "formfit", text
         measures = words[1] in ("verify", "profile") or "--verify" in words
-        done = formfit(*words[1:], *(("--noise", 900) if measures else ()))
+        done = formfit(*words[1:], *(("--max-noise", 900) if measures else ()))
     said = re.search("# exits with ([0-9])", text)
     loose = "verify" in text or "--pick 'decode" in text  # what is measured this little has a wide bound
     expected = {int(said[1])} if said else {0, 3} if loose else {0}

@@ -153,7 +153,7 @@ class Probe:
         self.result["complete"] = True
         write(self.path, self.result)
         command = "profile" if "space" in self.plan else "verify"
-        say(f"\nwritten: {self.path} (bring it back: formfit {command} --unpack {self.path.name})")
+        say(f"\nwritten: {self.path} (bring it back: formfit {command} --kit-result {self.path.name})")
         return 0
 
     def _group(self, number: int, groups: int, group: Mapping[str, Any], anchors: Sequence[Run]) -> None:

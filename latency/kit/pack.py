@@ -134,7 +134,7 @@ def _models(
         w: OpTimes(
             w,
             {
-                op.key: 1e-6 + 1e-10 * op_flops(op, w, space.frame) + 4e-10 * op_params(op, space.frame)
+                op.key: 1e-6 + 1e-10 * op_flops(op, w, space.config) + 4e-10 * op_params(op, space.config)
                 for op in space_ops(space)
             },
         )
@@ -214,10 +214,10 @@ def _op_items(
         mixers = [op.kind] if op.kind not in ("embedding", "head", "ffn") else []
         items = []
         for (_, height), of_height in stacks(space, [(op, w) for w in some]).items():
-            graph = quantise(stack_graph(op, height, space.frame), precision)
+            graph = quantise(stack_graph(op, height, space.config), precision)
             layers = [op.layer] * height if op.kind not in ("embedding", "head") else []
             bindings = {
-                str(w): graph_binding(graph, w, space.frame, op.width, layers).to_json() for w in of_height
+                str(w): graph_binding(graph, w, space.config, op.width, layers).to_json() for w in of_height
             }
             items.append(writer.item(f"{op.key}|{height}", graph, bindings, mixers, op=True))
         found.append(items)
@@ -233,10 +233,10 @@ def _model_items(
 ) -> list[dict[str, Any]]:
     items = []
     for i, (role, fallback, architecture) in enumerate(models):
-        weights = random_weights(model_shapes(architecture, space.frame), i)
-        graph = quantise(model_graph(architecture, space.frame, weights), precision)
+        weights = random_weights(model_shapes(architecture, space.config), i)
+        graph = quantise(model_graph(architecture, space.config, weights), precision)
         bindings = {
-            str(w): graph_binding(graph, w, space.frame, architecture.width, architecture.layers).to_json()
+            str(w): graph_binding(graph, w, space.config, architecture.width, architecture.layers).to_json()
             for w in workloads
         }
         mixers = sorted({layer.mixer for layer in architecture.layers} - {"none"})
@@ -257,7 +257,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
         InputError: the result is not whole, not of this kit, of another device, or holds what cannot be.
     """
     design_path = folder / "kit.json"
-    design = read_json(design_path, KIND, f"formfit profile --pack KIT --device {folder.name}")
+    design = read_json(design_path, KIND, f"formfit profile --make-kit KIT --device {folder.name}")
     if design["header"]["inputs"].get("space") != space.hash:
         raise InputError(f"{design_path}: packed for another space than {space.name}")
     check_inputs(design_path, design, {"graphs": str(VERSION)})
@@ -267,11 +267,11 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     workloads = config.parsed(space)
     points = [(Op.parse(op), Workload.parse(w)) for op, w in design["points"]]
     models = [(role, Architecture.from_json(a)) for role, _, a in design["models"]]
-    work = {model_name(r, a, w): flops(a, w, space.frame) for r, a in models for w in workloads}
+    work = {model_name(r, a, w): flops(a, w, space.config) for r, a in models for w in workloads}
     work |= reference_work()
     for op, workload in points:
         for height, name in _stacks(space, op, workload):
-            work[name] = height * op_flops(op, workload, space.frame)
+            work[name] = height * op_flops(op, workload, space.config)
     points = [(op, w) for op, w in points if op.kind not in result.unsupported]
     models = [(r, a) for r, a in models if not any(x.mixer in result.unsupported for x in a.layers)]
     card = open_card(folder.parent, folder.name, result.fingerprint.model_dump())

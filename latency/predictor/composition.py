@@ -13,7 +13,7 @@ and limits on it stay exact: see :class:`space.ops.Cost`.
 What is saved is the cache's part: a model that a cache holds whole does not fetch what ops in a stack beyond
 it fetched, and the more it exceeds the cache, the less of it is still there when it is read again: ``saved``
 is all of the bytes up to some number, and from there falls linearly to nothing at another. Both numbers are
-fitted, and kept only where that foretells models that were left out better.
+fitted, and kept only where that predicts models that were left out better.
 """
 
 import math
@@ -126,7 +126,7 @@ def hinge_bytes(space: Space, workload: Workload) -> tuple[float, tuple[float, .
 
 def held_bytes(space: Space, workload: Workload, genomes: Genomes) -> Array:
     """Bytes of the weights and states of models: [N]."""
-    return OpTables(space, lambda op: op_held_bytes(op, workload, space.frame)).totals(genomes)
+    return OpTables(space, lambda op: op_held_bytes(op, workload, space.config)).totals(genomes)
 
 
 def design_matrix(space: Space, times: OpTimes, genomes: Genomes) -> Array:
@@ -190,7 +190,7 @@ def fit_composition(design: Array, seconds: Array, timing: Array, saved: Array |
 
 
 def fit_saving(design: Array, held: Array, seconds: Array, timing: Array) -> Saving:
-    """The saving that explains models [N] best, without its rate; none where it foretells them no better.
+    """The saving that explains models [N] best, without its rate; none where it predicts them no better.
 
     ``held`` are the bytes that each holds, the rest is as of :func:`fit_composition`.
     """

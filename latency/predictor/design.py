@@ -151,9 +151,9 @@ def stack_heights(space: Space, op: Op, workload: Workload) -> tuple[int, int]:
     """
     high = STACKS[0]
     if workload.batch * workload.tokens <= FEW_TOKENS:
-        each = op_held_bytes(op, workload, space.frame)
+        each = op_held_bytes(op, workload, space.config)
         if op.kind == "head":  # a stack of heads has no embeddings to be tied to
-            each += matrix_bytes(space.vocabulary, op.width, workload.precision)
+            each += matrix_bytes(space.vocab_size, op.width, workload.precision)
         wanted = max(STACK_BYTES, median_bytes(space, op.width, workload))
         high = int(np.clip(round(wanted / max(each, 1)), *STACKS))
     return max(2, high // 3), high

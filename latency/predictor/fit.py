@@ -93,13 +93,13 @@ def fit_predictor(
                 "held_out": accuracy(predicted, measured),
                 "plain_sum": accuracy(plain, measured),
                 "flops_and_params": accuracy(proxy, measured),
-                "repeat_mape_percent": repeat_error[workload],
+                "repeatability_mape_percent": repeat_error[workload],
             }
         models[workload] = WorkloadModel(
             op_seconds=finite_seconds(times.by_key),
             kinds=dict(zip(op_kinds(space), composed.kinds, strict=True)),
             constant=composed.constant,
-            once_full=composed.shared * times.shared,
+            attention_constant=composed.shared * times.shared,
             per_layer=composed.per_layer,
             hinges=tuple(composed.hinges),
             saving=replace(shape, rate=composed.rate),

@@ -43,7 +43,7 @@ class MemoryModel:
 
     def cost(self, space: Space, workload: Workload, confidence: float | None = None) -> Cost:
         """Peak resident bytes as a cost: the mean, or what is passed with probability 1 - confidence."""
-        frame, factor = space.frame, 1.0
+        model_config, factor = space.config, 1.0
         if confidence is not None:
             spread = max(1e-9, float(np.sqrt(np.mean(np.square(self.residuals)))))
             factor = 1 + spread * conformal([value / spread for value in self.residuals], confidence)
@@ -53,15 +53,15 @@ class MemoryModel:
                 lambda op: (
                     factor
                     * (
-                        self.weights * op_weight_bytes(op, frame, workload.precision)
-                        + self.states * op_state_bytes(op, workload, frame)
+                        self.weights * op_weight_bytes(op, model_config, workload.precision)
+                        + self.states * op_state_bytes(op, workload, model_config)
                     )
                 ),
             ),
             constant=factor * self.once,
             per_layer=factor * self.per_layer,
-            peak=OpTables(
-                space, lambda op: factor * self.activations * op_activation_bytes(op, workload, frame)
+            max_op=OpTables(
+                space, lambda op: factor * self.activations * op_activation_bytes(op, workload, model_config)
             ),
         )
 
@@ -121,10 +121,12 @@ def fit_memory(
 
 def _design(space: Space, workload: Workload, genomes: Genomes) -> Array:
     """Rows (1, depth, bytes of weights, states, peak activations): [N, 5]."""
-    frame = space.frame
-    weights = OpTables(space, lambda op: op_weight_bytes(op, frame, workload.precision)).totals(genomes)
-    states = OpTables(space, lambda op: op_state_bytes(op, workload, frame)).totals(genomes)
-    peak = OpTables(space, lambda op: op_activation_bytes(op, workload, frame)).greatest(genomes)
+    model_config = space.config
+    weights = OpTables(space, lambda op: op_weight_bytes(op, model_config, workload.precision)).totals(
+        genomes
+    )
+    states = OpTables(space, lambda op: op_state_bytes(op, workload, model_config)).totals(genomes)
+    peak = OpTables(space, lambda op: op_activation_bytes(op, workload, model_config)).greatest(genomes)
     return np.column_stack([np.ones(len(genomes)), depths(genomes), weights, states, peak])
 
 

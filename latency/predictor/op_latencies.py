@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.predictor.op_model import Observations, OpModel, Process, fit_op_model
-from space import Frame, Workload
+from space import ModelConfig, Workload
 from space.cost import op_activation_bytes, op_flops, op_state_bytes, op_weight_bytes
 from space.ops import Op
 from space.precision import matrix_bytes
@@ -30,25 +30,25 @@ def features(points: Sequence[Point]) -> Array:
     return np.asarray(np.log2(np.maximum(np.array(sizes, dtype=np.float64), 1.0)))
 
 
-def work(points: Sequence[Point], frame: Frame) -> Array:
+def work(points: Sequence[Point], model_config: ModelConfig) -> Array:
     """What each op does: a call, FLOPs, bytes of weights, of states and of activations: [N, 5]."""
     rows = [
         (
             1.0,
-            op_flops(op, workload, frame),
-            _read_bytes(op, workload, frame),
-            op_state_bytes(op, workload, frame),
-            op_activation_bytes(op, workload, frame),
+            op_flops(op, workload, model_config),
+            _read_bytes(op, workload, model_config),
+            op_state_bytes(op, workload, model_config),
+            op_activation_bytes(op, workload, model_config),
         )
         for op, workload in points
     ]
     return np.array(rows, dtype=np.float64)
 
 
-def _read_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+def _read_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """Bytes of weights; a head's matrix is read whether or not its parameters are the embedding's."""
-    head = matrix_bytes(frame.vocabulary, op.width, workload.precision) if op.kind == "head" else 0
-    return op_weight_bytes(op, frame, workload.precision) + head
+    head = matrix_bytes(model_config.vocab_size, op.width, workload.precision) if op.kind == "head" else 0
+    return op_weight_bytes(op, model_config, workload.precision) + head
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class OpLatencies:
     """The latency of ops on one device.
 
     Attributes:
-        frame: of the space.
+        model_config: of the space.
         models: by kind of op and phase.
         own: by op key and workload, what a measured op deviates from its model by, in log seconds.
         source: of the known device that the models start from, where there is one.
     """
 
-    frame: Frame
+    model_config: ModelConfig
     models: Mapping[tuple[str, str], OpModel]
     own: Mapping[tuple[str, str], float]
     source: "OpLatencies | None" = None
@@ -73,7 +73,9 @@ class OpLatencies:
         for key, places in grouped(points).items():
             some = [points[i] for i in places]
             known = self.source.seconds(some) if self.source else None
-            mean[places], block = self.models[key].predict(features(some), work(some, self.frame), known)
+            mean[places], block = self.models[key].predict(
+                features(some), work(some, self.model_config), known
+            )
             covariance[np.ix_(places, places)] = block
         return mean, covariance
 
@@ -109,15 +111,15 @@ class OpLatencies:
         }
 
     @staticmethod
-    def from_json(frame: Frame, value: Mapping[str, Any]) -> "OpLatencies":
+    def from_json(model_config: ModelConfig, value: Mapping[str, Any]) -> "OpLatencies":
         """Read what :meth:`to_json` gave."""
         models = {
             (item["kind"], item["phase"]): OpModel(tuple(map(Process.from_json, item["processes"])))
             for item in value["models"]
         }
         own = {(op, workload): off for op, workload, off in value["own"]}
-        source = OpLatencies.from_json(frame, value["source"]) if value["source"] else None
-        return OpLatencies(frame, models, own, source)
+        source = OpLatencies.from_json(model_config, value["source"]) if value["source"] else None
+        return OpLatencies(model_config, models, own, source)
 
 
 def grouped(points: Sequence[Point]) -> dict[tuple[str, str], list[int]]:
@@ -129,7 +131,7 @@ def grouped(points: Sequence[Point]) -> dict[tuple[str, str], list[int]]:
 
 
 def fit_op_latencies(
-    frame: Frame, timed: Mapping[Point, tuple[float, float]], source: OpLatencies | None = None
+    model_config: ModelConfig, timed: Mapping[Point, tuple[float, float]], source: OpLatencies | None = None
 ) -> OpLatencies:
     """Fit every kind of op and phase from seconds and their relative standard deviation."""
     points = list(timed)
@@ -139,7 +141,9 @@ def fit_op_latencies(
         some = [points[i] for i in places]
         seconds, noise = np.array([timed[point] for point in some]).T
         known = source.seconds(some) if source and key in source.models else None
-        models[key] = fit_op_model(Observations(features(some), work(some, frame), seconds, noise, known))
+        models[key] = fit_op_model(
+            Observations(features(some), work(some, model_config), seconds, noise, known)
+        )
         for (op, workload), value in zip(some, models[key].own(), strict=True):
             own[op.key, str(workload)] = float(value)
-    return OpLatencies(frame, models, own, source)
+    return OpLatencies(model_config, models, own, source)

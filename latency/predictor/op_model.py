@@ -141,7 +141,7 @@ class OpModel:
 
     @cached_property
     def weights(self) -> Array:
-        """How much each process counts, by how well it foretells what it is not shown."""
+        """How much each process counts, by how well it predicts what it is not shown."""
         score = np.array([process.left_out().sum() for process in self.processes])
         raised = np.exp(score - score.max())
         return np.asarray(raised / raised.sum())
@@ -226,7 +226,7 @@ def _fit(seen: Observations, rates: Array | None) -> Process:
     some = np.random.default_rng(0).permutation(len(residuals))[:OPTIMISED]
     start = kernel(inputs.shape[1]) + WhiteKernel(WHITE**2, (1e-6, 0.1))
     # All that is odd is structure; or what is off a stiff trend, and then off the rest, is an outlier. What
-    # foretells the rest better is kept.
+    # predicts the rest better is kept.
     found: list[tuple[float, Process]] = []
     for excess, rounds in (
         (np.zeros(len(residuals)), 1),

@@ -43,7 +43,7 @@ class WorkloadModel:
     op_seconds: Mapping[str, float]  # by op key; those that the device cannot run are missing
     kinds: Mapping[str, float]  # a_k
     constant: float  # c0
-    once_full: float  # s
+    attention_constant: float  # s
     per_layer: float  # b
     hinges: tuple[float, ...]  # r_j, seconds for the median bytes
     saving: Saving = NO_SAVING
@@ -56,7 +56,7 @@ class WorkloadModel:
             self,
             kinds={kind: factor * value for kind, value in self.kinds.items()},
             constant=factor * self.constant,
-            once_full=factor * self.once_full,
+            attention_constant=factor * self.attention_constant,
             per_layer=factor * self.per_layer,
             hinges=tuple(factor * value for value in self.hinges),
             saving=replace(self.saving, rate=factor * self.saving.rate),
@@ -114,7 +114,7 @@ class Predictor:
             op_seconds=finite_seconds({op.key: float(value) for op, value in zip(ops, seconds, strict=True)}),
             kinds={kind: between(value, second.kinds[kind]) for kind, value in first.kinds.items()},
             constant=between(first.constant, second.constant),
-            once_full=between(first.once_full, second.once_full),
+            attention_constant=between(first.attention_constant, second.attention_constant),
             per_layer=between(first.per_layer, second.per_layer),
             hinges=tuple(between(*pair) for pair in zip(first.hinges, second.hinges, strict=True)),
             saving=replace(seen, rate=between(first.saving.rate, second.saving.rate)),
@@ -130,7 +130,7 @@ class Predictor:
         if not alike or not alike[0].length < workload.length < alike[-1].length:
             known = ", ".join(map(str, measured)) or "nothing"
             text = f"workload {workload}: outside what was measured on this device (measured: {known})"
-            if workload.length <= self.space.context and self.models:
+            if workload.length <= self.space.max_seq_len and self.models:
                 alike = [w for w in self.models if w.precision == workload.precision]
                 options = " ".join(f"--workload {w}" for w in [*alike, workload])
                 options += "" if workload.precision == "fp32" else f" --precision {workload.precision}"
@@ -180,13 +180,13 @@ class Predictor:
 
             def seconds(op: Op) -> float:
                 alone = model.kinds[op.kind] * model.op_seconds.get(op.key, math.inf)
-                return factor * share * (alone + rate * op_held_bytes(op, workload, self.space.frame))
+                return factor * share * (alone + rate * op_held_bytes(op, workload, self.space.config))
 
             return Cost(
                 OpTables(self.space, seconds),
                 constant=factor * share * (model.constant - free),
                 per_layer=factor * share * model.per_layer,
-                once_full=factor * share * model.once_full,
+                attention_constant=factor * share * model.attention_constant,
             )
 
         rates = [(0.0, 0.0)]  # of bytes, and what is free: one for each stretch between hinges
@@ -195,7 +195,7 @@ class Predictor:
                 rate, free = rates[-1]
                 rates.append((rate + hinge / typical, free + hinge / typical * start))
         first, *others = (piece(*pair) for pair in rates)
-        plain = replace(first, above=tuple(others))
+        plain = replace(first, max_with=tuple(others))
         saving = model.saving
         if not saving.rate:
             return plain
@@ -207,7 +207,7 @@ class Predictor:
             *(piece(*pair) for pair in saved),
             *(piece(*pair, 1 - MOST_SAVED) for pair in rates),
         ]
-        return replace(plain, otherwise=replace(first, above=tuple(others)))
+        return replace(plain, min_with=replace(first, max_with=tuple(others)))
 
     def recalibrated(
         self, genomes: Genomes, seconds: Mapping[Workload, Array], rss: Mapping[Workload, Array]
@@ -266,7 +266,7 @@ def _to_json(model: WorkloadModel) -> dict[str, Any]:
         "op_seconds": dict(model.op_seconds),
         "kinds": dict(model.kinds),
         "constant_seconds": model.constant,
-        "once_full_seconds": model.once_full,
+        "once_full_seconds": model.attention_constant,
         "per_layer_seconds": model.per_layer,
         "hinge_seconds": list(model.hinges),
         "saving": {
@@ -303,7 +303,7 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
             op_seconds=model["op_seconds"],
             kinds=model["kinds"],
             constant=model["constant_seconds"],
-            once_full=model["once_full_seconds"],
+            attention_constant=model["once_full_seconds"],
             per_layer=model["per_layer_seconds"],
             hinges=tuple(model["hinge_seconds"]),
             saving=_saving(model.get("saving")),
@@ -312,6 +312,6 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
         )
         for text, model in value["workloads"].items()
     }
-    ops = OpLatencies.from_json(space.frame, value["ops"])
+    ops = OpLatencies.from_json(space.config, value["ops"])
     memory = {Workload.parse(text): MemoryModel.from_json(item) for text, item in value["memory"].items()}
     return Predictor(space=space, ops=ops, models=models, residuals=value["residuals"], memory=memory)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.device_runner.io_binding import Run
-from space import Architecture, Frame, Workload
+from space import Architecture, ModelConfig, Workload
 from space.ops import Op
 from space.shapes import Shapes
 
@@ -17,12 +17,14 @@ class Runtime(Protocol):
 
     name: str
 
-    def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
+    def stack(
+        self, op: Op, height: int, workloads: Sequence[Workload], model_config: ModelConfig
+    ) -> dict[Workload, Run]:
         """Runners of ``height`` copies of an op, one for each workload."""
         ...
 
     def model(
-        self, architecture: Architecture, workloads: Sequence[Workload], frame: Frame, seed: int
+        self, architecture: Architecture, workloads: Sequence[Workload], model_config: ModelConfig, seed: int
     ) -> dict[Workload, Run]:
         """Runners of a whole model with random weights, one for each workload."""
         ...

@@ -17,14 +17,14 @@ from latency.device_runner.io_binding import Run
 from latency.device_runner.timer import TimerConfig, measure
 from latency.device_runner.timing import Timing
 from latency.runtimes.protocol import Runtime
-from space import Frame, InputError, Workload
+from space import InputError, ModelConfig, Workload
 from space.cost import op_flops
 from space.ops import Op
 
 COPIES = 4
 OP = Op(kind="ffn", width=128, ffn=256)
 STACKS = {Workload(phase="prefill", length=64): 6, Workload(phase="decode", length=64): 12}  # with heights
-FRAME = Frame(vocabulary=256, context=64, head_dim=32)
+FRAME = ModelConfig(vocab_size=256, max_seq_len=64, head_dim=32)
 TIMER = TimerConfig(block_ms=2.0, min_rounds=40, max_rounds=40, anchor_every=3)
 
 
@@ -73,7 +73,7 @@ def noise_of(timings: Mapping[str, Timing]) -> float:
     return float(np.mean(pairs))
 
 
-def require_quiet(timings: Mapping[str, Timing], most: float) -> float:
+def require_stable(timings: Mapping[str, Timing], most: float) -> float:
     """The noise of the machine in a run with the reference work, where it is at most ``most``.
 
     Raises:
@@ -83,7 +83,7 @@ def require_quiet(timings: Mapping[str, Timing], most: float) -> float:
     if noise > most:
         raise InputError(
             f"this machine is too noisy for claims: the same work, timed twice, differs by {noise:.1%} "
-            f"(at most {most:.0%}); stop other programs, plug the device in, wait, or allow it with --noise"
+            f"(at most {most:.0%}); stop other programs, plug the device in, wait, or raise --max-noise"
         )
     return noise
 

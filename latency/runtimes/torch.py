@@ -18,7 +18,7 @@ from latency.device_runner.io_binding import Run
 from latency.device_runner.main import cpu_model
 from latency.runtimes.onnxruntime import ANCHOR_SIDE
 from latency.runtimes.protocol import random_weights
-from space import Architecture, Frame, InputError, Layer, Workload
+from space import Architecture, InputError, Layer, ModelConfig, Workload
 from space.blocks import ffn, forward, mixer, project, rms_norm
 from space.ops import Op
 from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
@@ -36,38 +36,40 @@ class TorchRuntime:
         )
         torch.set_num_threads(threads)
 
-    def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
+    def stack(
+        self, op: Op, height: int, workloads: Sequence[Workload], model_config: ModelConfig
+    ) -> dict[Workload, Run]:
         """Runners of ``height`` copies of an op, one for each workload."""
-        copies = [self._weights(_shapes(op, frame), seed) for seed in range(height)]
-        return {w: self._runner(self._stacked(op, copies, w, frame)) for w in workloads}
+        copies = [self._weights(_shapes(op, model_config), seed) for seed in range(height)]
+        return {w: self._runner(self._stacked(op, copies, w, model_config)) for w in workloads}
 
     def model(
-        self, architecture: Architecture, workloads: Sequence[Workload], frame: Frame, seed: int
+        self, architecture: Architecture, workloads: Sequence[Workload], model_config: ModelConfig, seed: int
     ) -> dict[Workload, Run]:
         """Runners of a whole model with random weights, one for each workload."""
-        weights = self._weights(model_shapes(architecture, frame), seed)
-        return self.load(weights, architecture, workloads, frame)
+        weights = self._weights(model_shapes(architecture, model_config), seed)
+        return self.load(weights, architecture, workloads, model_config)
 
     def load(
         self,
         weights: Mapping[str, Tensor],
         architecture: Architecture,
         workloads: Sequence[Workload],
-        frame: Frame,
+        model_config: ModelConfig,
     ) -> dict[Workload, Run]:
         """Runners of a model with these weights, copied to the device; one for each workload."""
         weights = {name: tensor.to(self.device, copy=True) for name, tensor in weights.items()}
         found = {}
         for workload in workloads:
-            tokens = self._tokens(workload, frame)
+            tokens = self._tokens(workload, model_config)
             states = {
-                slot: self._state(layer, architecture.width, frame, workload)
+                slot: self._state(layer, architecture.width, model_config, workload)
                 for slot, layer in enumerate(architecture.layers)
                 if layer.mixer != "none" and workload.past
             }
 
             def step(tokens: Tensor = tokens, states: Any = states, past: int = workload.past) -> Any:
-                return forward(weights, architecture, frame, tokens, position=past, states=states)
+                return forward(weights, architecture, model_config, tokens, position=past, states=states)
 
             found[workload] = self._runner(step)
         return found
@@ -94,24 +96,30 @@ class TorchRuntime:
             for name, value in random_weights(shapes, seed).items()
         }
 
-    def _tokens(self, workload: Workload, frame: Frame) -> Tensor:
-        return torch.randint(1, frame.vocabulary, (workload.batch, workload.tokens), device=self.device)
+    def _tokens(self, workload: Workload, model_config: ModelConfig) -> Tensor:
+        return torch.randint(
+            1, model_config.vocab_size, (workload.batch, workload.tokens), device=self.device
+        )
 
-    def _state(self, layer: Layer, width: int, frame: Frame, workload: Workload) -> dict[str, Tensor]:
-        shapes = state_shapes(layer, width, frame, workload.batch, workload.past)
+    def _state(
+        self, layer: Layer, width: int, model_config: ModelConfig, workload: Workload
+    ) -> dict[str, Tensor]:
+        shapes = state_shapes(layer, width, model_config, workload.batch, workload.past)
         return {name: 0.1 * torch.randn(shape, device=self.device) for name, shape in shapes.items()}
 
     def _stacked(
-        self, op: Op, copies: Sequence[Mapping[str, Tensor]], workload: Workload, frame: Frame
+        self, op: Op, copies: Sequence[Mapping[str, Tensor]], workload: Workload, model_config: ModelConfig
     ) -> Callable[[], Any]:
         if op.kind == "embedding":
-            tokens = self._tokens(workload, frame)
+            tokens = self._tokens(workload, model_config)
             return lambda: [F.embedding(tokens, weights["embedding"]) for weights in copies]
         x = torch.randn(workload.batch, workload.tokens, op.width, device=self.device)
         if op.kind == "head":
             return lambda: [project(rms_norm(x, weights["norm"]), weights["embedding"]) for weights in copies]
         states = [
-            self._state(op.layer, op.width, frame, workload) if workload.past and op.kind != "ffn" else None
+            self._state(op.layer, op.width, model_config, workload)
+            if workload.past and op.kind != "ffn"
+            else None
             for _ in copies
         ]
 
@@ -121,7 +129,7 @@ class TorchRuntime:
                 if op.kind == "ffn":
                     y = ffn(weights, y)
                 else:
-                    y, _ = mixer(weights, y, op.layer, frame, workload.past, state)
+                    y, _ = mixer(weights, y, op.layer, model_config, workload.past, state)
             return y
 
         return step
@@ -148,9 +156,9 @@ class TorchRuntime:
         return run
 
 
-def _shapes(op: Op, frame: Frame) -> Shapes:
+def _shapes(op: Op, model_config: ModelConfig) -> Shapes:
     if op.kind in ("embedding", "head"):
-        return end_shapes(op.width, frame)
+        return end_shapes(op.width, model_config)
     if op.kind == "ffn":
         return ffn_shapes(op.width, op.ffn)
-    return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, frame)
+    return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, model_config)

@@ -96,7 +96,7 @@ def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter)
     checkpoint = open_supernet(run, corpus)
     device = device or run.config.device
     workload, predictor = _predictor(run, config, device, reporter)
-    length = run.config.train.length or run.space.context
+    length = run.config.train.length or run.space.max_seq_len
     data = evaluation_set(corpus, run.config.search.front_windows, length)
     training = config.training(run.config.train)
     seeds = [training.seed + i for i in range(config.seeds)]
@@ -139,8 +139,8 @@ def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter)
             "key": architecture.key,
             "architecture": architecture.to_json(),
             "sets": [name for name, chosen in sets.items() if architecture in chosen],
-            "params": params(architecture, run.space.frame),
-            "flops": flops(architecture, workload, run.space.frame),
+            "params": params(architecture, run.space.config),
+            "flops": flops(architecture, workload, run.space.config),
             "predicted_latency_ms": 1e3 * float(seconds),
             "supernet": losses(quality),
             "alone": [{"seed": seed, **next(reached)} for seed in seeds],

@@ -57,7 +57,7 @@ def _means(space: Space, genomes: Genomes) -> tuple[Array, Array]:
     """The mean FFN size over the layers and the mean heads over the layers with heads, as shares: [N]."""
     _, mixer, heads, ffn = genome.split(genomes)
     sizes = np.array(space.ffn_options)[ffn].sum(axis=1) / depths(genomes)
-    headed = ~genome.layout(space).headless[mixer]
+    headed = ~genome.encoding(space).headless[mixer]
     counts = np.where(headed, np.array([h for h, _ in space.head_options])[heads], 0).sum(axis=1)
     counts = counts / np.maximum(headed.sum(axis=1), 1)
     most = max(h for h, _ in space.head_options)

@@ -64,7 +64,7 @@ def train_alone(
     with one_thread():
         checkpoint = train(space, trial.config, folder, report, corpus, architecture)
         model = load_alone(space, checkpoint, architecture)
-        quality = evaluate(dict(model.named_parameters()), architecture, space.frame, data)
+        quality = evaluate(dict(model.named_parameters()), architecture, space.config, data)
     write_json(folder / "result.json", KIND, trial.inputs, losses(quality))
     remove_checkpoints(folder)
 
@@ -112,7 +112,7 @@ def _train(trial: Trial, shared: tuple[Space, Corpus, EvaluationSet], tell: Shar
 
 def _size(space: Space, trial: Trial) -> int:
     """FLOPs of reading one row of its batches."""
-    return row_flops(space, trial.architecture, trial.config.length or space.context)
+    return row_flops(space, trial.architecture, trial.config.length or space.max_seq_len)
 
 
 def expected_seconds(space: Space, trials: Sequence[Trial], corpus: Corpus) -> float:

@@ -179,7 +179,7 @@ def search(
     base = run_config.search.model_dump()
     config = parse(SearchConfig, base | {k: v for k, v in given.items() if v is not None}, "search")
     if noise is not None:
-        measuring = run_config.verify.model_copy(update={"most_noise": noise / 100})
+        measuring = run_config.verify.model_copy(update={"max_noise": noise / 100})
         run_config = run_config.model_copy(update={"verify": measuring})
     bars = Bars()
     cards, predictors = open_targets(context.obj, device, run_config, config, bars)
@@ -197,7 +197,7 @@ def search(
     if "tuned" in found and not as_json:
         err.print(f"tuned sub-model: {found['tuned']['folder']}", highlight=False, soft_wrap=True)
     if verify:
-        require_kept(found["promise"])
+        require_kept(found["measured_search"])
     require_tuned(found)
 
 

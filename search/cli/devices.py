@@ -24,7 +24,7 @@ from space.io.errors import InputError, LimitError
 Noise = Annotated[
     float, typer.Option(min=0.01, help="How far, in percent, two timings of the same work may differ.")
 ]
-PackTo = typer.Option("--pack", metavar="ZIP", help="Write a kit instead: `python3 ZIP` on the device.")
+PackTo = typer.Option("--make-kit", metavar="ZIP", help="Write a kit instead: `python3 ZIP` on the device.")
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def profile(
     noise: Noise = 10.0,
     pack_to: Annotated[Path | None, PackTo] = None,
     unpack_from: Annotated[
-        Path | None, typer.Option("--unpack", metavar="JSON", help="Make the card of what a kit measured.")
+        Path | None,
+        typer.Option("--kit-result", metavar="JSON", help="Make the card of what a kit measured."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -75,12 +76,12 @@ def profile(
         "precision": precision,
         "runtime": runtime,
         "budget_minutes": minutes(budget) if budget else None,
-        "most_noise": noise / 100,
+        "max_noise": noise / 100,
     }
     config = parse(ProfileConfig, given, "profile")
     the_space = load_space(space)
     if pack_to and unpack_from:
-        raise InputError("give one of --pack ZIP and --unpack JSON")
+        raise InputError("give one of --make-kit ZIP and --kit-result JSON")
     if (pack_to or unpack_from) and runtime != "onnxruntime":
         raise InputError(f"--runtime {runtime}: a kit runs on onnxruntime")
     if pack_to:
@@ -101,7 +102,7 @@ def profile(
         "workloads": {str(w): dict(m.errors) for w, m in predictor.models.items()},
         "memory": {str(w): dict(m.errors) for w, m in predictor.memory.items()},
         "unsupported": card.unsupported,
-        "noise_percent": None if card.noise is None else 100 * card.noise,
+        "aa_difference_percent": None if card.aa_difference is None else 100 * card.aa_difference,
         "problems": card.problems,
     }
     show(value, as_json, lambda: [error_table(value["workloads"])])
@@ -120,7 +121,7 @@ def verify(
     device: Device,
     pack_to: Annotated[Path | None, PackTo] = None,
     unpack_from: Annotated[
-        Path | None, typer.Option("--unpack", metavar="JSON", help="Judge by what a kit measured.")
+        Path | None, typer.Option("--kit-result", metavar="JSON", help="Judge by what a kit measured.")
     ] = None,
     noise: Noise = 10.0,
     as_json: Json = False,
@@ -139,7 +140,7 @@ def verify(
     card = load_card(context.obj, device)
     inputs = {"model": models_digest(submodel)}
     if pack_to and unpack_from:
-        raise InputError("give one of --pack ZIP and --unpack JSON")
+        raise InputError("give one of --make-kit ZIP and --kit-result JSON")
     if pack_to:
         packed = pack_submodel(submodel, card, VerifyConfig(), pack_to)
         show(packed, as_json, lambda: [make_table("Kit", list(packed), [[str(v) for v in packed.values()]])])
@@ -150,7 +151,7 @@ def verify(
         warning = outdated(card, open_card_runtime(card).fingerprint())
         if warning:
             err.print(warning, highlight=False, soft_wrap=True)
-        value = check(submodel, card, VerifyConfig(most_noise=noise / 100), inputs, _judged_by(submodel))
+        value = check(submodel, card, VerifyConfig(max_noise=noise / 100), inputs, _judged_by(submodel))
     show(
         value,
         as_json,
@@ -221,7 +222,7 @@ def devices(
             "this_machine": not other,
             "differences": other,
             "warning": outdated(card, here),
-            "noise_percent": None if card.noise is None else 100 * card.noise,
+            "aa_difference_percent": None if card.aa_difference is None else 100 * card.aa_difference,
             "unsupported": card.unsupported,
             "predictors": predictors,
             "problems": card.problems,

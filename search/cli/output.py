@@ -137,20 +137,20 @@ def front_table(front: dict[str, Any]) -> Table:
 def search_tables(found: dict[str, Any]) -> list[Table]:
     """What a search found, and what its finalists were measured to do."""
     tables = [front_table(found)]
-    if "promise" in found:
+    if "measured_search" in found:
         rows = [
             [
                 str(turn),
-                row["key"] + (" chosen" if row["key"] == found["promise"]["chosen"]["key"] else ""),
+                row["key"] + (" chosen" if row["key"] == found["measured_search"]["chosen"]["key"] else ""),
                 f"{row['loss_nats']:.4f}",
                 *(f"{value:.3f}" for value in row["latency_ms"].values()),
                 f"{100 * row['used']:.1f}%",
                 "kept" if row["kept"] else "missed",
             ]
-            for turn, one in enumerate(found["promise"]["rounds"], start=1)
+            for turn, one in enumerate(found["measured_search"]["rounds"], start=1)
             for row in one["finalists"]
         ]
-        workloads = found["promise"]["chosen"]["latency_ms"]
+        workloads = found["measured_search"]["chosen"]["latency_ms"]
         columns = ["round", "key", "loss nats", *(f"{w} ms" for w in workloads), "of the limit", "limits"]
         tables.append(make_table("Finalists, measured", columns, rows))
     if found.get("finalists"):
@@ -180,7 +180,9 @@ def error_table(workloads: Any) -> Table:
                 f"{held['mape_percent']:.2f}%",
                 f"{100 * held['within_10_percent']:.0f}%",
                 "-" if held["spearman"] is None else f"{held['spearman']:.4f}",
-                "-" if errors["repeat_mape_percent"] is None else f"{errors['repeat_mape_percent']:.2f}%",
+                "-"
+                if errors["repeatability_mape_percent"] is None
+                else f"{errors['repeatability_mape_percent']:.2f}%",
                 f"{errors['flops_and_params']['mape_percent']:.2f}%",
             ]
         )
@@ -218,7 +220,7 @@ def describe_space(space: Any) -> dict[str, Any]:
     ops = len(space_ops(space))
     kinds = sorted({m for m, _ in space.mixer_options[1:]})
     # A second for each op and workload that is measured (fifty rounds of two stacks), and 58 models.
-    workloads = [Workload(phase=phase, length=space.context) for phase in PHASES]
+    workloads = [Workload(phase=phase, length=space.max_seq_len) for phase in PHASES]
     points = [(op, w) for op in space_ops(space) for w in workloads]
     seconds = 1.0 * min(len(points), 2 * len(seeds(points))) + 58 * len(workloads) * 0.6
     return {
@@ -228,7 +230,7 @@ def describe_space(space: Any) -> dict[str, Any]:
         "ops_to_measure": ops,
         "expected_profiling_seconds": round(seconds),
         **{
-            name: {"key": a.key, "params": params(a, space.frame), "architecture": a.describe()}
+            name: {"key": a.key, "params": params(a, space.config), "architecture": a.describe()}
             for name, a in ends.items()
         },
     }

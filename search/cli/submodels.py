@@ -72,8 +72,8 @@ def extract(
     submodel = write_submodel(out_dir, weights, found, inputs, chosen, the_run.text)
     files = ["architecture.json", "model.safetensors", "README.md"]
     latency = chosen.get("predicted", {}).get("latency", {}).values()
-    promised = {Workload.parse(text).precision for predicted in latency for text in predicted}
-    precisions = [*(precision or ()), *sorted(promised)] if "onnx" in (format_ or ()) else []
+    verified = {Workload.parse(text).precision for predicted in latency for text in predicted}
+    precisions = [*(precision or ()), *sorted(verified)] if "onnx" in (format_ or ()) else []
     files += export(submodel, format_ or (), precisions)
     _show_files({"key": found.key, "folder": str(out_dir), "files": files}, as_json)
 

@@ -7,7 +7,7 @@ from latency import Card, Predictor, load_card, load_predictor
 from latency.card import outdated, profile_command
 from latency.runtimes.registry import open_card_runtime
 from search.config import RunConfig
-from search.problem.feasibility import certify
+from search.problem.feasibility import check_feasible
 from search.problem.problem import SearchConfig, make_problem, precision_of
 from space import InputError
 from space.io.progress import Reporter
@@ -38,7 +38,7 @@ def open_targets(
         name: open_predictor(run, card, precisions[name] or run.profile.precision, reporter)
         for name, card in cards.items()
     }
-    certify(run.the_space, make_problem(run.the_space, predictors, config).bounded())
+    check_feasible(run.the_space, make_problem(run.the_space, predictors, config).constraints())
     return cards, predictors
 
 

@@ -95,7 +95,7 @@ class SupernetEvaluate:
         torch.set_num_threads(1)
         try:
             weights = self.supernet.weights(architecture)
-            return evaluate(weights, architecture, self.supernet.space.frame, self.sets[data])
+            return evaluate(weights, architecture, self.supernet.space.config, self.sets[data])
         finally:
             torch.set_num_threads(threads)
 

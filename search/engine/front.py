@@ -15,13 +15,13 @@ FRONT_KIND = "front"
 
 
 def surrogate_agreement(table: pd.DataFrame) -> dict[str, Any]:
-    """How the qualities that a surrogate foretold rank beside those found afterwards, by quality."""
+    """How the qualities that a surrogate predicted rank beside those found afterwards, by quality."""
     found = {}
     for name in QUALITIES:
-        if f"foretold_{name}" in table:
-            some = table[table[f"foretold_{name}"].notna() & table[name].notna()]
+        if f"predicted_{name}" in table:
+            some = table[table[f"predicted_{name}"].notna() & table[name].notna()]
             if len(some) > 2:
-                rho = float(spearmanr(some[f"foretold_{name}"], some[name]).statistic)
+                rho = float(spearmanr(some[f"predicted_{name}"], some[name]).statistic)
                 found[name] = {"evaluations": len(some), "spearman": rho}
     return found
 

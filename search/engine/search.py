@@ -21,9 +21,9 @@ from search.engine.evaluations import Record, genomes_of
 from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
 from search.engine.front import FRONT_KIND, picks, predictions, surrogate_agreement
 from search.engine.optuna_study import open_study
-from search.problem.feasibility import certify
+from search.problem.feasibility import check_feasible
 from search.problem.limit import unit_of
-from search.problem.milp import ROOM, feasible
+from search.problem.milp import ROUNDING_TOLERANCE, feasible
 from search.problem.problem import Problem, SearchConfig
 from search.strategies.hat import Hat
 from search.strategies.nsga2 import Evolution
@@ -72,7 +72,7 @@ class Search:
         self.problem, self.config, self.folder = problem, config, folder
         self.inputs = {**inputs, "search": search_digest(problem, config)}
         self.record = Record(folder, self.inputs)
-        self.bounded = problem.bounded()
+        self.constraints = problem.constraints()
         self.costs = {name: problem.objective_cost(name) for name in problem.objectives}
         self.known = {} if known is None else known
         self.before = tuple(before)
@@ -81,11 +81,11 @@ class Search:
         self.runs = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
         self.population, self.generations = config.size
 
-    def violations(self, genomes: Genomes) -> NDArray[np.float64]:
+    def constraint_violation(self, genomes: Genomes) -> NDArray[np.float64]:
         """By how much genomes break the limits, as a sum of shares of the bounds: [N]."""
         total = np.zeros(len(genomes))
-        for item in self.bounded:
-            total += np.maximum(0.0, item.cost(genomes) / item.bound - 1 - ROOM)
+        for item in self.constraints:
+            total += np.maximum(0.0, item.cost(genomes) / item.bound - 1 - ROUNDING_TOLERANCE)
         for runs in self.runs:
             total[~np.isfinite(runs(genomes))] = np.inf
         return total
@@ -96,7 +96,7 @@ class Search:
         Raises:
             LimitError: names them, with the least that is possible and the architecture that has it.
         """
-        certify(self.problem.space, self.bounded)
+        check_feasible(self.problem.space, self.constraints)
 
     def run(self, evaluate: Evaluator, report: Report | None = None) -> dict[str, Any]:
         """Search to the last generation, from the record if there is one, and write ``front.json``.
@@ -141,13 +141,13 @@ class Search:
     def _generation(
         self, generation: int, strategy: Strategy, evaluate: Evaluator, report: Report | None
     ) -> pd.DataFrame:
-        """What a strategy proposes, evaluated, beside what it foretold."""
+        """What a strategy proposes, evaluated, beside what it predicted."""
         genomes = strategy.ask()
         part = self._evaluate(genomes, evaluate, "search", generation, report)
-        foretold = strategy.foretold(genomes)
+        predicted = strategy.predicted(genomes)
         for i, (name, cost) in enumerate(self.costs.items()):
             if cost is None:
-                part[f"foretold_{name}"] = np.nan if foretold is None else foretold[:, i]
+                part[f"predicted_{name}"] = np.nan if predicted is None else predicted[:, i]
         return part
 
     @property
@@ -172,14 +172,14 @@ class Search:
                 for name, cost in self.costs.items():
                     if cost is not None:
                         part[name] = cost(genomes)
-                found.append(part[self.violations(genomes) <= 0])
+                found.append(part[self.constraint_violation(genomes) <= 0])
         return [part for part in found if len(part)]
 
     def _task(self) -> Task:
         """What the strategy is to solve."""
         space = self.problem.space
         seeds = [genome.smallest(space), genome.largest(space)]
-        costs, bounds = [b.cost for b in self.bounded], [b.bound for b in self.bounded]
+        costs, bounds = [b.cost for b in self.constraints], [b.bound for b in self.constraints]
         if costs or self.runs:
             witness = feasible(space, [*costs, *self.runs], [*bounds, *[math.inf] * len(self.runs)])
             if witness is None:
@@ -188,7 +188,7 @@ class Search:
         return Task(
             space=space,
             costs=tuple(self.costs.values()),
-            violations=self.violations,
+            constraint_violation=self.constraint_violation,
             seeds=genome.encode(space, seeds),
             population=self.population,
             seed=self.config.seed,
@@ -278,7 +278,7 @@ class Search:
             "surrogate": surrogate_agreement(table),
             "limits": [
                 {"limit": b.limit.text, "bound": b.bound, "unit": unit_of(b.limit.metric)}
-                for b in self.bounded
+                for b in self.constraints
             ],
             "picks": picks(front, self.problem.objectives),
             "members": members,

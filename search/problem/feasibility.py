@@ -24,7 +24,7 @@ from itertools import combinations
 
 import numpy as np
 
-from search.problem.limit import Bounded
+from search.problem.limit import Constraint
 from search.problem.milp import (
     alternatives,
     feasible,
@@ -43,7 +43,7 @@ _NEAR = 5e-3  # relative: how near the nearest point is come
 _LACKS = "every architecture needs an op that the device lacks"
 
 
-def certify(space: Space, asked: Sequence[Bounded]) -> None:
+def check_feasible(space: Space, asked: Sequence[Constraint]) -> None:
     """Refuse limits that no architecture of the space keeps.
 
     Raises:
@@ -54,7 +54,7 @@ def certify(space: Space, asked: Sequence[Bounded]) -> None:
     alone = []
     for one in asked:
         value, architecture = least(space, one.cost)
-        exact = not one.cost.above and not one.cost.otherwise
+        exact = not one.cost.max_with and not one.cost.min_with
         if not within(value, one.bound) and (exact or not _together(space, [one])):
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
             alone.append(f"{one.text} cannot be met: {reason}")
@@ -69,7 +69,7 @@ def certify(space: Space, asked: Sequence[Bounded]) -> None:
                 raise LimitError(f"space {space.name}: {text}")
 
 
-def nearest(space: Space, asked: Sequence[Bounded]) -> tuple[float, Architecture] | None:
+def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, Architecture] | None:
     """The architecture whose greatest cost over its bound is least, within 0.5%, and that ratio.
 
     None where every architecture needs an op that a device lacks.
@@ -97,9 +97,9 @@ def nearest(space: Space, asked: Sequence[Bounded]) -> tuple[float, Architecture
     return high, decode(space, best)[0]
 
 
-def _nearest_text(space: Space, asked: Sequence[Bounded]) -> str:
+def _nearest_text(space: Space, asked: Sequence[Constraint]) -> str:
     """What comes nearest to limits that cannot be met, for people; nothing for a single one."""
-    found = nearest(space, asked) if len(asked) > 1 else None
+    found = least_relaxation(space, asked) if len(asked) > 1 else None
     if found is None:
         return ""
     factor, architecture = found
@@ -108,11 +108,11 @@ def _nearest_text(space: Space, asked: Sequence[Bounded]) -> str:
     return f"; with all limits {factor:.3g} times as large {_has(values, architecture)} would do"
 
 
-def _together(space: Space, asked: Sequence[Bounded]) -> bool:
+def _together(space: Space, asked: Sequence[Constraint]) -> bool:
     return feasible(space, [one.cost for one in asked], [one.bound for one in asked]) is not None
 
 
-def _conflict(space: Space, some: Sequence[Bounded]) -> str:
+def _conflict(space: Space, some: Sequence[Constraint]) -> str:
     """What each of the limits can reach where the others are met; all but any one can be met together."""
     leasts = []
     for one in some:
@@ -137,7 +137,7 @@ def _least_beside(
     space: Space, cost: Cost, others: Sequence[Cost], bounds: Sequence[float]
 ) -> Genomes | None:
     """The genome [1, G] of the least of a cost where others keep their bounds; None if there is none."""
-    sums, limits = split_maxima([replace(cost, above=()), *others], [np.inf, *bounds])
+    sums, limits = split_maxima([replace(cost, max_with=()), *others], [np.inf, *bounds])
     genome = optimum(space, sums, limits, [1.0] + [0.0] * (len(sums) - 1))
     return None if genome is None else lowered(space, cost, genome, others, bounds)
 

@@ -174,7 +174,7 @@ def format_quantity(metric: str, value: float, digits: int = 3) -> str:
 
 
 @dataclass(frozen=True)
-class Bounded:
+class Constraint:
     """A limit as it stands on one space: the cost that it limits, and its bound in base units."""
 
     limit: Limit

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from space import Architecture, Space
-from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, encode, layout, smallest
+from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, encode, encoding, smallest
 from space.ops import Cost
 
 Floats = NDArray[np.float64]
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-ROOM = 1e-9  # relative: the order in which a sum is taken changes its last digits
+ROUNDING_TOLERANCE = 1e-9  # relative: the order in which a sum is taken changes its last digits
 
 
 _SCALE = 1e4  # of costs over bounds: what the solver's tolerances of 1e-6 are small against
@@ -33,7 +33,7 @@ _INFEASIBLE = 2  # milp's status
 
 def within(value: float, bound: float) -> bool:
     """Whether a cost keeps a bound (above 0), but for rounding."""
-    return value <= bound * (1 + ROOM)
+    return value <= bound * (1 + ROUNDING_TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class _Options:
 
 @lru_cache(maxsize=64)
 def _options(space: Space) -> _Options:
-    lay = layout(space)
-    heads = [1 if lay.headless[m] else len(space.head_options) for m in range(len(lay.kinds))]
-    mixer, head = np.array([(m, h) for m in range(1, len(lay.kinds)) for h in range(heads[m])]).T
-    return _Options(mixer, head, lay.classes[mixer], lay.kinds[mixer])
+    enc = encoding(space)
+    heads = [1 if enc.headless[m] else len(space.head_options) for m in range(len(enc.max_linear_kinds))]
+    mixer, head = np.array([(m, h) for m in range(1, len(enc.max_linear_kinds)) for h in range(heads[m])]).T
+    return _Options(mixer, head, enc.classes[mixer], enc.max_linear_kinds[mixer])
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Prices:
 
     fixed: float
     per_layer: float
-    once_full: float
+    attention_constant: float
     mixer: Floats
     ffn: Floats
     mixer_peak: Floats
@@ -70,16 +70,16 @@ class _Prices:
 def _prices(space: Space, cost: Cost, width: int) -> _Prices:
     """Prices; a peak below that of the ends is theirs, and without a peak all are 0."""
     at = _options(space)
-    table, peak = cost.table, cost.peak
+    table, peak = cost.table, cost.max_op
     mixer, ffn = table.mixer[width, at.mixer, at.heads], table.ffn[width]
     fixed = cost.constant + float(table.ends[width].sum())
     if peak is None:
         zero = np.zeros_like(mixer), np.zeros_like(ffn)
-        return _Prices(fixed, cost.per_layer, cost.once_full, mixer, ffn, *zero)
+        return _Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, *zero)
     ends = peak.ends[width].max()
     mixer_peak = np.maximum(ends, peak.mixer[width, at.mixer, at.heads])
     ffn_peak = np.maximum(ends, peak.ffn[width])
-    return _Prices(fixed, cost.per_layer, cost.once_full, mixer, ffn, mixer_peak, ffn_peak)
+    return _Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, mixer_peak, ffn_peak)
 
 
 def _cheapest(space: Space, prices: _Prices) -> tuple[Floats, Ints, Ints]:
@@ -89,23 +89,23 @@ def _cheapest(space: Space, prices: _Prices) -> tuple[Floats, Ints, Ints]:
     over the levels is the least total with the peak at its own value. The options are [T, 4]
     indices by class: of mixers (without meaning for FFN_ONLY) and of FFNs.
     """
-    lay, at = layout(space), _options(space)
+    enc, at = encoding(space), _options(space)
     levels = np.unique(np.concatenate([prices.mixer_peak, prices.ffn_peak]))
     mixer = np.where(prices.mixer_peak <= levels[:, None], prices.mixer, np.inf)  # [T, O]
     ffn = np.where(prices.ffn_peak <= levels[:, None], prices.ffn, np.inf)  # [T, F]
     place = np.arange(len(prices.ffn))
-    apart = prices.per_layer * lay.patterns.sum(axis=1) + prices.once_full * (lay.patterns[:, 1] > 0)
+    apart = prices.per_layer * enc.patterns.sum(axis=1) + prices.attention_constant * (enc.patterns[:, 1] > 0)
     totals = prices.fixed + apart + levels[:, None]  # [T, P]
     chosen = np.zeros((2, len(levels), 4), np.int64)
     for column, kind in enumerate((FFN_ONLY, FULL, LINEAR, LOCAL)):
-        beside = np.where(place >= (1 if kind == FFN_ONLY else lay.least_ffn), ffn, np.inf)
+        beside = np.where(place >= (1 if kind == FFN_ONLY else enc.least_ffn), ffn, np.inf)
         chosen[1, :, column] = beside.argmin(axis=1)
         layer = beside.min(axis=1)
         if kind != FFN_ONLY:
             of_kind = np.where(at.classes == kind, mixer, np.inf)
             chosen[0, :, column] = of_kind.argmin(axis=1)
             layer = layer + of_kind.min(axis=1)
-        count = lay.patterns[:, column]
+        count = enc.patterns[:, column]
         with np.errstate(invalid="ignore"):  # 0 layers of infinite cost
             totals += np.where(count == 0, 0.0, count * layer[:, None])
     return totals, chosen[0], chosen[1]
@@ -113,12 +113,16 @@ def _cheapest(space: Space, prices: _Prices) -> tuple[Floats, Ints, Ints]:
 
 def _assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
     """A genome [1, G] with so many of each mixer option [O] and FFN option [F]."""
-    lay, at = layout(space), _options(space)
+    enc, at = encoding(space), _options(space)
     options = np.repeat(np.arange(len(mixers)), mixers)
-    options = options[np.argsort(at.classes[options] != FULL, kind="stable")]  # full ones to the forced slots
+    options = options[
+        np.argsort(at.classes[options] != FULL, kind="stable")
+    ]  # full ones to the must_be_full slots
     sizes = np.repeat(np.arange(len(ffns)), ffns)  # rising: the layers without a mixer get the last ones
-    slots = np.concatenate([np.flatnonzero(lay.forced), np.flatnonzero(~lay.forced)])[: len(sizes)]
-    genome = np.zeros((1, lay.genes), np.int16)
+    slots = np.concatenate([np.flatnonzero(enc.must_be_full), np.flatnonzero(~enc.must_be_full)])[
+        : len(sizes)
+    ]
+    genome = np.zeros((1, enc.genes), np.int16)
     genome[0, 0] = width
     genome[0, 1 + 3 * slots[: len(options)]] = at.mixer[options]
     genome[0, 2 + 3 * slots[: len(options)]] = at.heads[options]
@@ -138,8 +142,8 @@ def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
 
 def _least_greatest(space: Space, cost: Cost) -> tuple[float, Architecture]:
     """The least of a sum, or of the greatest of several."""
-    value, architecture = _least_sum(space, replace(cost, above=()))
-    if not cost.above or not np.isfinite(value):
+    value, architecture = _least_sum(space, replace(cost, max_with=()))
+    if not cost.max_with or not np.isfinite(value):
         return value, architecture
     best = lowered(space, cost, encode(space, [architecture]), [], [])
     return float(cost(best)[0]), decode(space, best)[0]
@@ -148,8 +152,7 @@ def _least_greatest(space: Space, cost: Cost) -> tuple[float, Architecture]:
 def alternatives(costs: Sequence[Cost]) -> Iterator[tuple[Cost, ...]]:
     """The costs, of each that is the lesser of two the one or the other: every combination."""
     options = [
-        (cost,) if cost.otherwise is None else (replace(cost, otherwise=None), cost.otherwise)
-        for cost in costs
+        (cost,) if cost.min_with is None else (replace(cost, min_with=None), cost.min_with) for cost in costs
     ]
     return product(*options)
 
@@ -158,7 +161,7 @@ def lowered(
     space: Space, cost: Cost, best: Genomes, others: Sequence[Cost], bounds: Sequence[float]
 ) -> Genomes:
     """The genome [1, G] of the least greatest of sums, by halving; ``best`` has the least first sum."""
-    low, high = float(replace(cost, above=())(best)[0]), float(cost(best)[0])
+    low, high = float(replace(cost, max_with=())(best)[0]), float(cost(best)[0])
     while high > low * (1 + _HALVED):
         middle = (low + high) / 2
         costs, limits = split_maxima([cost, *others], [middle, *bounds])
@@ -175,7 +178,7 @@ def split_maxima(costs: Sequence[Cost], bounds: Sequence[float]) -> tuple[list[C
     pairs = [
         (part, bound)
         for cost, bound in zip(costs, bounds, strict=True)
-        for part in (replace(cost, above=()), *cost.above)
+        for part in (replace(cost, max_with=()), *cost.max_with)
     ]
     return [part for part, _ in pairs], [bound for _, bound in pairs]
 
@@ -188,7 +191,7 @@ def _least_sum(space: Space, cost: Cost) -> tuple[float, Architecture]:
     level, row = np.unravel_index(np.argmin(totals), totals.shape)
     if not np.isfinite(totals[level, row]):
         return np.inf, smallest(space)
-    pattern = layout(space).patterns[row]
+    pattern = encoding(space).patterns[row]
     mixers = np.zeros(len(_options(space).mixer), np.int64)
     np.add.at(mixers, mixer_at[level, 1:], pattern[1:])
     ffns = np.zeros(len(space.ffn_options), np.int64)
@@ -224,18 +227,18 @@ def _program(
     Columns: counts of mixers and FFNs, then 0 or 1 for each pattern, for each linear kind where
     their number is limited, and for each level of each cost's peak.
     """
-    lay, at = layout(space), _options(space)
-    few = space.linear_kinds < lay.kind_count
+    enc, at = encoding(space), _options(space)
+    few = space.max_linear_kinds < enc.kind_count
     values = [np.stack([p.mixer, p.mixer_peak], axis=1) for p in prices]
     groups = np.where(few & (at.classes == LINEAR), LOCAL + 1 + at.kinds, at.classes)
     mixers = _undominated(np.concatenate(values, axis=1), groups)
     values = [np.stack([p.ffn, p.ffn_peak], axis=1) for p in prices]
     ffns = _undominated(np.concatenate(values, axis=1), (np.arange(len(space.ffn_options)) > 0).astype(int))
-    ffns = ffns[ffns >= lay.least_ffn]
+    ffns = ffns[ffns >= enc.least_ffn]
     peaks = [np.concatenate([p.mixer_peak[mixers], p.ffn_peak[ffns]]) for p in prices]
     levels = [np.unique(peak) for peak in peaks]
 
-    sizes = [len(mixers), len(ffns), len(patterns), lay.kind_count * few, *map(len, levels)]
+    sizes = [len(mixers), len(ffns), len(patterns), enc.kind_count * few, *map(len, levels)]
     ends = np.cumsum(sizes)
     x, u, p, k, *t = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     counts = slice(0, u.stop)
@@ -255,8 +258,8 @@ def _program(
     add(0, 0, (u, 1), (p, -patterns.sum(axis=1)))
     add(-np.inf, 0, (u, ffns == 0), (p, -patterns[:, 1:].sum(axis=1)))  # layers with an FFN only have one
     if few:
-        add(0, space.linear_kinds, (k, 1))
-        for kind, one in enumerate(np.eye(lay.kind_count)):
+        add(0, space.max_linear_kinds, (k, 1))
+        for kind, one in enumerate(np.eye(enc.kind_count)):
             add(-np.inf, 0, (x, at.kinds[mixers] == kind), (k, -space.slots * one))
     objective = np.zeros(ends[-1])
     for price, peak, level, part, bound, weight in zip(
@@ -267,11 +270,17 @@ def _program(
             add(-np.inf, 0, (counts, peak > value), (part, -2 * space.slots * (level > value)))
         cost = np.zeros(ends[-1])
         cost[x], cost[u] = price.mixer[mixers], price.ffn[ffns]
-        cost[p] = price.per_layer * patterns.sum(axis=1) + price.once_full * (patterns[:, 1] > 0)
+        cost[p] = price.per_layer * patterns.sum(axis=1) + price.attention_constant * (patterns[:, 1] > 0)
         cost[part] = level
         objective += _SCALE * weight * cost
         if np.isfinite(bound):
-            rows.append((_SCALE * cost / bound, -np.inf, _SCALE * ((bound - price.fixed) / bound + ROOM)))
+            rows.append(
+                (
+                    _SCALE * cost / bound,
+                    -np.inf,
+                    _SCALE * ((bound - price.fixed) / bound + ROUNDING_TOLERANCE),
+                )
+            )
     matrix, lows, highs = zip(*rows, strict=True)
     return _Program(objective, LinearConstraint(np.stack(matrix), lows, highs), highest, mixers, ffns)
 
@@ -330,10 +339,10 @@ def optimum(
     for width in range(len(space.width)):
         prices = [_prices(space, cost, width) for cost in costs]
         floors = np.stack([_cheapest(space, price)[0].min(axis=0) for price in prices])  # [costs, P]
-        keep = ((floors <= limits[:, None] * (1 + ROOM)) & np.isfinite(floors)).all(axis=0)
+        keep = ((floors <= limits[:, None] * (1 + ROUNDING_TOLERANCE)) & np.isfinite(floors)).all(axis=0)
         if keep.any():
             floor = float((factors @ floors[:, keep]).min())
-            ready.append((floor, width, prices, layout(space).patterns[keep]))
+            ready.append((floor, width, prices, encoding(space).patterns[keep]))
     for floor, width, prices, patterns in sorted(ready, key=lambda entry: entry[:2]):
         if best is None or floor < best[0]:
             program = _program(space, prices, limits, factors, patterns)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Predictor
-from search.problem.limit import Bounded, Limit, check_limits
+from search.problem.limit import Constraint, Limit, check_limits
 from space import InputError, Space, Workload, genome
 from space.cost import memory_cost, params_cost
 from space.ops import Cost
@@ -102,7 +102,7 @@ class Problem:
             return predictor.memory_cost(limit.workload, confidence)
         return predictor.cost(limit.workload, confidence)
 
-    def bounded(self) -> list[Bounded]:
+    def constraints(self) -> list[Constraint]:
         """The limits in absolute terms; percentages are of the largest architecture's prediction."""
         top = genome.encode(self.space, [genome.largest(self.space)])
         found = []
@@ -113,7 +113,7 @@ class Problem:
                     f"limit {limit.text!r}: the device cannot run the largest architecture; give it in units"
                 )
             cost = self.cost(limit, self.predictors, self.confidence)
-            found.append(Bounded(limit, cost, limit.resolve(reference)))
+            found.append(Constraint(limit, cost, limit.resolve(reference)))
         return found
 
     def objective_cost(self, name: str) -> Cost | None:
@@ -182,5 +182,5 @@ def make_problem(
         raise InputError(f"objectives: one of {', '.join(QUALITIES)} must be among {', '.join(objectives)}")
     for name in objectives:
         problem.objective_cost(name)
-    problem.bounded()
+    problem.constraints()
     return problem

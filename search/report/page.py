@@ -239,7 +239,7 @@ def predictor_table(workloads: Mapping[str, Any]) -> str:
                 percent(held["mape_percent"]),
                 percent(100 * held["within_10_percent"], 0),
                 "-" if held["spearman"] is None else f"{held['spearman']:.4f}",
-                percent(error["repeat_mape_percent"]),
+                percent(error["repeatability_mape_percent"]),
                 percent(proxy["mape_percent"]),
                 f"{held['span']:.1f}x",
             ]

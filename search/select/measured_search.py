@@ -22,7 +22,7 @@ from search.engine.run import search_front
 from search.engine.search import Known
 from search.problem.limit import Limit
 from search.problem.problem import QUALITIES, SearchConfig
-from search.select.picks import PROMISE_KIND
+from search.select.picks import MEASURED_SEARCH_KIND
 from search.submodel.export import export, models_digest
 from search.submodel.verify import KIND as VERIFY_KIND
 from search.submodel.verify import require_card_is_here, verify
@@ -48,7 +48,7 @@ MEASURED_KIND = "measured finalists"
 MADE_BY = "formfit search --verify"
 MEASURED = 3  # finalists a round
 LATER = 0.7  # confidence of the later rounds, whose finalists are measured anyway
-ROOM = RUNS_APART  # of a limit: what the same model may take longer in another run
+SAFETY_MARGIN = RUNS_APART  # of a limit: what the same model may take longer in another run
 ENOUGH = 0.94  # of a limit: whoever uses as much leaves little to be found
 
 
@@ -141,7 +141,7 @@ class Finalists:
 
 def best_kept(rows: Sequence[dict[str, Any]], quality: str) -> dict[str, Any]:
     """The best in quality of rows that keep the limits with room; else the one nearest to that."""
-    roomy = [row for row in rows if row["kept"] and row["used"] <= 1 - ROOM]
+    roomy = [row for row in rows if row["kept"] and row["used"] <= 1 - SAFETY_MARGIN]
     if roomy:
         return min(roomy, key=lambda row: (row[f"{quality}_nats"], row["key"]))
     return min(rows, key=lambda row: (not row["kept"], row["used"]))
@@ -154,14 +154,14 @@ def make_workbench(submodels: Path, trained: Trained, card: Card, config: Verify
     return Workbench(submodels, trained, card, config, supernet, judged_by)
 
 
-def keep_promise(
+def run_measured_search(
     folder: Path,
     bench: Workbench,
     predictors: Mapping[str, Predictor],
     config: SearchConfig,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Search and measure until a measured sub-model keeps the limits, and write ``promise.json``.
+    """Search and measure until a measured sub-model keeps the limits, and write ``measured_search.json``.
 
     Args:
         folder: the search's; later rounds search in ``rounds/2`` and ``rounds/3`` below it.
@@ -205,7 +205,7 @@ def keep_promise(
             }
         )
         best = finalists.best(quality)
-        settled = best["kept"] and ENOUGH <= best["used"] <= 1 - ROOM
+        settled = best["kept"] and ENOUGH <= best["used"] <= 1 - SAFETY_MARGIN
         if not new or settled or not any(_is_predicted(item["limit"]) for item in front["limits"]):
             break
         current[device] = predictors[device].recalibrated(*finalists.seconds(bench.trained.space))
@@ -218,13 +218,13 @@ def keep_promise(
     best = finalists.best(quality)
     body = {"device": device, "kept": best["kept"], "chosen": best, "rounds": rounds}
     inputs = {"supernet": bench.trained.checkpoint.digest, "front": file_digest(folder / "front.json")}
-    path = folder / "promise.json"
-    if made_from(path, PROMISE_KIND, inputs):
-        value = read_json(path, PROMISE_KIND, MADE_BY)
+    path = folder / "measured_search.json"
+    if made_from(path, MEASURED_SEARCH_KIND, inputs):
+        value = read_json(path, MEASURED_SEARCH_KIND, MADE_BY)
         if all(value.get(name) == part for name, part in body.items()):
             return value
-    write_json(path, PROMISE_KIND, inputs, body)
-    return read_json(path, PROMISE_KIND, MADE_BY)
+    write_json(path, MEASURED_SEARCH_KIND, inputs, body)
+    return read_json(path, MEASURED_SEARCH_KIND, MADE_BY)
 
 
 def _measured_inputs(front: Mapping[str, Any], bench: Workbench) -> dict[str, str]:
@@ -243,18 +243,18 @@ def _measured(
     return _row(member, choice, bench.verified(submodel, reporter))
 
 
-def require_kept(promise: Mapping[str, Any]) -> None:
+def require_kept(measured_search: Mapping[str, Any]) -> None:
     """Refuse a promise that was not kept.
 
     Raises:
         LimitError: names the limits that the nearest finalist missed, and by how much.
     """
-    if promise["kept"]:
+    if measured_search["kept"]:
         return
-    chosen = promise["chosen"]
+    chosen = measured_search["chosen"]
     missed = [item for item in chosen["limits"] if item["status"] == "missed"]
     by = ", ".join(f"{item['limit']} ({100 * item['used']:.1f}% of it)" for item in missed)
-    count = sum(len(one["finalists"]) for one in promise["rounds"])
+    count = sum(len(one["finalists"]) for one in measured_search["rounds"])
     what = f"missed {by}" if missed else "computes something else than the plain model"
     raise LimitError(f"none of {count} finalists kept its promise; the nearest, {chosen['key']}, {what}")
 

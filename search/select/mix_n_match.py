@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from latency import Predictor
 from search.engine.devices import open_targets
 from search.engine.front import predictions
-from search.problem.limit import Bounded, Limit, unit_of
-from search.problem.milp import ROOM
+from search.problem.limit import Constraint, Limit, unit_of
+from search.problem.milp import ROUNDING_TOLERANCE
 from search.problem.problem import Problem, SearchConfig
 from search.select.picks import chosen_architecture
 from search.workspace import Run
@@ -103,12 +103,12 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
     """
     space = problem.space
     problem = replace(problem, limits=(limit,))
-    asked = problem.bounded()[0]
+    asked = problem.constraints()[0]
     rows = family(space, base)
     values = asked.cost(rows)
     for predictor in problem.predictors.values():  # what a device cannot run has no latency to be told
         values[~np.isfinite(predictor.cost(next(iter(predictor.models)))(rows))] = np.inf
-    kept = np.flatnonzero(values <= asked.bound * (1 + ROOM))
+    kept = np.flatnonzero(values <= asked.bound * (1 + ROUNDING_TOLERANCE))
     if not len(kept):
         raise LimitError(_why_not(space, base, asked, rows, values))
     found = genome.decode(space, rows[kept[-1:]])[0]
@@ -122,7 +122,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
 
 
 def _why_not(
-    space: Space, base: Architecture, asked: Bounded, rows: Genomes, values: NDArray[np.float64]
+    space: Space, base: Architecture, asked: Constraint, rows: Genomes, values: NDArray[np.float64]
 ) -> str:
     """Why no member of a family [M, G] keeps a limit, from what they cost [M]."""
     least = int(values.argmin())

@@ -9,7 +9,7 @@ from space import Architecture, InputError, genome
 from space.io.artefact import check_inputs, file_digest, read_json
 from space.io.config import load_yaml
 
-PROMISE_KIND = "promise"
+MEASURED_SEARCH_KIND = "measured search"
 
 
 def chosen_architecture(
@@ -33,11 +33,15 @@ def chosen_architecture(
     folder = run.folder / "searches" / str(search)
     front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
     members = {m["key"]: m for m in front["members"]}
-    if (folder / "promise.json").exists():
-        promise = read_json(folder / "promise.json", PROMISE_KIND, "formfit search --verify")
-        check_inputs(folder / "promise.json", promise, {"front": file_digest(folder / "front.json")})
-        members |= {row["key"]: row for one in promise["rounds"] for row in one["finalists"]}
-        front["picks"] = {"chosen": promise["chosen"]["key"], **front["picks"]}
+    if (folder / "measured_search.json").exists():
+        measured_search = read_json(
+            folder / "measured_search.json", MEASURED_SEARCH_KIND, "formfit search --verify"
+        )
+        check_inputs(
+            folder / "measured_search.json", measured_search, {"front": file_digest(folder / "front.json")}
+        )
+        members |= {row["key"]: row for one in measured_search["rounds"] for row in one["finalists"]}
+        front["picks"] = {"chosen": measured_search["chosen"]["key"], **front["picks"]}
         front["members"] = list(members.values())
     member = members[pick_key(front, pick or next(iter(front["picks"])))]
     choice = member.get("choice") or member_choice(front, member)

@@ -10,7 +10,7 @@ from search.engine.front import member_choice
 from search.engine.run import search_front
 from search.problem.problem import QUALITIES, SearchConfig
 from search.select.finalist import FinalistsConfig
-from search.select.measured_search import Workbench, keep_promise, make_workbench
+from search.select.measured_search import Workbench, make_workbench, run_measured_search
 from search.select.successive_halving import distil_finalists, write_finalist
 from search.submodel.export import export
 from search.workspace import Run, open_supernet
@@ -36,7 +36,7 @@ def search_run(
     """Search a run's supernet for devices.
 
     Returns:
-        The front, with ``promise`` where finalists were measured, and what :func:`distilled` gives.
+        The front, with ``measured_search`` where finalists were measured, and what :func:`distilled` gives.
 
     Args:
         run: a run that was trained.
@@ -58,10 +58,13 @@ def search_run(
     trained = run.the_trained(open_supernet(run, corpus), corpus)
     folder = run.folder / "searches" / name
     bench = make_workbench(run.folder / "submodels", trained, next(iter(cards.values())), run.config.verify)
-    promise = keep_promise(folder, bench, predictors, config, reporter) if verify else None
+    measured_search = run_measured_search(folder, bench, predictors, config, reporter) if verify else None
     found = search_front(folder, trained, predictors, config, reporter)
-    if promise:
-        found = {**found, "promise": {key: value for key, value in promise.items() if key != "header"}}
+    if measured_search:
+        found = {
+            **found,
+            "measured_search": {key: value for key, value in measured_search.items() if key != "header"},
+        }
     if finalists:
         found = {**found, **distilled(folder, bench, found, config, finalists, reporter)}
     return found
@@ -85,8 +88,8 @@ def distilled(
     """
     quality = next(name for name in found["objectives"] if name in QUALITIES)
     members = {m["key"]: m for m in found["members"]}
-    if "promise" in found:
-        rows = [row for one in found["promise"]["rounds"] for row in one["finalists"]]
+    if "measured_search" in found:
+        rows = [row for one in found["measured_search"]["rounds"] for row in one["finalists"]]
         members = {row["key"]: row for row in rows if row["kept"]}
     best = sorted(members.values(), key=lambda m: (m[f"{quality}_nats"], m["key"]))[:count]
     architectures = [Architecture.from_json(m["architecture"]) for m in best]
@@ -109,7 +112,7 @@ def distilled(
     if not all(model_file(target, p).exists() for p in precisions):
         export(submodel, ["onnx"], precisions)
     tuned = {"key": member["key"], "folder": str(target)}
-    if "promise" in found:
+    if "measured_search" in found:
         verified = bench.verified(submodel, reporter)
         tuned |= {name: verified[name] for name in ("limits", "parity", "latency")}
     return {"finalists": [one.to_json(place.resolve()) for one in ranked], "tuned": tuned}

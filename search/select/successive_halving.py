@@ -146,7 +146,7 @@ def inherited(
     with one_thread():
         for architecture in architectures:
             weights = supernet.weights(architecture)
-            before = losses(evaluate(weights, architecture, trained.space.frame, data))
+            before = losses(evaluate(weights, architecture, trained.space.config, data))
             loss = before.get(f"{quality}_nats")
             if loss is None or not math.isfinite(loss):
                 known = " and ".join(name.removesuffix("_nats") for name in before)
@@ -203,7 +203,7 @@ def train_stretch(
             until=stretch.until, report=lambda row: tell(row["step"] / stretch.until),
         )  # fmt: skip
         weights = found.load("model")
-        quality = evaluate(weights, architecture, space.frame, data)
+        quality = evaluate(weights, architecture, space.config, data)
     if not math.isfinite(quality.loss_nats):
         raise InputError(f"the held-out loss at step {stretch.until} is {quality.loss_nats}")
     with atomic_path(folder / "model.safetensors") as temporary:

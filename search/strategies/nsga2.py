@@ -3,7 +3,7 @@
 NSGA-II (Deb et al. 2002) keeps the best of all that was evaluated; parents meet by binary tournament, cross
 and mutate. With a surrogate (:mod:`search.strategies.surrogate`) a generation is the outcome of several
 that are only predicted, in the manner of NSGANetV2 (Lu et al. 2020): costs are known exactly, the qualities
-are foretold from what was evaluated, and the children evaluated in the end are those that would survive.
+are predicted from what was evaluated, and the children evaluated in the end are those that would survive.
 """
 
 import numpy as np
@@ -53,7 +53,7 @@ class Evolution(Strategy):
         if self.surrogate:
             self.surrogate.tell(genomes, values)
 
-    def foretold(self, genomes: Genomes) -> Array | None:
+    def predicted(self, genomes: Genomes) -> Array | None:
         """What the surrogate expects."""
         return self.surrogate(genomes) if self.surrogate and self.surrogate.ready else None
 
@@ -64,7 +64,9 @@ class Evolution(Strategy):
         for _ in range(IMAGINED):
             born = children(task, crowd, BORN * task.population, rng)
             everyone = np.unique(np.concatenate([crowd, born]), axis=0)
-            best = survivors(surrogate(everyone), task.violations(everyone), CROWD * task.population)
+            best = survivors(
+                surrogate(everyone), task.constraint_violation(everyone), CROWD * task.population
+            )
             crowd = everyone[best]
         return unseen(crowd, self.seen, len(crowd))
 

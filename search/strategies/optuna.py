@@ -18,7 +18,7 @@ from optuna.trial import Trial, TrialState
 from search.strategies.pareto import Array
 from search.strategies.strategy import Strategy, Task
 from space import InputError
-from space.genome import Genomes, layout
+from space.genome import Genomes, encoding
 from space.variation import repair
 
 TRIES = 8  # draws for each architecture that is wanted
@@ -33,7 +33,7 @@ class OptunaStrategy(Strategy):
         super().__init__(task)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(sampler=sampler, directions=["minimize"] * len(task.costs))
-        sizes = layout(task.space).alphabet
+        sizes = encoding(task.space).cardinalities
         mixers = set(range(1, len(sizes), 3))
         self.genes: dict[str, BaseDistribution] = {
             f"gene{i:03d}": CategoricalDistribution(range(n)) if i in mixers else IntDistribution(0, n - 1)
@@ -62,7 +62,7 @@ class OptunaStrategy(Strategy):
             key = row.tobytes()
             if key in self.known:
                 self.study.tell(trial, self.known[key])
-            elif task.violations(row)[0] > 0 or any(key == other.tobytes() for other in wanted):
+            elif task.constraint_violation(row)[0] > 0 or any(key == other.tobytes() for other in wanted):
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
                 wanted.append(row[0])

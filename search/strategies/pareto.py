@@ -25,14 +25,14 @@ def non_dominated(objectives: Array) -> NDArray[np.bool_]:
     return kept
 
 
-def ranks(objectives: Array, violations: Array, count: int | None = None) -> NDArray[np.int64]:
+def ranks(objectives: Array, constraint_violation: Array, count: int | None = None) -> NDArray[np.int64]:
     """The front that each row [N, M] belongs to, 0 the best.
 
     Those that break the limits come after all others, in the order of their violations [N]. Where only the
     best ``count`` matter, the rest of those that keep the limits is left in one last front.
     """
     rank = np.zeros(len(objectives), np.int64)
-    kept = np.flatnonzero(violations <= 0)
+    kept = np.flatnonzero(constraint_violation <= 0)
     wanted = len(kept) if count is None else min(count, len(kept))
     level, least = 0, len(kept) - wanted
     while len(kept) > least:
@@ -42,9 +42,9 @@ def ranks(objectives: Array, violations: Array, count: int | None = None) -> NDA
         level += 1
     rank[kept] = level
     level += bool(len(kept))
-    broken = violations > 0
+    broken = constraint_violation > 0
     if broken.any():
-        rank[broken] = level + np.unique(violations[broken], return_inverse=True)[1]
+        rank[broken] = level + np.unique(constraint_violation[broken], return_inverse=True)[1]
     return rank
 
 
@@ -62,9 +62,9 @@ def crowding(objectives: Array) -> Array:
     return distance
 
 
-def survivors(objectives: Array, violations: Array, count: int) -> NDArray[np.int64]:
+def survivors(objectives: Array, constraint_violation: Array, count: int) -> NDArray[np.int64]:
     """The indices of the best ``count`` rows, best first: by rank, then by crowding."""
-    rank = ranks(objectives, violations, count)
+    rank = ranks(objectives, constraint_violation, count)
     distance = np.zeros(len(rank))
     for level in np.unique(rank[np.argsort(rank, kind="stable")[:count]]):
         rows = np.flatnonzero(rank == level)

@@ -32,7 +32,9 @@ class Task:
 
     space: Space
     costs: tuple[Cost | None, ...]  # of each objective; None where it is only known after evaluation
-    violations: Callable[[Genomes], Array]  # [N]; 0 where the limits are kept, inf where nothing runs
+    constraint_violation: Callable[
+        [Genomes], Array
+    ]  # [N]; 0 where the limits are kept, inf where nothing runs
     seeds: Genomes  # to begin with; where some keep the limits, one is here
     population: int
     seed: int
@@ -57,7 +59,7 @@ class Strategy(ABC):
         self.seen |= {row.tobytes() for row in genomes}
         self.generation += 1
 
-    def foretold(self, genomes: Genomes) -> Array | None:
+    def predicted(self, genomes: Genomes) -> Array | None:
         """The values [N, M] that it expects of genomes; None where it expects nothing."""
         return None
 
@@ -87,7 +89,7 @@ class Strategy(ABC):
 
     def kept(self, genomes: Genomes) -> Genomes:
         """Those that keep the limits."""
-        return genomes[self.task.violations(genomes) <= 0]
+        return genomes[self.task.constraint_violation(genomes) <= 0]
 
 
 class Random(Strategy):

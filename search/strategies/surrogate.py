@@ -1,4 +1,4 @@
-"""Foretelling the quality of architectures from those that were evaluated.
+"""Predicting the quality of architectures from those that were evaluated.
 
 A Gaussian process on the logarithm of each quality. Its kernel adds up what is known to matter: the share
 of genes that two architectures have in common (an additive effect of every gene), a Gaussian of what they
@@ -17,10 +17,10 @@ from threadpoolctl import ThreadpoolController
 from search.strategies.pareto import Array, survivors
 from search.strategies.strategy import Task
 from space import Space
-from space.genome import Genomes, layout, split
+from space.genome import Genomes, encoding, split
 from space.ops import depths
 
-LEAST = 20  # evaluations before anything is foretold
+LEAST = 20  # evaluations before anything is predicted
 MOST = 300  # that are fitted: half of them the best, half the last
 GROWTH = 2.0  # of the evaluations, until the kernel's parameters are chosen anew
 Weights = tuple[float, float, float]
@@ -40,19 +40,19 @@ class Features:
 
 def features(space: Space, genomes: Genomes) -> Features:
     """The features of genomes [N, G]."""
-    lay = layout(space)
+    enc = encoding(space)
     width, mixer, heads, ffn = split(genomes)
-    starts = np.concatenate([[0], np.cumsum(lay.alphabet)])
+    starts = np.concatenate([[0], np.cumsum(enc.cardinalities)])
     genes = np.zeros((len(genomes), starts[-1]))
     genes[np.arange(len(genomes))[:, None], starts[:-1] + genomes] = 1.0
     sizes, counts = np.array(space.ffn_options), np.array([h for h, _ in space.head_options])
-    headed = ~lay.headless[mixer] * counts[heads]
+    headed = ~enc.headless[mixer] * counts[heads]
     sums = [
         np.array(space.width)[width] / max(space.width),
-        depths(genomes) / lay.slots,
-        sizes[ffn].sum(axis=1) / lay.slots / max(*sizes, 1),
-        headed.sum(axis=1) / lay.slots / max(counts),
-        *((mixer == option).sum(axis=1) / lay.slots for option in range(1, len(space.mixer_options))),
+        depths(genomes) / enc.slots,
+        sizes[ffn].sum(axis=1) / enc.slots / max(*sizes, 1),
+        headed.sum(axis=1) / enc.slots / max(counts),
+        *((mixer == option).sum(axis=1) / enc.slots for option in range(1, len(space.mixer_options))),
     ]
     return Features(genes, np.stack(sums, axis=1))
 
@@ -85,7 +85,7 @@ class Surrogate:
 
     @property
     def ready(self) -> bool:
-        """Whether enough is known to foretell anything."""
+        """Whether enough is known to predict anything."""
         return len(self.genomes) >= LEAST
 
     def tell(self, genomes: Genomes, values: Array) -> None:

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from latency.device_runner.io_binding import session_options
-from space import Architecture, Frame, InputError
+from space import Architecture, InputError, ModelConfig
 from space.shapes import state_shapes
 
 CHUNK = 256  # tokens of a prompt read at once, so that logits and scores of a long one need no memory
@@ -53,7 +53,7 @@ class Decoder:
     Attributes:
         metadata: what the export wrote beside the graph.
         architecture: of the model.
-        frame: what its space fixes.
+        model_config: what its space fixes.
     """
 
     def __init__(self, path: Path, threads: int = 1, kept: int = 1) -> None:
@@ -63,7 +63,7 @@ class Decoder:
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         try:
             self.architecture = Architecture.from_json(json.loads(self.metadata["formfit.architecture"]))
-            self.frame = Frame(**json.loads(self.metadata["formfit.frame"]))
+            self.model_config = ModelConfig(**json.loads(self.metadata["formfit.model_config"]))
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: not a model that formfit exported ({error})") from None
         self.inputs = {item.name for item in self.session.get_inputs()}
@@ -76,7 +76,7 @@ class Decoder:
         self.sequence = 0
 
     @property
-    def can_go_back(self) -> bool:
+    def is_rewindable(self) -> bool:
         """Whether all states are softmax caches, which a smaller position cuts back."""
         return all(name in self.caches for name in self.inputs if name.startswith("state."))
 
@@ -91,7 +91,7 @@ class Decoder:
         for place in self.ring:
             place.values.clear()
         self.sequence += 1
-        room = min(room or self.frame.context, self.frame.context)
+        room = min(room or self.model_config.max_seq_len, self.model_config.max_seq_len)
         return State(0, self.zeros(batch, room), self.sequence)
 
     def zeros(self, batch: int, room: int) -> Values:
@@ -99,7 +99,7 @@ class Decoder:
         values = {}
         for slot, layer in enumerate(self.architecture.layers):
             past = room if layer.mixer == "attention" else 0
-            shapes = state_shapes(layer, self.architecture.width, self.frame, batch, past)
+            shapes = state_shapes(layer, self.architecture.width, self.model_config, batch, past)
             for name, shape in shapes.items():
                 zeros = np.zeros(shape, np.float32)
                 values[f"state.{slot}.{name}"] = ort.OrtValue.ortvalue_from_numpy(zeros)
@@ -124,8 +124,10 @@ class Decoder:
             RuntimeError: the state's buffers were taken again.
         """
         end = state.position + tokens.shape[1]
-        if end > self.frame.context:
-            raise InputError(f"{end} tokens are more than the model's context of {self.frame.context}")
+        if end > self.model_config.max_seq_len:
+            raise InputError(
+                f"{end} tokens are more than the model's context of {self.model_config.max_seq_len}"
+            )
         taken = state.place and self.ring[state.place[0]].taken != state.place[1]
         if taken or state.sequence != self.sequence:
             raise RuntimeError(f"the state after {state.position} tokens is no longer kept")
@@ -183,7 +185,7 @@ class Decoder:
             self.session.io_binding(),
             np.zeros((batch, 1), np.int64),
             np.zeros(1, np.int64),
-            np.zeros((batch, 1, self.frame.vocabulary), np.float32),
+            np.zeros((batch, 1, self.model_config.vocab_size), np.float32),
             values,
         )
         ends: dict[str, ort.OrtValue] = {
@@ -250,7 +252,7 @@ def _lacking(path: Path) -> list[str]:
     try:
         found = {item.key: item.value for item in onnx.load_model(path).metadata_props}
         architecture = Architecture.from_json(json.loads(found["formfit.architecture"]))
-        frame = Frame(**json.loads(found["formfit.frame"]))
+        model_config = ModelConfig(**json.loads(found["formfit.model_config"]))
     except Exception:  # not a model at all: protobuf's errors have no common base but this one
         return []
-    return OnnxRuntime().lacking(architecture.layers, architecture.width, frame)
+    return OnnxRuntime().lacking(architecture.layers, architecture.width, model_config)

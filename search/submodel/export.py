@@ -47,7 +47,9 @@ def export(submodel: SubModel, formats: Sequence[str], precisions: Sequence[str]
     if "hf" in formats:
         weights = submodel.model().state_dict()
         folder = submodel.folder / HF
-        written = write_hf(folder, weights, submodel.architecture, submodel.frame, submodel.tokenizer())
+        written = write_hf(
+            folder, weights, submodel.architecture, submodel.model_config, submodel.tokenizer()
+        )
         files += [f"{HF}/{name}" for name in written]
     return files
 
@@ -55,7 +57,7 @@ def export(submodel: SubModel, formats: Sequence[str], precisions: Sequence[str]
 def export_onnx(submodel: SubModel, precision: str = "fp32") -> Path:
     """Write the graph of a precision beside the weights; returns its path."""
     weights = {name: p.numpy() for name, p in submodel.model().named_parameters()}
-    graph = model_graph(submodel.architecture, submodel.frame, weights, metadata(submodel, precision))
+    graph = model_graph(submodel.architecture, submodel.model_config, weights, metadata(submodel, precision))
     path = model_file(submodel.folder, precision)
     with atomic_path(path) as temporary:
         save_model(quantise(graph, precision), str(temporary))
@@ -98,10 +100,10 @@ def metadata(submodel: SubModel, precision: str) -> dict[str, str]:
     found = {
         "key": submodel.architecture.key,
         "architecture": canonical_json(submodel.architecture.to_json()),
-        "frame": canonical_json(vars(submodel.frame)),
-        "vocabulary": str(submodel.frame.vocabulary),
-        "context": str(submodel.frame.context),
-        "trained_length": str(text.length if text else submodel.frame.context),
+        "model_config": canonical_json(vars(submodel.model_config)),
+        "vocab_size": str(submodel.model_config.vocab_size),
+        "max_seq_len": str(submodel.model_config.max_seq_len),
+        "trained_length": str(text.length if text else submodel.model_config.max_seq_len),
         "tokenizer": submodel.tokenizer_digest or "bytes",
         "precision": precision,
         "weights": file_digest(submodel.folder / "model.safetensors"),

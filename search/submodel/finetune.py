@@ -150,10 +150,12 @@ def finetune(
 def _require_fitting(submodel: SubModel, run: Run) -> None:
     """Refuse a sub-model whose frame is not the run's, or whose architecture is not of its space."""
     space, architecture = run.space, submodel.architecture
-    ours, theirs = vars(submodel.frame), vars(space.frame)
+    ours, theirs = vars(submodel.model_config), vars(space.config)
     apart = [name for name in ours if ours[name] != theirs[name]]
     if apart:
-        one, other = (", ".join(f"{name} {frame[name]}" for name in apart) for frame in (ours, theirs))
+        one, other = (
+            ", ".join(f"{name} {model_config[name]}" for name in apart) for model_config in (ours, theirs)
+        )
         raise InputError(
             f"{submodel.folder}: the sub-model has {one}, the teacher {run.folder} has {other}; they have to "
             "be equal"
@@ -186,11 +188,13 @@ def _new_text(submodel: SubModel, run: Run, data: DataConfig, config: FinetuneCo
             )
     known = submodel.text or run.text
     length = config.length or known.length
-    if length > run.space.context:
-        raise InputError(f"length: {length} is more than the context {run.space.context} of the sub-model")
+    if length > run.space.max_seq_len:
+        raise InputError(
+            f"length: {length} is more than the context {run.space.max_seq_len} of the sub-model"
+        )
     data = data.model_copy(update={"tokenizer": tokenizer})
     corpus = load_corpus(data)
-    require_fits(corpus, run.space.vocabulary, length)
+    require_fits(corpus, run.space.vocab_size, length)
     # A person's own text may be short: it is judged on as many sequences as there are.
     windows = min(known.windows, len(corpus.held_out) // (length + 1)) or known.windows
     return Text(data=data, length=length, windows=windows), corpus
@@ -220,7 +224,7 @@ def _judged(weights: Weights, submodel: SubModel, data: EvaluationSet, where: st
         InputError: the loss is not finite.
     """
     with one_thread():
-        quality = evaluate(weights, submodel.architecture, submodel.frame, data)
+        quality = evaluate(weights, submodel.architecture, submodel.model_config, data)
     if not math.isfinite(quality.loss_nats):
         raise InputError(f"{where}: the held-out loss is {quality.loss_nats}")
     return {**losses(quality), "bits_per_byte": quality.bits_per_byte}

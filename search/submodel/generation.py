@@ -73,7 +73,7 @@ def generate(
         if token == stop:
             return
         yield token
-        if i + 1 == most or state.position >= decoder.frame.context:
+        if i + 1 == most or state.position >= decoder.model_config.max_seq_len:
             return
         found, state = decoder(np.array([[token]]), state)
         logits = found[0, -1]
@@ -120,7 +120,7 @@ def speculate(
         ahead: how many tokens are proposed at a time.
         found: counts what happens.
     """
-    context, shorter = decoder.frame.context, draft.frame.context
+    max_seq_len, shorter = decoder.model_config.max_seq_len, draft.model_config.max_seq_len
     state = decoder.read(prompt[:-1], decoder.start())[1] if prompt[1:] else decoder.start()
     theirs = draft.start()
     if prompt[1:] and len(prompt) <= shorter:
@@ -131,7 +131,7 @@ def speculate(
     unread = [prompt[-1]]  # what the draft has
     given = 0
     while given < most:
-        room = min(context - state.position - len(known), shorter - theirs.position - len(unread))
+        room = min(max_seq_len - state.position - len(known), shorter - theirs.position - len(unread))
         count = max(0, min(ahead, room, most - given - 1))
         proposals, after = _propose(draft, theirs, unread, count) if count else ([], [])
         read = [*known, *proposals]
@@ -147,12 +147,12 @@ def speculate(
             found.near_ties += near_tie(logits[0, len(known) - 1 + i], found.near)
             yield token
         given += right + 1
-        if state.position + len(known) + right >= context:
+        if state.position + len(known) + right >= max_seq_len:
             return
         last = chosen[right]
         if right == count:
             state, known = ahead_state, [last]
-        elif decoder.can_go_back:
+        elif decoder.is_rewindable:
             state, known = decoder.back(ahead_state, state.position + len(known) + right), [last]
         else:
             known = [*known, *proposals[:right], last]

@@ -55,7 +55,7 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
     threads, precision = conditions.pop()
     plain, model = model_file(submodel.folder), model_file(submodel.folder, precision)
     graph, architecture = load_model(model), submodel.architecture
-    ends = submodel.frame, architecture.width, architecture.layers
+    ends = submodel.model_config, architecture.width, architecture.layers
     bindings = {str(w): graph_binding(graph, w, *ends).to_json() for w in workloads}
     timer = {
         "block_ms": config.block_ms,
@@ -101,16 +101,20 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
 @torch.inference_mode()
 def _cases(submodel: SubModel, tokens: int) -> dict[str, dict[str, Any]]:
     """Inputs of the exported graph, and the outputs that the plain model has in fp64, by what is checked."""
-    precise = Model(submodel.architecture, submodel.frame).double()
+    precise = Model(submodel.architecture, submodel.model_config).double()
     weights = submodel.model().state_dict()
     precise.load_state_dict({name: value.double() for name, value in weights.items()})
     rng = np.random.default_rng(0)
-    text = rng.integers(0, submodel.frame.vocabulary, (1, min(tokens, submodel.frame.context)))
+    text = rng.integers(
+        0, submodel.model_config.vocab_size, (1, min(tokens, submodel.model_config.max_seq_len))
+    )
     length = text.shape[1]
     empty = {
         f"state.{slot}.{name}": np.zeros(shape, np.float32)
         for slot, layer in enumerate(submodel.architecture.layers)
-        for name, shape in state_shapes(layer, submodel.architecture.width, submodel.frame, 1, 0).items()
+        for name, shape in state_shapes(
+            layer, submodel.architecture.width, submodel.model_config, 1, 0
+        ).items()
     }
     found = {}
     cuts = (0, length), (length // 3, length), (length - 1, length)
@@ -142,7 +146,7 @@ def unpack_submodel(
     Raises:
         InputError: the result is not whole, not of this kit, or of another device.
     """
-    again = f"formfit verify {submodel.folder} --device {card.name} --pack KIT"
+    again = f"formfit verify {submodel.folder} --device {card.name} --make-kit KIT"
     design = read_json(submodel.folder / "kit.json", KIND, again)
     if design["device"] != card.name:
         raise InputError(f"{submodel.folder}: packed for {design['device']}, not for {card.name}; `{again}`")
@@ -157,7 +161,7 @@ def unpack_submodel(
     workloads = [Workload.parse(text) for text in design["workloads"]]
     group = result.groups[0]
     work = {
-        f"{copy}|{w}": flops(submodel.architecture, w, submodel.frame)
+        f"{copy}|{w}": flops(submodel.architecture, w, submodel.model_config)
         for copy in range(config.copies)
         for w in workloads
     }

@@ -80,7 +80,7 @@ def open_draft(folder: Path, speaker: Speaker, precision: str, threads: int, ahe
         InputError: it cannot be opened, or its tokens are not the model's; names both.
     """
     draft = open_speaker(folder, precision, threads, kept=ahead + 1)
-    theirs, ours = draft.decoder.frame.vocabulary, speaker.decoder.frame.vocabulary
+    theirs, ours = draft.decoder.model_config.vocab_size, speaker.decoder.model_config.vocab_size
     if theirs != ours:
         raise InputError(f"--draft {folder}: a vocabulary of {theirs}, that of {speaker.folder} is {ours}")
     if draft.reads != speaker.reads:
@@ -113,15 +113,15 @@ def room_for(speaker: Speaker, prompt: int, asked: int, warn: Callable[[str], No
     Raises:
         InputError: the prompt alone is longer than the model's context.
     """
-    context = speaker.decoder.frame.context
-    trained = int(speaker.decoder.metadata.get("formfit.trained_length", context))
-    if prompt > context:
+    max_seq_len = speaker.decoder.model_config.max_seq_len
+    trained = int(speaker.decoder.metadata.get("formfit.trained_length", max_seq_len))
+    if prompt > max_seq_len:
         raise InputError(
-            f"a prompt of {prompt} tokens is longer than the model's context of {context}; give a shorter one"
+            f"a prompt of {prompt} tokens is longer than the model's context of {max_seq_len}; shorten it"
         )
-    most = min(asked, context - prompt + 1)
+    most = min(asked, max_seq_len - prompt + 1)
     if most < asked:
-        warn(f"{asked} new tokens do not fit: the context is {context}, the prompt {prompt}; at most {most}")
+        warn(f"{asked} new tokens do not fit: context {max_seq_len}, prompt {prompt}; at most {most}")
     if prompt + most > trained:
         warn(
             f"trained on sequences of {trained} tokens, and this one may have {prompt + most}: "

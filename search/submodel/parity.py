@@ -40,10 +40,12 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: s
     The bound is 1e-5, or three times the plain fp32 model's own error where that is more.
     """
     plain, decoder = submodel.model(), Decoder(path)
-    precise = Model(submodel.architecture, submodel.frame).double()
+    precise = Model(submodel.architecture, submodel.model_config).double()
     precise.load_state_dict({name: p.double() for name, p in plain.state_dict().items()})
     rng = np.random.default_rng(seed)
-    text = rng.integers(0, submodel.frame.vocabulary, (1, min(tokens, submodel.frame.context)))
+    text = rng.integers(
+        0, submodel.model_config.vocab_size, (1, min(tokens, submodel.model_config.max_seq_len))
+    )
     length = text.shape[1]
     expected, expected_states = precise(torch.from_numpy(text))
 

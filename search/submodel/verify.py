@@ -22,7 +22,7 @@ from latency.device_runner.timer import TimerConfig, measure, pinned
 from latency.device_runner.timing import Timing
 from latency.runtimes.onnxruntime import graph_binding
 from latency.runtimes.protocol import Runtime
-from latency.runtimes.reference import reference_items, require_quiet
+from latency.runtimes.reference import reference_items, require_stable
 from latency.runtimes.registry import open_card_runtime
 from latency.runtimes.rss import session_rss
 from search.config import VerifyConfig
@@ -79,23 +79,23 @@ def measure_submodel(
                 block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
             )
             measured = measure({**items, **reference_items(runtime)}, runtime.anchors(), timer)
-        if config.most_noise is not None:
-            require_quiet(measured.timings, config.most_noise)
+        if config.max_noise is not None:
+            require_stable(measured.timings, config.max_noise)
         found |= latencies(card, measured.timings, some, config.copies)
     return found
 
 
 def sessions(runtime: Runtime, submodel: SubModel, workloads: Sequence[Workload]) -> dict[Workload, Run]:
     """Runners of the sub-model as the runtime deploys it, one for each workload."""
-    architecture, frame = submodel.architecture, submodel.frame
+    architecture, model_config = submodel.architecture, submodel.model_config
     if isinstance(runtime, OnnxRuntime):
         files = {w: model_file(submodel.folder, w.precision) for w in workloads}
-        return {w: runtime.load(files[w], architecture, w, frame) for w in workloads}
+        return {w: runtime.load(files[w], architecture, w, model_config) for w in workloads}
     from latency.runtimes.torch import TorchRuntime
 
     if not isinstance(runtime, TorchRuntime):
         raise TypeError(f"runtime {runtime.name}: no way to deploy a sub-model on it")
-    return runtime.load(submodel.model().state_dict(), architecture, workloads, frame)
+    return runtime.load(submodel.model().state_dict(), architecture, workloads, model_config)
 
 
 def latencies(
@@ -125,7 +125,7 @@ def measure_rss(submodel: SubModel) -> dict[str, int]:
     architecture, found = submodel.architecture, {}
     for w in workloads:
         path = model_file(submodel.folder, w.precision)
-        ends = submodel.frame, architecture.width, architecture.layers
+        ends = submodel.model_config, architecture.width, architecture.layers
         found[str(w)] = session_rss(path, graph_binding(load_model(path), w, *ends), w.threads)
     return found
 
@@ -142,9 +142,9 @@ def judge(
     for item in submodel.chosen.get("limits", []):
         limit = Limit.parse(item["limit"])
         if limit.workload is None:
-            value: float | None = params(submodel.architecture, submodel.frame)
+            value: float | None = params(submodel.architecture, submodel.model_config)
         elif limit.metric == "memory":
-            value = memory_bytes(submodel.architecture, limit.workload, submodel.frame)
+            value = memory_bytes(submodel.architecture, limit.workload, submodel.model_config)
         elif (limit.device or first) != device:
             value = None
         elif limit.metric == "rss":

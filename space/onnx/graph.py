@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from space.architecture import Frame
+from space.architecture import ModelConfig
 from space.shapes import NORM_EPS, ROPE_BASE
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -30,7 +30,7 @@ CONTRIB = "com.microsoft"
 class Graph:
     """An ONNX graph being written; values are known by their names."""
 
-    frame: Frame
+    model_config: ModelConfig
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Graph:
         """The values that one of two branches gives: both append nodes that may read all that is there."""
         parts, count = {}, 0
         for name, write in (("then_branch", then), ("else_branch", otherwise)):
-            inner = Graph(self.frame, constants=self.constants, count=self.count)
+            inner = Graph(self.model_config, constants=self.constants, count=self.count)
             found = write(inner)
             self.count, count = inner.count, len(found)
             outputs = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in found]
@@ -157,8 +157,8 @@ class Graph:
     def _turns(self, kind: str) -> str:
         def angles() -> str:
             """Within one turn, in float64 until then: older runtimes have a cosine of float32 alone."""
-            d = self.frame.head_dim
-            ends = (("zero", 0), ("context", self.frame.context), ("one", 1))
+            d = self.model_config.head_dim
+            ends = (("zero", 0), ("max_seq_len", self.model_config.max_seq_len), ("one", 1))
             places = self.add("Range", *(self.scalar(f"rope.{name}", x, np.float64) for name, x in ends))
             rates = self.constant("rope.rates", ROPE_BASE ** (-np.arange(0, d, 2) / d))
             whole = self.add("Mul", self.reshape(places, [-1, 1]), rates)

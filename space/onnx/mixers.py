@@ -45,7 +45,7 @@ class Block:
 def add_state(graph: Graph, slot: int, layer: Layer, width: int) -> dict[str, str]:
     """Declare a layer's state inputs; cache lengths are dynamic."""
     names = {}
-    for name, shape in state_shapes(layer, width, graph.frame, 1, 1).items():
+    for name, shape in state_shapes(layer, width, graph.model_config, 1, 1).items():
         dims: list[int | str] = ["batch", *shape[1:]]
         if name in ("key", "value"):
             dims[2] = f"past.{slot}"
@@ -55,7 +55,7 @@ def add_state(graph: Graph, slot: int, layer: Layer, width: int) -> dict[str, st
 
 def add_state_output(graph: Graph, slot: int, layer: Layer, width: int, after: Mapping[str, str]) -> None:
     """Declare a layer's state outputs."""
-    for name, shape in state_shapes(layer, width, graph.frame, 1, 1).items():
+    for name, shape in state_shapes(layer, width, graph.model_config, 1, 1).items():
         dims: list[int | str] = ["batch", *shape[1:]]
         if name in ("key", "value"):
             dims[2] = f"next.{slot}"
@@ -94,8 +94,8 @@ def _softmax_mixer(block: Block) -> tuple[str, dict[str, str]]:
     """``attention`` and ``sliding`` as one GroupQueryAttention node, rotary embedding included."""
     graph, layer, weights, state = block.graph, block.layer, block.weights, block.state
     query, key, value = block.joined, "", ""
-    if graph.frame.qk_norm:
-        d, sizes = graph.frame.head_dim, list(block.sizes.values())
+    if graph.model_config.qk_norm:
+        d, sizes = graph.model_config.head_dim, list(block.sizes.values())
         query, key, value = graph.split(block.joined, sizes)
         normed = []
         for name, x, size in (("q_norm", query, sizes[0]), ("k_norm", key, sizes[1])):
@@ -161,7 +161,7 @@ def _positions(graph: Graph, source: str) -> str:
 def _linear_mixer(block: Block) -> tuple[str, dict[str, str]]:
     """The mixers on the linear recurrence as one LinearAttention node."""
     graph, layer, weights = block.graph, block.layer, block.weights
-    recurrence, d, kv = RECURRENCES[layer.mixer], graph.frame.head_dim, layer.kv_heads
+    recurrence, d, kv = RECURRENCES[layer.mixer], graph.model_config.head_dim, layer.kv_heads
     after: dict[str, str] = {}
     names, sizes = list(block.sizes), list(block.sizes.values())
     if recurrence.conv:
@@ -219,7 +219,7 @@ def _linear_mixer(block: Block) -> tuple[str, dict[str, str]]:
 
 def _norm_and_gate(block: Block, out: str, gate: str) -> str:
     """The norm of each head and the output gate: [B, T, H*D]."""
-    graph, d, recurrence = block.graph, block.graph.frame.head_dim, RECURRENCES[block.layer.mixer]
+    graph, d, recurrence = block.graph, block.graph.model_config.head_dim, RECURRENCES[block.layer.mixer]
 
     def gated(x: str) -> str:
         open_ = graph.add("Sigmoid", gate) if recurrence.gate == "sigmoid" else graph.silu(gate)
@@ -245,7 +245,7 @@ def _short_conv(block: Block) -> tuple[str, dict[str, str]]:
 
 def _unit(graph: Graph, x: str, heads: int) -> str:
     """L2 norm per head, as an RMSNorm whose gain and epsilon are scaled to it: one node instead of four."""
-    d = graph.frame.head_dim
+    d = graph.model_config.head_dim
     by_head = graph.reshape(x, [0, 0, heads, d])
     normed = graph.norm(by_head, "unit", np.full(d, d**-0.5, np.float32), eps=1e-6 / d)
     return graph.reshape(normed, [0, 0, heads * d])
@@ -331,7 +331,7 @@ def _hgrn2_forget(block: Block, f: str) -> tuple[str, str]:
 def _kda_decay(block: Block, low: str) -> str:
     """KDA's bounded log decays from the low-rank product; the slope is folded into what it multiplies."""
     graph, w = block.graph, block.weights
-    slope = np.exp(w["slope_log"].astype(np.float64)).repeat(graph.frame.head_dim)
+    slope = np.exp(w["slope_log"].astype(np.float64)).repeat(graph.model_config.head_dim)
     logits = block.product(low, "decay_up", slope[:, None] * w["decay_up"])
     logits = graph.add("Add", logits, block.constant("dt_bias", slope * w["dt_bias"]))
     return str(graph.add("Mul", graph.add("Sigmoid", logits), graph.scalar("-5", -5.0)))

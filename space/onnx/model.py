@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from space.architecture import Architecture, Frame
+from space.architecture import Architecture, ModelConfig
 from space.onnx.graph import Arrays, Graph
 from space.onnx.mixers import add_mixer
 from space.shapes import ffn_shapes, mixer_shapes
@@ -41,7 +41,10 @@ def add_head(graph: Graph, x: str, gain: NDArray[Any], weight: str, name: str = 
 
 
 def model_graph(
-    architecture: Architecture, frame: Frame, weights: Arrays, metadata: Mapping[str, str] | None = None
+    architecture: Architecture,
+    model_config: ModelConfig,
+    weights: Arrays,
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """The graph of a whole sub-model.
 
@@ -50,22 +53,22 @@ def model_graph(
     ``state.SLOT.NAME.next``. An attention cache may be longer than ``position``: only what lies
     before it is read.
     """
-    graph = Graph(frame)
+    graph = Graph(model_config)
     tokens = graph.input("tokens", TensorProto.INT64, ["batch", "length"])
     graph.input("position", TensorProto.INT64, [1])
     x = add_embedding(graph, tokens, weights["embedding"])
     for slot, layer in enumerate(architecture.layers):
         if layer.mixer != "none":
-            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, frame)
+            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, model_config)
             block = {name: weights[f"layers.{slot}.mixer.{name}"] for name in shapes}
             x = add_mixer(graph, x, slot, layer, block, tokens)
         if layer.ffn:
             shapes = ffn_shapes(architecture.width, layer.ffn)
             x = add_ffn(graph, x, slot, {name: weights[f"layers.{slot}.ffn.{name}"] for name in shapes})
     head = "embedding"
-    if not frame.tied:
+    if not model_config.tie_embeddings:
         head = graph.constant("head", weights["head"].astype(np.float32))
     logits = add_head(graph, x, weights["norm"], head)
-    shape: list[int | str] = ["batch", "length", frame.vocabulary]
+    shape: list[int | str] = ["batch", "length", model_config.vocab_size]
     graph.output("logits", logits, TensorProto.FLOAT, shape, first=True)
     return graph.model(metadata)

@@ -71,7 +71,7 @@ class Corpus:
         digest: a sha256 over all that a batch depends on.
         documents: how many there are on both sides; a held-out one may be in several parts.
         source: where they come from, for a person.
-        vocabulary: every token is below it.
+        vocab_size: every token is below it.
         held_out_bytes: how many bytes of text each held-out token stands for; None: unknown, or one each.
         recall: the share of a batch's rows that are MQAR sequences; at 1 both sides are empty.
         pairs: of key and value in such a sequence; None is an eighth of its length.
@@ -82,7 +82,7 @@ class Corpus:
     digest: str
     documents: int
     source: str
-    vocabulary: int = BYTES
+    vocab_size: int = BYTES
     held_out_bytes: NDArray[np.uint32] | None = None
     recall: float = 0.0
     pairs: int | None = None
@@ -128,7 +128,7 @@ def joined_bytes(texts: Sequence[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"\0".join([b"", *texts, b""]), np.uint8)
 
 
-def require_fits(corpus: Corpus, vocabulary: int, length: int) -> None:
+def require_fits(corpus: Corpus, vocab_size: int, length: int) -> None:
     """Refuse a corpus that a space's vocabulary and a context length cannot take.
 
     Raises:
@@ -136,23 +136,23 @@ def require_fits(corpus: Corpus, vocabulary: int, length: int) -> None:
             than ``length`` tokens and a target; MQAR sequences that do not fit the length.
     """
     where = f"data: {corpus.source}"
-    if corpus.is_bytes and vocabulary < BYTES:
-        raise InputError(f"{where}: bytes are the tokens, the space's vocabulary is {vocabulary}; "
+    if corpus.is_bytes and vocab_size < BYTES:
+        raise InputError(f"{where}: bytes are the tokens, the space's vocabulary is {vocab_size}; "
                          f"give it {BYTES} or more, or a tokenizer of its size")  # fmt: skip
-    if not corpus.is_bytes and vocabulary != corpus.vocabulary:
-        raise InputError(f"{where}: the tokenizer has {corpus.vocabulary} tokens, the space's vocabulary is "
-                         f"{vocabulary}; they have to be equal")  # fmt: skip
+    if not corpus.is_bytes and vocab_size != corpus.vocab_size:
+        raise InputError(f"{where}: the tokenizer has {corpus.vocab_size} tokens, the space's vocabulary is "
+                         f"{vocab_size}; they have to be equal")  # fmt: skip
     if corpus.recall:
-        require_mqar(corpus.vocabulary, length, corpus.pairs or default_pairs(length))
+        require_mqar(corpus.vocab_size, length, corpus.pairs or default_pairs(length))
     for side, tokens in (("training", corpus.train), ("held-out", corpus.held_out)):
         if corpus.recall < 1 and len(tokens) <= length:
             unit = "bytes" if corpus.is_bytes else "tokens"
             found = f"the {side} side has {len(tokens)} {unit}, a context of {length} needs {length + 1}"
             raise InputError(f"{where}: {found}; {MORE}")
         greatest = int(tokens.max(initial=0))
-        if greatest >= vocabulary:
+        if greatest >= vocab_size:
             found = f"token {greatest} on the {side} side"
-            raise InputError(f"{where}: {found}; a vocabulary of {vocabulary} has 0 to {vocabulary - 1}")
+            raise InputError(f"{where}: {found}; a vocabulary of {vocab_size} has 0 to {vocab_size - 1}")
 
 
 def train_batch(
@@ -173,7 +173,7 @@ def train_batch(
     tokens, targets = rows[:, :-1], rows[:, 1:]
     if asked:
         pairs = corpus.pairs or default_pairs(length)
-        sequences, labels = mqar(training_generator(rng), asked, corpus.vocabulary, length, pairs)
+        sequences, labels = mqar(training_generator(rng), asked, corpus.vocab_size, length, pairs)
         tokens, targets = np.concatenate([tokens, sequences]), np.concatenate([targets, labels])
     return np.ascontiguousarray(tokens), np.ascontiguousarray(targets)
 
@@ -223,7 +223,7 @@ def _corpus(
     source: str,
     sizes: NDArray[np.uint32] | None,
 ) -> Corpus:
-    vocabulary = tokenizer.vocabulary if tokenizer else BYTES
+    vocab_size = tokenizer.vocab_size if tokenizer else BYTES
     made_of = {
         "sides": [digest(side.tobytes()) for side in sides],
         "tokenizer": tokenizer and tokenizer.digest,
@@ -236,7 +236,7 @@ def _corpus(
         digest=digest(canonical_json(made_of)),
         documents=documents,
         source=source,
-        vocabulary=vocabulary,
+        vocab_size=vocab_size,
         held_out_bytes=sizes,
         recall=config.recall,
         pairs=config.pairs,

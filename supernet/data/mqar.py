@@ -23,18 +23,18 @@ def default_pairs(length: int) -> int:
     return max(1, length // 8)
 
 
-def require_mqar(vocabulary: int, length: int, pairs: int) -> None:
+def require_mqar(vocab_size: int, length: int, pairs: int) -> None:
     """Refuse (InputError) sizes in which there is no such sequence."""
     if pairs < 1 or 4 * pairs > length:
         allowed = f"a length of {length} holds at most {length // 4}"
         raise InputError(f"data.pairs: {pairs} pairs of key and value; {allowed}")
-    if pairs > vocabulary // 2 - 1:
-        allowed = f"a vocabulary of {vocabulary} has {max(0, vocabulary // 2 - 1)} keys"
+    if pairs > vocab_size // 2 - 1:
+        allowed = f"a vocabulary of {vocab_size} has {max(0, vocab_size // 2 - 1)} keys"
         raise InputError(f"data.pairs: {pairs} pairs of key and value; {allowed}")
 
 
 def mqar(
-    rng: np.random.Generator, batch: int, vocabulary: int, length: int, pairs: int
+    rng: np.random.Generator, batch: int, vocab_size: int, length: int, pairs: int
 ) -> tuple[Tokens, Tokens]:
     """Draw sequences: tokens [batch, length] and labels of the same shape, -100 where none is asked.
 
@@ -46,14 +46,14 @@ def mqar(
     Raises:
         InputError: the pairs do not fit the length or the vocabulary.
     """
-    require_mqar(vocabulary, length, pairs)
-    half = vocabulary // 2
+    require_mqar(vocab_size, length, pairs)
+    half = vocab_size // 2
     keys = 1 + _distinct(rng, np.ones(half - 1), batch, pairs)
-    values = half + _distinct(rng, np.ones(vocabulary - half), batch, pairs)
+    values = half + _distinct(rng, np.ones(vocab_size - half), batch, pairs)
     places = (length - 2 * pairs) // 2
     weights = POWER * np.arange(1.0, places + 1) ** (POWER - 1)
     queries = 2 * pairs + 2 * _distinct(rng, weights, batch, pairs)
-    tokens = rng.integers(vocabulary, size=(batch, length))
+    tokens = rng.integers(vocab_size, size=(batch, length))
     tokens[:, 0 : 2 * pairs : 2] = keys
     tokens[:, 1 : 2 * pairs : 2] = values
     np.put_along_axis(tokens, queries, keys, axis=1)

@@ -31,7 +31,7 @@ class Tokenizer:
 
     path: Path
     library: Any  # tokenizers.Tokenizer, whose package is optional
-    vocabulary: int
+    vocab_size: int
     separator: int
     digest: str
 
@@ -59,7 +59,7 @@ class Tokenizer:
             yield from getattr(self.library, method)(decoded, add_special_tokens=False)
 
     def _joined(self, rows: Iterable[Sequence[int]]) -> Ids:
-        kind = np.uint16 if self.vocabulary <= 1 << 16 else np.uint32
+        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         separator = np.array([self.separator], kind)
         parts = [part for row in rows for part in (np.array(row, kind), separator)]
         return np.concatenate([separator, *parts])
@@ -100,7 +100,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(
         path=path,
         library=found,
-        vocabulary=max(ids.values()) + 1,
+        vocab_size=max(ids.values()) + 1,
         separator=known[0] if known else 0,
         digest=digest(content),
     )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from space.architecture import Architecture, Frame
+from space.architecture import Architecture, ModelConfig
 from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
 from space.shapes import NORM_EPS, ROPE_BASE, model_shapes
@@ -35,7 +35,7 @@ def write_hf(
     folder: Path,
     weights: Mapping[str, Tensor],
     architecture: Architecture,
-    frame: Frame,
+    model_config: ModelConfig,
     tokenizer: Path | None,
 ) -> list[str]:
     """Write a sub-model as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -47,7 +47,7 @@ def write_hf(
         weights: every parameter of :func:`space.shapes.model_shapes`.
         architecture: what they are the weights of. All softmax, with equal layers and without q/k norm,
             it becomes a ``LlamaForCausalLM``, which needs no ``trust_remote_code``.
-        frame: what its space fixes.
+        model_config: what its space fixes.
         tokenizer: the ``tokenizer.json`` that it was trained with; None where bytes are the tokens. A
             vocabulary that does not hold the bytes gets no tokenizer.
 
@@ -58,14 +58,14 @@ def write_hf(
         ValueError: the weights are not the architecture's.
         InputError: the tokenizer cannot be read, or has more tokens than the frame.
     """
-    shapes = model_shapes(architecture, frame)
+    shapes = model_shapes(architecture, model_config)
     if {name: tuple(weight.shape) for name, weight in weights.items()} != shapes:
         raise ValueError(f"not the weights of architecture {architecture.key}")
-    separator, texts = _tokenizer(frame, tokenizer)
+    separator, texts = _tokenizer(model_config, tokenizer)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
     config: dict[str, Any] = {"dtype": str(weights["embedding"].dtype).removeprefix("torch."), **ids}
     names = {name: name for name in shapes}
-    if llama := _as_llama(architecture, frame):
+    if llama := _as_llama(architecture, model_config):
         (folder / MODEL).unlink(missing_ok=True)  # of another model that was written here
         config |= llama
         slots = [slot for slot, layer in enumerate(architecture.layers) if layer.present]
@@ -76,7 +76,7 @@ def write_hf(
             "auto_map": {auto: f"{Path(MODEL).stem}.{name}" for auto, name in CLASSES.items()},
             "model_type": "formfit",
             "architecture": architecture.to_json(),
-            "frame": dict(vars(frame)),
+            "model_config": dict(vars(model_config)),
         }
         texts[MODEL] = modelling_file()
     with atomic_path(folder / "model.safetensors") as temporary:
@@ -118,30 +118,32 @@ def load_hf(folder: Path) -> Any:
         raise InputError(f"{folder}: transformers cannot load it ({reason}); {again}") from None
 
 
-def _as_llama(architecture: Architecture, frame: Frame) -> dict[str, Any]:
+def _as_llama(architecture: Architecture, model_config: ModelConfig) -> dict[str, Any]:
     """The settings of the Llama that an architecture is; empty where it is none."""
     layers = [layer for layer in architecture.layers if layer.present]
     first = layers[0]
     alike = all(layer == first for layer in layers) and first.mixer == "attention" and first.ffn > 0
-    if not alike or frame.qk_norm or architecture.width % first.heads:  # transformers refuses such a width
+    if (
+        not alike or model_config.qk_norm or architecture.width % first.heads
+    ):  # transformers refuses such a width
         return {}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": frame.vocabulary,
+        "vocab_size": model_config.vocab_size,
         "hidden_size": architecture.width,
         "intermediate_size": first.ffn,
         "num_hidden_layers": len(layers),
         "num_attention_heads": first.heads,
         "num_key_value_heads": first.kv_heads,
-        "head_dim": frame.head_dim,
-        "max_position_embeddings": frame.context,
+        "head_dim": model_config.head_dim,
+        "max_position_embeddings": model_config.max_seq_len,
         "hidden_act": "silu",
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": frame.tied,
+        "tie_word_embeddings": model_config.tie_embeddings,
         "use_cache": True,
     }
 
@@ -154,14 +156,14 @@ def _llama_name(name: str, slots: Sequence[int]) -> str:
     return f"model.layers.{slots.index(int(slot))}.{BLOCKS[block]}.weight"
 
 
-def _tokenizer(frame: Frame, path: Path | None) -> tuple[int, dict[str, str]]:
+def _tokenizer(model_config: ModelConfig, path: Path | None) -> tuple[int, dict[str, str]]:
     """The id between documents, and the texts of the tokenizer's files."""
-    if path is None and frame.vocabulary < BYTES:
+    if path is None and model_config.vocab_size < BYTES:
         return 0, {}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": frame.context,
+        "model_max_length": model_config.max_seq_len,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
@@ -170,8 +172,8 @@ def _tokenizer(frame: Frame, path: Path | None) -> tuple[int, dict[str, str]]:
         config["split_special_tokens"] = True  # a text that spells it out is its bytes, as in training
     else:
         given = load_tokenizer(path)
-        if given.vocabulary > frame.vocabulary:
-            raise InputError(f"{path}: {given.vocabulary} tokens, the model has {frame.vocabulary}")
+        if given.vocab_size > model_config.vocab_size:
+            raise InputError(f"{path}: {given.vocab_size} tokens, the model has {model_config.vocab_size}")
         separator, text = given.separator, path.read_bytes().decode()
         name = given.library.id_to_token(separator)
     if name in SEPARATORS:  # without one, id 0 separates documents, and may be a word
@@ -183,8 +185,8 @@ def _byte_tokenizer() -> dict[str, Any]:
     """Bytes as tokens, under the characters that GPT-2 shows them by; byte 0 comes before every text."""
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = iter(range(BYTES, 2 * BYTES))
-    vocabulary = {chr(byte if byte in shown else next(hidden)): byte for byte in range(BYTES)}
-    vocabulary = {END: 0} | {character: byte for character, byte in vocabulary.items() if byte}
+    vocab_size = {chr(byte if byte in shown else next(hidden)): byte for byte in range(BYTES)}
+    vocab_size = {END: 0} | {character: byte for character, byte in vocab_size.items() if byte}
     start = {"SpecialToken": {"id": END, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -203,7 +205,7 @@ def _byte_tokenizer() -> dict[str, Any]:
             "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
         },
         "decoder": level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        "model": {"type": "BPE", "vocab": vocab_size, "merges": []},
     }
 
 

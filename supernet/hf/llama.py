@@ -52,11 +52,11 @@ def read_llama(folder: Path, space: Space) -> tuple[Architecture, dict[str, Tens
     """
     architecture = genome.largest(space)
     _check_config(folder / "config.json", space, architecture)
-    names = {_llama_name(name): name for name in model_shapes(architecture, space.frame)}
-    shapes = {_llama_name(name): shape for name, shape in model_shapes(architecture, space.frame).items()}
+    names = {_llama_name(name): name for name in model_shapes(architecture, space.config)}
+    shapes = {_llama_name(name): shape for name, shape in model_shapes(architecture, space.config).items()}
     weights: dict[str, Tensor] = {}
     for path, theirs, tensor in _tensors(folder):
-        if theirs.endswith("rotary_emb.inv_freq") or (space.tied and theirs == "lm_head.weight"):
+        if theirs.endswith("rotary_emb.inv_freq") or (space.tie_embeddings and theirs == "lm_head.weight"):
             continue  # a buffer that old folders hold; the embedding a second time
         if tuple(tensor.shape) != shapes.get(theirs):
             raise InputError(
@@ -111,8 +111,8 @@ def _check_config(path: Path, space: Space, architecture: Architecture) -> None:
         "num_attention_heads": first.heads,
         "num_key_value_heads": first.kv_heads,
         "head_dim": space.head_dim,
-        "vocab_size": space.vocabulary,
-        "tie_word_embeddings": space.tied,
+        "vocab_size": space.vocab_size,
+        "tie_word_embeddings": space.tie_embeddings,
         "hidden_act": "silu",
         "rms_norm_eps": NORM_EPS,
         "rope_theta": ROPE_BASE,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from space.architecture import Architecture, Frame
+from space.architecture import Architecture, ModelConfig
 from space.blocks import State, add_parameter, forward, initial
 from space.shapes import model_shapes
 
@@ -32,7 +32,7 @@ REFUSED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_
 
 
 class FormfitConfig(PretrainedConfig):
-    """What a model is: ``architecture`` and ``frame``, as a sub-model's ``architecture.json`` has them.
+    """What a model is: ``architecture`` and ``model_config``, as in ``architecture.json``.
 
     The sizes that transformers asks for by its own names follow from the two.
     """
@@ -43,7 +43,7 @@ class FormfitConfig(PretrainedConfig):
     def __init__(
         self,
         architecture: dict[str, Any] | None = None,
-        frame: dict[str, Any] | None = None,
+        model_config: dict[str, Any] | None = None,
         use_cache: bool = True,
         bos_token_id: int | None = 0,
         eos_token_id: int | None = 0,
@@ -52,13 +52,13 @@ class FormfitConfig(PretrainedConfig):
     ) -> None:
         # transformers makes a config without arguments too, to see what differs from it.
         architecture = architecture or {"width": 16, "layers": [{"mixer": "none", "ffn": 16}]}
-        frame = frame or {"vocabulary": 256, "context": 256, "head_dim": 16}
+        model_config = model_config or {"vocab_size": 256, "max_seq_len": 256, "head_dim": 16}
         read = Architecture.from_json(architecture, "config.json: architecture")
         settings = {
             "architecture": architecture,
-            "frame": frame,
-            "vocab_size": frame["vocabulary"],
-            "max_position_embeddings": frame["context"],
+            "model_config": model_config,
+            "vocab_size": model_config["vocab_size"],
+            "max_position_embeddings": model_config["max_seq_len"],
             "hidden_size": read.width,
             "num_hidden_layers": read.depth,
             "tie_word_embeddings": False,
@@ -123,8 +123,8 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FormfitConfig) -> None:
         super().__init__(config)
         self.architecture = Architecture.from_json(config.architecture, "config.json: architecture")
-        self.frame = Frame(**config.frame)
-        for name, shape in model_shapes(self.architecture, self.frame).items():
+        self.model_config = ModelConfig(**config.model_config)
+        for name, shape in model_shapes(self.architecture, self.model_config).items():
             add_parameter(self, name, torch.empty(shape))
         self.post_init()
 
@@ -133,7 +133,9 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, (), device="cpu")))
         for name, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
-                value = initial(name, tuple(parameter.shape), generator, tied=self.frame.tied)
+                value = initial(
+                    name, tuple(parameter.shape), generator, tie_embeddings=self.model_config.tie_embeddings
+                )
                 parameter.data.copy_(value)
 
     @classmethod
@@ -214,7 +216,7 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         mask = _padding(attention_mask, (input_ids.shape[0], total))
         last = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         logits, states = forward(
-            dict(self.named_parameters()), self.architecture, self.frame, input_ids,
+            dict(self.named_parameters()), self.architecture, self.model_config, input_ids,
             position=position, states=states, mask=mask, keep=last,
         )  # fmt: skip
         if cache is not None:

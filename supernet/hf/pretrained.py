@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from space import Architecture, Frame, InputError, Layer
+from space import Architecture, InputError, Layer, ModelConfig
 from space.architecture import HEADLESS_MIXERS
 from space.attention.softmax import softmax_attention
 from space.blocks import ffn, heads_of, mixer, part, project, rms_norm, rotate
@@ -111,22 +111,24 @@ def load_pretrained(
     """
     space = supernet.space
     architecture, weights = read_llama(folder, space)
-    if windows.min() < 0 or windows.max() >= space.vocabulary:
+    if windows.min() < 0 or windows.max() >= space.vocab_size:
         raise InputError(
             f"train.init: the text holds tokens {int(windows.min())} to {int(windows.max())}, "
-            f"space {space.name} has 0 to {space.vocabulary - 1}"
+            f"space {space.name} has 0 to {space.vocab_size - 1}"
         )
     device = next(supernet.parameters()).device
     windows = windows.to(device)
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
     if order:
-        found = importance(weights, architecture, space.frame, windows)
-        weights = reorder(weights, architecture, space.frame, found)
+        found = importance(weights, architecture, space.config, windows)
+        weights = reorder(weights, architecture, space.config, found)
     inherit(supernet, architecture, weights)
     return align(supernet, architecture, windows, steps, rate)
 
 
-def importance(weights: Weights, architecture: Architecture, frame: Frame, windows: Tensor) -> Importance:
+def importance(
+    weights: Weights, architecture: Architecture, model_config: ModelConfig, windows: Tensor
+) -> Importance:
     """Measure an all-attention model of equal layers on windows [N, T] of text."""
     first, slots = architecture.layers[0], len(architecture.layers)
     totals = [
@@ -141,7 +143,7 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
             torch.ones(*total.shape[:-1], *places, total.shape[-1], device=batch.device, requires_grad=True)
             for total in totals
         ]
-        loss = _gated_loss(weights, architecture, frame, batch, *gates)
+        loss = _gated_loss(weights, architecture, model_config, batch, *gates)
         for total, effect in zip(totals, torch.autograd.grad(loss, gates), strict=True):
             total += effect.abs().double().sum((-3, -2))
         with torch.no_grad():
@@ -150,7 +152,7 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
                 without = heads.clone()
                 without[slot, ..., group * each : (group + 1) * each] = 0
                 groups[slot, group] += (
-                    _gated_loss(weights, architecture, frame, batch, residual, without, hidden) - loss
+                    _gated_loss(weights, architecture, model_config, batch, residual, without, hidden) - loss
                 )
     count = len(windows) * (windows.shape[1] - 1)
     return Importance(*(total / count for total in (*totals, groups)))
@@ -159,7 +161,7 @@ def importance(weights: Weights, architecture: Architecture, frame: Frame, windo
 def _gated_loss(
     weights: Weights,
     architecture: Architecture,
-    frame: Frame,
+    model_config: ModelConfig,
     windows: Tensor,
     residual: Tensor,
     heads: Tensor,
@@ -172,27 +174,30 @@ def _gated_loss(
     """
     x = F.embedding(windows[:, :-1], weights["embedding"])
     for slot, layer in enumerate(architecture.layers):
-        block = _mixer_part(weights, architecture, slot, layer, frame)
+        block = _mixer_part(weights, architecture, slot, layer, model_config)
         normed = rms_norm(x, block["pre_norm"]) * residual
-        q, k, v = (heads_of(project(normed, block[name]), frame.head_dim) for name in ("q", "k", "v"))
+        q, k, v = (heads_of(project(normed, block[name]), model_config.head_dim) for name in ("q", "k", "v"))
         out = softmax_attention(rotate(q, 0), rotate(k, 0), v) * heads[slot][..., None]
         x = x + project(out.flatten(2), block["o"])
         block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
         normed = rms_norm(x, block["pre_norm"]) * residual
         active = F.silu(project(normed, block["gate"])) * project(normed, block["up"])
         x = x + project(active * hidden[slot], block["down"])
-    logits = project(rms_norm(x, weights["norm"]) * residual, weights["embedding" if frame.tied else "head"])
+    logits = project(
+        rms_norm(x, weights["norm"]) * residual,
+        weights["embedding" if model_config.tie_embeddings else "head"],
+    )
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
 
 
 def reorder(
-    weights: Weights, architecture: Architecture, frame: Frame, found: Importance
+    weights: Weights, architecture: Architecture, model_config: ModelConfig, found: Importance
 ) -> dict[str, Tensor]:
     """The same function with residual channels, heads and FFN channels in falling importance."""
     first = architecture.layers[0]
     residual = _falling(found.residual)
     group = first.heads // first.kv_heads
-    channel = torch.arange(frame.head_dim, device=residual.device)
+    channel = torch.arange(model_config.head_dim, device=residual.device)
     places: list[dict[str, Tensor]] = []
     for slot in range(len(architecture.layers)):
         scores = found.heads[slot].reshape(first.kv_heads, group)
@@ -201,8 +206,8 @@ def reorder(
         places.append(
             {
                 "residual": residual,
-                "query": (heads[:, None] * frame.head_dim + channel).flatten(),
-                "kv": (groups[:, None] * frame.head_dim + channel).flatten(),
+                "query": (heads[:, None] * model_config.head_dim + channel).flatten(),
+                "kv": (groups[:, None] * model_config.head_dim + channel).flatten(),
                 "ffn": _falling(found.ffn[slot]),
             }
         )
@@ -245,14 +250,14 @@ def align(
     supernet: Supernet, architecture: Architecture, tokens: Tensor, steps: int, rate: float
 ) -> list[Alignment]:
     """Fit what each mixer has for itself to the attention of the same slot; see :func:`load_pretrained`."""
-    frame = supernet.space.frame
+    model_config = supernet.space.config
     weights = {name: view.detach() for name, view in supernet.weights(architecture).items()}
     x = F.embedding(tokens, weights["embedding"])
     errors = []
     for slot, layer in enumerate(architecture.layers):
         with torch.no_grad():
-            block = _mixer_part(weights, architecture, slot, layer, frame)
-            after = torch.cat([mixer(block, some, layer, frame)[0] for some in torch.split(x, BATCH)])
+            block = _mixer_part(weights, architecture, slot, layer, model_config)
+            after = torch.cat([mixer(block, some, layer, model_config)[0] for some in torch.split(x, BATCH)])
         for other in _mixers(supernet, architecture):
             if other.mixer != "attention":
                 before_after = _fit(supernet, architecture.width, slot, other, x, after, steps, rate)
@@ -286,7 +291,7 @@ def _fit(
                 own[leaf] = views[leaf].clone().requires_grad_()
 
     def error(weights: Weights, start: int, stop: int) -> Tensor:
-        out, _ = mixer(weights, x[start:stop], layer, space.frame)
+        out, _ = mixer(weights, x[start:stop], layer, space.config)
         wanted = after[start:stop]
         return (out - wanted).square().sum() / (wanted - x[start:stop]).square().sum()
 
@@ -327,7 +332,7 @@ def _fit(
 
 
 def _mixer_part(
-    weights: Weights, architecture: Architecture, slot: int, layer: Layer, frame: Frame
+    weights: Weights, architecture: Architecture, slot: int, layer: Layer, model_config: ModelConfig
 ) -> Weights:
-    shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, frame)
+    shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, model_config)
     return part(weights, f"layers.{slot}.mixer", shapes)

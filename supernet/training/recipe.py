@@ -202,7 +202,7 @@ def _maximal(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Ar
     genomes = genome.encode(space, [genome.largest(space)])
     attention = next((i for i, (m, _) in enumerate(space.mixer_options) if m == "attention"), option)
     full = rng.permutation(space.slots) < space.full_count(ratio, space.slots)
-    full |= genome.layout(space).forced
+    full |= genome.encoding(space).must_be_full
     genomes[0, 1::3] = np.where(full, attention, option)
     genomes[0, 2::3] = len(space.head_options) - 1
     return genome.decode(space, variation.repair(space, genomes, rng))[0]

@@ -88,7 +88,7 @@ def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
 
 def load_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:
     """The plain model of an architecture that was trained alone, without gradients."""
-    model = Model(architecture, space.frame)
+    model = Model(architecture, space.config)
     model.load_state_dict(checkpoint.load("model"))
     return model.requires_grad_(False).eval()
 

@@ -111,15 +111,17 @@ class Trainer:
         self.space, self.config, self.corpus, self.architecture = space, config, corpus, architecture
         self.start = start
         self.rank, self.workers = rank, workers
-        self.length = config.length or space.context
-        if self.length > space.context:
-            raise InputError(f"train.length: {self.length} is more than the space's context {space.context}")
+        self.length = config.length or space.max_seq_len
+        if self.length > space.max_seq_len:
+            raise InputError(
+                f"train.length: {self.length} is more than the space's context {space.max_seq_len}"
+            )
         if config.batch % workers:
             raise InputError(f"train.batch: {config.batch} rows cannot be shared by {workers} workers evenly")
-        require_fits(corpus, space.vocabulary, self.length)
+        require_fits(corpus, space.vocab_size, self.length)
         generator = torch.Generator().manual_seed(config.seed)
         self.module = (
-            Model(architecture, space.frame, generator) if architecture else Supernet(space, generator)
+            Model(architecture, space.config, generator) if architecture else Supernet(space, generator)
         )
         self.parameters = dict(self.module.named_parameters())
         self.optimiser = PrefixAdamW(self.parameters, config.weight_decay)
@@ -274,4 +276,4 @@ class Trainer:
         return self._logits(teacher.weights, teacher.architecture, tokens).softmax(-1)
 
     def _logits(self, weights: Weights, architecture: Architecture, tokens: Tensor) -> Tensor:
-        return forward(weights, architecture, self.space.frame, tokens)[0].float()
+        return forward(weights, architecture, self.space.config, tokens)[0].float()

@@ -28,7 +28,7 @@ QUICK = ProfileConfig(
     min_rounds=2,
     max_rounds=2,
     op_rounds=2,
-    most_noise=None,
+    max_noise=None,
     rss=False,
     optimal_models=5,
     random_models=3,
@@ -130,21 +130,25 @@ def test_workloads_must_fit_the_space() -> None:
 
 def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mixer_graphs.WRITERS, "kda", unknown_operator)
-    runtime, frame, workload = OnnxRuntime(), tiny_space().frame, Workload(phase="prefill", length=8)
+    runtime, model_config, workload = (
+        OnnxRuntime(),
+        tiny_space().model_config,
+        Workload(phase="prefill", length=8),
+    )
     kda, linear = (Layer(mixer=mixer, heads=2, kv_heads=1) for mixer in ("kda", "linear"))
     message = r"^mixer kda: onnxruntime \S+ cannot run it .*Nowhere.*; leave it out of layer.mixer"
     with pytest.raises(InputError, match=message):
-        runtime.stack(mixer_op(32, kda), 3, [workload], frame)
+        runtime.stack(mixer_op(32, kda), 3, [workload], model_config)
     with pytest.raises(InputError, match=message):
-        runtime.model(Architecture(32, (linear, kda, Layer(ffn=32))), [workload], frame, 0)
-    assert runtime.lacking([linear, kda, Layer(ffn=32)], 32, frame) == ["kda"]
-    runtime.model(Architecture(32, (linear,)), [workload], frame, 0)
+        runtime.model(Architecture(32, (linear, kda, Layer(ffn=32))), [workload], model_config, 0)
+    assert runtime.lacking([linear, kda, Layer(ffn=32)], 32, model_config) == ["kda"]
+    runtime.model(Architecture(32, (linear,)), [workload], model_config, 0)
 
 
 @pytest.mark.parametrize("kind", [*MIXERS, "ffn"])
 def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
     """A stack of two is the first copy followed by the second: no copy is optimised away."""
-    frame = tiny_space().frame
+    model_config = tiny_space().model_config
     if kind == "ffn":
         op = Op(kind="ffn", width=32, ffn=48)
     elif kind in HEADLESS_MIXERS:
@@ -152,7 +156,7 @@ def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
     else:
         op = Op(kind=kind, width=32, heads=2, kv_heads=1, window=8 if kind == "sliding" else 0)
     runtime = OnnxRuntime()
-    one, two = (runtime.session(stack_graph(op, height, frame)) for height in (1, 2))
+    one, two = (runtime.session(stack_graph(op, height, model_config)) for height in (1, 2))
     x = np.random.default_rng(0).standard_normal((1, 5, 32)).astype(np.float32)
 
     def feeds(session: object, slots: int) -> dict[str, np.ndarray]:
@@ -174,10 +178,10 @@ def test_preallocated_caches_give_the_same_logits() -> None:
     """What is timed (a cache bound in place, longer than the past) computes what a plain call computes."""
     made = space()
     architecture = genome.largest(made)
-    weights = random_weights(model_shapes(architecture, made.frame), 0)
-    session = OnnxRuntime().session(model_graph(architecture, made.frame, weights))
+    weights = random_weights(model_shapes(architecture, made.model_config), 0)
+    session = OnnxRuntime().session(model_graph(architecture, made.model_config, weights))
     rng = np.random.default_rng(0)
-    text = rng.integers(0, made.vocabulary, (1, 12))
+    text = rng.integers(0, made.vocab_size, (1, 12))
     names = [o.name for o in session.get_outputs()]
 
     def call(tokens: np.ndarray, position: int, states: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -193,7 +197,7 @@ def test_preallocated_caches_give_the_same_logits() -> None:
     }
     assert_close("logits", call(text[:, 11:], 11, roomy)["logits"], expected, TOLERANCE["float32"])
     run = bind_workload(
-        session, Workload.parse("decode@12"), made.frame, architecture.width, architecture.layers
+        session, Workload.parse("decode@12"), made.model_config, architecture.width, architecture.layers
     )
     run(3)
 

@@ -85,13 +85,13 @@ def test_extract_verify_report_and_devices_from_a_finished_search(
 ) -> None:
     devices, run = run_folder / "devices", run_folder / "run"
     out = tmp_path / "model"
-    source = ("--devices", devices, "extract", "--supernet", run)
+    source = ("--devices", devices, "extract", "--run", run)
     done = formfit(
         *source, "--search", "desk", "--pick", "fastest", "--format", "onnx", "--out", out, "--json"
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"][-1] == "model.onnx"
-    checked = formfit("--devices", devices, "verify", out, "--device", "desk", "--noise", "900", "--json")
+    checked = formfit("--devices", devices, "verify", out, "--device", "desk", "--max-noise", "900", "--json")
     assert checked.returncode in (0, 3), checked.stderr
     assert json.loads(checked.stdout)["parity"]["kept"]
     file = out / "architecture.json"
@@ -156,13 +156,13 @@ def test_empty_corpus(tmp_path: Path, config_file: Path, formfit: Program) -> No
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("search", "--supernet", "RUN", "--device", "moon"), "formfit profile --space SPACE --device moon"),
-        (("search", "--supernet", "nowhere", "--device", "desk"), "formfit train CONFIG --out nowhere"),
-        (("search", "--supernet", "RUN", "--device", "desk", "--limit", "speed<=3"), "speed"),
-        (("extract", "--supernet", "RUN", "--search", "none", "--out", "x"), "formfit search"),
-        (("extract", "--supernet", "RUN", "--search", "desk", "--pick", "odd", "--out", "x"), "odd"),
-        (("extract", "--supernet", "RUN", "--out", "x"), "--search NAME, --architecture FILE and --pick"),
-        (("extract", "--supernet", "RUN", "--search", "desk", "--format", "pdf", "--out", "x"), "pdf"),
+        (("search", "--run", "RUN", "--device", "moon"), "formfit profile --space SPACE --device moon"),
+        (("search", "--run", "nowhere", "--device", "desk"), "formfit train CONFIG --out nowhere"),
+        (("search", "--run", "RUN", "--device", "desk", "--limit", "speed<=3"), "speed"),
+        (("extract", "--run", "RUN", "--search", "none", "--out", "x"), "formfit search"),
+        (("extract", "--run", "RUN", "--search", "desk", "--pick", "odd", "--out", "x"), "odd"),
+        (("extract", "--run", "RUN", "--out", "x"), "--search NAME, --architecture FILE and --pick"),
+        (("extract", "--run", "RUN", "--search", "desk", "--format", "pdf", "--out", "x"), "pdf"),
         (("verify", "nowhere", "--device", "desk"), "formfit extract"),
         (("devices", "moon"), "formfit profile --space SPACE --device moon"),
         (("space", "nowhere.yaml"), "nowhere.yaml: not found"),
@@ -193,7 +193,7 @@ def test_another_spaces_artefacts_are_refused(run_folder: Path, formfit: Program
     kept = config.read_text()
     edit(config, lambda v: v["space"].update(width=[16, 32, 48]))
     done = formfit(
-        "--devices", run_folder / "devices", "search", "--supernet", run_folder / "run", "--device", "desk"
+        "--devices", run_folder / "devices", "search", "--run", run_folder / "run", "--device", "desk"
     )
     assert done.returncode == 2
     assert "made for space" in done.stderr
@@ -264,7 +264,7 @@ def test_a_card_of_torch_goes_the_whole_way(
     verified = next((tmp_path / "run" / "submodels").glob("*/verify.json"))
     assert json.loads(verified.read_text())["runtime"].startswith(runtime)
     again = formfit(
-        "--devices", tmp_path / "devices", "verify", verified.parent, "--device", "desk", "--noise", 900
+        "--devices", tmp_path / "devices", "verify", verified.parent, "--device", "desk", "--max-noise", 900
     )
     assert again.returncode in (0, 3), again.stderr
     listed = formfit("--devices", tmp_path / "devices", "devices", "desk", "--json")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from space.architecture import Frame, Layer
+from space.architecture import Layer, ModelConfig
 
 FLOOR = -20.0  # of log decays that have no bound of their own
 
@@ -62,7 +62,9 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.stack(rows).view(length, heads, dim)
 
 
-def naive_mixer(w: dict[str, Tensor], x: Tensor, layer: Layer, frame: Frame) -> tuple[Tensor, Tensor | None]:
+def naive_mixer(
+    w: dict[str, Tensor], x: Tensor, layer: Layer, model_config: ModelConfig
+) -> tuple[Tensor, Tensor | None]:
     """A mixer block with its norm and residual, on x [T, width]; also S after it [Hkv, D, D], if any."""
     hidden = norm(x, w["pre_norm"])
     if layer.mixer == "short_conv":
@@ -70,17 +72,17 @@ def naive_mixer(w: dict[str, Tensor], x: Tensor, layer: Layer, frame: Frame) -> 
         return x + (c * convolve(b * inner, w["conv_x"])) @ w["out"].T, None
     q, k, v = (hidden @ w[name].T for name in "qkv")
     if layer.mixer in ("attention", "sliding"):
-        q, k, v = (y.view(len(x), -1, frame.head_dim) for y in (q, k, v))
-        if frame.qk_norm:
+        q, k, v = (y.view(len(x), -1, model_config.head_dim) for y in (q, k, v))
+        if model_config.qk_norm:
             q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
         q, k = (torch.stack([rotate(row, t) for t, row in enumerate(y)]) for y in (q, k))
         return x + naive_attention(q, k, v, layer.window).flatten(1) @ w["o"].T, None
     if layer.mixer in ("mamba2", "deltanet", "gated_deltanet", "kda"):
         q, k, v = (silu(convolve(y, w[f"conv_{name}"])) for name, y in (("q", q), ("k", k), ("v", v)))
-    state = torch.zeros(layer.kv_heads, frame.head_dim, frame.head_dim, dtype=x.dtype)
+    state = torch.zeros(layer.kv_heads, model_config.head_dim, model_config.head_dim, dtype=x.dtype)
     outs = []
     for t in range(len(x)):
-        token = _token(w, hidden[t], (q[t], k[t], v[t]), layer, frame.head_dim, t)
+        token = _token(w, hidden[t], (q[t], k[t], v[t]), layer, model_config.head_dim, t)
         state = token["kept"][:, :, None] * state
         write = token["v"]
         if layer.mixer in ("deltanet", "gated_deltanet", "kda"):

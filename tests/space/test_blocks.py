@@ -4,40 +4,40 @@ import numpy as np
 import pytest
 import torch
 
-from space import Architecture, Frame, Layer
+from space import Architecture, Layer, ModelConfig
 from space.attention.softmax import softmax_attention
 from space.blocks import Model
 from tests.contracts import scatter
 from tests.numerics import TOLERANCE, assert_close
 from tests.space.naive import naive_attention
 
-FRAME = Frame(vocabulary=37, context=96, head_dim=16)
+FRAME = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
 FP32 = TOLERANCE["float32"]
 
 
-def model(*layers: Layer, width: int = 48, frame: Frame = FRAME, seed: int = 0) -> Model:
-    made = Model(Architecture(width, layers), frame, torch.Generator().manual_seed(seed))
+def model(*layers: Layer, width: int = 48, model_config: ModelConfig = FRAME, seed: int = 0) -> Model:
+    made = Model(Architecture(width, layers), model_config, torch.Generator().manual_seed(seed))
     scatter(made, seed)
     return made
 
 
 def tokens(length: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, FRAME.vocabulary, (batch, length)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, FRAME.vocab_size, (batch, length)))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_all_softmax_is_a_llama(kv_heads: int, tied: bool) -> None:
+def test_all_softmax_is_a_llama(kv_heads: int, tie_embeddings: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    frame = Frame(vocabulary=37, context=64, head_dim=16, tied=tied)
+    model_config = ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16, tie_embeddings=tie_embeddings)
     layers = [Layer(mixer="attention", heads=4, kv_heads=kv_heads, ffn=80)] * 2
-    ours = model(*layers, width=48, frame=frame)
+    ours = model(*layers, width=48, model_config=model_config)
     config = LlamaConfig(
         vocab_size=37, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5,
-        tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         attention_bias=False,
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
@@ -61,7 +61,7 @@ def test_all_softmax_is_a_llama(kv_heads: int, tied: bool) -> None:
         state[f"{target}.weight"] = value
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if tied else set())
+    assert set(missing) <= ({"lm_head.weight"} if tie_embeddings else set())
     theirs.tie_weights()
     text = tokens(40)
     with torch.no_grad():
@@ -92,8 +92,8 @@ def test_softmax_attention(length: int, past: int, window: int) -> None:
 
 
 def test_qk_norm_changes_the_logits_and_keeps_the_steps() -> None:
-    frame = Frame(vocabulary=37, context=96, head_dim=16, qk_norm=True)
-    made = model(Layer(mixer="attention", heads=4, kv_heads=2), frame=frame)
+    model_config = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16, qk_norm=True)
+    made = model(Layer(mixer="attention", heads=4, kv_heads=2), model_config=model_config)
     text = tokens(20)
     with torch.no_grad():
         expected, _ = made(text)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from space import Architecture, Frame, Layer, Space, Workload, blocks
+from space import Architecture, Layer, ModelConfig, Space, Workload, blocks
 from space.attention.convolution import causal_conv
 from space.cost import (
     flops,
@@ -40,10 +40,10 @@ from tests.contracts import TINY_SPACES, every_genome, tiny_space
 SPACES = {name: tiny_space(**changes) for name, changes in TINY_SPACES.items()}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 
-FRAME = Frame(vocabulary=37, context=64, head_dim=16)
+FRAME = ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16)
 FRAMES = {
-    "tied": FRAME,
-    "untied": replace(FRAME, tied=False),
+    "tie_embeddings": FRAME,
+    "untied": replace(FRAME, tie_embeddings=False),
     "q/k norm": replace(FRAME, qk_norm=True),
     "wide heads": replace(FRAME, head_dim=32),
 }
@@ -66,7 +66,7 @@ MIXER_LAYERS = {
     "short_conv": Layer(mixer="short_conv"),
 }
 each_mixer = pytest.mark.parametrize("mixer", MIXER_LAYERS)
-each_frame = pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+each_frame = pytest.mark.parametrize("model_config", FRAMES.values(), ids=FRAMES)
 each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 EVERYTHING = Architecture(
     48,
@@ -174,8 +174,8 @@ def test_cost_is_constant_and_layers_and_sum_and_peak(space: Space) -> None:
     genomes, numbers = every_genome(space)[::3], numbered(space)
     table, peak = OpTables(space, numbers.__getitem__), OpTables(space, lambda op: 7 * numbers[op] % 1013)
     without = Cost(table, constant=3.0, per_layer=0.5)(genomes)
-    with_peak = Cost(table, constant=3.0, per_layer=0.5, peak=peak)(genomes)
-    with_once = Cost(table, constant=3.0, per_layer=0.5, once_full=0.25)(genomes)
+    with_peak = Cost(table, constant=3.0, per_layer=0.5, max_op=peak)(genomes)
+    with_once = Cost(table, constant=3.0, per_layer=0.5, attention_constant=0.25)(genomes)
     for i, architecture in enumerate(decode(space, genomes)):
         ops = count_ops(architecture)
         expected = 3 + 0.5 * architecture.depth + sum(n * numbers[op] for op, n in ops.items())
@@ -187,12 +187,14 @@ def test_cost_is_constant_and_layers_and_sum_and_peak(space: Space) -> None:
 @each_space
 @each_workload
 def test_costs_of_genomes_are_those_of_architectures(space: Space, workload: Workload) -> None:
-    genomes, frame = sample(space, np.random.default_rng(0), 40), space.frame
+    genomes, model_config = sample(space, np.random.default_rng(0), 40), space.config
     architectures = decode(space, genomes)
-    memory = [memory_bytes(a, workload, frame) for a in architectures]
+    memory = [memory_bytes(a, workload, model_config) for a in architectures]
     np.testing.assert_array_equal(memory_cost(space, workload)(genomes), memory)
-    np.testing.assert_array_equal(params_cost(space)(genomes), [params(a, frame) for a in architectures])
-    work = [flops(a, workload, frame) for a in architectures]
+    np.testing.assert_array_equal(
+        params_cost(space)(genomes), [params(a, model_config) for a in architectures]
+    )
+    work = [flops(a, workload, model_config) for a in architectures]
     np.testing.assert_array_equal(flops_table(space, workload).totals(genomes), work)
 
 
@@ -200,18 +202,18 @@ def test_costs_of_genomes_are_those_of_architectures(space: Space, workload: Wor
 
 
 @each_frame
-def test_params_are_those_of_the_module(frame: Frame) -> None:
+def test_params_are_those_of_the_module(model_config: ModelConfig) -> None:
     architectures = [EVERYTHING, *(only(replace(layer, ffn=16)) for layer in MIXER_LAYERS.values())]
     for architecture in architectures:
-        built = sum(parameter.numel() for parameter in blocks.Model(architecture, frame).parameters())
-        assert params(architecture, frame) == built
+        built = sum(parameter.numel() for parameter in blocks.Model(architecture, model_config).parameters())
+        assert params(architecture, model_config) == built
 
 
 @each_space
 def test_params_are_the_sum_of_all_shapes(space: Space) -> None:
     for architecture in decode(space, every_genome(space)[::7]):
-        shapes = model_shapes(architecture, space.frame)
-        assert params(architecture, space.frame) == sum(map(prod, shapes.values()))
+        shapes = model_shapes(architecture, space.config)
+        assert params(architecture, space.config) == sum(map(prod, shapes.values()))
 
 
 @each_mixer
@@ -225,9 +227,9 @@ def test_state_bytes_are_those_the_module_returns(mixer: str, tokens: int) -> No
         assert expected == bytes_of(run_model(model, workload)) > 0
 
 
-def mixing_flops(layer: Layer, workload: Workload, frame: Frame) -> int:
+def mixing_flops(layer: Layer, workload: Workload, model_config: ModelConfig) -> int:
     """Multiply-adds of the mixing itself, one by one, times two."""
-    width, done = frame.head_dim, 0
+    width, done = model_config.head_dim, 0
     for place in range(workload.past, workload.length):
         if layer.mixer == "short_conv":
             continue
@@ -246,11 +248,11 @@ def mixing_flops(layer: Layer, workload: Workload, frame: Frame) -> int:
 @each_workload
 @each_frame
 def test_flops_are_the_counted_products_and_the_mixing(
-    mixer: str, workload: Workload, frame: Frame, monkeypatch: pytest.MonkeyPatch
+    mixer: str, workload: Workload, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch counts the projections; the convolution's shifted products and the mixing are counted by hand."""
     layer = replace(MIXER_LAYERS[mixer], ffn=48)
-    model = blocks.Model(only(layer), frame)
+    model = blocks.Model(only(layer), model_config)
     tokens = torch.zeros(workload.batch, workload.length, dtype=torch.int64)
     counted = []
 
@@ -273,7 +275,9 @@ def test_flops_are_the_counted_products_and_the_mixing(
         monkeypatch.setattr(blocks, "causal_conv", convolving)
         model(tokens[:, workload.past :], workload.past, states)
     assert min(counted) > 0
-    assert flops(only(layer), workload, frame) == sum(counted) + mixing_flops(layer, workload, frame)
+    assert flops(only(layer), workload, model_config) == sum(counted) + mixing_flops(
+        layer, workload, model_config
+    )
 
 
 def test_flops_of_ops_add_up_to_the_whole() -> None:
@@ -361,27 +365,27 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
     return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def op_peak_bytes(op: Op, workload: Workload, frame: Frame) -> int:
+def op_peak_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """The peak of a graph that has only this op in it."""
-    graph, feed = Graph(frame), dict[str, NDArray[Any]]()
+    graph, feed = Graph(model_config), dict[str, NDArray[Any]]()
     if op.kind == "embedding":
         feed["tokens"] = np.zeros((workload.batch, workload.tokens), np.int64)
         tokens = graph.input("tokens", TensorProto.INT64, ["batch", "length"])
-        result = add_embedding(graph, tokens, drawn(end_shapes(op.width, frame))["embedding"])
+        result = add_embedding(graph, tokens, drawn(end_shapes(op.width, model_config))["embedding"])
     else:
         feed["x"] = np.ones((workload.batch, workload.tokens, op.width), np.float32)
         x = graph.input("x", TensorProto.FLOAT, ["batch", "length", op.width])
         if op.kind == "head":
-            weights = drawn(end_shapes(op.width, frame))
+            weights = drawn(end_shapes(op.width, model_config))
             matrix = graph.constant("head", weights.get("head", weights["embedding"]))
             result = add_head(graph, x, weights["norm"], matrix)
         elif op.kind == "ffn":
             result = add_ffn(graph, x, 0, drawn(ffn_shapes(op.width, op.ffn)))
         else:
             graph.input("position", TensorProto.INT64, [1])
-            weights = drawn(mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, frame))
+            weights = drawn(mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, model_config))
             result = add_mixer(graph, x, 0, op.layer, weights, x)
-            states = state_shapes(op.layer, op.width, frame, workload.batch, workload.past)
+            states = state_shapes(op.layer, op.width, model_config, workload.batch, workload.past)
             feed |= {f"state.0.{name}": np.zeros(shape, np.float32) for name, shape in states.items()}
             feed["position"] = np.array([workload.past])
         if op.kind != "head":  # in a model the next op's norm follows
@@ -419,47 +423,49 @@ ACTIVATION_OPS = [
 
 @pytest.mark.parametrize("op", ACTIVATION_OPS, ids=[op.key for op in ACTIVATION_OPS])
 def test_activation_bytes_are_the_peak_of_the_ops_graph(op: Op) -> None:
-    for frame in (FRAMES["untied"], FRAMES["q/k norm"]):
+    for model_config in (FRAMES["untied"], FRAMES["q/k norm"]):
         for workload in WORKLOADS:
-            assert op_activation_bytes(op, workload, frame) == op_peak_bytes(op, workload, frame), workload
+            assert op_activation_bytes(op, workload, model_config) == op_peak_bytes(
+                op, workload, model_config
+            ), workload
 
 
 @each_workload
 def test_memory_is_weights_states_and_the_peak_of_the_whole_graph(workload: Workload) -> None:
     """All but retnet's decays, which its layers share: they stand beside every op after the first use."""
-    for frame in (FRAME, FRAMES["q/k norm"]):
+    for model_config in (FRAME, FRAMES["q/k norm"]):
         for layers in ([m] for m in MIXER_LAYERS.values()), [[*MIXER_LAYERS.values()]]:
             for mixers in layers:
                 architecture = Architecture(48, tuple(replace(layer, ffn=32) for layer in mixers))
-                model = blocks.Model(architecture, frame)
+                model = blocks.Model(architecture, model_config)
                 weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
                 feed: dict[str, NDArray[Any]] = {
                     "tokens": np.zeros((workload.batch, workload.tokens), np.int64),
                     "position": np.array([workload.past]),
                 }
                 for slot, layer in enumerate(architecture.layers):
-                    shapes = state_shapes(layer, 48, frame, workload.batch, workload.past)
+                    shapes = state_shapes(layer, 48, model_config, workload.batch, workload.past)
                     for name, shape in shapes.items():
                         feed[f"state.{slot}.{name}"] = np.zeros(shape, np.float32)
-                graph = model_graph(architecture, frame, weights)
+                graph = model_graph(architecture, model_config, weights)
                 held = sum(4 * weight.size for weight in weights.values()) + bytes_of(
                     run_model(model, workload)
                 )
                 shared = 4 * workload.batch * workload.tokens * MIXER_LAYERS["retnet"].kv_heads
                 slack = shared if any(layer.mixer == "retnet" for layer in mixers) else 0
                 measured = held + peak_bytes(graph, feed, "logits")
-                assert 0 <= measured - memory_bytes(architecture, workload, frame) <= slack
+                assert 0 <= measured - memory_bytes(architecture, workload, model_config) <= slack
 
 
 def test_params_of_the_ends() -> None:
     """A tied head's matrix is the embedding's and counts once."""
-    tied, untied = FRAME, FRAMES["untied"]
-    assert op_params(Op(kind="embedding", width=32), tied) == 37 * 32
-    assert op_params(Op(kind="head", width=32), tied) == 32
+    tie_embeddings, untied = FRAME, FRAMES["untied"]
+    assert op_params(Op(kind="embedding", width=32), tie_embeddings) == 37 * 32
+    assert op_params(Op(kind="head", width=32), tie_embeddings) == 32
     assert op_params(Op(kind="head", width=32), untied) == 32 + 37 * 32
 
 
 def test_encode_then_cost_is_cost() -> None:
     space = SPACES["plain"]
     architecture = decode(space, every_genome(space)[-1:])[0]
-    assert params_cost(space)(encode(space, [architecture]))[0] == params(architecture, space.frame)
+    assert params_cost(space)(encode(space, [architecture]))[0] == params(architecture, space.config)

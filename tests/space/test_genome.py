@@ -30,7 +30,7 @@ def wide_space() -> Space:
         width=[16, 32, 48],
         depth=[2, 3, 5, 8],
         ratios=["full", 1, 3, "linear"],
-        linear_kinds=2,
+        max_linear_kinds=2,
     )
 
 

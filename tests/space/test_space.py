@@ -14,7 +14,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from space import Architecture, Frame, InputError, Space, load_space
+from space import Architecture, InputError, ModelConfig, Space, load_space
 from space.genome import contains
 from space.variation import sample
 from tests.contracts import TINY_SPACES, attempt, every_architecture, tiny_space, tiny_value
@@ -23,7 +23,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "spaces").glob("*.yaml
 TEXT = """\
 # A space as a person writes it.
 name: by-hand
-context: 512
+max_seq_len: 512
 head_dim: 32
 width: [96, 144]
 depth: [2, 3, 4]
@@ -105,7 +105,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"window": [8]}, "layer.window: no mixer has a window; only sliding has one"),
     (
         {"mixer": ["attention", "sliding"], "window": [8, 65]},
-        "layer.window[1]: 65 is more than context 64",
+        "layer.window[1]: 65 is more than max_seq_len 64",
     ),
     ({"ratios": ["full", 1, 1]}, "hybrid.ratios: ['full', 1, 1] names a ratio twice"),
     (
@@ -126,7 +126,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"ratios": None}, "hybrid.ratios: only full is allowed, so that linear can never appear"),
     ({"ratios": ["linear"]}, "hybrid.ratios: only linear is allowed, so that attention can never appear"),
-    ({"linear_kinds": 2}, "hybrid.linear_kinds: 2 is more than the linear mixers, 1"),
+    ({"max_linear_kinds": 2}, "hybrid.max_linear_kinds: 2 is more than the 1 linear mixers"),
     (
         {"local": "separate"},
         "hybrid.local: separate, but layer.mixer has none of sliding, short_conv",
@@ -164,14 +164,14 @@ def test_a_contradiction_is_refused(refused: Refused, changes: dict[str, Any], m
         ({"width": 16}, "width: Input should be a valid tuple, found 16"),
         ({"width": [16, "wide"]}, "width[1]: Input should be a valid integer, found 'wide'"),
         ({"mixer": "attention"}, "layer.mixer: Input should be a valid tuple, found 'attention'"),
-        ({"context": "64"}, "context: Input should be a valid integer, found '64'"),
-        ({"context": True}, "context: Input should be a valid integer, found True"),
-        ({"context": 64.0}, "context: Input should be a valid integer, found 64.0"),
-        ({"context": 0}, "context: Input should be greater than 0, found 0"),
-        ({"context": 10**30}, "context: Input should be less than or equal to"),
+        ({"max_seq_len": "64"}, "max_seq_len: Input should be a valid integer, found '64'"),
+        ({"max_seq_len": True}, "max_seq_len: Input should be a valid integer, found True"),
+        ({"max_seq_len": 64.0}, "max_seq_len: Input should be a valid integer, found 64.0"),
+        ({"max_seq_len": 0}, "max_seq_len: Input should be greater than 0, found 0"),
+        ({"max_seq_len": 10**30}, "max_seq_len: Input should be less than or equal to"),
         ({"depth": [10**9]}, "depth[0]: Input should be less than or equal to"),
         ({"depth": [True]}, "depth[0]: Input should be a valid integer, found True"),
-        ({"tied": 1}, "tied: Input should be a valid boolean, found 1"),
+        ({"tie_embeddings": 1}, "tie_embeddings: Input should be a valid boolean, found 1"),
         ({"qk_norm": "yes"}, "qk_norm: Input should be a valid boolean, found 'yes'"),
         ({"ffn": [-16]}, "layer.ffn[0]: Input should be greater than or equal to 0, found -16"),
         (
@@ -181,7 +181,7 @@ def test_a_contradiction_is_refused(refused: Refused, changes: dict[str, Any], m
         ({"kv_group": 0}, "kv_group: Input should be greater than 0, found 0"),
         ({"sharing": "all"}, "sharing: Input should be 'qkvo' or 'none', found 'all'"),
         ({"local": "apart"}, "hybrid.local: Input should be 'linear' or 'separate', found 'apart'"),
-        ({"linear_kinds": 0}, "hybrid.linear_kinds: Input should be greater than 0, found 0"),
+        ({"max_linear_kinds": 0}, "hybrid.max_linear_kinds: Input should be greater than 0, found 0"),
         (
             {"full_layers": [-1]},
             "hybrid.full_layers[0]: Input should be greater than or equal to 0, found -1",
@@ -202,16 +202,16 @@ def test_a_wrong_value_is_refused(refused: Refused, changes: dict[str, Any], fra
 @pytest.mark.parametrize(
     ("place", "key", "message"),
     [
-        ((), "widht", "widht: unknown key (did you mean width?); known are context, depth, head_dim, "),
-        ((), "zzz", "zzz: unknown key; known are context, depth, "),
+        ((), "widht", "widht: unknown key (did you mean width?); known are depth, head_dim, "),
+        ((), "zzz", "zzz: unknown key; known are depth, "),
         (("layer",), "head", "layer.head: unknown key (did you mean heads?); known are ffn, heads, "),
         (("hybrid",), "ratio", "hybrid.ratio: unknown key (did you mean ratios?); known are full_layers, "),
         (
             ("hybrid",),
             "width",
-            "hybrid.width: unknown key; known are full_layers, linear_kinds, local, ratios",
+            "hybrid.width: unknown key; known are full_layers, local, max_linear_kinds, ratios",
         ),
-        ((), "a\nb", "['a\\nb']: unknown key; known are context, "),
+        ((), "a\nb", "['a\\nb']: unknown key; known are depth, "),
         ((), 1, "[1]: Keys should be strings, found 1"),
     ],
 )
@@ -266,9 +266,9 @@ def test_errors_are_all_named_at_once(refused: Refused) -> None:
         ("width: [0x_]\n", "not valid YAML"),
         ("width: [!!int many]\n", "not valid YAML"),
         ("width: [!!int '']\n", "not valid YAML"),
-        ("tied: !!bool maybe\n", "not valid YAML"),
+        ("tie_embeddings: !!bool maybe\n", "not valid YAML"),
         ("name: !!timestamp today\n", "not valid YAML"),
-        ("context: " + "9" * 5000, "not valid YAML"),
+        ("max_seq_len: " + "9" * 5000, "not valid YAML"),
         ("a: \x00", "not valid YAML"),
         ("[" * 600, "not valid YAML"),
         (b"name: \xff", "cannot be read"),
@@ -415,7 +415,9 @@ def test_text_becomes_a_space(tmp_path: Path) -> None:
     space = load_space(tmp_path / "space.yaml")
     assert space.name == "by-hand"
     assert space.slots == 4
-    assert space.frame == Frame(vocabulary=256, context=512, head_dim=32, tied=True, qk_norm=False)
+    assert space.config == ModelConfig(
+        vocab_size=256, max_seq_len=512, head_dim=32, tie_embeddings=True, qk_norm=False
+    )
     assert space.head_options == ((2, 1), (4, 2), (6, 3))
     assert space.ffn_options == (0, 128)
     assert space.mixer_options == (
@@ -427,7 +429,7 @@ def test_text_becomes_a_space(tmp_path: Path) -> None:
         ("gated_deltanet", 0),
     )
     assert space.hybrid.ratios == ("full", 1, 3, "linear")
-    assert space.linear_kinds == 2
+    assert space.max_linear_kinds == 2
 
 
 def test_options() -> None:
@@ -442,7 +444,7 @@ def test_options() -> None:
     assert space.mixer_options == (("none", 0), ("sliding", 4), ("sliding", 8), ("attention", 0))
     assert space.head_options == ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
     assert space.ffn_options == (0, 16)
-    assert space.linear_kinds == 1
+    assert space.max_linear_kinds == 1
     assert tiny_space(heads=[2, 3]).head_options == ((2, 2), (3, 3))
 
 
@@ -488,7 +490,7 @@ def test_hash_is_of_the_content(tmp_path: Path) -> None:
     value = tiny_value(
         mixer=["attention", "linear", "retnet", "sliding"],
         window=[8],
-        linear_kinds=2,
+        max_linear_kinds=2,
         kv_heads=[1],
         full_layers=[0],
     )
@@ -499,10 +501,10 @@ def test_hash_is_of_the_content(tmp_path: Path) -> None:
     assert len(base.hash) == 64
 
     changes: dict[str, Any] = {
-        "vocabulary": 20,
-        "context": 63,
+        "vocab_size": 20,
+        "max_seq_len": 63,
         "head_dim": 32,
-        "tied": False,
+        "tie_embeddings": False,
         "qk_norm": True,
         "sharing": "none",
         "width": [16],
@@ -513,7 +515,7 @@ def test_hash_is_of_the_content(tmp_path: Path) -> None:
         "ffn": [16],
         "window": [9],
         "ratios": ["full", 2, "linear"],
-        "linear_kinds": 3,
+        "max_linear_kinds": 3,
         "full_layers": [1],
         "local": "separate",
     }
@@ -548,6 +550,6 @@ def test_hash_is_the_same_in_every_process(tmp_path: Path) -> None:
 def test_space_is_a_value() -> None:
     assert tiny_space() == tiny_space()
     assert hash(tiny_space()) == hash(tiny_space())
-    assert tiny_space() != tiny_space(context=32)
+    assert tiny_space() != tiny_space(max_seq_len=32)
     assert tiny_space().patterns
     assert tiny_space(name="seen") == tiny_space(name="seen")  # with and without cached properties

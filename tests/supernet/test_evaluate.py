@@ -25,7 +25,7 @@ def test_losses_are_means_over_all_and_over_recallable_targets() -> None:
     supernet = Supernet(space)
     scatter(supernet)
     rng = np.random.default_rng(0)
-    windows = rng.integers(0, space.vocabulary, (6, 21))
+    windows = rng.integers(0, space.vocab_size, (6, 21))
     targets = np.where(rng.random((6, 20)) < 0.4, -100, windows[:, 1:])
     recallable = (rng.random((6, 20)) < 0.3) & (targets != -100)
     architecture = genome.largest(space)
@@ -37,13 +37,13 @@ def test_losses_are_means_over_all_and_over_recallable_targets() -> None:
         for place, target in enumerate(sequence[1:]):
             shifted = logits[place] - logits[place].max()
             losses[row, place] = math.log(np.exp(shifted).sum()) - shifted[target]
-    found = evaluate(weights, architecture, space.frame, text_set(windows, recallable), batch=4)
+    found = evaluate(weights, architecture, space.config, text_set(windows, recallable), batch=4)
     assert abs(found.loss_nats - losses.mean()) < 1e-6
     assert abs(found.recall_loss_nats - losses[recallable].mean()) < 1e-6
     assert found.bits_per_byte == pytest.approx(losses.mean() / math.log(2), abs=1e-5)
     # Where only some targets are asked, and stand for more bytes than there are tokens.
     some = replace(text_set(windows, recallable), targets=targets, text_bytes=300)
-    found = evaluate(weights, architecture, space.frame, some, batch=4)
+    found = evaluate(weights, architecture, space.config, some, batch=4)
     asked = losses[targets != -100]
     assert abs(found.loss_nats - asked.mean()) < 1e-6
     assert abs(found.recall_loss_nats - losses[recallable].mean()) < 1e-6
@@ -57,7 +57,7 @@ def test_no_recallable_target_gives_no_recall_loss() -> None:
     supernet = Supernet(space)
     data = text_set(np.ones((4, 9), np.int64), np.zeros((4, 8), bool))
     architecture = genome.smallest(space)
-    found = evaluate(supernet.weights(architecture), architecture, space.frame, data)
+    found = evaluate(supernet.weights(architecture), architecture, space.config, data)
     assert math.isnan(found.recall_loss_nats)
     assert data.recall_share == 0
 
@@ -66,11 +66,11 @@ def test_bits_per_byte_are_unknown_where_the_bytes_are() -> None:
     space = tiny_space()
     supernet = Supernet(space)
     architecture = genome.smallest(space)
-    data = recall_set(space.vocabulary, 4, 16)
-    found = evaluate(supernet.weights(architecture), architecture, space.frame, data)
+    data = recall_set(space.vocab_size, 4, 16)
+    found = evaluate(supernet.weights(architecture), architecture, space.config, data)
     assert found.bits_per_byte is None
     assert found.loss_nats == found.recall_loss_nats
-    assert abs(found.loss_nats - math.log(space.vocabulary)) < 2
+    assert abs(found.loss_nats - math.log(space.vocab_size)) < 2
     assert Quality(loss_nats=1.0, recall_loss_nats=2.0).to_json() == {
         "loss_nats": 1.0, "recall_loss_nats": 2.0, "bits_per_byte": None,
     }  # fmt: skip

@@ -41,9 +41,9 @@ def test_subnetwork_equals_submodel(space: Space) -> None:
     rng = np.random.default_rng(0)
     architectures = genome.decode(space, variation.sample(space, rng, 20))
     architectures += [genome.largest(space), genome.smallest(space)]
-    text = torch.from_numpy(rng.integers(0, space.vocabulary, (2, 21)))
+    text = torch.from_numpy(rng.integers(0, space.vocab_size, (2, 21)))
     for architecture in architectures:
-        plain = Model(architecture, space.frame)
+        plain = Model(architecture, space.config)
         plain.load_state_dict(extract(supernet, architecture))
         with torch.no_grad():
             found, states = supernet(text, architecture)
@@ -59,7 +59,7 @@ def test_weights_are_prefix_views_and_extraction_copies(space: Space) -> None:
     scatter(supernet)
     owned = {p.untyped_storage().data_ptr() for p in supernet.parameters()}
     for architecture in genome.decode(space, variation.sample(space, np.random.default_rng(1), 10)):
-        shapes = model_shapes(architecture, space.frame)
+        shapes = model_shapes(architecture, space.config)
         copies = extract(supernet, architecture)
         for name, view in supernet.weights(architecture).items():
             assert view.shape == shapes[name]
@@ -81,7 +81,7 @@ def test_layers_share_projections_only_where_the_space_says_so() -> None:
 
 def test_gradients_land_in_prefixes_as_autograd_would_put_them(space: Space) -> None:
     rng = np.random.default_rng(2)
-    text = torch.from_numpy(rng.integers(0, space.vocabulary, (2, 17)))
+    text = torch.from_numpy(rng.integers(0, space.vocab_size, (2, 17)))
     architectures = genome.decode(space, variation.sample(space, rng, 6))
     ours, theirs = Supernet(space), Supernet(space)
     for supernet in (ours, theirs):
@@ -95,7 +95,7 @@ def test_gradients_land_in_prefixes_as_autograd_would_put_them(space: Space) -> 
 
         table = sources(space, architecture)
         slices = leaves(parameters, table)
-        loss = loss_of(forward(slices, architecture, space.frame, text)[0])
+        loss = loss_of(forward(slices, architecture, space.config, text)[0])
         loss.backward()
         add_gradients(slices, table, totals)
         other = loss_of(theirs(text, architecture)[0])
@@ -137,7 +137,7 @@ def test_no_weight_is_copied_in_the_forward(space: Space, dtype: torch.dtype) ->
     assert met >= set(MIXERS)
     with Copies(owned) as copies:
         for architecture in architectures:
-            forward(leaves(weights, sources(space, architecture)), architecture, space.frame, text)
+            forward(leaves(weights, sources(space, architecture)), architecture, space.config, text)
         assert not copies.found
         weights["embedding"][:, :16].contiguous()  # what it would notice
     assert copies.found

@@ -19,7 +19,7 @@ SMALL = load_space(Path(__file__).parents[3] / "configs" / "spaces" / "small.yam
 DECODE, PREFILL = Workload.parse("decode@2048"), Workload.parse("prefill@512")
 
 
-LARGE = tiny_space(width=[512, 1024], depth=[4, 8], heads=[4, 8], ffn=[0, 2048, 4096], context=2048)
+LARGE = tiny_space(width=[512, 1024], depth=[4, 8], heads=[4, 8], ffn=[0, 2048, 4096], max_seq_len=2048)
 STACKED = [(space, op) for space in (SMALL, LARGE) for op in space_ops(space)[::7]]
 
 
@@ -31,7 +31,7 @@ def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(spac
     assert 2 <= low < high <= STACKS[1]
     drawn = variation.sample(space, np.random.default_rng(3), 2000)
     held = held_bytes(space, DECODE, drawn[drawn[:, 0] == space.width.index(op.width)])
-    own = high * op_held_bytes(op, DECODE, space.frame)
+    own = high * op_held_bytes(op, DECODE, space.config)
     if STACKS[0] < high < STACKS[1] and op.kind != "head":  # whose stack has an embedding beside it
         wanted = max(12 * 2**20, np.median(held))
         assert 0.9 * wanted < own < 1.1 * wanted
@@ -40,7 +40,7 @@ def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(spac
 
 def test_stacks_follow_the_median_model_where_that_is_large() -> None:
     ends = [
-        stack_heights(LARGE, op, DECODE)[1] * op_held_bytes(op, DECODE, LARGE.frame)
+        stack_heights(LARGE, op, DECODE)[1] * op_held_bytes(op, DECODE, LARGE.model_config)
         for op in space_ops(LARGE)
     ]
     assert max(ends) > 2 * 12 * 2**20
@@ -75,7 +75,7 @@ def many_shapes() -> Space:
 def test_a_budget_ends_the_ops_and_progress_says_what_is_known(tmp_path: Path) -> None:
     config = ProfileConfig(
         workloads=("decode@16",), block_ms=0.2, min_rounds=2, op_rounds=2, max_rounds=2, optimal_models=4,
-        random_models=2, held_out_models=3, repeated_models=1, most_noise=None, op_error=1e-6, group=8,
+        random_models=2, held_out_models=3, repeated_models=1, max_noise=None, op_error=1e-6, group=8,
         budget_minutes=1 / 60,
     )  # fmt: skip
     said: list[str] = []

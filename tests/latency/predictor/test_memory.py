@@ -22,8 +22,8 @@ def law(genomes: np.ndarray) -> np.ndarray:
     """Weights twice, states and activations once, 300 kB and 20 kB a layer; by a loop over models."""
     found = []
     for a in genome.decode(SPACE, genomes):
-        weights = 4 * params(a, SPACE.frame)
-        found.append(3e5 + 2e4 * a.depth + 2 * weights + memory_bytes(a, W, SPACE.frame) - weights)
+        weights = 4 * params(a, SPACE.model_config)
+        found.append(3e5 + 2e4 * a.depth + 2 * weights + memory_bytes(a, W, SPACE.model_config) - weights)
     return np.array(found)
 
 
@@ -42,11 +42,11 @@ def test_a_known_law_is_recovered() -> None:
 
 @pytest.mark.skipif(not rss.STATUS.exists(), reason="only Linux tells a process's peak memory")
 def test_a_real_session_takes_more_where_it_holds_more() -> None:
-    large = tiny_space(width=[64, 256], ffn=[0, 1024], depth=[1, 4], heads=[2], context=64)
+    large = tiny_space(width=[64, 256], ffn=[0, 1024], depth=[1, 4], heads=[2], max_seq_len=64)
     small_, large_ = genome.smallest(large), genome.largest(large)
     runtime = OnnxRuntime(1)
-    few, many = (runtime.memory(a, [W], large.frame)[W] for a in (small_, large_))
-    assert many - few > 4 * (params(large_, large.frame) - params(small_, large.frame))
+    few, many = (runtime.memory(a, [W], large.model_config)[W] for a in (small_, large_))
+    assert many - few > 4 * (params(large_, large.model_config) - params(small_, large.model_config))
     assert many < 200 * 2**20
 
 

@@ -31,7 +31,7 @@ from tests.contracts import tiny_space
 W = Workload(phase="prefill", length=64)
 D = Workload(phase="decode", length=64)
 EXACT = np.zeros(20)  # timings without error, as many as are fitted
-UNMEASURED = OpLatencies(tiny_space().frame, {}, {})
+UNMEASURED = OpLatencies(tiny_space().model_config, {}, {})
 
 
 def space() -> Space:
@@ -193,7 +193,7 @@ def test_what_full_attention_shares_is_paid_once() -> None:
     predictor = fit_predictor(
         space(), UNMEASURED, latencies, train, {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
     )
-    assert predictor.models[W].once_full == pytest.approx(2e-3, rel=0.25)
+    assert predictor.models[W].attention_constant == pytest.approx(2e-3, rel=0.25)
     assert predictor.models[W].errors["held_out"]["mape_percent"] < 1.5
 
 
@@ -213,8 +213,8 @@ def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
     )
     assert predictor.models[W].errors["held_out"]["mape_percent"] < 2.0
     cost = predictor.cost(W)
-    assert 1 <= len(cost.above) <= 4
-    parts = np.array([part(held) for part in (replace(cost, above=()), *cost.above)])
+    assert 1 <= len(cost.max_with) <= 4
+    parts = np.array([part(held) for part in (replace(cost, max_with=()), *cost.max_with)])
     assert np.array_equal(cost(held), parts.max(axis=0))
     model = predictor.models[W]
     over = np.maximum(0.0, held_bytes(space(), W, held)[:, None] - np.array(starts)) / typical
@@ -246,8 +246,8 @@ def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.Mo
     assert saving.rate == pytest.approx(rate, rel=0.3)
     assert saving.full == pytest.approx(full, rel=0.5)
     cost = predictor.cost(W)
-    assert cost.otherwise is not None
-    ends = np.array([replace(cost, otherwise=None)(held), cost.otherwise(held)])
+    assert cost.min_with is not None
+    ends = np.array([replace(cost, min_with=None)(held), cost.min_with(held)])
     assert np.array_equal(cost(held), ends.min(axis=0))
     assert 0 < (ends[1] < ends[0]).mean() < 1
     plain = ends[0]
@@ -256,7 +256,7 @@ def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.Mo
     assert predictor.models[W].times(2.0).saving.rate == 2 * saving.rate
     without = of(lambda genomes: truth(genomes, ops, 0.01, 0))
     assert without.models[W].saving.rate == 0
-    assert without.cost(W).otherwise is None
+    assert without.cost(W).min_with is None
 
 
 def test_a_saving_survives_its_file(tmp_path: Path) -> None:

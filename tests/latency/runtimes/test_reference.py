@@ -7,8 +7,8 @@ import pytest
 
 from latency import OnnxRuntime
 from latency.device_runner.io_binding import Run
-from latency.runtimes.reference import require_quiet, time_references
-from space import Frame, InputError, Workload
+from latency.runtimes.reference import require_stable, time_references
+from space import InputError, ModelConfig, Workload
 from space.ops import Op
 
 
@@ -19,23 +19,25 @@ class Unfair(OnnxRuntime):
         super().__init__(1)
         self.made = 0
 
-    def stack(self, op: Op, height: int, workloads: Sequence[Workload], frame: Frame) -> dict[Workload, Run]:
+    def stack(
+        self, op: Op, height: int, workloads: Sequence[Workload], model_config: ModelConfig
+    ) -> dict[Workload, Run]:
         self.made += 1
         twice = 2 if self.made % 3 == 0 else 1
 
         def slowed(run: Any) -> Run:
             return lambda loops: run(twice * loops)
 
-        return {w: slowed(run) for w, run in super().stack(op, height, workloads, frame).items()}
+        return {w: slowed(run) for w, run in super().stack(op, height, workloads, model_config).items()}
 
 
 def test_a_noisy_machine_is_refused_with_advice() -> None:
     with pytest.raises(
         InputError, match=r"too noisy for claims.*differs by \d+.*stop other programs"
     ) as caught:
-        require_quiet(time_references(Unfair()), 0.1)
+        require_stable(time_references(Unfair()), 0.1)
     assert "\n" not in str(caught.value)
 
 
 def test_noise_is_a_relative_difference() -> None:
-    assert 0 < require_quiet(time_references(OnnxRuntime(1)), 9.0) < 1
+    assert 0 < require_stable(time_references(OnnxRuntime(1)), 9.0) < 1

@@ -26,20 +26,20 @@ QUICK = {
     "random_models": 3,
     "held_out_models": 3,
     "repeated_models": 1,
-    "most_noise": None,
+    "max_noise": None,
 }
 
 
 @pytest.mark.parametrize("op", space_ops(SPACE), ids=lambda op: op.key)
 def test_every_op_runs(op: object) -> None:
-    runs = TorchRuntime().stack(op, 2, WORKLOADS, SPACE.frame)  # type: ignore[arg-type]
+    runs = TorchRuntime().stack(op, 2, WORKLOADS, SPACE.model_config)  # type: ignore[arg-type]
     for run in runs.values():
         run(2)
 
 
 def test_whole_models_run_in_every_workload() -> None:
     for architecture in genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(0), 10)):
-        for run in TorchRuntime().model(architecture, WORKLOADS, SPACE.frame, 0).values():
+        for run in TorchRuntime().model(architecture, WORKLOADS, SPACE.model_config, 0).values():
             run(1)
 
 
@@ -67,7 +67,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in what it imports to compile
 def test_compiled_models_run() -> None:
     architecture = genome.largest(SPACE)
-    for run in TorchRuntime(compiled=True).model(architecture, WORKLOADS, SPACE.frame, 0).values():
+    for run in TorchRuntime(compiled=True).model(architecture, WORKLOADS, SPACE.model_config, 0).values():
         run(2)
 
 

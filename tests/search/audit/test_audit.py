@@ -244,10 +244,10 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
     pipeline.trained(run, Quiet(), load_corpus(run.config.train.data))
     space, workload = run.space, Workload(phase="prefill", length=64)
     model = WorkloadModel(
-        op_seconds={op.key: 1e-6 + 1e-11 * op_flops(op, workload, space.frame) for op in space_ops(space)},
+        op_seconds={op.key: 1e-6 + 1e-11 * op_flops(op, workload, space.config) for op in space_ops(space)},
         kinds=dict.fromkeys(op_kinds(space), 1.0),
         constant=1e-5,
-        once_full=2e-6,
+        attention_constant=2e-6,
         per_layer=1e-6,
         scale=0.01,
         hinges=(0.0,) * 4,
@@ -255,7 +255,7 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
     )
     card = Card(run.devices / "desk", {"cpu": "made up", "runtime": "onnxruntime", "runtime_version": "0"})
     card.save()
-    unmeasured = OpLatencies(space.frame, {}, {})
+    unmeasured = OpLatencies(space.config, {}, {})
     predictor = Predictor(space=space, ops=unmeasured, models={workload: model}, residuals=[0.0])
     predictor.save(card.predictor_path(space.name, "onnxruntime", 1, "fp32"), {"graphs": str(VERSION)})
     return run
@@ -273,7 +273,7 @@ def test_without_a_predictor_one_line_says_what_makes_it(trained: Run) -> None:
 
 def start(run: Run) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from search.cli import main; main()", "--devices", str(run.devices)]
-    command += ["audit", "--supernet", str(run.folder), "--size", "3", "--steps", "2", "--batch", "2"]
+    command += ["audit", "--run", str(run.folder), "--size", "3", "--steps", "2", "--batch", "2"]
     return subprocess.Popen(
         [*command, "--workers", "1", "--json"],
         cwd=run.folder.parent,
@@ -333,8 +333,8 @@ def check_values(run: Run, value: dict[str, Any]) -> None:
     config = run.config.train.model_copy(update={"steps": 2, "batch": 2, "seed": row["alone"][1]["seed"]})
     checkpoint = train(space, config, run.folder / "again", None, corpus, architecture)
     weights = dict(load_alone(space, checkpoint, architecture).named_parameters())
-    data = evaluation_set(corpus, run.config.search.front_windows, space.context)
-    quality = evaluate(weights, architecture, space.frame, data)
+    data = evaluation_set(corpus, run.config.search.front_windows, space.max_seq_len)
+    quality = evaluate(weights, architecture, space.config, data)
     assert quality.loss_nats == row["alone"][1]["loss_nats"]
     assert row["alone"][0]["loss_nats"] != row["alone"][1]["loss_nats"]
 

@@ -18,9 +18,9 @@ from tests.conftest import Quiet
 from tests.contracts import tiny_value
 
 
-def run(folder: Path, vocabulary: int, **data: object) -> Run:
+def run(folder: Path, vocab_size: int, **data: object) -> Run:
     value = {
-        "space": tiny_value(vocabulary=vocabulary, context=32),
+        "space": tiny_value(vocab_size=vocab_size, max_seq_len=32),
         "train": {"steps": 2, "batch": 2, "threads": 1, "data": data},
         "search": {"front_windows": 4},
     }
@@ -37,8 +37,8 @@ def letters(folder: Path) -> Path:
     """A tokenizer of bytes and a few pairs of letters: 300 tokens."""
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet())]
     pairs = [(a, b) for a in "abcdegh" for b in "aehlmnt"][:44]
-    vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in pairs)])}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
+    vocab_size = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in pairs)])}
+    made = tokenizers.Tokenizer(models.BPE(vocab_size, pairs))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.save(str(folder / "tokenizer.json"))

@@ -23,7 +23,7 @@ ROOT = str(Path(__file__).parents[3])
 def command(folder: Path, *options: str) -> list[str]:
     return [
         sys.executable, "-c", "from search.cli import main; main()", "--devices", str(folder / "devices"),
-        "search", "--supernet", str(folder / "run"), "--device", "desk", *options, "--json",
+        "search", "--run", str(folder / "run"), "--device", "desk", *options, "--json",
     ]  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def test_an_impossible_limit_is_refused_with_what_is_possible(run_folder: Path) 
 def words(folder: Path) -> tuple[object, ...]:
     """A search under another name, in this process."""
     return (
-        "--devices", folder / "devices", "search", "--supernet", folder / "run", "--device", "desk",
+        "--devices", folder / "devices", "search", "--run", folder / "run", "--device", "desk",
         "--workers", "0", "--name", "other",
     )  # fmt: skip
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from scipy.optimize import milp
 
 from search.problem import feasibility
-from search.problem.feasibility import certify, nearest
-from search.problem.limit import Bounded, Limit, format_quantity
+from search.problem.feasibility import check_feasible, least_relaxation
+from search.problem.limit import Constraint, Limit, format_quantity
 from search.problem.milp import feasible, least, within
 from space import LimitError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost
-from space.genome import Genomes, contains, decode, encode, layout, size
+from space.genome import Genomes, contains, decode, encode, encoding, size
 from space.ops import Cost, Op, OpTables
 from space.variation import sample
 
@@ -25,19 +25,19 @@ Floats = NDArray[np.float64]
 
 
 def space_of(hybrid: dict[str, Any], **changes: Any) -> Space:
-    fields: dict[str, Any] = {"name": "tiny", "context": 64, "head_dim": 16, "width": [16, 32]}
+    fields: dict[str, Any] = {"name": "tiny", "max_seq_len": 64, "head_dim": 16, "width": [16, 32]}
     layer = changes.pop("layer")
     return Space.model_validate(fields | changes | {"layer": layer, "hybrid": hybrid})
 
 
 SPACES = {
     "one kind of two, layers may be absent": space_of(
-        {"ratios": ["full", 1, 2, "linear"], "linear_kinds": 1},
+        {"ratios": ["full", 1, 2, "linear"], "max_linear_kinds": 1},
         depth=[2, 3],
         layer={"mixer": ["attention", "linear", "retnet", "none"], "heads": [1, 2], "ffn": [0, 16]},
     ),
     "two kinds of four, every layer whole": space_of(
-        {"ratios": [1, 3, "linear"], "linear_kinds": 2},
+        {"ratios": [1, 3, "linear"], "max_linear_kinds": 2},
         width=[16],
         depth=[3, 4],
         layer={
@@ -59,7 +59,7 @@ SPACES = {
         },
     ),
     "two windows are one kind, forced ends": space_of(
-        {"ratios": ["full", 1, 2], "full_layers": [0, 2], "linear_kinds": 1},
+        {"ratios": ["full", 1, 2], "full_layers": [0, 2], "max_linear_kinds": 1},
         depth=[2, 3, 4],
         width=[16],
         layer={
@@ -70,7 +70,7 @@ SPACES = {
         },
     ),
     "no FFN": space_of(
-        {"ratios": [1, 2, "linear"], "linear_kinds": 2},
+        {"ratios": [1, 2, "linear"], "max_linear_kinds": 2},
         depth=[2, 3],
         layer={"mixer": ["attention", "linear", "retnet", "gated_deltanet"], "heads": [1, 2], "ffn": [0]},
     ),
@@ -81,7 +81,7 @@ SPACES = {
 def everything(name: str) -> Genomes:
     """Every genome of a space: the product of the genes, filtered."""
     space = SPACES[name]
-    alphabet = layout(space).alphabet
+    alphabet = encoding(space).cardinalities
     product = np.indices(tuple(alphabet.tolist())).reshape(len(alphabet), -1).T.astype(np.int16)
     genomes = np.concatenate([part[contains(space, part)] for part in np.array_split(product, 16)])
     assert len(genomes) == size(space)
@@ -138,7 +138,7 @@ def test_least_is_that_of_brute_force(name: str, style: str) -> None:
 def greatest_of(space: Space, rng: np.random.Generator, style: str, count: int) -> Cost:
     """The greatest of so many random sums."""
     first, *others = (random_cost(space, rng, style) for _ in range(count))
-    return replace(first, above=tuple(others))
+    return replace(first, max_with=tuple(others))
 
 
 @pytest.mark.parametrize("style", ["any", "ties", "lacking"])
@@ -149,7 +149,7 @@ def test_the_greatest_of_sums_is_that_of_brute_force(name: str, style: str) -> N
     bent = 0
     for _ in range(3):
         cost = greatest_of(space, rng, style, 3)
-        parts = priced([replace(cost, above=()), *cost.above], genomes)
+        parts = priced([replace(cost, max_with=()), *cost.max_with], genomes)
         values = priced([cost], genomes)
         assert np.array_equal(values[:, 0], parts.max(axis=1))
         value, architecture = least(space, cost)
@@ -171,8 +171,8 @@ def test_the_lesser_of_two_is_that_of_brute_force(name: str, style: str) -> None
     rng = np.random.default_rng(7)
     turns = set()
     for _ in range(3):
-        cost = replace(greatest_of(space, rng, style, 2), otherwise=greatest_of(space, rng, style, 2))
-        both = [replace(cost, otherwise=None), cost.otherwise]
+        cost = replace(greatest_of(space, rng, style, 2), min_with=greatest_of(space, rng, style, 2))
+        both = [replace(cost, min_with=None), cost.min_with]
         parts = priced(both, genomes)
         values = priced([cost], genomes)
         assert np.array_equal(values[:, 0], parts.min(axis=1))
@@ -199,14 +199,14 @@ def test_the_lesser_of_two_is_refused_with_what_it_can_reach() -> None:
     together = 0
     for _ in range(6):
         costs = [
-            replace(greatest_of(space, rng, "any", 2), otherwise=greatest_of(space, rng, "any", 2))
+            replace(greatest_of(space, rng, "any", 2), min_with=greatest_of(space, rng, "any", 2))
             for _ in range(2)
         ]
         values = priced(costs, genomes)
         low = values.min(axis=0)
         asked = asked_of(costs, low * [0.999, 2.0])
         assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in refusal(space, asked)
-        certify(space, asked_of(costs[:1], low[:1]))
+        check_feasible(space, asked_of(costs[:1], low[:1]))
         bounds = low * [1.0, 1.0]
         bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
         if bounds[1] > low[1]:
@@ -229,7 +229,7 @@ def test_the_greatest_of_sums_is_refused_with_what_it_can_reach() -> None:
         asked = asked_of(costs, low * [0.999, 2.0])
         message = refusal(space, asked)
         assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in message
-        certify(space, asked_of(costs[:1], low[:1]))
+        check_feasible(space, asked_of(costs[:1], low[:1]))
         bounds = low * [1.0, 1.0]
         bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
         if bounds[1] > low[1]:
@@ -350,18 +350,18 @@ def test_bounds_that_are_not_above_zero_are_refused() -> None:
 SUBJECTS = ("params", "phone:params", "memory@8", "decode@8")
 
 
-def asked_of(costs: list[Cost], bounds: Floats) -> list[Bounded]:
+def asked_of(costs: list[Cost], bounds: Floats) -> list[Constraint]:
     """Limits that stand for random costs: only their names and units matter."""
     units = ("", "", "B", "s")
     return [
-        Bounded(Limit.parse(f"{subject}<={float(bound)!r}{unit}"), cost, float(bound))
+        Constraint(Limit.parse(f"{subject}<={float(bound)!r}{unit}"), cost, float(bound))
         for subject, unit, cost, bound in zip(SUBJECTS, units, costs, bounds, strict=False)
     ]
 
 
-def refusal(space: Space, asked: list[Bounded]) -> str:
+def refusal(space: Space, asked: list[Constraint]) -> str:
     with pytest.raises(LimitError) as error:
-        certify(space, asked)
+        check_feasible(space, asked)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -448,15 +448,15 @@ def test_limits_that_can_be_met_pass_and_none_are_no_limits() -> None:
     space = SPACES["no FFN"]
     rng = np.random.default_rng(4)
     costs = [random_cost(space, rng, "any") for _ in range(3)]
-    certify(space, [])
-    certify(space, asked_of(costs, priced(costs, everything("no FFN"))[77]))
+    check_feasible(space, [])
+    check_feasible(space, asked_of(costs, priced(costs, everything("no FFN"))[77]))
 
 
 def test_a_value_is_shown_with_digits_that_tell_it_from_the_bound() -> None:
     cost = params_cost(SPACES["no FFN"])
-    one = Bounded(Limit.parse("decode@8<=2ms"), cost, 2e-3)
+    one = Constraint(Limit.parse("decode@8<=2ms"), cost, 2e-3)
     assert [one.show(v) for v in (3e-3, 2.001e-3, 2e-3)] == ["3 ms", "2.001 ms", "2 ms"]
-    half = Bounded(Limit.parse("decode@8<=50%"), cost, 2e-3)
+    half = Constraint(Limit.parse("decode@8<=50%"), cost, 2e-3)
     assert (one.text, half.text) == ("decode@8<=2ms", "decode@8<=50% (2 ms)")
 
 
@@ -469,7 +469,7 @@ def test_ops_that_a_device_lacks_altogether_are_said_so() -> None:
         assert value == np.inf
         assert contains(each, encode(each, [architecture])).all()
     assert feasible(space, [lacking, held], [1.0, 1e9]) is None
-    message = refusal(space, [Bounded(Limit.parse("decode@8<=1s"), lacking, 1.0)])
+    message = refusal(space, [Constraint(Limit.parse("decode@8<=1s"), lacking, 1.0)])
     assert (
         message
         == "space tiny: decode@8<=1s cannot be met: every architecture needs an op that the device lacks"
@@ -480,7 +480,9 @@ def test_ops_that_a_device_lacks_altogether_are_said_so() -> None:
         OpTables(space, lambda op: np.inf if op.kind in ("retnet", "gated_deltanet", "attention") else 1.0)
     )
     other = Cost(OpTables(space, lambda op: np.inf if op.kind == "linear" else 1.0))
-    asked = [Bounded(Limit.parse(f"{s}:decode@8<=9s"), cost, 9.0) for s, cost in (("a", some), ("b", other))]
+    asked = [
+        Constraint(Limit.parse(f"{s}:decode@8<=9s"), cost, 9.0) for s, cost in (("a", some), ("b", other))
+    ]
     message = refusal(space, asked)
     assert "with b:decode@8<=9s, every architecture needs an op that the device lacks" in message
 
@@ -514,7 +516,7 @@ def test_the_nearest_point_is_that_of_brute_force(name: str, style: str) -> None
         if not len(finite) or (finite <= 0).any():
             continue
         bounds = finite.min(axis=0) * rng.uniform(0.3, 1.2, count)
-        found = nearest(space, asked_of(costs, bounds))
+        found = least_relaxation(space, asked_of(costs, bounds))
         assert found is not None
         factor, architecture = found
         least_factor = (finite / bounds).max(axis=1).min()

@@ -20,7 +20,7 @@ PREFILL = Workload.parse("prefill@64")
 
 def words(folder: Path, *options: object) -> tuple[object, ...]:
     return (
-        "--devices", folder / "devices", "search", "--supernet", folder / "run", "--device", "desk",
+        "--devices", folder / "devices", "search", "--run", folder / "run", "--device", "desk",
         "--workers", "0", "--name", "kept", "--verify", *options, "--json",
     )  # fmt: skip
 
@@ -34,11 +34,11 @@ def test_what_is_handed_over_was_measured_and_kept_its_limits(run_folder: Path, 
     done = formfit(*words(run_folder, "--limit", "prefill@64<=9s", "--limit", "params<=95%"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    promise = found["promise"]
-    chosen = promise["chosen"]
-    assert promise["kept"]
+    measured_search = found["measured_search"]
+    chosen = measured_search["chosen"]
+    assert measured_search["kept"]
     assert {item["status"] for item in chosen["limits"]} == {"kept"}
-    for one in promise["rounds"]:
+    for one in measured_search["rounds"]:
         for row in one["finalists"]:
             folder = run_folder / "run" / "submodels" / row["key"]
             verified = json.loads((folder / "verify.json").read_text())
@@ -48,7 +48,7 @@ def test_what_is_handed_over_was_measured_and_kept_its_limits(run_folder: Path, 
     out = run_folder / "model"
     taken = formfit(
         "extract",
-        "--supernet",
+        "--run",
         run_folder / "run",
         "--search",
         "kept",
@@ -81,18 +81,20 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
     limit = f"prefill@64<={1.5 * 3 * low:.6f}ms"  # truly half above the least
     done = formfit(*words(run_folder, "--limit", limit, "--confidence", "0.55"))
     assert done.returncode in (0, 3), done.stderr
-    promise = json.loads((run_folder / "run" / "searches" / "kept" / "promise.json").read_text())
-    assert not all(row["kept"] for row in promise["rounds"][0]["finalists"]), promise
-    assert promise["kept"] == (done.returncode == 0)
+    measured_search = json.loads(
+        (run_folder / "run" / "searches" / "kept" / "measured_search.json").read_text()
+    )
+    assert not all(row["kept"] for row in measured_search["rounds"][0]["finalists"]), measured_search
+    assert measured_search["kept"] == (done.returncode == 0)
     if done.returncode == 3:  # the smallest may take longer than that
         assert "finalists kept its promise" in done.stderr.splitlines()[-1]
     else:
-        assert promise["chosen"]["used"] <= 1
+        assert measured_search["chosen"]["used"] <= 1
     second = run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json"
     # A first finalist may use what there is, or nothing keep the limit as measured: then there is no second.
-    settled = any(row["kept"] and row["used"] >= ENOUGH for row in promise["rounds"][0]["finalists"])
+    settled = any(row["kept"] and row["used"] >= ENOUGH for row in measured_search["rounds"][0]["finalists"])
     if not settled and done.returncode == 0:
-        assert second.exists(), promise
+        assert second.exists(), measured_search
     if second.exists():
         bound = json.loads(second.read_text())["limits"][0]["bound"]
         assert bound == pytest.approx(float(limit[12:-2]) / 1e3)
@@ -125,10 +127,10 @@ def test_the_chosen_one_is_the_best_that_keeps_the_limits_with_room() -> None:
 
 
 def test_noise_is_refused_before_anything_is_said_of_limits(run_folder: Path, formfit: Program) -> None:
-    done = formfit(*words(run_folder, "--limit", "prefill@64<=9s", "--noise", "0.01"))
+    done = formfit(*words(run_folder, "--limit", "prefill@64<=9s", "--max-noise", "0.01"))
     assert done.returncode == 2
     assert "noise" in done.stderr.splitlines()[-1] or "differ" in done.stderr.splitlines()[-1]
-    assert not (run_folder / "run" / "searches" / "kept" / "promise.json").exists()
+    assert not (run_folder / "run" / "searches" / "kept" / "measured_search.json").exists()
 
 
 def test_another_machines_card_cannot_be_promised_on(run_folder: Path, formfit: Program) -> None:
@@ -142,13 +144,13 @@ def test_another_machines_card_cannot_be_promised_on(run_folder: Path, formfit: 
 
 
 def test_the_best_few_are_distilled_before_one_is_chosen(run_folder: Path, formfit: Program) -> None:
-    given = words(run_folder, "--limit", "prefill@64<=9s", "--finalists", "2")
+    given = words(run_folder, "--limit", "prefill@64<=9s", "--distill-top", "2")
     done = formfit(*given)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     first, second = found["finalists"]
     assert first["after"]["loss_nats"] <= second["after"]["loss_nats"]
-    measured = {row["key"] for one in found["promise"]["rounds"] for row in one["finalists"]}
+    measured = {row["key"] for one in found["measured_search"]["rounds"] for row in one["finalists"]}
     assert {first["key"], second["key"]} <= measured
     folder = run_folder / "run" / "submodels" / f"{first['key']}-kept"
     architecture = json.loads((folder / "architecture.json").read_text())

@@ -65,7 +65,7 @@ def by_force(space: Space, base: Architecture) -> list[Architecture]:
     choices = [size for size in space.layer.ffn if size]
     ways = product(choices, repeat=len(sizes_of(base)))
     found = [with_sizes(base, sizes) for sizes in ways if allowed(space, sizes)]
-    return sorted(found, key=lambda a: params(a, space.frame))
+    return sorted(found, key=lambda a: params(a, space.config))
 
 
 def some_bases(space: Space) -> list[Architecture]:
@@ -88,7 +88,7 @@ def test_a_family_is_all_that_the_rule_allows_in_its_one_order(space: Space) -> 
             steps = [b - a for a, b in zip(sizes_of(less), sizes_of(more), strict=True)]
             assert sum(step > 0 for step in steps) == 1
             assert min(steps) >= 0
-            assert params(less, space.frame) < params(more, space.frame)
+            assert params(less, space.config) < params(more, space.config)
             again = genome.decode(space, family(space, less))
             assert again == members  # whoever is taken, the family is one
 
@@ -115,8 +115,8 @@ def test_the_largest_that_keeps_the_limit_is_taken(space: Space, metric: str) ->
 
     def cost(architecture: Architecture) -> int:
         if metric == "params":
-            return params(architecture, space.frame)
-        return memory_bytes(architecture, Workload.parse(metric.replace("memory", "prefill")), space.frame)
+            return params(architecture, space.config)
+        return memory_bytes(architecture, Workload.parse(metric.replace("memory", "prefill")), space.config)
 
     for base in (genome.largest(space), *random_members(space, 3)):
         members = by_force(space, base)
@@ -136,7 +136,7 @@ def test_the_largest_that_keeps_the_limit_is_taken(space: Space, metric: str) ->
             assert choice == {
                 "limits": [{"limit": limit.text, "bound": bound, "unit": unit}],
                 "confidence": 0.975,
-                "predicted": {"params": params(found, space.frame), "latency": {}},
+                "predicted": {"params": params(found, space.config), "latency": {}},
                 "picked": {"how": "mix'n'match", "base": base.key, "family": len(members)},
             }
 
@@ -150,15 +150,15 @@ def test_of_random_sizes_that_keep_the_rule_none_larger_keeps_the_limit() -> Non
         draws = rng.choice(choices, (20_000, layers))
         draws[:10_000] = np.sort(draws[:10_000], axis=1)  # else few of so many layers would never fall
         ways = {tuple(map(int, row)) for row in draws}
-        costs = [params(with_sizes(base, way), space.frame) for way in ways if allowed(space, way)]
+        costs = [params(with_sizes(base, way), space.config) for way in ways if allowed(space, way)]
         least, most = (
-            params(a, space.frame) for a in (by_family(space, base)[0], by_family(space, base)[-1])
+            params(a, space.config) for a in (by_family(space, base)[0], by_family(space, base)[-1])
         )
         assert min(costs) >= least
         assert max(costs) <= most
         for bound in rng.integers(least, most + 1, 10):
             found, _ = mix_and_match(base, problem_of(space), Limit.parse(f"params<={bound}"))
-            used = params(found, space.frame)
+            used = params(found, space.config)
             assert used <= bound
             assert used >= max((value for value in costs if value <= bound), default=0)
 
@@ -169,15 +169,15 @@ def by_family(space: Space, base: Architecture) -> list[Architecture]:
 
 def test_a_percentage_is_of_the_largest_architecture() -> None:
     """Whatever the base."""
-    whole = params(genome.largest(SMALL), SMALL.frame)
+    whole = params(genome.largest(SMALL), SMALL.model_config)
     for base in random_members(SMALL, 30):
-        costs = [params(member, SMALL.frame) for member in by_family(SMALL, base)]
+        costs = [params(member, SMALL.model_config) for member in by_family(SMALL, base)]
         for percent in (40, 60, 100):
             limit = Limit.parse(f"params<={percent}%")
             kept = [value for value in costs if within(value, whole * percent / 100)]
             if kept:
                 found, choice = mix_and_match(base, problem_of(SMALL), limit)
-                assert params(found, SMALL.frame) == kept[-1]
+                assert params(found, SMALL.model_config) == kept[-1]
                 assert choice["limits"] == [
                     {
                         "limit": f"params<={percent}%",
@@ -291,7 +291,7 @@ def test_the_choice_is_what_readers_of_a_sub_model_take(finished_run: Path, tmp_
         assert f"- `{text}`" in (tmp_path / "README.md").read_text()
         (judged,) = judge(submodel, "desk", {"decode@64": {"latency_ms": 1.0}}, {})
         assert judged["status"] == "kept"
-        value = params(found, run.space.frame) if "params" in text else 1e-3
+        value = params(found, run.space.config) if "params" in text else 1e-3
         assert judged["found"] == value
 
 

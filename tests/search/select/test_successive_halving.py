@@ -120,7 +120,7 @@ def test_before_is_what_the_sub_networks_reach(
     trained: Trained, members: list[Architecture], data: EvaluationSet, outcome: tuple[Path, list[Finalist]]
 ) -> None:
     supernet = load_supernet(trained.space, trained.checkpoint)
-    found = {a: evaluate(supernet.weights(a), a, trained.space.frame, data).to_json() for a in members[:4]}
+    found = {a: evaluate(supernet.weights(a), a, trained.space.config, data).to_json() for a in members[:4]}
     assert {f.architecture: f.before for f in outcome[1]} == {
         a: {name: value[name] for name in ("loss_nats", "recall_loss_nats")} for a, value in found.items()
     }
@@ -157,7 +157,7 @@ def test_the_better_half_goes_on(
         assert finalist.folder == folder / finalist.architecture.key / f"rung-{finalist.rung}"
         assert finalist.failed is None
         weights = load_file(finalist.folder / "model.safetensors")
-        reached = evaluate(weights, finalist.architecture, trained.space.frame, data)
+        reached = evaluate(weights, finalist.architecture, trained.space.config, data)
         assert finalist.after == {
             "loss_nats": reached.loss_nats, "recall_loss_nats": reached.recall_loss_nats
         }  # fmt: skip
@@ -327,7 +327,10 @@ def test_tuned_weights_become_a_sub_model(
     submodel = write_finalist(tmp_path / "model", trained, best, {"front": "1" * 64}, {"limits": []})
     weights = dict(submodel.model().named_parameters())
     assert best.after is not None
-    assert evaluate(weights, submodel.architecture, submodel.frame, data).loss_nats == best.after["loss_nats"]
+    assert (
+        evaluate(weights, submodel.architecture, submodel.model_config, data).loss_nats
+        == best.after["loss_nats"]
+    )
     assert submodel.architecture == best.architecture
     header = json.loads((tmp_path / "model" / "architecture.json").read_text())["header"]
     path = best.folder / "model.safetensors"
@@ -355,7 +358,7 @@ def test_bad_requests(
     assert distil_finalists(trained, members, data, FinalistsConfig(), "loss", tmp_path, Quiet(), 0) == []
     with pytest.raises(ValidationError, match="extra_forbidden"):
         FinalistsConfig.model_validate({"rate": 1.0})
-    stranger = genome.largest(tiny_space(vocabulary=256, context=32, width=[48]))
+    stranger = genome.largest(tiny_space(vocab_size=256, max_seq_len=32, width=[48]))
     with pytest.raises(InputError, match="is not of space tiny"):
         distil_finalists(trained, [stranger], data, CONFIG, "loss", tmp_path, Quiet(), 0)
     nothing = replace(data, recallable=np.zeros_like(data.recallable))

@@ -25,18 +25,22 @@ def better(a: np.ndarray, b: np.ndarray, va: float, vb: float) -> bool:
 @pytest.mark.parametrize("broken", [False, True])
 def test_ranks_by_peeling(grid: np.ndarray, broken: bool) -> None:
     rng = np.random.default_rng(0)
-    violations = rng.integers(0, 3, len(grid)).astype(float) if broken else np.zeros(len(grid))
+    constraint_violation = rng.integers(0, 3, len(grid)).astype(float) if broken else np.zeros(len(grid))
     expected = np.full(len(grid), -1)
     left, level = set(range(len(grid))), 0
     while left:
         best = {
-            i for i in left if not any(better(grid[j], grid[i], violations[j], violations[i]) for j in left)
+            i
+            for i in left
+            if not any(
+                better(grid[j], grid[i], constraint_violation[j], constraint_violation[i]) for j in left
+            )
         }
         for i in best:
             expected[i] = level
         left -= best
         level += 1
-    assert (ranks(grid, violations) == expected).all()
+    assert (ranks(grid, constraint_violation) == expected).all()
     assert (non_dominated(grid) == (ranks(grid, np.zeros(len(grid))) == 0)).all()
 
 
@@ -50,9 +54,9 @@ def test_crowding_by_hand() -> None:
 
 def test_survivors_are_the_best_ranks_and_then_the_least_crowded() -> None:
     rng = np.random.default_rng(3)
-    points, violations = rng.random((60, 2)), np.where(rng.random(60) < 0.3, rng.random(60), 0.0)
-    rank = ranks(points, violations)
-    chosen = survivors(points, violations, 20)
+    points, constraint_violation = rng.random((60, 2)), np.where(rng.random(60) < 0.3, rng.random(60), 0.0)
+    rank = ranks(points, constraint_violation)
+    chosen = survivors(points, constraint_violation, 20)
     assert len(set(chosen.tolist())) == 20
     assert sorted(rank[chosen]) == sorted(rank)[:20]
     assert (np.diff(rank[chosen]) >= 0).all()

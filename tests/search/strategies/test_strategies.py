@@ -26,7 +26,7 @@ def wide() -> Space:
 
 def quality(space: Space, genomes: Genomes) -> np.ndarray:
     """A loss that every gene has a part in, and that size lowers: [N]."""
-    weights = np.random.default_rng(7).random((genome.layout(space).genes, 8))
+    weights = np.random.default_rng(7).random((genome.encoding(space).genes, 8))
     parts = weights[np.arange(genomes.shape[1]), genomes]
     return np.asarray(2.0 + parts.mean(axis=1) - 2e-5 * params_cost(space)(genomes))
 
@@ -37,13 +37,13 @@ def make_task(
     space = space or wide()
     params = params_cost(space)
 
-    def violations(genomes: Genomes) -> np.ndarray:
+    def constraint_violation(genomes: Genomes) -> np.ndarray:
         return np.maximum(0.0, params(genomes) / most_params - 1)
 
     return Task(
         space=space,
         costs=(None,) if name == "hat" else (None, params),
-        violations=violations,
+        constraint_violation=constraint_violation,
         seeds=genome.encode(space, [genome.smallest(space), genome.largest(space)]),
         population=population,
         seed=3,
@@ -66,7 +66,7 @@ def test_generations_are_new_members_within_the_limits(name: str) -> None:
         asked = strategy.ask()
         assert len(asked) == (8 if name == "hat" and turn else 10)
         assert genome.contains(space, asked).all()
-        assert (task.violations(asked) == 0).all()
+        assert (task.constraint_violation(asked) == 0).all()
         keys = {row.tobytes() for row in asked}
         assert len(keys) == len(asked)
         assert not keys & seen

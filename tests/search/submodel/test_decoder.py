@@ -16,7 +16,7 @@ from tests.numerics import assert_close
 SPACE = tiny_space(
     width=[32],
     depth=[1, 2, 3],
-    context=640,
+    max_seq_len=640,
     mixer=["attention", "sliding", "gated_deltanet", "short_conv", "retnet"],
     heads=[1, 2],
     kv_heads=[1],
@@ -85,9 +85,9 @@ def test_a_state_whose_buffers_were_taken_is_refused(mixed: Path) -> None:
 
 
 def test_attention_alone_is_cut_back_by_its_position(tmp_path: Path, mixed: Path) -> None:
-    assert not Decoder(mixed).can_go_back
+    assert not Decoder(mixed).is_rewindable
     decoder = Decoder(exported(tmp_path, "attention", "attention"))
-    assert decoder.can_go_back
+    assert decoder.is_rewindable
     text = np.random.default_rng(2).integers(0, 19, (1, 30))
     whole, _ = decoder(text, decoder.start())
     _, state = decoder(np.concatenate([text[:, :20], text[:, :5]], axis=1), decoder.start())

@@ -122,7 +122,7 @@ def test_the_new_text_is_learned(run: Run, submodel: SubModel, tuned: SubModel, 
     evaluation = evaluation_set(corpus, run.text.windows, run.text.length)
     for one, name in ((submodel, "before"), (tuned, "after")):
         weights = dict(one.model().named_parameters())
-        reached = evaluate(weights, one.architecture, one.frame, evaluation)
+        reached = evaluate(weights, one.architecture, one.model_config, evaluation)
         assert value[name] == {
             "loss_nats": pytest.approx(reached.loss_nats, rel=1e-6),
             "recall_loss_nats": None,  # nothing can be recalled here
@@ -138,7 +138,7 @@ def test_the_folder_is_a_sub_model_of_the_new_text(
     run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig
 ) -> None:
     assert read_submodel(tuned.folder) == tuned
-    assert (tuned.architecture, tuned.frame) == (submodel.architecture, submodel.frame)
+    assert (tuned.architecture, tuned.model_config) == (submodel.architecture, submodel.model_config)
     assert tuned.text is not None
     assert tuned.text.data == data
     assert submodel.chosen["loss_nats"] > 0
@@ -290,7 +290,7 @@ def test_out_is_no_place_of_something_else(
 def test_a_sub_model_that_does_not_fit_the_run(
     run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path
 ) -> None:
-    longer = replace(submodel, frame=replace(submodel.frame, context=128, vocabulary=512))
+    longer = replace(submodel, model_config=replace(submodel.model_config, max_seq_len=128, vocab_size=512))
     match = "the sub-model has vocabulary 512, context 128, the teacher .*run has vocabulary 256, context 64"
     refused(match, longer, run, data, tmp_path, CONFIG, Quiet())
     first = replace(submodel.architecture.layers[0], ffn=96)
@@ -346,7 +346,7 @@ def test_tokenizers_that_differ(
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     file, other = saved(tmp_path / "a", byte_level(300)), saved(tmp_path / "b", byte_level(310))
-    space = tiny_space(vocabulary=300, width=[16])
+    space = tiny_space(vocab_size=300, width=[16])
     text = run.config.train.data.model_copy(update={"tokenizer": file})
     config = RunConfig(space=space, train=TrainConfig(steps=2, batch=2, threads=1, data=text))
     pieces = Run(tmp_path / "run", config, run.devices)

@@ -34,8 +34,8 @@ from tests.conftest import Program
 from tests.contracts import scatter, tiny_space
 
 CHANGES = {
-    "vocabulary": 256,
-    "context": 96,
+    "vocab_size": 256,
+    "max_seq_len": 96,
     "width": [32],
     "depth": [1, 2, 3],
     "mixer": ["attention", "sliding", "linear", "gated_deltanet", "mamba2", "short_conv", "none"],
@@ -135,7 +135,7 @@ def test_a_text_ends_at_the_stop_token_and_at_the_context(submodel: SubModel, tm
 def test_where_the_drafts_context_ends_the_model_goes_on_alone(
     submodel: SubModel, prompt: list[int], tmp_path: Path
 ) -> None:
-    small = submodel_of(tmp_path, "linear", space=tiny_space(**{**CHANGES, "context": 32}))
+    small = submodel_of(tmp_path, "linear", space=tiny_space(**{**CHANGES, "max_seq_len": 32}))
     path, counts = submodel.folder / "model.onnx", Draft()
     expected = list(generate(Decoder(path), prompt, 50, GREEDY, None))
     draft = Decoder(small.folder / "model.onnx", kept=5)
@@ -196,8 +196,8 @@ def test_bytes_become_text_when_characters_are_whole() -> None:
 
 def make_tokenizer(path: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0, **{piece: i + 1 for i, piece in enumerate(alphabet)}}
-    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocab_size = {"<|endoftext|>": 0, **{piece: i + 1 for i, piece in enumerate(alphabet)}}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab_size, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made.add_special_tokens(["<|endoftext|>"])
     made.save(str(path))
@@ -214,8 +214,8 @@ def test_pieces_become_text_too(tmp_path: Path) -> None:
 
 def test_what_goes_on_keeps_the_space_of_its_first_piece(tmp_path: Path) -> None:
     """As SentencePiece has it: a text's first piece loses the space that it stands for."""
-    vocabulary = {"<s>": 0, "\u2581hello": 1, "\u2581world": 2}
-    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<s>"))
+    vocab_size = {"<s>": 0, "\u2581hello": 1, "\u2581world": 2}
+    made = tokenizers.Tokenizer(models.WordLevel(vocab_size, "<s>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     made.save(str(tmp_path / "tokenizer.json"))
     text = Text(load_tokenizer(tmp_path / "tokenizer.json"))
@@ -227,7 +227,7 @@ def test_what_goes_on_keeps_the_space_of_its_first_piece(tmp_path: Path) -> None
 
 
 def test_generate_streams_and_says_how_fast(formfit: Program, submodel: SubModel) -> None:
-    done = formfit("generate", submodel.folder, "--prompt", "def f", "--tokens", 20, "--ignore-end")
+    done = formfit("generate", submodel.folder, "--prompt", "def f", "--tokens", 20, "--ignore-eos")
     assert done.returncode == 0, done.stderr
     expected = bytes(plain_greedy(submodel, [0, *b"def f"], 20)).decode(errors="replace")
     assert done.stdout == expected + "\n"
@@ -236,7 +236,7 @@ def test_generate_streams_and_says_how_fast(formfit: Program, submodel: SubModel
 
 def test_generate_as_json_with_a_draft(formfit: Program, submodel: SubModel, tmp_path: Path) -> None:
     submodel_of(tmp_path / "draft", "linear")
-    words = ("generate", submodel.folder, "--prompt", "x", "--tokens", 30, "--ignore-end", "--json")
+    words = ("generate", submodel.folder, "--prompt", "x", "--tokens", 30, "--ignore-eos", "--json")
     plain = json.loads(formfit(*words).stdout)
     done = json.loads(formfit(*words, "--draft", tmp_path / "draft", "--draft-tokens", 3).stdout)
     assert plain["draft"] is None
@@ -248,7 +248,7 @@ def test_generate_as_json_with_a_draft(formfit: Program, submodel: SubModel, tmp
 
 def test_a_prompt_may_be_a_file(formfit: Program, submodel: SubModel, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("import os")
-    words = ("generate", submodel.folder, "--tokens", 8, "--ignore-end")
+    words = ("generate", submodel.folder, "--tokens", 8, "--ignore-eos")
     given = formfit(*words, "--prompt", "import os").stdout
     assert formfit(*words, "--prompt-file", tmp_path / "prompt.txt").stdout == given
 
@@ -257,7 +257,7 @@ def test_generate_runs_without_torch(submodel: SubModel) -> None:
     script = (
         "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None; from search.cli import main; "
         f"sys.argv = ['formfit', 'generate', {str(submodel.folder)!r}, '--prompt', 'a', '--tokens', '4', "
-        "'--ignore-end', '--json']; main()"
+        "'--ignore-eos', '--json']; main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -308,7 +308,7 @@ def test_a_folder_without_a_model(formfit: Program, tmp_path: Path) -> None:
 
 
 def test_a_draft_of_other_tokens_is_refused(formfit: Program, submodel: SubModel, tmp_path: Path) -> None:
-    other = tiny_space(**{**CHANGES, "vocabulary": 300})
+    other = tiny_space(**{**CHANGES, "vocab_size": 300})
     submodel_of(tmp_path, "linear", space=other)
     done = formfit("generate", submodel.folder, "--prompt", "a", "--draft", tmp_path)
     assert done.returncode == 2
@@ -317,7 +317,7 @@ def test_a_draft_of_other_tokens_is_refused(formfit: Program, submodel: SubModel
 
 def test_the_tokenizer_goes_with_the_model(formfit: Program, tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "given.json")
-    space = tiny_space(**{**CHANGES, "vocabulary": 257})
+    space = tiny_space(**{**CHANGES, "vocab_size": 257})
     supernet = Supernet(space)
     scatter(supernet)
     data = DataConfig(tokenizer=tmp_path / "given.json")

@@ -29,7 +29,7 @@ def words(folder: Path, *rest: object) -> tuple[object, ...]:
 def test_a_submodel_in_every_form(formfit: Program, run_folder: Path) -> None:
     out = run_folder / "model"
     done = formfit(
-        *words(run_folder, "extract", "--supernet", run_folder / "run", "--search", "desk", "--pick", "best"),
+        *words(run_folder, "extract", "--run", run_folder / "run", "--search", "desk", "--pick", "best"),
         *("--format", "onnx", "--format", "hf", "--precision", "int8", "--precision", "int8-dynamic"),
         *("--out", out, "--json"),
     )
@@ -50,11 +50,11 @@ def test_a_submodel_in_every_form(formfit: Program, run_folder: Path) -> None:
     data = evaluation_data(submodel)
     assert data is not None
     weights = dict(submodel.model().named_parameters())
-    quality = evaluate(weights, submodel.architecture, submodel.frame, data)
+    quality = evaluate(weights, submodel.architecture, submodel.model_config, data)
     assert graph_loss(out / "model.onnx", data) == pytest.approx(quality.loss_nats, abs=1e-5)
     assert abs(graph_loss(out / "model.int8.onnx", data) - quality.loss_nats) < 0.1
 
-    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000, "--json"))
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000, "--json"))
     assert done.returncode in (0, 3), done.stderr
     errors = json.loads(done.stdout)["parity"]["errors"]
     assert max(errors[f"hf_{way}"] for way in ("prefill", "split", "decode")) <= 1e-5
@@ -73,7 +73,7 @@ def test_a_folder_that_is_used_again_keeps_nothing_of_the_former_model(
     formfit: Program, run_folder: Path
 ) -> None:
     out = run_folder / "model"
-    source = words(run_folder, "extract", "--supernet", run_folder / "run", "--search", "desk", "--out", out)
+    source = words(run_folder, "extract", "--run", run_folder / "run", "--search", "desk", "--out", out)
     first = formfit(*source, "--pick", "best", "--format", "onnx", "--format", "hf", "--precision", "int8")
     assert first.returncode == 0, first.stderr
     old = (out / "model.int8.onnx").read_bytes()
@@ -85,21 +85,21 @@ def test_a_folder_that_is_used_again_keeps_nothing_of_the_former_model(
     ]
     (out / "model.int8.onnx").write_bytes(old)
     assert formfit("export", out, "--format", "onnx").returncode == 0
-    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000))
     assert (done.returncode, done.stdout) == (2, "")
     assert "model.int8.onnx: not of the weights beside it" in done.stderr
     (out / "model.int8.onnx").write_bytes(old[: len(old) // 2])
-    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000))
     assert "model.int8.onnx: not a whole graph" in done.stderr
 
 
 def test_what_is_spoilt_in_a_folder_is_said_in_one_line(formfit: Program, run_folder: Path) -> None:
     out = run_folder / "model"
-    source = words(run_folder, "extract", "--supernet", run_folder / "run", "--search", "desk", "--out", out)
+    source = words(run_folder, "extract", "--run", run_folder / "run", "--search", "desk", "--out", out)
     assert formfit(*source, "--format", "onnx", "--format", "hf").returncode == 0
 
     def said() -> str:
-        done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+        done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000))
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert done.stderr.count("\n") == 1
         return done.stderr
@@ -114,7 +114,7 @@ def test_what_is_spoilt_in_a_folder_is_said_in_one_line(formfit: Program, run_fo
     assert "hf: transformers cannot load it" in said()
     value = json.loads((out / "architecture.json").read_text())
     (out / "architecture.json").write_text(
-        json.dumps({**value, "frame": {**value["frame"], "context": "64"}})
+        json.dumps({**value, "model_config": {**value["model_config"], "max_seq_len": "64"}})
     )
     assert "frame.context: '64' is not what it should be" in said()
     del value["chosen"]
@@ -130,7 +130,7 @@ def test_losses_without_their_text_stay_unmeasured(formfit: Program, run_folder:
     out = run_folder / "model"
     source = (
         "extract",
-        "--supernet",
+        "--run",
         run_folder / "run",
         "--search",
         "desk",
@@ -143,7 +143,7 @@ def test_losses_without_their_text_stay_unmeasured(formfit: Program, run_folder:
     value = json.loads((out / "architecture.json").read_text())
     value["text"]["data"]["path"] = "/nowhere/at/all"
     (out / "architecture.json").write_text(json.dumps(value))
-    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000))
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000))
     assert "losses stay UNMEASURED: data.path: /nowhere/at/all" in done.stderr
     verified = json.loads((out / "verify.json").read_text())
     assert verified["precisions"]["fp32"]["loss_nats"] == "UNMEASURED"
@@ -169,13 +169,11 @@ def test_a_search_aims_at_int8(formfit: Program, run_folder: Path, text_folder: 
     limit = f"prefill@64,{INT8}<=90%"
     memory = f"memory@64,{INT8}<=90%"
     found = formfit(
-        *words(
-            run_folder, "search", "--supernet", run, "--device", "desk", "--limit", limit, "--limit", memory
-        ),
-        *("--name", "small", "--generations", 2, "--verify", "--noise", 1000, "--json"),
+        *words(run_folder, "search", "--run", run, "--device", "desk", "--limit", limit, "--limit", memory),
+        *("--name", "small", "--generations", 2, "--verify", "--max-noise", 1000, "--json"),
     )
     assert found.returncode in (0, 3), found.stderr
-    chosen = json.loads(found.stdout)["promise"]["chosen"]
+    chosen = json.loads(found.stdout)["measured_search"]["chosen"]
     assert [item["limit"] for item in chosen["limits"]] == [limit, memory]
     folder = run / "submodels" / chosen["key"]
     assert (folder / "model.int8.onnx").exists()
@@ -206,16 +204,16 @@ def test_a_precision_that_was_not_profiled_names_the_command(run_folder: Path) -
 def test_a_limit_as_a_pick_mixes_the_ffns(formfit: Program, run_folder: Path) -> None:
     run, out = run_folder / "run", run_folder / "mixed"
     config = load_run_config(run / "config.yaml")
-    most = params(genome.largest(config.the_space), config.the_space.frame)
-    source = words(run_folder, "extract", "--supernet", run, "--out", out, "--json")
+    most = params(genome.largest(config.the_space), config.the_space.config)
+    source = words(run_folder, "extract", "--run", run, "--out", out, "--json")
     done = formfit(*source, "--pick", f"params<={0.8 * most:.0f}", "--format", "onnx")
     assert done.returncode == 0, done.stderr
     submodel = read_submodel(out)
-    assert 0.6 * most < params(submodel.architecture, submodel.frame) <= 0.8 * most
+    assert 0.6 * most < params(submodel.architecture, submodel.model_config) <= 0.8 * most
     assert submodel.chosen["picked"]["base"] == genome.largest(config.the_space).key
     done = formfit(*source, "--pick", "decode@64<=50ms", "--search", "desk", "--format", "onnx")
     assert done.returncode == 0, done.stderr
-    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--noise", 1000, "--json"))
+    done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000, "--json"))
     assert [item["limit"] for item in json.loads(done.stdout)["limits"]] == ["decode@64<=50ms"]
     done = formfit(*source, "--pick", "params<=1")
     assert done.returncode == 3
@@ -224,7 +222,7 @@ def test_a_limit_as_a_pick_mixes_the_ffns(formfit: Program, run_folder: Path) ->
 
 def test_export_goes_on_from_a_folder(formfit: Program, run_folder: Path) -> None:
     out = run_folder / "model"
-    source = ("extract", "--supernet", run_folder / "run", "--search", "desk", "--out", out)
+    source = ("extract", "--run", run_folder / "run", "--search", "desk", "--out", out)
     assert formfit(*words(run_folder, *source)).returncode == 0
     assert not (out / "model.onnx").exists()
     done = formfit("export", out, "--format", "onnx", "--precision", "int8", "--json")
@@ -239,7 +237,7 @@ def test_export_goes_on_from_a_folder(formfit: Program, run_folder: Path) -> Non
 
 
 def test_finetune_from_the_command_line(formfit: Program, run_folder: Path, tmp_path: Path) -> None:
-    source = words(run_folder, "extract", "--supernet", run_folder / "run", "--search", "desk")
+    source = words(run_folder, "extract", "--run", run_folder / "run", "--search", "desk")
     assert formfit(*source, "--out", run_folder / "model").returncode == 0
     text = tmp_path / "text"
     text.mkdir()
@@ -296,7 +294,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     if not {"--search", "--pick"} & set(rest):
         rest += ["--search", "desk"]
     out = tmp_path / "out"
-    done = formfit(*words(finished_run, command, "--supernet", finished_run / "run", "--out", out, *rest))
+    done = formfit(*words(finished_run, command, "--run", finished_run / "run", "--out", out, *rest))
     assert done.returncode == 2, done.stderr
     assert BAD[given] in done.stderr
     assert done.stderr.count("\n") == 1

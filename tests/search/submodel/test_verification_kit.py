@@ -17,9 +17,9 @@ def packed(run_folder: Path, tmp_path: Path, formfit: Program) -> Path:
     """A folder with a sub-model that was exported and packed, and what its kit measured."""
     source = ("--devices", run_folder / "devices")
     run, out = run_folder / "run", tmp_path / "model"
-    formfit(*source, "extract", "--supernet", run, "--search", "desk", "--format", "onnx", "--out", out)
+    formfit(*source, "extract", "--run", run, "--search", "desk", "--format", "onnx", "--out", out)
     kit = tmp_path / "kit.zip"
-    done = formfit(*source, "verify", out, "--device", "desk", "--pack", kit, "--json")
+    done = formfit(*source, "verify", out, "--device", "desk", "--make-kit", kit, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["timings"] == 6
     command = [sys.executable, "-I", str(kit), "--out", str(tmp_path / "result.json")]
@@ -30,14 +30,14 @@ def packed(run_folder: Path, tmp_path: Path, formfit: Program) -> Path:
 
 def test_what_a_kit_measured_is_judged(packed: Path, run_folder: Path, formfit: Program) -> None:
     out, result = packed / "model", packed / "result.json"
-    words = ("--devices", run_folder / "devices", "verify", out, "--device", "desk", "--unpack")
+    words = ("--devices", run_folder / "devices", "verify", out, "--device", "desk", "--kit-result")
     done = formfit(*words, result, "--json")
     assert done.returncode in (0, 3), done.stderr
     value = json.loads(done.stdout)
     assert value["parity"]["kept"]
     assert {f"device_{name}" for name in CASES} < set(value["parity"]["errors"])
     assert 0 < max(json.loads(result.read_text())["parity"].values()) < 1e-5
-    here = json.loads(formfit(*words[:-1], "--noise", "900", "--json").stdout)
+    here = json.loads(formfit(*words[:-1], "--max-noise", "900", "--json").stdout)
     for workload, row in value["latency"].items():
         assert 0.2 < row["measured_latency_ms"] / here["latency"][workload]["measured_latency_ms"] < 5
     assert {item["status"] for item in value["limits"]} <= {"kept", "missed"}
@@ -46,7 +46,7 @@ def test_what_a_kit_measured_is_judged(packed: Path, run_folder: Path, formfit: 
 def test_another_model_is_not_judged_by_it(packed: Path, run_folder: Path, formfit: Program) -> None:
     model = packed / "model" / "model.onnx"
     model.write_bytes(model.read_bytes() + b" ")
-    words = ("verify", packed / "model", "--device", "desk", "--unpack", packed / "result.json")
+    words = ("verify", packed / "model", "--device", "desk", "--kit-result", packed / "result.json")
     done = formfit("--devices", run_folder / "devices", *words)
     assert done.returncode == 2
     assert "not the graphs that were packed" in done.stderr
@@ -86,7 +86,7 @@ def test_results_that_lie_are_refused_in_one_line(packed: Path, run_folder: Path
             packed / "model",
             "--device",
             "desk",
-            "--unpack",
+            "--kit-result",
             lie,
         )
         assert done.returncode == 2, done.stderr

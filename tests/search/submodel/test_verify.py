@@ -29,7 +29,7 @@ SPACE = tiny_space(
     ffn=[0, 32, 64],
     window=[8, 16],
     ratios=["full", 1, 3, "linear"],
-    vocabulary=61,
+    vocab_size=61,
 )
 ARCHITECTURES = genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(4), 20))
 
@@ -54,7 +54,7 @@ def test_parity_of_twenty_architectures(
     assert found["kept"]
 
     # The sub-network inside the supernet, prefill and token by token, against the sub-model in fp64.
-    precise = Model(architecture, SPACE.frame).double()
+    precise = Model(architecture, SPACE.model_config).double()
     precise.load_state_dict({k: v.double() for k, v in submodel.model().state_dict().items()})
     text = torch.from_numpy(np.random.default_rng(0).integers(0, 61, (1, 40)))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_the_graph_says_what_it_is(supernet: Supernet, tmp_path: Path) -> None:
     metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
     assert metadata["formfit.key"] == architecture.key
     assert metadata["formfit.architecture"] == canonical_json(architecture.to_json())
-    assert (metadata["formfit.vocabulary"], metadata["formfit.context"]) == ("61", "64")
+    assert (metadata["formfit.vocab_size"], metadata["formfit.max_seq_len"]) == ("61", "64")
     assert (metadata["formfit.precision"], metadata["formfit.tokenizer"]) == ("fp32", "bytes")
     assert json.loads(metadata["formfit.limits"]) == []
 

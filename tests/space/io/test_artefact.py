@@ -64,7 +64,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     write_text(path, "old")
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom space.files import atomic_path\n"
+        "import os, sys\nfrom pathlib import Path\nfrom space.io.artefact import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('new, but only ha')\n"
         "    os._exit(9)\n"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latency import OnnxRuntime
-from space import Architecture, Frame, InputError, Layer, Space, genome
+from space import Architecture, InputError, Layer, ModelConfig, Space, genome
 from space.architecture import HEADLESS_MIXERS, LINEAR_MIXERS, MIXERS
 from space.blocks import Model, State, forward, mixer
 from space.onnx import mixers as mixer_graphs
@@ -23,7 +23,7 @@ from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close, relative_error
 from tests.space.naive import naive_mixer
 
-FRAME = Frame(vocabulary=37, context=96, head_dim=16)
+FRAME = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
 WIDTH = 48
 EXACT, FP32, BF16 = 1e-11, TOLERANCE["float32"], 2**-5  # bf16: a dozen roundings of 2^-9, one on another
 LENGTHS = [1, 2, 7, 15, 31, 33, 63, 64, 65]
@@ -74,7 +74,7 @@ def inputs(length: int, batch: int = 1, seed: int = 0) -> Tensor:
 
 
 def tokens(length: int, batch: int = 2) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(length).integers(0, FRAME.vocabulary, (batch, length)))
+    return torch.from_numpy(np.random.default_rng(length).integers(0, FRAME.vocab_size, (batch, length)))
 
 
 def to(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -169,7 +169,7 @@ def test_constant_channels_make_kda_gated_deltanet_and_no_decay_makes_that_delta
 def test_nothing_sees_the_future(name: str) -> None:
     made, text = model_of(layer_of(name)), tokens(60)
     changed = text.clone()
-    changed[:, 30:] = (changed[:, 30:] + 1) % FRAME.vocabulary
+    changed[:, 30:] = (changed[:, 30:] + 1) % FRAME.vocab_size
     before, after = made(text)[0], made(changed)[0]
     assert_close("before", after[:, :30], before[:, :30], FP32)
     assert (before - after)[:, 30:].abs().max() > 1e-2
@@ -233,12 +233,12 @@ def test_a_subnetwork_is_its_submodel_in_outputs_states_and_gradients(name: str)
     space = space_of(name)
     supernet = Supernet(space)
     scatter(supernet)
-    text = torch.from_numpy(np.random.default_rng(0).integers(0, space.vocabulary, (2, 21)))
+    text = torch.from_numpy(np.random.default_rng(0).integers(0, space.vocab_size, (2, 21)))
     choices = {uniform(space, w, h, k) for w in space.width for h, k in space.head_options}
     assert len(choices) == (3 if name in HEADLESS_MIXERS else 15)
     for architecture in choices:
         assert genome.decode(space, genome.encode(space, [architecture])) == [architecture]
-        plain = Model(architecture, space.frame)
+        plain = Model(architecture, space.config)
         plain.load_state_dict(extract(supernet, architecture))
         supernet.zero_grad()
         found, states = supernet(text, architecture)
@@ -270,9 +270,9 @@ def test_fewer_heads_are_the_first_ones(name: str) -> None:
     for key in weights:
         if key.endswith(".o"):
             weights[key][:, 2 * d :] = 0
-    text = torch.from_numpy(np.random.default_rng(1).integers(0, space.vocabulary, (2, 19)))
+    text = torch.from_numpy(np.random.default_rng(1).integers(0, space.vocab_size, (2, 19)))
     with torch.no_grad():
-        expected, _ = forward(weights, large, space.frame, text)
+        expected, _ = forward(weights, large, space.config, text)
         assert_close("logits", supernet(text, small)[0], expected, FP32)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from space import Architecture, Frame, Layer
+from space import Architecture, Layer, ModelConfig
 from space.blocks import Model, mixer
 from tests.contracts import scatter
 from tests.numerics import TOLERANCE, assert_close
 
-FRAME = Frame(vocabulary=37, context=96, head_dim=16)
+FRAME = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
 WIDTH, HEADS, D = 48, 6, FRAME.head_dim
 FP32 = TOLERANCE["float32"]
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 1, "rms_norm_eps": 1e-5}

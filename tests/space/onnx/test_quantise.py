@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from latency.runtimes.onnxruntime import OnnxRuntime, stack_graph
 from latency.runtimes.protocol import random_weights
-from space import Architecture, Frame, Layer
+from space import Architecture, Layer, ModelConfig
 from space.cost import op_weight_bytes
 from space.onnx.model import model_graph
 from space.onnx.quantise import quantise
@@ -28,24 +28,24 @@ LAYERS = tuple(
 )
 ARCHITECTURE = Architecture(96, (*LAYERS, Layer(mixer="short_conv", ffn=0), Layer(), Layer(ffn=32)))
 FRAMES = {
-    "tied": Frame(vocabulary=37, context=64, head_dim=16),
-    "untied": Frame(vocabulary=37, context=64, head_dim=16, tied=False),
+    "tie_embeddings": ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16),
+    "untied": ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16, tie_embeddings=False),
 }
-each_frame = pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+each_frame = pytest.mark.parametrize("model_config", FRAMES.values(), ids=FRAMES)
 
 
-def graph_of(frame: Frame, architecture: Architecture = ARCHITECTURE) -> onnx.ModelProto:
-    weights = random_weights(model_shapes(architecture, frame), 0)
-    return model_graph(architecture, frame, weights, {"formfit.key": "kept"})
+def graph_of(model_config: ModelConfig, architecture: Architecture = ARCHITECTURE) -> onnx.ModelProto:
+    weights = random_weights(model_shapes(architecture, model_config), 0)
+    return model_graph(architecture, model_config, weights, {"formfit.key": "kept"})
 
 
 def logits(
-    model: onnx.ModelProto, frame: Frame, architecture: Architecture = ARCHITECTURE
+    model: onnx.ModelProto, model_config: ModelConfig, architecture: Architecture = ARCHITECTURE
 ) -> NDArray[np.float32]:
     session = OnnxRuntime().session(model)
     feeds = {"tokens": np.arange(24)[None] % 37, "position": np.zeros(1, np.int64)}
     for slot, layer in enumerate(architecture.layers):
-        for name, shape in state_shapes(layer, architecture.width, frame, 1, 0).items():
+        for name, shape in state_shapes(layer, architecture.width, model_config, 1, 0).items():
             feeds[f"state.{slot}.{name}"] = np.zeros(shape, np.float32)
     known = {item.name for item in session.get_inputs()}
     found: NDArray[np.float32] = session.run(["logits"], {k: v for k, v in feeds.items() if k in known})[0]
@@ -80,23 +80,24 @@ def test_a_block_of_other_inputs_is_refused() -> None:
 
 @each_frame
 @pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
-def test_the_graph_is_as_small_as_the_cost_table_says(frame: Frame, precision: str) -> None:
+def test_the_graph_is_as_small_as_the_cost_table_says(model_config: ModelConfig, precision: str) -> None:
     ops = count_ops(ARCHITECTURE)
     expected = sum(
-        n * (op_weight_bytes(op, frame) - op_weight_bytes(op, frame, precision)) for op, n in ops.items()
+        n * (op_weight_bytes(op, model_config) - op_weight_bytes(op, model_config, precision))
+        for op, n in ops.items()
     )
-    small = quantise(graph_of(frame), precision)
-    saved = weight_bytes(graph_of(frame)) - weight_bytes(small)
+    small = quantise(graph_of(model_config), precision)
+    saved = weight_bytes(graph_of(model_config)) - weight_bytes(small)
     assert saved == expected
     assert {item.key: item.value for item in small.metadata_props}["formfit.key"] == "kept"
 
 
 @each_frame
-def test_blocks_are_the_weights_within_half_a_step(frame: Frame) -> None:
+def test_blocks_are_the_weights_within_half_a_step(model_config: ModelConfig) -> None:
     """The bytes as numpy reads them: a product's weight is (byte - 128) * scale of its block."""
-    plain, small = graph_of(frame), quantise(graph_of(frame), "int8")
+    plain, small = graph_of(model_config), quantise(graph_of(model_config), "int8")
     exact = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
-    if frame.tied:
+    if model_config.tie_embeddings:
         exact["embedding.T"] = exact["embedding"].T
     else:
         exact |= {"head.T": exact["head"].T, "embedding.T": exact["embedding"].T}
@@ -115,38 +116,41 @@ def test_blocks_are_the_weights_within_half_a_step(frame: Frame) -> None:
 @pytest.mark.parametrize("mixer", [*MIXERS, "short_conv", "ffn"])
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.05), ("int8-dynamic", 0.25)])
 def test_one_layer_says_almost_the_same(mixer: str, precision: str, bound: float) -> None:
-    frame = FRAMES["untied"]
+    model_config = FRAMES["untied"]
     layers = {**dict(zip(MIXERS, LAYERS, strict=True)), "short_conv": Layer(mixer="short_conv")}
     architecture = Architecture(96, (layers.get(mixer, Layer(ffn=48)),))
-    expected = logits(graph_of(frame, architecture), frame, architecture)
-    found = logits(quantise(graph_of(frame, architecture), precision), frame, architecture)
+    expected = logits(graph_of(model_config, architecture), model_config, architecture)
+    found = logits(quantise(graph_of(model_config, architecture), precision), model_config, architecture)
     assert 0 < distance(found, expected) < bound
 
 
 def test_a_tied_embedding_is_stored_once() -> None:
-    frame, architecture = FRAMES["tied"], Architecture(96, (Layer(mixer="linear", heads=2, kv_heads=2),))
-    small = quantise(graph_of(frame, architecture), "int8")
-    tables = [t for t in small.graph.initializer if prod(t.dims) == frame.vocabulary * 96]
+    model_config, architecture = (
+        FRAMES["tie_embeddings"],
+        Architecture(96, (Layer(mixer="linear", heads=2, kv_heads=2),)),
+    )
+    small = quantise(graph_of(model_config, architecture), "int8")
+    tables = [t for t in small.graph.initializer if prod(t.dims) == model_config.vocab_size * 96]
     assert [onnx.TensorProto.DataType.Name(t.data_type) for t in tables] == ["UINT8"]
-    expected = logits(graph_of(frame, architecture), frame, architecture)
-    assert distance(logits(small, frame, architecture), expected) < 0.05
+    expected = logits(graph_of(model_config, architecture), model_config, architecture)
+    assert distance(logits(small, model_config, architecture), expected) < 0.05
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs_keep_their_order(precision: str) -> None:
-    frame = FRAMES["tied"]
-    declared = [item.name for item in graph_of(frame).graph.output]
-    session = OnnxRuntime().session(quantise(graph_of(frame), precision))
+    model_config = FRAMES["tie_embeddings"]
+    declared = [item.name for item in graph_of(model_config).graph.output]
+    session = OnnxRuntime().session(quantise(graph_of(model_config), precision))
     assert [item.name for item in session.get_outputs()] == declared
     assert declared[0] == "logits"
 
 
 def test_stacks_of_ends_run_in_every_precision() -> None:
-    frame = FRAMES["untied"]
+    model_config = FRAMES["untied"]
     for precision in ("int8", "int8-dynamic"):
         runtime = OnnxRuntime(1, precision)
         for op in (Op(kind="embedding", width=96), Op(kind="head", width=96)):
-            session = runtime.session(quantise(stack_graph(op, 3, frame), precision))
+            session = runtime.session(quantise(stack_graph(op, 3, model_config), precision))
             assert isinstance(session, ort.InferenceSession)
             assert len(session.get_outputs()) == 3
 
@@ -154,5 +158,5 @@ def test_stacks_of_ends_run_in_every_precision() -> None:
 def test_the_tools_leave_logging_as_it_was() -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level, logging.root.manager.disable
-    quantise(graph_of(FRAMES["tied"], Architecture(96, (Layer(ffn=16),))), "int8")
+    quantise(graph_of(FRAMES["tie_embeddings"], Architecture(96, (Layer(ffn=16),))), "int8")
     assert (root.handlers[:], root.level, logging.root.manager.disable) == before

@@ -26,9 +26,9 @@ class SlowOrder2:
             for order in range(3):
                 self.counts[train[end - order : end]][train[end]] += 1
 
-    def probability(self, context: bytes, byte: int) -> float:
-        shorter = self.probability(context[1:], byte) if context else 1 / 256
-        counts = self.counts.get(context, Counter())
+    def probability(self, max_seq_len: bytes, byte: int) -> float:
+        shorter = self.probability(max_seq_len[1:], byte) if max_seq_len else 1 / 256
+        counts = self.counts.get(max_seq_len, Counter())
         if not counts:
             return shorter
         return (counts[byte] + len(counts) * shorter) / (counts.total() + len(counts))

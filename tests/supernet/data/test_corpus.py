@@ -163,17 +163,17 @@ def test_what_does_not_fit_a_space_is_refused() -> None:
     with pytest.raises(InputError, match=r"a book: bytes are the tokens, .* is 255; give it 256 or more"):
         require_fits(made(), 255, 64)
     words = {"train": np.arange(90, dtype=np.uint16), "held_out": np.arange(70, dtype=np.uint16)}
-    require_fits(made(**words, vocabulary=90), 90, 64)
-    for vocabulary in (89, 91):
+    require_fits(made(**words, vocab_size=90), 90, 64)
+    for vocab_size in (89, 91):
         with pytest.raises(
-            InputError, match=rf"has 90 tokens, the space's vocabulary is {vocabulary}; they have"
+            InputError, match=rf"has 90 tokens, the space's vocabulary is {vocab_size}; they have"
         ):
-            require_fits(made(**words, vocabulary=90), vocabulary, 64)
+            require_fits(made(**words, vocab_size=90), vocab_size, 64)
     for side in ("train", "held_out"):
         name = {"train": "training", "held_out": "held-out"}[side]
         spoilt = words | {side: np.append(words[side], np.uint16(90))}
         with pytest.raises(InputError, match=f"token 90 on the {name} side; a vocabulary of 90 has 0 to 89"):
-            require_fits(made(**spoilt, vocabulary=90), 90, 64)
+            require_fits(made(**spoilt, vocab_size=90), 90, 64)
     with pytest.raises(InputError, match=r"data\.pairs: 17 pairs .* a length of 64 holds at most 16"):
         require_fits(made(recall=0.5, pairs=17), 256, 64)
     alone = load_corpus(DataConfig(recall=1.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from space import Architecture, Frame, InputError, Layer
+from space import Architecture, InputError, Layer, ModelConfig
 from space.blocks import Model, forward
 from supernet.data.corpus import DataConfig, load_corpus, train_batch
 from supernet.data.mqar import evaluation_generator, mqar, training_generator
@@ -16,13 +16,13 @@ from supernet.evaluate import mqar_accuracy, recall_set
 from tests.contracts import scatter
 
 
-def read(tokens: list[int], labels: list[int], vocabulary: int, pairs: int) -> list[int]:
+def read(tokens: list[int], labels: list[int], vocab_size: int, pairs: int) -> list[int]:
     """The gap of each pair, in order; every rule of the task is asserted on the way."""
     keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
     assert len(set(keys)) == len(set(values)) == pairs
-    assert all(1 <= key < vocabulary // 2 for key in keys)
-    assert all(vocabulary // 2 <= value < vocabulary for value in values)
-    assert all(0 <= token < vocabulary for token in tokens)
+    assert all(1 <= key < vocab_size // 2 for key in keys)
+    assert all(vocab_size // 2 <= value < vocab_size for value in values)
+    assert all(0 <= token < vocab_size for token in tokens)
     answers = dict(zip(keys, values, strict=True))
     places = {}
     for place, label in enumerate(labels):
@@ -36,20 +36,20 @@ def read(tokens: list[int], labels: list[int], vocabulary: int, pairs: int) -> l
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "length", "pairs"),
+    ("vocab_size", "length", "pairs"),
     [(256, 64, 8), (256, 64, 16), (18, 32, 8), (17, 31, 7), (4, 4, 1), (5, 9, 1)],
 )
-def test_sequences_read_back(vocabulary: int, length: int, pairs: int) -> None:
-    tokens, labels = mqar(np.random.default_rng(0), 200, vocabulary, length, pairs)
+def test_sequences_read_back(vocab_size: int, length: int, pairs: int) -> None:
+    tokens, labels = mqar(np.random.default_rng(0), 200, vocab_size, length, pairs)
     assert tokens.shape == labels.shape == (200, length)
     assert tokens.dtype == labels.dtype == np.int64
-    gaps = [read(t, la, vocabulary, pairs) for t, la in zip(tokens.tolist(), labels.tolist(), strict=True)]
+    gaps = [read(t, la, vocab_size, pairs) for t, la in zip(tokens.tolist(), labels.tolist(), strict=True)]
     assert {gap for row in gaps for gap in row} == set(range((length - 2 * pairs) // 2))
     # Keys, values and what is in between come from everywhere they may.
-    assert set(tokens[:, 0 : 2 * pairs : 2].ravel()) == set(range(1, vocabulary // 2))
-    assert set(tokens[:, 1 : 2 * pairs : 2].ravel()) == set(range(vocabulary // 2, vocabulary))
+    assert set(tokens[:, 0 : 2 * pairs : 2].ravel()) == set(range(1, vocab_size // 2))
+    assert set(tokens[:, 1 : 2 * pairs : 2].ravel()) == set(range(vocab_size // 2, vocab_size))
     rest = tokens[:, 2 * pairs :][labels[:, 2 * pairs :] == -100]
-    assert set(rest.tolist()) == set(range(vocabulary))
+    assert set(rest.tolist()) == set(range(vocab_size))
 
 
 def test_gaps_have_their_exact_probabilities() -> None:
@@ -78,7 +78,7 @@ def test_keys_and_values_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "length", "pairs", "message"),
+    ("vocab_size", "length", "pairs", "message"),
     [
         (256, 64, 17, "17 pairs of key and value; a length of 64 holds at most 16"),
         (256, 64, 0, "0 pairs"),
@@ -86,9 +86,9 @@ def test_keys_and_values_are_uniform_and_independent() -> None:
         (1, 64, 1, "a vocabulary of 1 has 0 keys"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(vocabulary: int, length: int, pairs: int, message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(vocab_size: int, length: int, pairs: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        mqar(np.random.default_rng(0), 2, vocabulary, length, pairs)
+        mqar(np.random.default_rng(0), 2, vocab_size, length, pairs)
 
 
 def test_training_and_evaluation_never_share_a_sequence() -> None:
@@ -119,21 +119,23 @@ def test_evaluation_sequences_do_not_change() -> None:
     assert first.text_bytes is None
 
 
-def small_model() -> tuple[dict[str, torch.Tensor], Architecture, Frame]:
-    frame = Frame(vocabulary=16, context=32, head_dim=16, tied=False)
+def small_model() -> tuple[dict[str, torch.Tensor], Architecture, ModelConfig]:
+    model_config = ModelConfig(vocab_size=16, max_seq_len=32, head_dim=16, tie_embeddings=False)
     architecture = Architecture(16, (Layer(mixer="attention", heads=1, kv_heads=1),))
-    model = Model(architecture, frame)
+    model = Model(architecture, model_config)
     scatter(model)
-    return {k: v.detach() for k, v in model.named_parameters()}, architecture, frame
+    return {k: v.detach() for k, v in model.named_parameters()}, architecture, model_config
 
 
 def test_accuracy_is_the_share_of_labels_that_are_likeliest() -> None:
-    weights, architecture, frame = small_model()
-    found = mqar_accuracy(weights, architecture, frame, length=16, pairs=3, sequences=50, seed=7, batch=8)
+    weights, architecture, model_config = small_model()
+    found = mqar_accuracy(
+        weights, architecture, model_config, length=16, pairs=3, sequences=50, seed=7, batch=8
+    )
     tokens, labels = mqar(evaluation_generator(7), 50, 16, 16, 3)
     right = asked = 0
     for row, wanted in zip(tokens, labels, strict=True):
-        model = Model(architecture, frame)
+        model = Model(architecture, model_config)
         model.load_state_dict(weights)
         with torch.no_grad():
             logits = model(torch.from_numpy(row[None]))[0][0]
@@ -142,13 +144,17 @@ def test_accuracy_is_the_share_of_labels_that_are_likeliest() -> None:
             right += int(logits[place].argmax()) == wanted[place]
     assert asked == 150
     assert found == right / asked
-    assert found == mqar_accuracy(weights, architecture, frame, length=16, pairs=3, sequences=50, seed=7)
+    assert found == mqar_accuracy(
+        weights, architecture, model_config, length=16, pairs=3, sequences=50, seed=7
+    )
 
 
 def test_accuracy_takes_another_vocabulary_and_the_default_pairs() -> None:
-    weights, architecture, frame = small_model()
-    found = mqar_accuracy(weights, architecture, frame, length=24, vocabulary=12, sequences=100)
+    weights, architecture, model_config = small_model()
+    found = mqar_accuracy(weights, architecture, model_config, length=24, vocab_size=12, sequences=100)
     data = recall_set(12, 100, 24, 3)
     with torch.no_grad():
-        likeliest = forward(weights, architecture, frame, torch.from_numpy(data.tokens))[0].argmax(-1).numpy()
+        likeliest = (
+            forward(weights, architecture, model_config, torch.from_numpy(data.tokens))[0].argmax(-1).numpy()
+        )
     assert 0 < found == (likeliest == data.targets).sum() / (100 * 3)

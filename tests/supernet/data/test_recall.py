@@ -69,9 +69,9 @@ def pieces_by_hand(windows: np.ndarray, sample: np.ndarray, rare_per_million: in
 def test_bigrams_of_word_pieces(kind: type[np.uint16], rare_per_million: int) -> None:
     rng = np.random.default_rng(0)
     high = int(np.iinfo(kind).max) + 1
-    vocabulary = np.array([0, 1, high - 2, high - 1, *rng.integers(high, size=16)])
-    windows = vocabulary[rng.integers(len(vocabulary), size=(16, 60))]
-    sample = vocabulary[rng.integers(len(vocabulary), size=800)].astype(kind)
+    vocab_size = np.array([0, 1, high - 2, high - 1, *rng.integers(high, size=16)])
+    windows = vocab_size[rng.integers(len(vocab_size), size=(16, 60))]
+    sample = vocab_size[rng.integers(len(vocab_size), size=800)].astype(kind)
     expected = pieces_by_hand(windows, sample, rare_per_million)
     assert 0.002 < expected.mean() < 0.2
     found = recall_mask(windows, sample, PIECE_ORDER, rare_per_million=rare_per_million)

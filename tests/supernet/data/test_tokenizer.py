@@ -58,7 +58,7 @@ def test_both_sides_decode_to_their_documents(texts: Path, tmp_path: Path) -> No
     made = byte_level()
     config = DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, made))
     found, plain = load_corpus(config), load_corpus(DataConfig(path=texts, held_out=0.3))
-    assert found.vocabulary == made.get_vocab_size() == 400
+    assert found.vocab_size == made.get_vocab_size() == 400
     assert found.train.dtype == found.held_out.dtype == np.uint16
     assert not found.is_bytes
     assert found.documents == plain.documents == 120
@@ -119,7 +119,7 @@ def test_recall_of_word_pieces_is_that_of_rare_bigrams(texts: Path, tmp_path: Pa
 def test_a_tokenizer_that_gives_no_text_back_has_no_bits_per_byte(texts: Path, tmp_path: Path) -> None:
     found = load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, word_level())))
     assert found.held_out_bytes is None
-    assert found.vocabulary == 3
+    assert found.vocab_size == 3
     assert evaluation_set(found, 4, 8).bits_per_byte(1.0) is None
 
 
@@ -152,7 +152,7 @@ def test_ids_with_gaps_count_up_to_the_greatest(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "again": 70_000}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     loaded = load_tokenizer(saved(tmp_path, made))
-    assert loaded.vocabulary == 70_001
+    assert loaded.vocab_size == 70_001
     ids = loaded.encode([b"again and again"])
     assert ids.dtype == np.uint32
     assert ids.tolist() == [0, 70_000, 0, 70_000, 0]

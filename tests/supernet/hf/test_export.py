@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from space import Architecture, Frame, Layer, genome, variation
+from space import Architecture, Layer, ModelConfig, genome, variation
 from space.architecture import HEADLESS_MIXERS, MIXERS
 from space.blocks import Model
 from supernet.hf.export import modelling_file, write_hf
@@ -37,9 +37,9 @@ SPACE = tiny_space(
     ffn=[0, 32, 64],
     window=[8, 16],
     ratios=["full", 1, 3, "linear"],
-    vocabulary=61,
+    vocab_size=61,
 )
-FRAME = Frame(vocabulary=61, context=96, head_dim=16)
+FRAME = ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16)
 LENGTH = 40
 WAYS = {"prefill": [LENGTH], "split": [15, 1, LENGTH - 16], "decode": [1] * LENGTH}
 MIXTURES = {name: (name,) for name in MIXERS} | {"all of them": MIXERS}
@@ -94,8 +94,8 @@ def layer_of(name: str) -> Layer:
     return Layer(mixer=name, heads=4, kv_heads=2, window=8 if name == "sliding" else 0, ffn=32)
 
 
-def plain(architecture: Architecture, frame: Frame = FRAME) -> Model:
-    made = Model(architecture, frame)
+def plain(architecture: Architecture, model_config: ModelConfig = FRAME) -> Model:
+    made = Model(architecture, model_config)
     scatter(made)
     return made.requires_grad_(False)
 
@@ -107,11 +107,11 @@ def exact(model: Model, tokens: Tensor) -> Tensor:
 
 
 def write(folder: Path, model: Model, tokenizer: Path | None = None) -> list[str]:
-    return write_hf(folder, model.state_dict(), model.architecture, model.frame, tokenizer)
+    return write_hf(folder, model.state_dict(), model.architecture, model.model_config, tokenizer)
 
 
 def words(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(1, FRAME.vocabulary, (batch, length)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, FRAME.vocab_size, (batch, length)))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,9 @@ def modeling(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 def theirs(modeling: ModuleType, model: Model) -> Any:
     """A plain model as transformers has it."""
-    config = modeling.FormfitConfig(architecture=model.architecture.to_json(), frame=vars(model.frame))
+    config = modeling.FormfitConfig(
+        architecture=model.architecture.to_json(), model_config=vars(model.model_config)
+    )
     made = modeling.FormfitForCausalLM(config).eval()
     made.load_state_dict(model.state_dict())
     return made
@@ -168,7 +170,7 @@ def check_parity(found: dict[str, Tensor], models: list[Model]) -> None:
 
 def sampled(count: int) -> list[Model]:
     genomes = variation.sample(SPACE, np.random.default_rng(13), count)
-    return [plain(architecture, SPACE.frame) for architecture in genome.decode(SPACE, genomes)]
+    return [plain(architecture, SPACE.model_config) for architecture in genome.decode(SPACE, genomes)]
 
 
 def test_it_runs_without_formfit(tmp_path: Path) -> None:
@@ -179,8 +181,10 @@ def test_it_runs_without_formfit(tmp_path: Path) -> None:
     assert any(not layer.present for layer in layers)
     assert any(layer.present and not layer.ffn for layer in layers)
 
-    frame = Frame(vocabulary=256, context=64, head_dim=16, tied=False)
-    llama = plain(Architecture(48, (Layer(), layer_of("attention"), Layer(), layer_of("attention"))), frame)
+    model_config = ModelConfig(vocab_size=256, max_seq_len=64, head_dim=16, tie_embeddings=False)
+    llama = plain(
+        Architecture(48, (Layer(), layer_of("attention"), Layer(), layer_of("attention"))), model_config
+    )
     assert "modeling_formfit.py" not in write(tmp_path / "llama", llama)
     found, said = outside(tmp_path, models, said="héllo")
     check_parity(found, models)

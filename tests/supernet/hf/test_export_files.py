@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from space import Architecture, Frame, InputError, Layer, genome
+from space import Architecture, InputError, Layer, ModelConfig, genome
 from space.architecture import HEADLESS_MIXERS, MIXERS
 from space.blocks import Model
 from supernet.hf.bundle import one_file
@@ -26,7 +26,7 @@ from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
 
 ROOT = Path(__file__).parents[3]
-BYTES = Frame(vocabulary=256, context=96, head_dim=16)
+BYTES = ModelConfig(vocab_size=256, max_seq_len=96, head_dim=16)
 HALF = 2**-4  # eleven layers of bf16 products, each rounded to 2^-9
 ATTENTION = Layer(mixer="attention", heads=4, kv_heads=2, ffn=32)
 
@@ -41,12 +41,15 @@ MIXED = Architecture(48, tuple(layer_of(name) for name in MIXERS))
 
 
 def written(
-    folder: Path, architecture: Architecture = MIXED, frame: Frame = BYTES, tokenizer: Path | None = None
+    folder: Path,
+    architecture: Architecture = MIXED,
+    model_config: ModelConfig = BYTES,
+    tokenizer: Path | None = None,
 ) -> tuple[Model, list[str]]:
-    model = Model(architecture, frame)
+    model = Model(architecture, model_config)
     scatter(model)
     model.requires_grad_(False)
-    return model, write_hf(folder, model.state_dict(), architecture, frame, tokenizer)
+    return model, write_hf(folder, model.state_dict(), architecture, model_config, tokenizer)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -182,7 +185,7 @@ def test_texts_are_padded_on_the_left_and_cut_at_the_context(byte_tokenizer: Pre
     assert batch.keys() == {"input_ids", "attention_mask"}
     assert batch["input_ids"] == [[0, 0, 0, 97, 98], [0, 97, 98, 99, 100]]
     assert batch["attention_mask"] == [[0, 0, 1, 1, 1], [1] * 5]
-    assert len(byte_tokenizer("a" * 200, truncation=True).input_ids) == BYTES.context
+    assert len(byte_tokenizer("a" * 200, truncation=True).input_ids) == BYTES.max_seq_len
     assert byte_tokenizer("a", "b").input_ids == [0, 97, 0, 98]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     assert [getattr(byte_tokenizer, name) for name in names] == [0, 0, 0]
@@ -208,8 +211,8 @@ def test_a_given_tokenizer_is_kept(
     tmp_path: Path, specials: list[str], separator: int, name: str | None
 ) -> None:
     given = word_pieces(tmp_path, specials)
-    frame = Frame(vocabulary=300, context=64, head_dim=16)
-    written(tmp_path / "model", frame=frame, tokenizer=given)
+    model_config = ModelConfig(vocab_size=300, max_seq_len=64, head_dim=16)
+    written(tmp_path / "model", model_config=model_config, tokenizer=given)
     assert (tmp_path / "model/tokenizer.json").read_bytes() == given.read_bytes()
     assert read(tmp_path / "model/config.json")["eos_token_id"] == separator
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
@@ -224,7 +227,9 @@ def test_a_given_tokenizer_is_kept(
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    _, files = written(tmp_path / "small", frame=Frame(vocabulary=61, context=96, head_dim=16))
+    _, files = written(
+        tmp_path / "small", model_config=ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16)
+    )
     assert files == ["model.safetensors", "modeling_formfit.py", "generation_config.json", "config.json"]
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == sorted(files)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -233,13 +238,14 @@ def test_what_is_written(tmp_path: Path) -> None:
         write_hf(tmp_path, {}, MIXED, BYTES, None)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tie_embeddings: bool) -> None:
     space = tiny_space(
-        vocabulary=256, context=96, tied=tied, width=[48], depth=[2], mixer=["attention"], heads=[4],
+        vocab_size=256, max_seq_len=96, tie_embeddings=tie_embeddings, width=[48], depth=[2],
+        mixer=["attention"], heads=[4],
         kv_heads=[2], ffn=[32], ratios=["full"],
     )  # fmt: skip
-    model, files = written(tmp_path, genome.largest(space), space.frame)
+    model, files = written(tmp_path, genome.largest(space), space.config)
     assert "modeling_formfit.py" not in files
     architecture, weights = read_llama(tmp_path, space)
     assert architecture == model.architecture
@@ -251,7 +257,7 @@ def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tied: bool) -> None:
         assert_close("logits", found, model.double()(ids)[0], TOLERANCE["float32"])
     # The same with empty slots between is the same folder.
     apart = Architecture(48, (Layer(), ATTENTION, Layer(), Layer(), ATTENTION))
-    written(tmp_path / "apart", apart, space.frame)
+    written(tmp_path / "apart", apart, space.config)
     for name in files:
         assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
@@ -272,8 +278,8 @@ def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tied: bool) -> None:
 def test_what_differs_from_a_llama_is_none(
     tmp_path: Path, layers: list[Layer], changes: dict[str, Any]
 ) -> None:
-    frame = Frame(vocabulary=61, context=96, head_dim=16, **changes)
-    written(tmp_path, Architecture(48, (ATTENTION, *layers)), frame)
+    model_config = ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16, **changes)
+    written(tmp_path, Architecture(48, (ATTENTION, *layers)), model_config)
     assert read(tmp_path / "config.json")["model_type"] == "formfit"
 
 
@@ -301,7 +307,7 @@ def test_half_precision_is_for_matrices(tmp_path: Path) -> None:
 
 def test_a_new_model_starts_as_formfit_starts_one() -> None:
     layer = {"mixer": "mamba2", "heads": 4, "kv_heads": 4, "ffn": 32}
-    config = FormfitConfig(architecture={"width": 32, "layers": [layer]}, frame=vars(BYTES))
+    config = FormfitConfig(architecture={"width": 32, "layers": [layer]}, model_config=vars(BYTES))
     starts = []
     for _ in range(2):
         torch.manual_seed(3)

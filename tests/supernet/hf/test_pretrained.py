@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "group of 2": {"heads": [2, 4], "kv_group": 2},
     "group of 4": {"heads": [4], "kv_group": 4, "width": [48, 80]},
     "kv heads vary": {"heads": [2, 4, 8], "kv_heads": [1, 2, 4]},
-    "untied": {"heads": [4, 8], "kv_group": 4, "tied": False, "depth": [1, 3]},
+    "untied": {"heads": [4, 8], "kv_group": 4, "tie_embeddings": False, "depth": [1, 3]},
     "private projections": {"heads": [2, 4], "kv_group": 2, "sharing": "none"},
     "window": {"mixer": ["attention", "sliding", "linear"], "window": [8, 16]},
 }
@@ -56,7 +56,7 @@ def a_llama(space: Space, **changes: Any) -> LlamaForCausalLM:
     largest = genome.largest(space)
     layer = largest.layers[0]
     settings = {
-        "vocab_size": space.vocabulary,
+        "vocab_size": space.vocab_size,
         "hidden_size": largest.width,
         "intermediate_size": layer.ffn,
         "num_hidden_layers": len(largest.layers),
@@ -64,9 +64,9 @@ def a_llama(space: Space, **changes: Any) -> LlamaForCausalLM:
         "num_key_value_heads": layer.kv_heads,
         "head_dim": space.head_dim,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": space.tied,
+        "tie_word_embeddings": space.tie_embeddings,
         "initializer_range": 0.15,
-        "max_position_embeddings": space.context,
+        "max_position_embeddings": space.max_seq_len,
         "attn_implementation": "eager",
     }
     torch.manual_seed(1)
@@ -76,7 +76,7 @@ def a_llama(space: Space, **changes: Any) -> LlamaForCausalLM:
 
 
 def text(space: Space, rows: int = 4, length: int = 17, seed: int = 3) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, space.vocabulary, (rows, length)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, space.vocab_size, (rows, length)))
 
 
 def logits_of(llama: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,9 @@ def test_prefixes_hold_what_matters_most(shape: str, tmp_path: Path) -> None:
 
     residual = falling(found["residual"])
     assert residual != sorted(residual)
-    ends = {"embedding": "model.embed_tokens.weight"} | ({} if space.tied else {"head": "lm_head.weight"})
+    ends = {"embedding": "model.embed_tokens.weight"} | (
+        {} if space.tie_embeddings else {"head": "lm_head.weight"}
+    )
     for name, source in ends.items():
         assert torch.equal(ours[name], theirs[source][:, residual])
     assert torch.equal(ours["norm"], theirs["model.norm.weight"][residual])
@@ -231,7 +233,7 @@ def test_mixers_inherit_and_come_close_to_the_attention(sharing: str, tmp_path: 
         heads=[2, 4],
         kv_group=2,
         sharing=sharing,
-        linear_kinds=10,
+        max_linear_kinds=10,
     )
     llama = a_llama(space)
     llama.save_pretrained(tmp_path)
@@ -259,7 +261,7 @@ def test_mixers_inherit_and_come_close_to_the_attention(sharing: str, tmp_path: 
         block = {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}
         x, y = caught[f"x {error.slot}"], caught[f"y {error.slot}"]
         with torch.no_grad():
-            out = mixer(block, x, layer, space.frame)[0] - x
+            out = mixer(block, x, layer, space.config)[0] - x
         measured = float((out - y).square().sum() / y.square().sum())
         assert measured == pytest.approx(error.after, rel=1e-3, abs=1e-9)
 
@@ -435,7 +437,7 @@ def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_a_trained_llama_is_a_better_start(text_folder: Path, tmp_path: Path) -> None:
     """Ordered, its prefixes lose less; and the supernet is ahead of one that starts from nothing."""
     space = a_space(
-        vocabulary=256,
+        vocab_size=256,
         width=[16, 32, 64],
         depth=[2],
         heads=[2, 4],
@@ -460,7 +462,7 @@ def test_a_trained_llama_is_a_better_start(text_folder: Path, tmp_path: Path) ->
     def loss_of(supernet: Supernet, architectures: list[Architecture]) -> float:
         with torch.no_grad():
             return sum(
-                evaluate(supernet.weights(a), a, space.frame, held_out).loss_nats for a in architectures
+                evaluate(supernet.weights(a), a, space.config, held_out).loss_nats for a in architectures
             ) / len(architectures)
 
     drawn = torch.from_numpy(train_batch(corpus, np.random.default_rng(5), 16, 32)[0])
@@ -468,7 +470,7 @@ def test_a_trained_llama_is_a_better_start(text_folder: Path, tmp_path: Path) ->
     load_pretrained(ordered, tmp_path, drawn, steps=0)
     load_pretrained(unordered, tmp_path, drawn, steps=0, order=False)
     attention = tiny_space(
-        vocabulary=256,
+        vocab_size=256,
         width=[32, 64],
         depth=[2],
         mixer=["attention"],

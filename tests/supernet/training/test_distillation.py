@@ -60,7 +60,7 @@ def settings(**changes: object) -> TrainConfig:
 
 def losses(start: Start, weights: dict[str, torch.Tensor]) -> float:
     data = evaluation_set(start.corpus, 16, 32)
-    return evaluate(weights, start.student, start.space.frame, data).loss_nats
+    return evaluate(weights, start.student, start.space.config, data).loss_nats
 
 
 def test_a_student_starts_as_the_sub_network_that_the_supernet_holds(start: Start) -> None:
@@ -70,8 +70,8 @@ def test_a_student_starts_as_the_sub_network_that_the_supernet_holds(start: Star
         given = extract(start.supernet, architecture)
         trainer = Trainer(start.space, settings(), start.corpus, architecture, start=given)
         trainer.prepare()
-        inside = evaluate(start.supernet.weights(architecture), architecture, start.space.frame, data)
-        assert evaluate(trainer.parameters, architecture, start.space.frame, data) == inside
+        inside = evaluate(start.supernet.weights(architecture), architecture, start.space.config, data)
+        assert evaluate(trainer.parameters, architecture, start.space.config, data) == inside
         trainer.step(0)
         inherited = extract(start.supernet, architecture)
         assert weights_digest(given) == weights_digest(inherited)  # copied, not trained
@@ -110,7 +110,7 @@ def test_a_step_is_that_of_plain_autograd_and_leaves_the_teacher_alone(
     assert all(t.grad is None for t in weights.values())
     assert weights_digest(weights) == weights_digest(start.teacher.weights)
 
-    model, taught = Model(start.student, start.space.frame), Model(teacher.architecture, start.space.frame)
+    model, taught = Model(start.student, start.space.config), Model(teacher.architecture, start.space.config)
     model.load_state_dict(start.weights)
     taught.load_state_dict(start.teacher.weights)
     tokens, targets, _ = trainer._batch(7, 0)
@@ -186,7 +186,7 @@ def test_implanting_is_the_opposite_of_extracting(start: Start) -> None:
     supernet = Supernet(start.space)
     scatter(supernet)
     before = {name: p.detach().clone() for name, p in supernet.named_parameters()}
-    model = Model(start.student, start.space.frame)
+    model = Model(start.student, start.space.config)
     scatter(model, seed=1)
     tensors = dict(model.named_parameters())
     inside = extract(supernet, start.student)

@@ -178,8 +178,8 @@ def start(root: Path, config: TrainConfig) -> subprocess.Popen[bytes]:
     """Train in a process of its own, whose descendants carry the folder as their mark."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from supernet.recipe import TrainConfig\n"
-        "from supernet.train import train\n"
+        "from supernet.training.recipe import TrainConfig\n"
+        "from supernet.training.train import train\n"
         "from tests.supernet.test_parallel import small_space\n"
         "train(small_space(), TrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
     )

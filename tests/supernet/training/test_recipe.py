@@ -32,7 +32,7 @@ def wide_space() -> Space:
         heads=[1, 2],
         ffn=[0, 16, 32],
         ratios=["full", 1, "linear"],
-        linear_kinds=2,
+        max_linear_kinds=2,
     )
 
 
@@ -117,7 +117,7 @@ def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
         mixer=["attention", *kinds, "none"],
         depth=[2, 4, 6, 8],
         ratios=["full", 1, 3, "linear"],
-        linear_kinds=2,
+        max_linear_kinds=2,
     )
 
     def shares(fair: bool) -> Counter[str]:

@@ -37,8 +37,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small_space() -> Space:
     return tiny_space(
-        vocabulary=256,
-        context=32,
+        vocab_size=256,
+        max_seq_len=32,
         mixer=["attention", "gated_deltanet", "sliding", "linear"],
         window=[8],
         depth=[1, 2],
@@ -71,7 +71,7 @@ def test_a_killed_run_ends_with_the_same_weights(text: Path, tmp_path: Path) -> 
     script.write_text(
         "import sys; from pathlib import Path\n"
         "from tests.supernet.training.test_train import small_space, config\n"
-        "from supernet.train import train\n"
+        "from supernet.training.train import train\n"
         "train(small_space(), config(Path(sys.argv[1]), steps=60, checkpoint_every=7), Path(sys.argv[2]))\n"
     )
     root = str(Path(__file__).parents[3])
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_used(text: Path) -> No
 def test_a_checkpoint_of_another_space_is_refused_by_both_names(text: Path, tmp_path: Path) -> None:
     settings = config(text, steps=2, checkpoint_every=2)
     train(small_space(), settings, tmp_path)
-    other = tiny_space(vocabulary=256, context=32)
+    other = tiny_space(vocab_size=256, max_seq_len=32)
     with pytest.raises(InputError, match=other.hash[:12]) as caught:
         train(other, settings, tmp_path)
     assert small_space().hash[:12] in str(caught.value)
