@@ -29,9 +29,8 @@ from search.submodel.export import export_onnx
 from space import Architecture, Layer, ModelConfig
 from space.blocks import Model, ffn, heads_of, mixer, part, project, rms_norm, rotate
 from space.cost import params
-from space.io.artefact import write_json
 from space.shapes import ffn_shapes, mixer_shapes
-from supernet.extract import KIND, SubModel, read_submodel
+from supernet.extract import SUBMODEL, SubModel, read_submodel
 from supernet.hf.export import write_hf
 
 CONTEXTS = (128, 1024, 4096)
@@ -84,7 +83,7 @@ def submodel_of(folder: Path, architecture: Architecture) -> SubModel:
         "model_config": vars(FRAME),
         "chosen": {},
     }
-    write_json(folder / "architecture.json", KIND, {}, body)
+    SUBMODEL.write(folder / "architecture.json", {}, body)
     return read_submodel(folder)
 
 

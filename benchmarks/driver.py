@@ -29,7 +29,7 @@ from search.problem.feasibility import check_feasible
 from search.problem.limit import Constraint, Limit
 from search.problem.milp import least
 from search.problem.problem import SearchConfig, make_problem
-from space import Architecture, LimitError, Workload, load_space
+from space import Architecture, InfeasibleError, Workload, load_space
 from space.cost import memory_cost
 from supernet.evaluate import Quality
 
@@ -84,7 +84,7 @@ def refused(predictor: Predictor) -> dict[str, Any]:
     try:
         check_feasible(space, asked)
         said = "both can be met"
-    except LimitError as error:
+    except InfeasibleError as error:
         said = str(error)
     return {"seconds": time.perf_counter() - began, "said": said}
 

@@ -16,11 +16,15 @@ import pandas as pd
 from latency.device_runner.timing import Timing
 from latency.runtimes.reference import reference_seconds
 from space import InputError
-from space.io.artefact import read_json, write_json
+from space.io.artefact import Artefact
 from space.io.parquet import read_table, write_table
 from space.onnx.graph import version_for
 
-KIND = "device card"
+DEVICE_CARD = Artefact("device card", "formfit profile", schema=3)
+TABLES = {
+    name: Artefact(f"device {name}", "formfit profile", schema=schema)
+    for name, schema in (("ops", 3), ("models", 2), ("memory", 1))
+}
 
 
 @dataclass
@@ -63,15 +67,13 @@ class Card:
             "unsupported": self.unsupported,
             "aa_difference": self.aa_difference,
         }
-        write_json(self.folder / "device.json", KIND, {}, body)
+        DEVICE_CARD.write(self.folder / "device.json", {}, body)
 
     def table(self, name: str) -> pd.DataFrame:
         """``ops``, ``models`` or ``memory``; empty where nothing was measured."""
         path = self.folder / f"{name}.parquet"
         return (
-            read_table(path, f"device {name}", profile_command(self.name))[0]
-            if path.exists()
-            else pd.DataFrame()
+            read_table(path, TABLES[name], profile_command(self.name))[0] if path.exists() else pd.DataFrame()
         )
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -79,7 +81,7 @@ class Card:
         identity = [k for k in rows[0] if k not in ("seconds", "half_width", "intercept", "timing", "bytes")]
         table = pd.concat([self.table(name), pd.DataFrame(rows)], ignore_index=True)
         table = table.drop_duplicates(identity, keep="last", ignore_index=True)
-        write_table(self.folder / f"{name}.parquet", f"device {name}", {}, table)
+        write_table(self.folder / f"{name}.parquet", TABLES[name], {}, table)
 
     def predictor_path(self, space: str, runtime: str, threads: int, precision: str) -> Path:
         """Where the predictor of a space stands."""
@@ -102,7 +104,7 @@ def load_card(devices: Path, name: str) -> Card:
         known = sorted(p.parent.name for p in devices.glob("*/device.json"))
         have = f"there are {', '.join(known)}" if known else "there is none yet"
         raise InputError(f"device {name}: no card in {devices} ({have}); `{profile_command(name)}` makes it")
-    value = read_json(path, KIND, f"mv {path.parent} ELSEWHERE` and then `{profile_command(name)}")
+    value = DEVICE_CARD.read(path, f"mv {path.parent} ELSEWHERE` and then `{profile_command(name)}")
     return Card(
         folder=path.parent,
         fingerprint=value["fingerprint"],

@@ -10,21 +10,20 @@ from typing import Any
 
 from latency import Predictor, load_card, load_predictor
 from latency.card import open_card
+from latency.predictor.predictor import PREDICTOR
 from latency.profile import profile, settings_digest
 from latency.runtimes.registry import open_runtime
 from search.audit.page import audit_section
-from search.engine.front import FRONT_KIND, member_choice, pick_key
+from search.engine.front import FRONT, member_choice, pick_key
 from search.engine.run import search_front
 from search.report.page import write_report
 from search.select.measured_search import make_workbench, require_kept, run_measured_search
 from search.workspace import Run
 from space import Architecture, genome
 from space.io.artefact import (
+    Artefact,
     canonical_json,
     digest,
-    made_from,
-    read_json,
-    write_json,
 )
 from space.io.progress import Reporter
 from supernet.data.baselines import gzip_bits_per_byte, order2_bits_per_byte
@@ -33,7 +32,7 @@ from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint
 from supernet.training.train import load_supernet, train, training_inputs
 
-SUMMARY_KIND = "summary"
+SUMMARY = Artefact("summary", "formfit run", schema=2)
 
 
 def trained(run: Run, reporter: Reporter, corpus: Corpus) -> Checkpoint:
@@ -64,7 +63,7 @@ def profiled(run: Run, reporter: Reporter) -> Predictor:
     card = open_card(run.devices, run.config.device, runtime.fingerprint())
     path = card.predictor_path(run.space.name, runtime.name, config.threads, config.precision)
     if path.exists():
-        header = read_json(path, "latency predictor", "formfit profile")["header"]["inputs"]
+        header = PREDICTOR.read(path)["header"]["inputs"]
         if header.get("space") == run.space.hash and header.get("settings") == settings_digest(config):
             reporter.skipped("profile")
             return load_predictor(path, run.space, "formfit profile")
@@ -98,7 +97,7 @@ def verified(
     )
     folder = run.folder / "searches" / card.name
     measured_search = run_measured_search(folder, bench, {card.name: predictor}, run.config.search, reporter)
-    front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
+    front = FRONT.read(folder / "front.json")
     members = {m["key"]: m for m in front["members"]}
     measured = {row["key"]: row for one in measured_search["rounds"] for row in one["finalists"]}
     keys = {pick: pick_key(front, pick) for pick in run.config.picks}
@@ -123,15 +122,15 @@ def summarised(
     """Write ``summary.json`` and the report."""
     card = load_card(run.devices, run.config.device)
     folder = run.folder / "searches" / card.name
-    front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
+    front = FRONT.read(folder / "front.json")
     inputs = {
         "supernet": checkpoint.digest,
         "front": digest(canonical_json(front["members"])),
         "verified": digest(canonical_json([dict(v) for v in verified.values()])),
     }
     path = run.folder / "summary.json"
-    if made_from(path, SUMMARY_KIND, inputs):
-        return read_json(path, SUMMARY_KIND, "formfit run")
+    if SUMMARY.made_from(path, inputs):
+        return SUMMARY.read(path)
     body = {
         "space": {"name": run.space.name, "architectures": genome.size(run.space)},
         "device": {"name": card.name, **card.fingerprint},
@@ -143,10 +142,10 @@ def summarised(
         "chosen": dict(verified["chosen"]),
         "verified": {pick: dict(value) for pick, value in verified.items()},
     }
-    write_json(path, SUMMARY_KIND, inputs, body)
+    SUMMARY.write(path, inputs, body)
     audited = audit_section(run.folder, checkpoint.digest)
     write_report(folder / "report.html", run.space, front, body, card, audited)
-    return read_json(path, SUMMARY_KIND, "formfit run")
+    return SUMMARY.read(path)
 
 
 def text_quality(
@@ -195,7 +194,8 @@ def execute(run: Run, reporter: Reporter) -> dict[str, Any]:
 
     Raises:
         InputError: something given is wrong.
-        LimitError: a limit is impossible, or the chosen model missed one when measured.
+        InfeasibleError: no architecture can meet the limits.
+        LimitMissedError: the chosen model missed a limit when measured.
     """
     corpus = load_corpus(run.config.train.data)
     checkpoint = trained(run, reporter, corpus)

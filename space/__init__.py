@@ -5,15 +5,17 @@ Importing this package does not import torch; :mod:`space.blocks` and
 """
 
 from space.architecture import Architecture, Layer, ModelConfig
-from space.io.errors import InputError, LimitError
+from space.io.errors import FormfitError, InfeasibleError, InputError, LimitMissedError
 from space.space import Space, load_space
 from space.workload import Workload
 
 __all__ = [
     "Architecture",
+    "FormfitError",
+    "InfeasibleError",
     "InputError",
     "Layer",
-    "LimitError",
+    "LimitMissedError",
     "ModelConfig",
     "Space",
     "Workload",

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from space import Architecture, InputError, ModelConfig
 from space.blocks import Model
-from space.io.artefact import atomic_path, file_digest, read_json, write_bytes, write_json, write_text
+from space.io.artefact import Artefact, atomic_path, file_digest, write_bytes, write_text
 from space.io.config import parse
 from space.shapes import model_shapes
 from supernet.data.corpus import DataConfig
 from supernet.supernet import Supernet
 
-KIND = "sub-model"
+SUBMODEL = Artefact("sub-model", "formfit extract", schema=2)
 TOKENIZER = "tokenizer.json"
 MADE_BY = "formfit extract"
 
@@ -137,7 +137,7 @@ def write_submodel(
         "text": text.model_dump(mode="json") if text else None,
         "tokenizer": file_digest(folder / TOKENIZER) if tokenizer else None,
     }
-    write_json(folder / "architecture.json", KIND, inputs, body)
+    SUBMODEL.write(folder / "architecture.json", inputs, body)
     write_text(folder / "README.md", _card(architecture, model_config, chosen))
     return read_submodel(folder)
 
@@ -157,7 +157,7 @@ def read_submodel(folder: Path) -> SubModel:
         InputError: it is not one, or not whole.
     """
     path = folder / "architecture.json"
-    value = read_json(path, KIND, MADE_BY)
+    value = SUBMODEL.read(path)
     missing = [name for name in ("architecture", "key", "model_config", "chosen") if name not in value]
     if missing:
         raise InputError(f"{path}: has no {missing[0]}; `{MADE_BY}` writes it")

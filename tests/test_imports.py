@@ -70,9 +70,11 @@ def test_the_door_of_space() -> None:
     assert importlib.import_module("space").__all__ == [
         "Architecture",
         "ModelConfig",
+        "FormfitError",
+        "InfeasibleError",
         "InputError",
         "Layer",
-        "LimitError",
+        "LimitMissedError",
         "Space",
         "Workload",
         "load_space",

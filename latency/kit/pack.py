@@ -32,7 +32,7 @@ from latency.runtimes.protocol import random_weights
 from latency.runtimes.reference import COPIES, FRAME, OP, STACKS, reference_name, reference_work
 from space import Architecture, InputError, Space, Workload
 from space.cost import flops, op_flops, op_params
-from space.io.artefact import atomic_path, check_inputs, digest, read_json, write_json
+from space.io.artefact import Artefact, atomic_path, check_inputs, digest
 from space.onnx.graph import VERSION
 from space.onnx.model import model_graph
 from space.onnx.quantise import quantise
@@ -44,7 +44,7 @@ MAIN = "import sys\n\nfrom latency.device_runner.main import main\n\nsys.exit(ma
 SPARE = 6  # ops of a kind and phase beyond one for each size that varies
 DRAWN = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)  # of which types weights are
 LEAST_WEIGHTS = 64  # a tensor with fewer elements stays in its graph
-KIND = "probe kit"
+PROBE_KIT = Artefact("probe kit", "formfit profile --make-kit", schema=2)
 # The oldest onnxruntime whose operators do what graphs ask of them, by precision: 1.18 overwrites memory
 # where a residual sum and its norm are one node, and rows of a quantised embedding came with 1.23.
 OLDEST = {"fp32": "1.19", "int8": "1.23", "int8-dynamic": "1.19"}
@@ -81,7 +81,7 @@ def pack(space: Space, folder: Path, config: ProfileConfig, path: Path) -> dict[
         "points": [[op.key, str(w)] for op, w in points],
         "models": [[role, fallback, a.to_json()] for role, fallback, a in models],
     }
-    write_json(folder / "kit.json", KIND, {"space": space.hash, "graphs": str(VERSION)}, design)
+    PROBE_KIT.write(folder / "kit.json", {"space": space.hash, "graphs": str(VERSION)}, design)
     return {
         "kit": identity,
         "bytes": path.stat().st_size,
@@ -257,7 +257,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
         InputError: the result is not whole, not of this kit, of another device, or holds what cannot be.
     """
     design_path = folder / "kit.json"
-    design = read_json(design_path, KIND, f"formfit profile --make-kit KIT --device {folder.name}")
+    design = PROBE_KIT.read(design_path, f"formfit profile --make-kit KIT --device {folder.name}")
     if design["header"]["inputs"].get("space") != space.hash:
         raise InputError(f"{design_path}: packed for another space than {space.name}")
     check_inputs(design_path, design, {"graphs": str(VERSION)})

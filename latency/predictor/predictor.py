@@ -27,11 +27,11 @@ from latency.predictor.op_latencies import OpLatencies
 from space import InputError, Space, Workload
 from space.cost import op_held_bytes
 from space.genome import Genomes
-from space.io.artefact import check_inputs, read_json, write_json
+from space.io.artefact import Artefact, check_inputs
 from space.onnx.graph import VERSION
 from space.ops import Cost, Op, OpTables, space_ops
 
-KIND = "latency predictor"
+PREDICTOR = Artefact("latency predictor", "formfit profile", schema=3)
 RUNS_APART = 0.02  # relative spread of what one machine says in runs of different hours; see docs/adr/0004
 Array = NDArray[np.float64]
 
@@ -253,7 +253,7 @@ class Predictor:
             "memory": {str(w): model.to_json() for w, model in self.memory.items()},
             "ops": self.ops.to_json(),
         }
-        write_json(path, KIND, {"space": self.space.hash, **inputs}, body)
+        PREDICTOR.write(path, {"space": self.space.hash, **inputs}, body)
 
 
 def finite_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -292,7 +292,7 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
     Raises:
         InputError: it is missing, not whole, or made for another space or other graphs than are written now.
     """
-    value = read_json(path, KIND, made_by)
+    value = PREDICTOR.read(path, made_by)
     check_inputs(path, value, {"space": space.hash})
     graphs = value["header"]["inputs"].get("graphs", "0")
     if "-onnxruntime-" in path.name and graphs != str(VERSION):

@@ -17,16 +17,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Predictor, load_card
-from search.audit.page import KIND, SETS, write_audit_page
+from search.audit.page import AUDIT, SETS, write_audit_page
 from search.audit.rank_correlation import agreement, verdict
 from search.audit.stratified import choose_equal, choose_spread, sample_pool
-from search.audit.trials import MADE_BY, Trial, train_trials
+from search.audit.trials import Trial, train_trials
 from search.engine.devices import open_predictor
 from search.engine.evaluator import Failed, evaluator
 from search.workspace import Run, open_supernet
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
-from space.io.artefact import canonical_json, digest, read_json, write_json
+from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
 from supernet.data.corpus import Corpus, load_corpus
 from supernet.evaluate import EvaluationSet, Quality, evaluation_set, losses
@@ -159,8 +159,8 @@ def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter)
         "architectures": rows,
     }
     write_audit_page(path.with_name("audit.html"), body)
-    write_json(path, KIND, inputs, body)
-    return read_json(path, KIND, MADE_BY)
+    AUDIT.write(path, inputs, body)
+    return AUDIT.read(path)
 
 
 def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -> tuple[Workload, Predictor]:
@@ -184,7 +184,7 @@ def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -
 def _finished(path: Path, inputs: Mapping[str, str]) -> dict[str, Any] | None:
     """The audit that is there already, if it was made from these inputs."""
     try:
-        value = read_json(path, KIND, MADE_BY)
+        value = AUDIT.read(path)
     except InputError:
         return None
     return value if value["header"]["inputs"] == dict(inputs) else None

@@ -13,9 +13,9 @@ from search.audit.rank_correlation import Estimate
 from search.report.figures import LAYOUT
 from search.report.page import STYLE, table
 from space import Architecture, InputError
-from space.io.artefact import read_json, write_text
+from space.io.artefact import Artefact, write_text
 
-KIND = "audit"
+AUDIT = Artefact("audit", "formfit audit")
 SETS = {"axes": "over the axes", "equal_latency": "at equal latency"}
 NAMES = {
     "supernet": "supernet",
@@ -52,7 +52,7 @@ def audit_section(run: Path, supernet: str) -> str:
         supernet: the sha256 of the supernet's weights; an audit of others is passed over.
     """
     try:
-        audit = read_json(run / "audit" / "audit.json", KIND, "formfit audit")
+        audit = AUDIT.read(run / "audit" / "audit.json")
     except InputError:
         return ""
     return findings(audit) if audit["header"]["inputs"].get("supernet") == supernet else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from space import Architecture, InputError, Space
 from space.cost import row_flops
-from space.io.artefact import read_json, write_json
+from space.io.artefact import Artefact
 from supernet.data.corpus import Corpus
 from supernet.evaluate import EvaluationSet, Losses, evaluate, losses
 from supernet.training.recipe import TrainConfig
@@ -25,7 +25,7 @@ from supernet.training.trials import Share, format_duration, one_thread, remove_
 if TYPE_CHECKING:  # what the stages import, the processes that train here need not
     from space.io.progress import Reporter
 
-KIND = "audit trial"
+AUDIT_TRIAL = Artefact("audit trial", "formfit audit")
 MADE_BY = "formfit audit"
 
 
@@ -41,7 +41,7 @@ class Trial:
     def result(self) -> Losses | None:
         """What it reached; None where it was not finished or was made from other inputs."""
         try:
-            value = read_json(self.folder / "result.json", KIND, MADE_BY)
+            value = AUDIT_TRIAL.read(self.folder / "result.json")
         except InputError:
             return None
         if value["header"]["inputs"] != dict(self.inputs):
@@ -65,7 +65,7 @@ def train_alone(
         checkpoint = train(space, trial.config, folder, report, corpus, architecture)
         model = load_alone(space, checkpoint, architecture)
         quality = evaluate(dict(model.named_parameters()), architecture, space.config, data)
-    write_json(folder / "result.json", KIND, trial.inputs, losses(quality))
+    AUDIT_TRIAL.write(folder / "result.json", trial.inputs, losses(quality))
     remove_checkpoints(folder)
 
 

@@ -21,7 +21,7 @@ from search.cli.output import (
     summary_tables,
 )
 from search.cli.submodels import export, extract, finetune, generate
-from space.io.errors import InputError, LimitError
+from space.io.errors import FormfitError
 
 app = typer.Typer(
     help="Find the transformer that fits your device: search, extract, export and verify, by measuring.",
@@ -250,16 +250,15 @@ def report(
     from latency import load_card
     from search import pipeline as stages
     from search.audit.page import audit_section
-    from search.engine.front import FRONT_KIND
+    from search.engine.front import FRONT
     from search.report.images import write_images
     from search.report.page import figures, write_report
     from search.workspace import open_run
-    from space.io.artefact import read_json
 
     the_run = open_run(folder, context.obj)
-    summary = read_json(folder / "summary.json", stages.SUMMARY_KIND, "formfit run")
+    summary = stages.SUMMARY.read(folder / "summary.json")
     name = summary["device"]["name"]
-    front = read_json(folder / "searches" / name / "front.json", FRONT_KIND, "formfit search")
+    front = FRONT.read(folder / "searches" / name / "front.json")
     path = folder / "searches" / name / "report.html"
     audited = audit_section(folder, summary["header"]["inputs"]["supernet"])
     write_report(path, the_run.space, front, summary, load_card(context.obj, name), audited, path.parent)
@@ -275,9 +274,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(standalone_mode=False)
-    except (InputError, LimitError) as error:
+    except FormfitError as error:
         sys.stderr.write(f"formfit: {error}\n")
-        sys.exit(2 if isinstance(error, InputError) else 3)
+        sys.exit(error.exit_code)
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # none where the help was shown, for want of a command

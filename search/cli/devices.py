@@ -19,7 +19,7 @@ from search.cli.output import (
     precision_table,
     show,
 )
-from space.io.errors import InputError, LimitError
+from space.io.errors import InputError, LimitMissedError
 
 Noise = Annotated[
     float, typer.Option(min=0.01, help="How far, in percent, two timings of the same work may differ.")
@@ -168,9 +168,9 @@ def verify(
             err.print(f"nothing was predicted for {device}: latencies stay UNMEASURED", highlight=False)
     missed = [item["limit"] for item in value["limits"] if item["status"] == "missed"]
     if not value["parity"]["kept"]:
-        raise LimitError(f"{folder}: the exported model differs from the plain one; see verify.json")
+        raise LimitMissedError(f"{folder}: the exported model differs from the plain one; see verify.json")
     if missed:
-        raise LimitError(f"{folder}: missed {', '.join(missed)} when measured")
+        raise LimitMissedError(f"{folder}: missed {', '.join(missed)} when measured")
 
 
 def _judged_by(submodel: "SubModel") -> "EvaluationSet | None":
@@ -195,7 +195,7 @@ def devices(
     """List the device cards: what they are of, how old, how good; warns of those that no longer fit."""
     from latency import load_card
     from latency.card import differences, outdated
-    from space.io.artefact import read_json
+    from latency.predictor.predictor import PREDICTOR
 
     root = context.obj
     names = [name] if name else sorted(p.parent.name for p in root.glob("*/device.json"))
@@ -210,7 +210,7 @@ def devices(
             continue
         predictors = {}
         for path in sorted((card.folder / "predictors").glob("*.json")):
-            fitted = read_json(path, "latency predictor", "formfit profile")
+            fitted = PREDICTOR.read(path)
             predictors[path.stem] = {w: model["errors"] for w, model in fitted["workloads"].items()}
         here = _fingerprint(card)
         other = differences(card.fingerprint, here)

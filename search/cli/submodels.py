@@ -117,10 +117,9 @@ def finetune(
     """Fine-tune a sub-model on your own text, taught by its supernet's largest too. Resumes."""
     from search.submodel.export import check_formats
     from search.submodel.export import export as write
-    from search.submodel.finetune import KIND, MADE_BY, FinetuneConfig
+    from search.submodel.finetune import FINETUNING, FinetuneConfig
     from search.submodel.finetune import finetune as carry_out
     from search.workspace import open_run
-    from space.io.artefact import read_json
     from space.io.config import parse
     from supernet.data.corpus import DataConfig
     from supernet.extract import read_submodel
@@ -133,7 +132,7 @@ def finetune(
     text = parse(DataConfig, {"path": str(data.resolve()), "held_out": held_out}, "data")
     tuned = carry_out(read_submodel(folder), open_run(teacher, context.obj), text, out_dir, config, Bars())
     files = write(tuned, format_ or (), precision or ())
-    found = read_json(out_dir / "finetune.json", KIND, MADE_BY)
+    found = FINETUNING.read(out_dir / "finetune.json")
     value = {name: found[name] for name in ("key", "steps", "before", "after")}
     value |= {"folder": str(out_dir), "files": files}
 

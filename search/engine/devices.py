@@ -28,7 +28,7 @@ def open_targets(
     Raises:
         InputError: a device is named twice, not known, or not profiled for the space; a limit or an
             objective is not understood.
-        LimitError: the limits cannot be met.
+        InfeasibleError: the limits cannot be met.
     """
     if len(set(names)) < len(names):
         raise InputError(f"devices: {', '.join(names)} names one twice")

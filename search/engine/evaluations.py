@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from space import InputError
-from space.io.artefact import check_inputs
+from space.io.artefact import Artefact, check_inputs
 from space.io.parquet import read_table, write_table
 
-KIND = "evaluations"
+EVALUATIONS = Artefact("evaluations", "formfit search", schema=2)
 
 
 class Record:
@@ -39,7 +39,7 @@ class Record:
         path = self.path(part)
         if not path.exists():
             return None
-        table, header = read_table(path, KIND, "formfit search")
+        table, header = read_table(path, EVALUATIONS)
         try:
             check_inputs(path, header, self.inputs)
         except InputError as error:
@@ -48,7 +48,7 @@ class Record:
 
     def write(self, part: str, table: pd.DataFrame) -> None:
         """Keep a part that was evaluated whole."""
-        write_table(self.path(part), KIND, self.inputs, table)
+        write_table(self.path(part), EVALUATIONS, self.inputs, table)
 
 
 def genomes_of(table: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.int16]]:

@@ -10,8 +10,9 @@ from scipy.stats import spearmanr
 from search.problem.problem import QUALITIES, Problem
 from space import Architecture, InputError, genome
 from space.cost import params_cost
+from space.io.artefact import Artefact
 
-FRONT_KIND = "front"
+FRONT = Artefact("front", "formfit search", schema=2)
 
 
 def surrogate_agreement(table: pd.DataFrame) -> dict[str, Any]:

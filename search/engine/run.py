@@ -7,11 +7,11 @@ from typing import Any
 
 from latency import Predictor
 from search.engine.evaluator import Evaluator, evaluator
-from search.engine.front import FRONT_KIND
+from search.engine.front import FRONT
 from search.engine.search import Known, Search
 from search.problem.problem import Problem, SearchConfig, make_problem
 from space import InputError
-from space.io.artefact import canonical_json, digest, made_from, read_json
+from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
 from supernet.evaluate import evaluation_set
 from supernet.training.train import Trained, load_supernet
@@ -40,7 +40,7 @@ def search_front(
         before: folders of finished searches of the same supernet whose evaluations this one starts from.
 
     Raises:
-        LimitError: the limits cannot be met.
+        InfeasibleError: the limits cannot be met.
         InputError: an objective or a limit is not understood, or the folder is another search's.
     """
     problem = make_problem(trained.space, predictors, config, units)
@@ -53,10 +53,10 @@ def search_front(
     path = folder / "front.json"
     search = Search(problem, config, folder, inputs, known, before)
     rival = _rival(search) if config.compare else None
-    done = made_from(path, FRONT_KIND, search.inputs)
+    done = FRONT.made_from(path, search.inputs)
     if done and (rival is None or rival.complete):
         reporter.skipped("search")
-        return read_json(path, FRONT_KIND, "formfit search")
+        return FRONT.read(path)
     search.check()
     with reporter.stage("search") as stage:
         stage(0.0, "starting the evaluators")
@@ -67,7 +67,7 @@ def search_front(
                 rival.evolve(
                     evaluate_all, lambda done, total, text: stage(done / total, f"random search, {text}")
                 )
-    return read_json(path, FRONT_KIND, "formfit search")
+    return FRONT.read(path)
 
 
 def predictors_digest(predictors: Mapping[str, Predictor]) -> str:

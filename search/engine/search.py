@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from search.engine.evaluations import KIND as RECORD_KIND
-from search.engine.evaluations import Record, genomes_of
+from search.engine.evaluations import EVALUATIONS, Record, genomes_of
 from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
-from search.engine.front import FRONT_KIND, picks, predictions, surrogate_agreement
+from search.engine.front import FRONT, picks, predictions, surrogate_agreement
 from search.engine.optuna_study import open_study
 from search.problem.feasibility import check_feasible
 from search.problem.limit import unit_of
@@ -31,7 +30,7 @@ from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Random, Strategy, Task
 from space import Architecture, InputError, genome
 from space.genome import Genomes
-from space.io.artefact import canonical_json, digest, write_json
+from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
 from supernet.evaluate import Quality
 from supernet.training.checkpoint import sole_writer
@@ -94,7 +93,7 @@ class Search:
         """Refuse limits that cannot be met.
 
         Raises:
-            LimitError: names them, with the least that is possible and the architecture that has it.
+            InfeasibleError: names them, with the least that is possible and the architecture that has it.
         """
         check_feasible(self.problem.space, self.constraints)
 
@@ -102,7 +101,7 @@ class Search:
         """Search to the last generation, from the record if there is one, and write ``front.json``.
 
         Raises:
-            LimitError: the limits cannot be met; names them, with what is possible.
+            InfeasibleError: the limits cannot be met; names them, with what is possible.
             InputError: the record belongs to a search with other inputs.
         """
         self.check()
@@ -164,7 +163,7 @@ class Search:
         found = []
         for folder in self.before:
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
-                part = read_table(path, RECORD_KIND, "formfit search")[0]
+                part = read_table(path, EVALUATIONS)[0]
                 self._remember(part, "search")
                 if not len(part):
                     continue
@@ -283,7 +282,7 @@ class Search:
             "picks": picks(front, self.problem.objectives),
             "members": members,
         }
-        write_json(self.folder / "front.json", FRONT_KIND, self.inputs, body)
+        FRONT.write(self.folder / "front.json", self.inputs, body)
         return body
 
     def _member(self, row: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from search.problem.milp import (
     split_maxima,
     within,
 )
-from space import Architecture, LimitError, Space
+from space import Architecture, InfeasibleError, Space
 from space.genome import Genomes, decode, encode
 from space.ops import Cost
 
@@ -47,7 +47,7 @@ def check_feasible(space: Space, asked: Sequence[Constraint]) -> None:
     """Refuse limits that no architecture of the space keeps.
 
     Raises:
-        LimitError: names each limit that cannot be met even alone, with the least possible value
+        InfeasibleError: names each limit that cannot be met even alone, with the least possible value
             and an architecture that has it; or, where there is none, the fewest limits that
             cannot be met together, each with the least value that the others leave.
     """
@@ -59,14 +59,14 @@ def check_feasible(space: Space, asked: Sequence[Constraint]) -> None:
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
             alone.append(f"{one.text} cannot be met: {reason}")
     if alone:
-        raise LimitError(f"space {space.name}: {'; '.join(alone)}{_nearest_text(space, asked)}")
+        raise InfeasibleError(f"space {space.name}: {'; '.join(alone)}{_nearest_text(space, asked)}")
     if not asked or _together(space, asked):
         return
     for size in range(2, len(asked) + 1):
         for some in combinations(asked, size):
             if not _together(space, some):
                 text = f"{_conflict(space, some)}{_nearest_text(space, asked)}"
-                raise LimitError(f"space {space.name}: {text}")
+                raise InfeasibleError(f"space {space.name}: {text}")
 
 
 def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, Architecture] | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from search.engine.evaluations import KIND
+from search.engine.evaluations import EVALUATIONS
 from search.strategies.pareto import hypervolume, non_dominated
 from space.io.parquet import read_table
 
@@ -33,7 +33,7 @@ def evaluations(folder: Path) -> pd.DataFrame:
         InputError: a part is not whole.
     """
     parts = sorted((folder / "evaluations").glob("part-[0-9]*.parquet"))
-    tables = [read_table(path, KIND, "formfit search")[0] for path in parts]
+    tables = [read_table(path, EVALUATIONS)[0] for path in parts]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"key": [], "failed": []})
 
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from space import Architecture, InputError
-from space.io.artefact import check_inputs, file_digest, read_json, write_json
+from space.io.artefact import Artefact, check_inputs, file_digest
 from supernet.evaluate import Losses
 from supernet.training.recipe import TrainConfig
 
-RUNG_KIND = "finalist"
+FINALIST = Artefact("finalist", "formfit search")
 
 
 MADE_BY = "formfit search"
@@ -115,7 +115,7 @@ class Stretch:
         """
         path, weights = self.folder / "result.json", self.folder / "model.safetensors"
         try:
-            value = read_json(path, RUNG_KIND, MADE_BY)
+            value = FINALIST.read(path)
         except InputError:
             return None
         check_inputs(path, value, self.inputs)
@@ -132,7 +132,7 @@ class Stretch:
         """Write ``result.json``, after the weights where there are some."""
         model = None if failed else file_digest(self.folder / "model.safetensors")
         body = {"steps": self.until, "losses": reached, "model": model, "failed": failed}
-        write_json(self.folder / "result.json", RUNG_KIND, self.inputs, body)
+        FINALIST.write(self.folder / "result.json", self.inputs, body)
 
 
 def rungs(count: int, steps: int) -> list[tuple[int, int]]:

@@ -22,29 +22,25 @@ from search.engine.run import search_front
 from search.engine.search import Known
 from search.problem.limit import Limit
 from search.problem.problem import QUALITIES, SearchConfig
-from search.select.picks import MEASURED_SEARCH_KIND
+from search.select.picks import MEASURED_SEARCH
 from search.submodel.export import export, models_digest
-from search.submodel.verify import KIND as VERIFY_KIND
-from search.submodel.verify import require_card_is_here, verify
-from space import Architecture, LimitError, Space, Workload, genome
+from search.submodel.verify import VERIFICATION, require_card_is_here, verify
+from space import Architecture, InfeasibleError, LimitMissedError, Space, Workload, genome
 from space.io.artefact import (
+    Artefact,
     canonical_json,
     check_inputs,
     digest,
     file_digest,
-    made_from,
-    read_json,
-    write_json,
 )
 from space.io.progress import Reporter
 from space.precision import model_file
 from supernet.evaluate import EvaluationSet, evaluation_set
-from supernet.extract import KIND as SUBMODEL_KIND
-from supernet.extract import SubModel, read_submodel, write_submodel
+from supernet.extract import SUBMODEL, SubModel, read_submodel, write_submodel
 from supernet.supernet import Supernet
 from supernet.training.train import Trained, load_supernet
 
-MEASURED_KIND = "measured finalists"
+MEASURED_FINALISTS = Artefact("measured finalists", "formfit search --verify")
 MADE_BY = "formfit search --verify"
 MEASURED = 3  # finalists a round
 LATER = 0.7  # confidence of the later rounds, whose finalists are measured anyway
@@ -73,7 +69,7 @@ class Workbench:
             "chosen": digest(canonical_json(dict(choice))),
         }
         folder = self.submodels / architecture.key
-        made = made_from(folder / "architecture.json", SUBMODEL_KIND, inputs)
+        made = SUBMODEL.made_from(folder / "architecture.json", inputs)
         predicted = choice["predicted"]["latency"].get(self.card.name, {})
         precisions = sorted({"fp32", *(Workload.parse(text).precision for text in predicted)})
         if made and all(model_file(folder, p).exists() for p in precisions):
@@ -92,8 +88,8 @@ class Workbench:
             "card": card,
         }
         path = submodel.folder / "verify.json"
-        if made_from(path, VERIFY_KIND, inputs):
-            return read_json(path, VERIFY_KIND, "formfit verify")
+        if VERIFICATION.made_from(path, inputs):
+            return VERIFICATION.read(path)
         with reporter.stage(f"verify {submodel.architecture.key}") as stage:
             stage(0.0, submodel.architecture.describe())
             return verify(submodel, self.card, self.config, inputs, self.judged_by())
@@ -107,7 +103,7 @@ class Finalists:
         self.rows: list[dict[str, Any]] = []  # in use, in the order in which they came
         self.kept: dict[str, dict[str, Any]] = {}  # in the file, by key
         if path.exists():
-            value = read_json(path, MEASURED_KIND, MADE_BY)
+            value = MEASURED_FINALISTS.read(path)
             check_inputs(path, value, self.inputs)
             self.kept = {row["key"]: row for row in value["measured"]}
 
@@ -121,7 +117,7 @@ class Finalists:
         self.rows.append(row)
         if row["key"] not in self.kept:
             self.kept[row["key"]] = row
-            write_json(self.path, MEASURED_KIND, self.inputs, {"measured": list(self.kept.values())})
+            MEASURED_FINALISTS.write(self.path, self.inputs, {"measured": list(self.kept.values())})
 
     def best(self, quality: str) -> dict[str, Any]:
         """The best in quality that keeps the limits with room; else the one nearest to that."""
@@ -171,7 +167,7 @@ def run_measured_search(
         reporter: told how far it is.
 
     Raises:
-        LimitError: the limits cannot be met, as far as can be predicted.
+        InfeasibleError: the limits cannot be met, as far as can be predicted.
         InputError: this machine is not the card's, or too noisy.
     """
     require_card_is_here(bench.card)
@@ -187,7 +183,7 @@ def run_measured_search(
             front = search_front(
                 where, bench.trained, current, settings, reporter, known, predictors, tuple(before)
             )
-        except LimitError:
+        except InfeasibleError:
             if not rounds:
                 raise
             break  # as measured, nothing keeps them
@@ -219,12 +215,12 @@ def run_measured_search(
     body = {"device": device, "kept": best["kept"], "chosen": best, "rounds": rounds}
     inputs = {"supernet": bench.trained.checkpoint.digest, "front": file_digest(folder / "front.json")}
     path = folder / "measured_search.json"
-    if made_from(path, MEASURED_SEARCH_KIND, inputs):
-        value = read_json(path, MEASURED_SEARCH_KIND, MADE_BY)
+    if MEASURED_SEARCH.made_from(path, inputs):
+        value = MEASURED_SEARCH.read(path)
         if all(value.get(name) == part for name, part in body.items()):
             return value
-    write_json(path, MEASURED_SEARCH_KIND, inputs, body)
-    return read_json(path, MEASURED_SEARCH_KIND, MADE_BY)
+    MEASURED_SEARCH.write(path, inputs, body)
+    return MEASURED_SEARCH.read(path)
 
 
 def _measured_inputs(front: Mapping[str, Any], bench: Workbench) -> dict[str, str]:
@@ -247,7 +243,7 @@ def require_kept(measured_search: Mapping[str, Any]) -> None:
     """Refuse a promise that was not kept.
 
     Raises:
-        LimitError: names the limits that the nearest finalist missed, and by how much.
+        LimitMissedError: names the limits that the nearest finalist missed, and by how much.
     """
     if measured_search["kept"]:
         return
@@ -256,7 +252,7 @@ def require_kept(measured_search: Mapping[str, Any]) -> None:
     by = ", ".join(f"{item['limit']} ({100 * item['used']:.1f}% of it)" for item in missed)
     count = sum(len(one["finalists"]) for one in measured_search["rounds"])
     what = f"missed {by}" if missed else "computes something else than the plain model"
-    raise LimitError(f"none of {count} finalists kept its promise; the nearest, {chosen['key']}, {what}")
+    raise LimitMissedError(f"none of {count} finalists kept the limits; the nearest, {chosen['key']}, {what}")
 
 
 def _is_predicted(limit: str) -> bool:

@@ -22,7 +22,7 @@ from search.problem.milp import ROUNDING_TOLERANCE
 from search.problem.problem import Problem, SearchConfig
 from search.select.picks import chosen_architecture
 from search.workspace import Run
-from space import Architecture, LimitError, Space, genome
+from space import Architecture, InfeasibleError, Space, genome
 from space.genome import Genomes
 from space.io.progress import Reporter
 
@@ -48,7 +48,7 @@ def mixed(
 
     Raises:
         InputError: no such limit, search or card, or the card was not measured for it.
-        LimitError: no architecture of the space keeps the limit, or none of the family.
+        InfeasibleError: no architecture of the space keeps the limit, or none of the family.
     """
     limit = Limit.parse(pick)
     base = chosen_architecture(run, search, None, None)[1] if search else genome.largest(run.space)
@@ -99,7 +99,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
 
     Raises:
         InputError: the limit is on a device that is not given, or outside what was measured there.
-        LimitError: no member keeps it; says what the least is, and which has it.
+        InfeasibleError: no member keeps it; says what the least is, and which has it.
     """
     space = problem.space
     problem = replace(problem, limits=(limit,))
@@ -110,7 +110,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
         values[~np.isfinite(predictor.cost(next(iter(predictor.models)))(rows))] = np.inf
     kept = np.flatnonzero(values <= asked.bound * (1 + ROUNDING_TOLERANCE))
     if not len(kept):
-        raise LimitError(_why_not(space, base, asked, rows, values))
+        raise InfeasibleError(_why_not(space, base, asked, rows, values))
     found = genome.decode(space, rows[kept[-1:]])[0]
     choice = {
         "limits": [{"limit": limit.text, "bound": asked.bound, "unit": unit_of(limit.metric)}],

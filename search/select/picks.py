@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from search.engine.front import FRONT_KIND, member_choice, pick_key
+from search.engine.front import FRONT, member_choice, pick_key
 from search.workspace import Run
 from space import Architecture, InputError, genome
-from space.io.artefact import check_inputs, file_digest, read_json
+from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.config import load_yaml
 
-MEASURED_SEARCH_KIND = "measured search"
+MEASURED_SEARCH = Artefact("measured search", "formfit search --verify")
 
 
 def chosen_architecture(
@@ -31,12 +31,10 @@ def chosen_architecture(
             )
         return {}, architecture
     folder = run.folder / "searches" / str(search)
-    front = read_json(folder / "front.json", FRONT_KIND, "formfit search")
+    front = FRONT.read(folder / "front.json")
     members = {m["key"]: m for m in front["members"]}
     if (folder / "measured_search.json").exists():
-        measured_search = read_json(
-            folder / "measured_search.json", MEASURED_SEARCH_KIND, "formfit search --verify"
-        )
+        measured_search = MEASURED_SEARCH.read(folder / "measured_search.json")
         check_inputs(
             folder / "measured_search.json", measured_search, {"front": file_digest(folder / "front.json")}
         )

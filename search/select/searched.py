@@ -14,7 +14,7 @@ from search.select.measured_search import Workbench, make_workbench, run_measure
 from search.select.successive_halving import distil_finalists, write_finalist
 from search.submodel.export import export
 from search.workspace import Run, open_supernet
-from space import Architecture, InputError, LimitError, Workload
+from space import Architecture, InputError, LimitMissedError, Workload
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
 from space.precision import model_file
@@ -50,7 +50,7 @@ def search_run(
 
     Raises:
         InputError: the name is none for a folder; nothing was trained.
-        LimitError: the limits cannot be met.
+        InfeasibleError: the limits cannot be met.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"name {name!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
@@ -122,11 +122,13 @@ def require_tuned(found: Mapping[str, Any]) -> None:
     """Refuse a distilled finalist that was measured and missed a limit.
 
     Raises:
-        LimitError: names the limits.
+        LimitMissedError: names the limits.
     """
     tuned = found.get("tuned", {})
     missed = ", ".join(item["limit"] for item in tuned.get("limits", []) if item["status"] == "missed")
     if missed:
-        raise LimitError(f"{tuned['folder']}: the distilled finalist missed {missed} when measured")
+        raise LimitMissedError(f"{tuned['folder']}: the distilled finalist missed {missed} when measured")
     if not tuned.get("parity", {"kept": True})["kept"]:
-        raise LimitError(f"{tuned['folder']}: the exported model differs from the plain one; see verify.json")
+        raise LimitMissedError(
+            f"{tuned['folder']}: the exported model differs from the plain one, see verify.json"
+        )

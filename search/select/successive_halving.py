@@ -25,19 +25,16 @@ from search.select.finalist import MADE_BY, Finalist, FinalistsConfig, Stretch, 
 from space import Architecture, InputError, Space, genome
 from space.cost import row_flops
 from space.io.artefact import (
+    Artefact,
     atomic_path,
     canonical_json,
     check_inputs,
     digest,
     file_digest,
-    made_from,
-    read_json,
-    write_json,
 )
 from supernet.data.corpus import Corpus
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, losses
-from supernet.extract import KIND as SUBMODEL_KIND
-from supernet.extract import SubModel, extract, read_submodel, write_submodel
+from supernet.extract import SUBMODEL, SubModel, extract, read_submodel, write_submodel
 from supernet.training.checkpoint import Checkpoint
 from supernet.training.distillation import distil, implant, largest_teacher
 from supernet.training.parallel import ray_session
@@ -48,7 +45,7 @@ if TYPE_CHECKING:  # what the processes that train here need not import
     from space.io.progress import Reporter
     from supernet.training.train import Trained
 
-KIND = "finalists"
+FINALISTS = Artefact("finalists", "formfit search")
 
 
 def distil_finalists(
@@ -90,7 +87,7 @@ def distil_finalists(
     inputs |= {"supernet": trained.checkpoint.digest, "evaluation": evaluation_digest(data)}
     path, asked = folder / "finalists.json", digest(canonical_json([quality, sorted(a.key for a in chosen)]))
     if path.exists():
-        value = read_json(path, KIND, MADE_BY)
+        value = FINALISTS.read(path)
         check_inputs(path, value, inputs | {"finalists": asked})
         reporter.skipped("finalists")
         return [Finalist.from_json(item, folder) for item in value["finalists"]]
@@ -129,7 +126,7 @@ def distil_finalists(
         "rungs": [{"finalists": size, "steps": until} for size, until in plan],
         "finalists": [finalist.to_json(folder) for finalist in ranked],
     }
-    write_json(path, KIND, inputs | {"finalists": asked}, body)
+    FINALISTS.write(path, inputs | {"finalists": asked}, body)
     return ranked
 
 
@@ -231,7 +228,7 @@ def write_finalist(
     path = finalist.folder / "model.safetensors"
     if path.exists():
         inputs = {**inputs, "finalist": file_digest(path), "chosen": digest(canonical_json(dict(chosen)))}
-        if made_from(folder / "architecture.json", SUBMODEL_KIND, inputs):
+        if SUBMODEL.made_from(folder / "architecture.json", inputs):
             return read_submodel(folder)
     supernet = load_supernet(trained.space, trained.checkpoint)
     try:

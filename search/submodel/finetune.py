@@ -24,20 +24,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from search.workspace import Run, open_supernet
 from space import InputError, genome
-from space.io.artefact import check_inputs, file_digest, made_from, read_json, write_json
+from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.progress import Reporter
 from supernet.data.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.data.tokenizer import load_tokenizer
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, evaluation_set, losses
-from supernet.extract import KIND as SUBMODEL_KIND
-from supernet.extract import SubModel, Text, read_submodel, write_submodel
+from supernet.extract import SUBMODEL, SubModel, Text, read_submodel, write_submodel
 from supernet.training.distillation import distil, distil_inputs, implant, largest_teacher
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet
 from supernet.training.trainer import Weights
 from supernet.training.trials import one_thread, remove_checkpoints
 
-KIND = "fine-tuning"
+FINETUNING = Artefact("fine-tuning", "formfit finetune")
 MADE_BY = "formfit finetune"
 STAGE = "finetune"
 WARMUP = 0.05  # share of the steps
@@ -111,10 +110,10 @@ def finetune(
     }
     path, weights = out / "finetune.json", out / "model.safetensors"
     if path.exists():
-        value = read_json(path, KIND, MADE_BY)
+        value = FINETUNING.read(path)
         check_inputs(path, value, inputs)
         whole = weights.exists() and file_digest(weights) == value["model"]
-        if whole and made_from(out / "architecture.json", SUBMODEL_KIND, inputs):
+        if whole and SUBMODEL.made_from(out / "architecture.json", inputs):
             reporter.skipped(STAGE)
             remove_checkpoints(out / "training")
             return read_submodel(out)
@@ -129,7 +128,7 @@ def finetune(
             "teacher": {"run": str(run.folder), "key": teacher.architecture.key},
             "text": text.model_dump(mode="json"),
         }
-        write_json(path, KIND, inputs, value)
+        FINETUNING.write(path, inputs, value)
     with reporter.stage(STAGE) as stage:
         found = distil(
             space, training, out / "training", architecture, start, teacher, corpus,
@@ -142,7 +141,7 @@ def finetune(
         chosen = {name: part for name, part in submodel.chosen.items() if name != "loss_nats"}
         write_submodel(out, supernet, architecture, inputs, chosen, text)
     body = {name: part for name, part in value.items() if name != "header"}
-    write_json(path, KIND, inputs, body | {"after": after, "model": file_digest(weights)})
+    FINETUNING.write(path, inputs, body | {"after": after, "model": file_digest(weights)})
     remove_checkpoints(out / "training")
     return read_submodel(out)
 

@@ -27,14 +27,14 @@ from search.submodel.verify import chosen_predictions, conclude, graph_loss, lat
 from space import InputError, Workload
 from space.blocks import Model
 from space.cost import flops
-from space.io.artefact import atomic_path, check_inputs, read_json, write_json
+from space.io.artefact import Artefact, atomic_path, check_inputs
 from space.onnx.graph import VERSION
 from space.precision import model_file
 from space.shapes import state_shapes
 from supernet.evaluate import EvaluationSet
 from supernet.extract import SubModel
 
-KIND = "verification kit"
+VERIFICATION_KIT = Artefact("verification kit", "formfit verify --make-kit", schema=2)
 CASES = ("prefill", "split", "decode")
 
 
@@ -94,7 +94,7 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
         "settings": config.model_dump(mode="json"),
         "workloads": list(bindings),
     }
-    write_json(submodel.folder / "kit.json", KIND, {"graphs": str(VERSION)}, design)
+    VERIFICATION_KIT.write(submodel.folder / "kit.json", {"graphs": str(VERSION)}, design)
     return {"kit": identity, "bytes": path.stat().st_size, "timings": len(items) * len(bindings)}
 
 
@@ -147,7 +147,7 @@ def unpack_submodel(
         InputError: the result is not whole, not of this kit, or of another device.
     """
     again = f"formfit verify {submodel.folder} --device {card.name} --make-kit KIT"
-    design = read_json(submodel.folder / "kit.json", KIND, again)
+    design = VERIFICATION_KIT.read(submodel.folder / "kit.json", again)
     if design["device"] != card.name:
         raise InputError(f"{submodel.folder}: packed for {design['device']}, not for {card.name}; `{again}`")
     check_inputs(submodel.folder / "kit.json", design, {"graphs": str(VERSION)})

@@ -32,14 +32,14 @@ from search.submodel.export import exported
 from search.submodel.parity import parity
 from space import InputError, Workload
 from space.cost import memory_bytes, params
-from space.io.artefact import read_json, write_json
+from space.io.artefact import Artefact
 from space.precision import model_file
 from supernet.data.corpus import load_corpus
 from supernet.data.mqar import IGNORED
 from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import SubModel
 
-KIND = "verification"
+VERIFICATION = Artefact("verification", "formfit verify", schema=3)
 
 
 def require_card_is_here(card: Card) -> None:
@@ -272,5 +272,5 @@ def conclude(
         "rss_bytes": dict(rss),
         "limits": judge(submodel, card.name, measured, rss),
     }
-    write_json(submodel.folder / "verify.json", KIND, inputs, body)
-    return read_json(submodel.folder / "verify.json", KIND, "formfit verify")
+    VERIFICATION.write(submodel.folder / "verify.json", inputs, body)
+    return VERIFICATION.read(submodel.folder / "verify.json")

@@ -11,19 +11,11 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from space.io.errors import InputError
-
-_SCHEMAS = dict.fromkeys(
-    ("device card", "device ops", "device models", "latency predictor", "verification"), 2
-)  # every other kind is at 1
-
-
-def schema_version(kind: str) -> int:
-    """The version of a kind of artefact that this formfit writes and reads."""
-    return _SCHEMAS.get(kind, 1)
 
 
 def digest(data: bytes | str) -> str:
@@ -80,59 +72,84 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, kind: str, inputs: Mapping[str, str], body: Mapping[str, Any]) -> None:
-    """Write an artefact: a header (kind, schema version, hashes of its inputs), then the body."""
-    header = {"kind": kind, "schema": schema_version(kind), "inputs": dict(inputs)}
-    if "header" in body:
-        raise ValueError("a body has no key 'header'")
-    text = json.dumps({"header": header, **body}, indent=1, allow_nan=False)
-    write_text(path, text + "\n")
+@dataclass(frozen=True)
+class Artefact:
+    """A kind of file that formfit writes and reads: JSON or Parquet with a header.
 
+    The header names the kind, its schema version and the sha256 of every input, by name.
 
-def read_json(path: Path, kind: str, made_by: str) -> dict[str, Any]:
-    """Read an artefact and check its header.
-
-    Args:
-        path: the file.
-        kind: the kind that its header must name.
-        made_by: the command that makes such a file, for the error message.
-
-    Raises:
-        InputError: the file is missing, truncated, of another kind or another schema version.
+    Attributes:
+        kind: the kind that the header names.
+        made_by: the command that makes such a file, for error messages.
+        schema: the schema version that is written and read; it rises with every change of keys.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; `{made_by}` makes it") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_header(path, text, kind, made_by)
 
+    kind: str
+    made_by: str
+    schema: int = 1
 
-def parse_header(path: Path, text: bytes, kind: str, made_by: str) -> dict[str, Any]:
-    """The value of an artefact's JSON text, its header checked; see :func:`read_json`."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a whole {kind} file ({error}); `{made_by}` makes it again") from None
-    header = value.get("header") if isinstance(value, dict) else None
-    if not isinstance(header, dict) or header.get("kind") != kind:
-        raise InputError(f"{path}: not a {kind} file; `{made_by}` makes one")
-    if header.get("schema") != schema_version(kind):
-        raise InputError(
-            f"{path}: schema version {header.get('schema')!r}, this formfit reads {schema_version(kind)}; "
-            f"`{made_by}` makes it again"
-        )
-    return dict(value)
+    def header(self, inputs: Mapping[str, str]) -> dict[str, Any]:
+        """The header of a file that was made from these inputs (sha256 by name)."""
+        return {"kind": self.kind, "schema": self.schema, "inputs": dict(inputs)}
 
+    def write(self, path: Path, inputs: Mapping[str, str], body: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically: the header, then the body.
 
-def made_from(path: Path, kind: str, inputs: Mapping[str, str]) -> bool:
-    """Whether a whole artefact is there that was made from these inputs."""
-    try:
-        header = read_json(path, kind, "formfit")["header"]
-    except InputError:
-        return False
-    return all(header["inputs"].get(name) == value for name, value in inputs.items())
+        Args:
+            path: the file.
+            inputs: sha256 of what it was made from, by name.
+            body: JSON values by key; ``header`` is reserved.
+        """
+        if "header" in body:
+            raise ValueError("a body has no key 'header'")
+        text = json.dumps({"header": self.header(inputs), **body}, indent=1, allow_nan=False)
+        write_text(path, text + "\n")
+
+    def read(self, path: Path, made_by: str | None = None) -> dict[str, Any]:
+        """The JSON object of a file, its header checked.
+
+        Args:
+            path: the file.
+            made_by: the command named in errors, where it is more specific than the kind's own.
+
+        Raises:
+            InputError: the file is missing, truncated, of another kind or of another schema version.
+        """
+        command = made_by or self.made_by
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{path}: not found; `{command}` makes it") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return self.parse(path, text, command)
+
+    def parse(self, path: Path, text: bytes, made_by: str | None = None) -> dict[str, Any]:
+        """The JSON object of a file's text, its header checked; see :meth:`read`."""
+        command = made_by or self.made_by
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}: not a whole {self.kind} file ({error}); `{command}` makes it again"
+            ) from None
+        header = value.get("header") if isinstance(value, dict) else None
+        if not isinstance(header, dict) or header.get("kind") != self.kind:
+            raise InputError(f"{path}: not a {self.kind} file; `{command}` makes one")
+        if header.get("schema") != self.schema:
+            raise InputError(
+                f"{path}: schema version {header.get('schema')!r}, this formfit reads {self.schema}; "
+                f"`{command}` makes it again"
+            )
+        return dict(value)
+
+    def made_from(self, path: Path, inputs: Mapping[str, str]) -> bool:
+        """Whether a complete file is there whose header has these inputs (sha256 by name)."""
+        try:
+            header = self.read(path)["header"]
+        except InputError:
+            return False
+        return all(header["inputs"].get(name) == value for name, value in inputs.items())
 
 
 def check_inputs(path: Path, artefact: Mapping[str, Any], expected: Mapping[str, str]) -> None:

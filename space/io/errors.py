@@ -1,13 +1,29 @@
-"""The two ways in which a person's request can fail.
+"""Errors that a user can cause or must know of.
 
-Both carry one line that says what was given, what is allowed, and where. The
-command line prints that line and turns the class into an exit code.
+Each carries one line that says what was given, what is allowed, and where. The command line prints that line
+and exits with the class's ``exit_code``.
 """
 
 
-class InputError(Exception):
-    """Something the person gave is wrong: a file, a key, a value (exit code 2)."""
+class FormfitError(Exception):
+    """Base class of formfit's errors."""
+
+    exit_code = 1
 
 
-class LimitError(Exception):
-    """A limit cannot be met, or was not met when measured (exit code 3)."""
+class InputError(FormfitError):
+    """Invalid input: a file, a key or a value, or a machine that cannot do what was asked."""
+
+    exit_code = 2
+
+
+class InfeasibleError(FormfitError):
+    """Limits that no architecture of the space can meet."""
+
+    exit_code = 3
+
+
+class LimitMissedError(FormfitError):
+    """A model that missed a limit when it was measured."""
+
+    exit_code = 3

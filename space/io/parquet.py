@@ -8,37 +8,54 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from space.io.artefact import atomic_path, canonical_json, parse_header, schema_version
+from space.io.artefact import Artefact, atomic_path, canonical_json
 from space.io.errors import InputError
 
 
 def write_table(
     path: Path,
-    kind: str,
+    artefact: Artefact,
     inputs: Mapping[str, str],
     table: pd.DataFrame,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a table atomically; ``extra`` is a JSON value kept beside its header."""
-    header = {"kind": kind, "schema": schema_version(kind), "inputs": dict(inputs)}
-    metadata = {"formfit": canonical_json({"header": header, **(extra or {})})}
+    """Write a table atomically.
+
+    Args:
+        path: the file.
+        artefact: its kind and schema version.
+        inputs: sha256 of what it was made from, by name.
+        table: the rows.
+        extra: JSON values kept beside the header, by key.
+    """
+    metadata = {"formfit": canonical_json({"header": artefact.header(inputs), **(extra or {})})}
     arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         pq.write_table(arrow, temporary)
 
 
-def read_table(path: Path, kind: str, made_by: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read a table and the JSON value beside it, its header checked.
+def read_table(
+    path: Path, artefact: Artefact, made_by: str | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A table and the JSON object beside it, the header checked.
+
+    Args:
+        path: the file.
+        artefact: the kind and schema version that the header must name.
+        made_by: the command named in errors, where it is more specific than the kind's own.
 
     Raises:
-        InputError: the file is missing, truncated, of another kind or another schema version.
+        InputError: the file is missing, truncated, of another kind or of another schema version.
     """
+    command = made_by or artefact.made_by
     try:
         arrow = pq.read_table(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; `{made_by}` makes it") from None
+        raise InputError(f"{path}: not found; `{command}` makes it") from None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a whole {kind} file ({reason}); `{made_by}` makes it again") from None
+        raise InputError(
+            f"{path}: not a whole {artefact.kind} file ({reason}); `{command}` makes it again"
+        ) from None
     text = (arrow.schema.metadata or {}).get(b"formfit", b"null")
-    return arrow.to_pandas(), parse_header(path, text, kind, made_by)
+    return arrow.to_pandas(), artefact.parse(path, text, command)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from space import InputError
-from space.io.artefact import atomic_path, check_inputs, file_digest, read_json, write_json
+from space.io.artefact import Artefact, atomic_path, check_inputs, file_digest
 
-KIND = "supernet checkpoint"
+CHECKPOINT = Artefact("supernet checkpoint", "formfit train")
 KEPT = 2
 PARTS = ("model", "optimizer")
 PATIENCE = 30.0  # seconds; the workers of a killed training outlive it by two or three
@@ -74,7 +74,7 @@ def save_checkpoint(
         with atomic_path(folder / f"{part}.safetensors") as temporary:
             save_file(tensors, temporary)
     hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
-    write_json(folder / "state.json", KIND, inputs, {"step": step, "hashes": hashes})
+    CHECKPOINT.write(folder / "state.json", inputs, {"step": step, "hashes": hashes})
     for old in _folders(root)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -94,7 +94,7 @@ def latest_checkpoint(root: Path, inputs: Mapping[str, str]) -> Checkpoint | Non
     for folder in _folders(root):
         path = folder / "state.json"
         try:
-            state = read_json(path, KIND, "formfit train")
+            state = CHECKPOINT.read(path)
             hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
         except (InputError, OSError):
             continue

@@ -9,7 +9,7 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 
 from search.config import load_run_config
-from search.engine.evaluations import genomes_of
+from search.engine.evaluations import EVALUATIONS, genomes_of
 from search.engine.optuna_study import open_study, summary_params
 from space import InputError, genome
 from space.io.parquet import read_table
@@ -70,7 +70,7 @@ def test_the_dashboard_opens_the_study_and_its_plots_say_something(folder: Path)
 def test_trials_are_the_record(folder: Path, run_folder: Path) -> None:
     space = load_run_config(run_folder / "run" / "config.yaml").the_space
     study = open_study(folder / "study.log", "desk", objectives_of(folder), space.hash).study
-    part, _ = read_table(folder / "evaluations" / "part-0001.parquet", "evaluations", "formfit search")
+    part, _ = read_table(folder / "evaluations" / "part-0001.parquet", EVALUATIONS)
     trials = study.get_trials()[8:16]
     for trial, row, architecture in zip(
         trials, part.to_dict("records"), genome.decode(space, genomes_of(part)), strict=True

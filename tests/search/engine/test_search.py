@@ -131,7 +131,7 @@ def test_the_front_is_what_was_evaluated_and_keeps_the_limits(finished_run: Path
     folder = finished_run / "run" / "searches" / "desk"
     front = json.loads((folder / "front.json").read_text())
     space = load_space_of(finished_run)
-    table, _ = read_table(folder / "evaluations" / "part-front.parquet", "evaluations", "formfit search")
+    table, _ = read_table(folder / "evaluations" / "part-front.parquet", EVALUATIONS)
     values = table[front["objectives"]].to_numpy(float)
     assert {m["key"] for m in front["members"]} == set(table["key"][non_dominated(values)])
     bounds = {item["limit"]: item["bound"] for item in front["limits"]}
@@ -158,7 +158,7 @@ def test_no_architecture_is_evaluated_twice(finished_run: Path) -> None:
     folder = finished_run / "run" / "searches" / "desk" / "evaluations"
     keys = []
     for part in sorted(folder.glob("part-0*.parquet")):
-        keys += list(read_table(part, "evaluations", "formfit search")[0]["key"])
+        keys += list(read_table(part, EVALUATIONS)[0]["key"])
     assert len(keys) == len(set(keys)) == 32
 
 
@@ -169,7 +169,7 @@ def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
     study = open_study(
         folder / "study.log", "desk", ["loss", "latency:prefill@64"], load_space_of(run_folder).hash
     ).study
-    table, _ = read_table(folder / "evaluations" / "part-0000.parquet", "evaluations", "formfit search")
+    table, _ = read_table(folder / "evaluations" / "part-0000.parquet", EVALUATIONS)
     trials = study.get_trials()
     assert len(trials) == 32
     assert [t.user_attrs["key"] for t in trials[:8]] == list(table["key"])

@@ -15,7 +15,7 @@ from search.problem import feasibility
 from search.problem.feasibility import check_feasible, least_relaxation
 from search.problem.limit import Constraint, Limit, format_quantity
 from search.problem.milp import feasible, least, within
-from space import LimitError, Space, Workload, load_space
+from space import InfeasibleError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost
 from space.genome import Genomes, contains, decode, encode, encoding, size
 from space.ops import Cost, Op, OpTables
@@ -360,7 +360,7 @@ def asked_of(costs: list[Cost], bounds: Floats) -> list[Constraint]:
 
 
 def refusal(space: Space, asked: list[Constraint]) -> str:
-    with pytest.raises(LimitError) as error:
+    with pytest.raises(InfeasibleError) as error:
         check_feasible(space, asked)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -23,7 +23,7 @@ from search.report.history import evaluations, first_to_reach, progress, volume,
 from search.report.images import write_images
 from search.report.page import figures, headline, kept, kind, write_report
 from search.workspace import Run as TheRun
-from space import Architecture, InputError, LimitError
+from space import Architecture, InputError, LimitMissedError
 from tests.conftest import Program, Quiet
 
 PHONE = 390  # pixels across
@@ -45,7 +45,7 @@ def reported(finished_run: Path, config_file: Path, tmp_path_factory: pytest.Tem
     config = config.model_copy(update={"search": config.search.model_copy(update={"compare": True})})
     run = TheRun(folder / "run", config, folder / "devices")
     run.save_config()
-    with suppress(LimitError):  # so small a run may miss: the report says so
+    with suppress(LimitMissedError):  # so small a run may miss: the report says so
         execute(run, Quiet())
     return folder
 

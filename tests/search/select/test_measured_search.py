@@ -87,7 +87,7 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
     assert not all(row["kept"] for row in measured_search["rounds"][0]["finalists"]), measured_search
     assert measured_search["kept"] == (done.returncode == 0)
     if done.returncode == 3:  # the smallest may take longer than that
-        assert "finalists kept its promise" in done.stderr.splitlines()[-1]
+        assert "finalists kept the limits" in done.stderr.splitlines()[-1]
     else:
         assert measured_search["chosen"]["used"] <= 1
     second = run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json"

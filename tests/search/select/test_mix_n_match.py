@@ -18,7 +18,7 @@ from search.select.mix_n_match import family, mix_and_match, mix_problem, mixed
 from search.select.picks import chosen_architecture
 from search.submodel.verify import judge
 from search.workspace import open_run, open_supernet
-from space import Architecture, InputError, LimitError, Space, Workload, genome, load_space, variation
+from space import Architecture, InfeasibleError, InputError, Space, Workload, genome, load_space, variation
 from space.cost import memory_bytes, params
 from space.io.artefact import canonical_json
 from supernet.data.corpus import load_corpus
@@ -126,7 +126,7 @@ def test_the_largest_that_keeps_the_limit_is_taken(space: Space, metric: str) ->
             limit = Limit.parse(f"{metric}<={bound}{'' if metric == 'params' else 'B'}")
             kept = [member for member, value in zip(members, costs, strict=True) if value <= bound]
             if not kept:
-                with pytest.raises(LimitError, match=f"the least is .*, of {members[0].key} ") as caught:
+                with pytest.raises(InfeasibleError, match=f"the least is .*, of {members[0].key} ") as caught:
                     mix_and_match(base, problem_of(space), limit)
                 assert f"{limit.text} cannot be met by other FFN sizes of {base.key}" in str(caught.value)
                 continue
@@ -186,7 +186,9 @@ def test_a_percentage_is_of_the_largest_architecture() -> None:
                     }
                 ]
             else:
-                with pytest.raises(LimitError, match=rf"params<={percent}% \(.* parameters\) cannot be met"):
+                with pytest.raises(
+                    InfeasibleError, match=rf"params<={percent}% \(.* parameters\) cannot be met"
+                ):
                     mix_and_match(base, problem_of(SMALL), limit)
     assert mix_and_match(genome.largest(SMALL), problem_of(SMALL), Limit.parse("params<=100%"))[
         0
@@ -226,7 +228,7 @@ def test_on_a_device_the_upper_bound_is_held_against_the_limit(predictor: Predic
             limit = Limit.parse(f"desk:{metric}@64<={float(bound)!r}{unit}")
             if not len(kept):
                 with pytest.raises(
-                    LimitError, match=f"of {genome.decode(space, rows[upper.argmin()][None])[0].key}"
+                    InfeasibleError, match=f"of {genome.decode(space, rows[upper.argmin()][None])[0].key}"
                 ):
                     mix_and_match(base, problem, limit)
                 continue
@@ -256,7 +258,7 @@ def test_all_members_are_priced_where_a_latency_does_not_rise(predictor: Predict
     bound = float(upper[-1]) * 1.001
     assert mix_and_match(base, problem, Limit.parse(f"prefill@64<={bound!r}s"))[0] == base
     least = by_family(space, base)[-1]
-    with pytest.raises(LimitError, match=f"the least is .*, of {least.key} "):
+    with pytest.raises(InfeasibleError, match=f"the least is .*, of {least.key} "):
         mix_and_match(base, problem, Limit.parse(f"prefill@64<={bound / 2!r}s"))
 
 
@@ -266,7 +268,7 @@ def test_what_a_device_cannot_run_is_not_taken(predictor: Predictor) -> None:
     without = lacking(predictor, lambda key: key.startswith("attention"))
     base = genome.largest(space)
     problem = mix_problem(space, {"desk": without}, 0.9)
-    with pytest.raises(LimitError, match=f"all of {base.key} need an op that the device lacks"):
+    with pytest.raises(InfeasibleError, match=f"all of {base.key} need an op that the device lacks"):
         mix_and_match(base, problem, Limit.parse("params<=100%"))
     with pytest.raises(InputError, match="cannot run the largest architecture"):
         mix_and_match(base, problem, Limit.parse("prefill@64<=100%"))
@@ -322,7 +324,7 @@ def test_a_run_is_asked_for_a_limit(finished_run: Path, predictor: Predictor, tm
     ):
         with pytest.raises(InputError, match=why):
             mixed(run, None, text, device, Quiet())
-    with pytest.raises(LimitError, match="cannot be met: the least is"):  # by the whole space
+    with pytest.raises(InfeasibleError, match="cannot be met: the least is"):  # by the whole space
         mixed(run, None, "decode@64<=1ns", None, Quiet())
 
 

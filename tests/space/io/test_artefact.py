@@ -10,14 +10,13 @@ import pytest
 
 from space import InputError
 from space.io.artefact import (
+    Artefact,
     atomic_path,
     canonical_json,
     check_inputs,
     digest,
     file_digest,
-    read_json,
     write_bytes,
-    write_json,
     write_text,
 )
 
@@ -125,17 +124,18 @@ def test_canonical_json_is_one_form() -> None:
             canonical_json({"a": number})
 
 
+CARD = Artefact("card", "formfit profile")
 BODY = {"rows": [1, 2.5, None], "name": 'a "quoted" \N{GREEK SMALL LETTER TAU}'}
 
 
 def card(path: Path) -> Path:
-    write_json(path, "card", {"space": "ab" * 32}, BODY)
+    CARD.write(path, {"space": "ab" * 32}, BODY)
     return path
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        read_json(path, "card", "formfit profile")
+        CARD.read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "`formfit profile` makes" in message
@@ -146,13 +146,13 @@ def refusal(path: Path) -> str:
 def test_an_artefact_is_its_header_and_its_body(tmp_path: Path) -> None:
     path = card(tmp_path / "card.json")
     header = {"kind": "card", "schema": 1, "inputs": {"space": "ab" * 32}}
-    assert read_json(path, "card", "formfit profile") == {"header": header, **BODY}
+    assert CARD.read(path) == {"header": header, **BODY}
     assert next(iter(json.loads(path.read_text()))) == "header"
 
 
 def test_a_body_cannot_replace_the_header(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="header"):
-        write_json(tmp_path / "card.json", "card", {}, {"header": {"kind": "front", "schema": 1}})
+        CARD.write(tmp_path / "card.json", {}, {"header": {"kind": "front", "schema": 1}})
     assert names(tmp_path) == set()
 
 
@@ -160,7 +160,7 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
     path = card(tmp_path / "card.json")
     before = path.read_bytes()
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, "card", {}, {"median": math.nan})
+        CARD.write(path, {}, {"median": math.nan})
     assert path.read_bytes() == before
     assert names(tmp_path) == {"card.json"}
 
@@ -209,18 +209,18 @@ def test_an_artefact_of_another_schema_is_refused(tmp_path: Path, schema: Any) -
 
 def test_a_folder_in_the_place_of_an_artefact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        read_json(tmp_path, "card", "formfit profile")
+        CARD.read(tmp_path)
 
 
 def test_inputs_that_agree_pass(tmp_path: Path) -> None:
-    artefact = read_json(card(tmp_path / "card.json"), "card", "formfit profile")
+    artefact = CARD.read(card(tmp_path / "card.json"))
     check_inputs(tmp_path / "card.json", artefact, {"space": "ab" * 32})
     check_inputs(tmp_path / "card.json", artefact, {})
 
 
 def test_inputs_that_differ_are_refused_naming_both_sides(tmp_path: Path) -> None:
     path = card(tmp_path / "card.json")
-    artefact = read_json(path, "card", "formfit profile")
+    artefact = CARD.read(path)
     with pytest.raises(InputError) as caught:
         check_inputs(path, artefact, {"space": "cd" * 32})
     assert str(caught.value) == f"{path}: made for space abababababab, but the space given is cdcdcdcdcdcd"
@@ -231,4 +231,4 @@ def test_inputs_that_are_missing_are_refused(tmp_path: Path, inputs: Any) -> Non
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"header": {"kind": "card", "schema": 1, "inputs": inputs}}))
     with pytest.raises(InputError, match="made for space None, but the space given is abababababab"):
-        check_inputs(path, read_json(path, "card", "formfit profile"), {"space": "ab" * 32})
+        check_inputs(path, CARD.read(path), {"space": "ab" * 32})
