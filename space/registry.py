@@ -1,12 +1,14 @@
 """Registries: names that a configuration may use, and the plug-ins that add to them.
 
-A registry knows its built-in names and the modules that register them, which are imported when a name is first
-asked for. An installed package adds its own through an entry point of the group ``formfit.plugins``, whose
-module calls ``register_mixer``, ``register_metric`` and the like. Plug-ins are imported when a name is asked for
-that is not registered, or when all names are listed; one that cannot be imported gives one line of warning.
+A registry knows its built-in names and the modules that register them, which are imported when a name is
+first asked for. An installed package adds its own through an entry point of the group ``formfit.plugins``,
+whose module calls ``register_mixer``, ``register_metric`` and the like. Plug-ins are imported when a name is
+asked for that is not registered, or when all names are listed; one that cannot be imported gives one line of
+warning.
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -38,6 +40,9 @@ class Registry(Generic[Value]):
         Raises:
             InputError: the name is taken.
         """
+        module = self.builtin.get(name)
+        if module and module not in sys.modules:
+            import_module(module)  # a built-in name is taken even before its module is needed
         if self._values.get(name, value) is not value:
             raise InputError(f"{self.kind} {name!r} is registered already")
         self._values[name] = value
@@ -69,7 +74,7 @@ class Registry(Generic[Value]):
 
 
 def load_plugins() -> None:
-    """Import the modules that installed packages name in the entry point group ``formfit.plugins``, once each."""
+    """Import the modules of the entry point group ``formfit.plugins``, once each."""
     for point in entry_points(group=GROUP):
         key = f"{point.name}={point.value}"
         if key in _loaded:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search.engine.evaluations import EVALUATIONS
 from search.strategies.pareto import non_dominated
 from space import Architecture, Workload, genome
 from space.io.parquet import read_table
