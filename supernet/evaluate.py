@@ -1,14 +1,15 @@
-"""How good a sub-network is, always on the same tokens.
+"""Evaluation of sub-networks on a fixed set of sequences.
 
-``loss`` is the mean over all held-out targets; ``recall_loss`` only over those that can be
-recalled from the context (see :mod:`supernet.data.recall`), since a mean over all tokens does not
-see what linear mixers lose. MQAR accuracy is a control beside them: its number counts where
-softmax attention reaches 0.99.
+``loss`` is the mean over all held-out targets. ``recall_loss`` is the mean over the targets that can be
+recalled from the context (see :mod:`supernet.data.recall`); it shows the recall that linear mixers lose and
+that a mean over all tokens hides. MQAR accuracy is a control: compare it only in settings where softmax
+attention reaches 0.99. Further qualities are functions of the logits; see :data:`QualityFunction`.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,30 +27,40 @@ from supernet.data.recall import PIECE_ORDER, PIECE_RARE, recall_mask
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What evaluation says of one architecture; losses in nats per token.
+    """Qualities of one architecture; lower is better.
 
-    ``bits_per_byte`` is the loss per byte of the text that the tokens stand for; None where that is
-    unknown, as for MQAR sequences and for a tokenizer that does not give a text back.
+    Attributes:
+        loss_nats: mean loss over all targets, in nats per token.
+        recall_loss_nats: mean loss over the targets that can be recalled from the context; NaN without any.
+        bits_per_byte: loss per byte of the text that the tokens stand for; None if the number of bytes is
+            unknown, as for MQAR sequences and for tokenizers that do not decode to the original text.
+        extra: results of further quality functions, by name.
     """
 
     loss_nats: float
     recall_loss_nats: float
     bits_per_byte: float | None = None
+    extra: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> dict[str, float | None]:
-        """As a JSON value."""
-        return asdict(self)
+        """The qualities as one JSON object; extra qualities stand beside the losses."""
+        return {
+            "loss_nats": self.loss_nats,
+            "recall_loss_nats": self.recall_loss_nats,
+            "bits_per_byte": self.bits_per_byte,
+            **self.extra,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationSet:
-    """Fixed sequences and what is asked of them.
+    """Fixed sequences with their targets.
 
     Attributes:
-        tokens: [N, L].
-        targets: [N, L], -100 where nothing is asked.
-        recallable: which targets can be recalled from the context [N, L].
-        text_bytes: how many bytes of text all targets together stand for; None where unknown.
+        tokens: token ids [N, L].
+        targets: token ids [N, L]; -100 is ignored.
+        recallable: mask [N, L] of the targets that can be recalled from the context.
+        text_bytes: bytes of text that all targets stand for; None if unknown.
     """
 
     tokens: NDArray[np.int64]
@@ -59,49 +70,83 @@ class EvaluationSet:
 
     @property
     def windows(self) -> NDArray[np.int64]:
-        """Each sequence with its last target [N, L + 1]: the text, where it is one."""
+        """Each sequence followed by its last target [N, L + 1]; for text, consecutive tokens."""
         return np.concatenate([self.tokens, self.targets[:, -1:]], axis=1)
 
     @property
     def count(self) -> int:
-        """How many targets there are."""
+        """Number of targets that are not ignored."""
         return int((self.targets != IGNORED).sum())
 
     @property
     def recall_share(self) -> float:
-        """The share of targets that count for ``recall_loss``."""
+        """Share of the targets that count for ``recall_loss``."""
         return float(self.recallable.sum() / self.count)
 
     def bits_per_byte(self, loss_nats: float) -> float | None:
-        """A mean loss per token as bits per byte of text; None where the bytes are unknown."""
+        """Convert a mean loss per token to bits per byte of text.
+
+        Args:
+            loss_nats: mean loss over all targets, in nats per token.
+
+        Returns:
+            Bits per byte; None if the number of bytes is unknown.
+        """
         return loss_nats / math.log(2) * self.count / self.text_bytes if self.text_bytes else None
 
 
+QualityFunction = Callable[[Callable[[Tensor], Tensor], EvaluationSet], float]
+"""Quality of one sub-network, minimised.
+
+The first argument maps token ids [B, T] (int64) to logits [B, T, V], without gradients; the second holds the
+sequences of the evaluation. The function must be deterministic: equal weights and sequences, equal result.
+"""
+NO_EXTRA: Mapping[str, QualityFunction] = MappingProxyType({})
+
+
 def evaluation_set(corpus: Corpus, windows: int, length: int) -> EvaluationSet:
-    """The sequences that every evaluation of a run uses: held-out text, or MQAR where that is all.
+    """The sequences that every evaluation of a run uses: held-out text, or MQAR for a corpus of MQAR only.
+
+    Args:
+        corpus: source of the sequences.
+        windows: number of sequences.
+        length: tokens per sequence.
 
     Raises:
-        InputError: the held-out text is too short for so many windows.
+        InputError: the held-out text is too short for that many windows.
     """
     if corpus.recall == 1:
         return recall_set(corpus.vocab_size, windows, length, corpus.pairs)
-    found = held_out_windows(corpus.held_out, windows, length)
+    held_out = held_out_windows(corpus.held_out, windows, length)
     if corpus.is_bytes:
-        recallable = recall_mask(found, corpus.train)
-        size: int | None = recallable.size
+        recallable = recall_mask(held_out, corpus.train)
+        text_bytes: int | None = recallable.size
     else:
-        recallable = recall_mask(found, corpus.train, PIECE_ORDER, rare_per_million=PIECE_RARE)
-        size = None
+        recallable = recall_mask(held_out, corpus.train, PIECE_ORDER, rare_per_million=PIECE_RARE)
+        text_bytes = None
         if corpus.held_out_bytes is not None:
             starts = window_starts(len(corpus.held_out), windows, length)
-            size = int(corpus.held_out_bytes[starts[:, None] + np.arange(1, length + 1)].sum())
-    return EvaluationSet(tokens=found[:, :-1], targets=found[:, 1:], recallable=recallable, text_bytes=size)
+            text_bytes = int(corpus.held_out_bytes[starts[:, None] + np.arange(1, length + 1)].sum())
+    return EvaluationSet(
+        tokens=held_out[:, :-1], targets=held_out[:, 1:], recallable=recallable, text_bytes=text_bytes
+    )
 
 
 def recall_set(
     vocab_size: int, count: int, length: int, pairs: int | None = None, seed: int = 0
 ) -> EvaluationSet:
-    """MQAR sequences that no training draws: every label is a target, and can be recalled."""
+    """MQAR sequences that training never draws; every label is a target and can be recalled.
+
+    Args:
+        vocab_size: number of distinct tokens.
+        count: number of sequences.
+        length: tokens per sequence.
+        pairs: key-value pairs per sequence; None is an eighth of the length.
+        seed: of the sequences.
+
+    Raises:
+        InputError: the pairs do not fit the length or the vocabulary.
+    """
     rng = evaluation_generator(seed)
     tokens, labels = mqar(rng, count, vocab_size, length, pairs or default_pairs(length))
     return EvaluationSet(tokens=tokens, targets=labels, recallable=labels != IGNORED)
@@ -113,28 +158,42 @@ def evaluate(
     architecture: Architecture,
     model_config: ModelConfig,
     data: EvaluationSet,
+    extra: Mapping[str, QualityFunction] = NO_EXTRA,
     batch: int = 4,
 ) -> Quality:
-    """Evaluate weights (views or a plain model's own) in batches of a fixed shape.
+    """Evaluate a sub-network or a plain model.
 
-    The batch shape is part of the result's identity: another one may round differently.
+    Batches have a fixed shape. The shape is part of the result's identity: another one may round differently.
+
+    Args:
+        weights: views of a supernet's weights, or a plain model's own, named as in :mod:`space.shapes`.
+        architecture: the model's architecture.
+        model_config: the constants of its space.
+        data: sequences and targets.
+        extra: further quality functions by name, called after the losses are computed.
+        batch: sequences per forward pass.
     """
     total = recalled = 0.0
     for start in range(0, len(data.tokens), batch):
-        part = slice(start, start + batch)
-        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[part]))
-        targets = torch.from_numpy(data.targets[part]).flatten()
+        rows = slice(start, start + batch)
+        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[rows]))
+        targets = torch.from_numpy(data.targets[rows]).flatten()
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="none"
         ).double()
         total += float(losses.sum())
-        recalled += float(losses[torch.from_numpy(data.recallable[part]).flatten()].sum())
-    count = int(data.recallable.sum())
+        recalled += float(losses[torch.from_numpy(data.recallable[rows]).flatten()].sum())
+    recall_count = int(data.recallable.sum())
     loss = total / data.count
+
+    def model(tokens: Tensor) -> Tensor:
+        return forward(weights, architecture, model_config, tokens)[0]
+
     return Quality(
         loss_nats=loss,
-        recall_loss_nats=recalled / count if count else math.nan,
+        recall_loss_nats=recalled / recall_count if recall_count else math.nan,
         bits_per_byte=data.bits_per_byte(loss),
+        extra={name: float(function(model, data)) for name, function in extra.items()},
     )
 
 
@@ -151,40 +210,49 @@ def mqar_accuracy(
     seed: int = 0,
     batch: int = 64,
 ) -> float:
-    """The share of MQAR's labels that are the likeliest token, on the fixed sequences of a seed.
+    """MQAR accuracy: the share of labels that get the highest logit, on sequences fixed by a seed.
 
     Args:
-        weights: views, or a plain model's own.
-        architecture: what to run.
-        model_config: what its space fixes.
-        length: tokens in a sequence.
-        pairs: of key and value in it; None is an eighth of the length.
-        vocab_size: of the sequences' tokens; None is all that the frame has.
-        sequences: how many there are.
-        seed: of the sequences, which no training draws.
-        batch: sequences run at a time.
+        weights: views of a supernet's weights, or a plain model's own.
+        architecture: the model's architecture.
+        model_config: the constants of its space.
+        length: tokens per sequence.
+        pairs: key-value pairs per sequence; None is an eighth of the length.
+        vocab_size: number of distinct tokens in the sequences; None is the model's vocabulary.
+        sequences: number of sequences.
+        seed: of the sequences, which training never draws.
+        batch: sequences per forward pass.
 
     Raises:
         InputError: the pairs do not fit the length or the vocabulary.
     """
     data = recall_set(vocab_size or model_config.vocab_size, sequences, length, pairs, seed)
-    right = 0
+    correct = 0
     for start in range(0, sequences, batch):
-        part = slice(start, start + batch)
-        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[part]))
-        right += int((logits.argmax(-1).numpy() == data.targets[part]).sum())
-    return right / data.count
+        rows = slice(start, start + batch)
+        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[rows]))
+        correct += int((logits.argmax(-1).numpy() == data.targets[rows]).sum())
+    return correct / data.count
 
 
 Losses = dict[str, float | None]
 
 
 def losses(quality: Quality) -> Losses:
-    """Losses in nats per token, as a JSON value; null where nothing can be recalled."""
-    recall = quality.recall_loss_nats
-    return {"loss_nats": quality.loss_nats, "recall_loss_nats": None if math.isnan(recall) else recall}
+    """Losses in nats per token and extra qualities as a JSON object; an undefined recall loss is null.
+
+    Args:
+        quality: an evaluation's result.
+    """
+    optional = {"recall_loss_nats": quality.recall_loss_nats, **quality.extra}
+    undefined_as_null = {name: None if math.isnan(value) else value for name, value in optional.items()}
+    return {"loss_nats": quality.loss_nats, **undefined_as_null}
 
 
 def evaluation_digest(data: EvaluationSet) -> str:
-    """The hash of the sequences of an evaluation and of what is asked of them."""
-    return digest(b"".join(part.tobytes() for part in (data.tokens, data.targets, data.recallable)))
+    """The sha256 of an evaluation's tokens, targets and mask, as 64 hexadecimal digits.
+
+    Args:
+        data: the evaluation.
+    """
+    return digest(b"".join(array.tobytes() for array in (data.tokens, data.targets, data.recallable)))

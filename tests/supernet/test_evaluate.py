@@ -1,6 +1,7 @@
-"""Evaluation against a slow, obvious loop."""
+"""Evaluation compared with a slow, plain loop."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,15 @@ import torch
 
 from space import InputError, genome
 from supernet.data.corpus import Corpus, DataConfig, load_corpus
-from supernet.evaluate import EvaluationSet, Quality, evaluate, evaluation_set, recall_set
+from supernet.evaluate import (
+    EvaluationSet,
+    Quality,
+    evaluate,
+    evaluation_set,
+    losses,
+    mqar_accuracy,
+    recall_set,
+)
 from supernet.supernet import Supernet
 from tests.contracts import scatter, tiny_space
 
@@ -30,23 +39,23 @@ def test_losses_are_means_over_all_and_over_recallable_targets() -> None:
     recallable = (rng.random((6, 20)) < 0.3) & (targets != -100)
     architecture = genome.largest(space)
     weights = supernet.weights(architecture)
-    losses = np.zeros((6, 20))
+    expected = np.zeros((6, 20))
     for row, sequence in enumerate(windows):
         with torch.no_grad():
             logits = supernet(torch.from_numpy(sequence[None, :-1]), architecture)[0][0].double().numpy()
         for place, target in enumerate(sequence[1:]):
             shifted = logits[place] - logits[place].max()
-            losses[row, place] = math.log(np.exp(shifted).sum()) - shifted[target]
+            expected[row, place] = math.log(np.exp(shifted).sum()) - shifted[target]
     found = evaluate(weights, architecture, space.config, text_set(windows, recallable), batch=4)
-    assert abs(found.loss_nats - losses.mean()) < 1e-6
-    assert abs(found.recall_loss_nats - losses[recallable].mean()) < 1e-6
-    assert found.bits_per_byte == pytest.approx(losses.mean() / math.log(2), abs=1e-5)
-    # Where only some targets are asked, and stand for more bytes than there are tokens.
+    assert abs(found.loss_nats - expected.mean()) < 1e-6
+    assert abs(found.recall_loss_nats - expected[recallable].mean()) < 1e-6
+    assert found.bits_per_byte == pytest.approx(expected.mean() / math.log(2), abs=1e-5)
+    # Some targets are ignored, and the others stand for more bytes than there are tokens.
     some = replace(text_set(windows, recallable), targets=targets, text_bytes=300)
     found = evaluate(weights, architecture, space.config, some, batch=4)
-    asked = losses[targets != -100]
+    asked = expected[targets != -100]
     assert abs(found.loss_nats - asked.mean()) < 1e-6
-    assert abs(found.recall_loss_nats - losses[recallable].mean()) < 1e-6
+    assert abs(found.recall_loss_nats - expected[recallable].mean()) < 1e-6
     assert found.bits_per_byte is not None
     assert abs(found.bits_per_byte - asked.sum() / math.log(2) / 300) < 1e-5
     assert some.recall_share == recallable.sum() / asked.size
@@ -62,7 +71,33 @@ def test_no_recallable_target_gives_no_recall_loss() -> None:
     assert data.recall_share == 0
 
 
-def test_bits_per_byte_are_unknown_where_the_bytes_are() -> None:
+def test_extra_qualities_are_evaluated_beside_the_losses() -> None:
+    space = tiny_space()
+    supernet = Supernet(space)
+    scatter(supernet)
+    architecture = genome.largest(space)
+    weights = supernet.weights(architecture)
+    data = recall_set(space.vocab_size, 4, 16)
+
+    def error_rate(model: Callable[[torch.Tensor], torch.Tensor], data: EvaluationSet) -> float:
+        logits = model(torch.from_numpy(data.tokens))
+        assert logits.shape == (*data.tokens.shape, space.vocab_size)
+        assert not logits.requires_grad
+        wrong = (logits.argmax(-1).numpy() != data.targets) & (data.targets != -100)
+        return wrong.sum() / data.count
+
+    extra = {"error_rate": error_rate, "unknown": lambda _model, _data: math.nan}
+    plain = evaluate(weights, architecture, space.config, data)
+    found = evaluate(weights, architecture, space.config, data, extra)
+    assert plain.extra == {}
+    assert replace(found, extra={}) == plain
+    accuracy = mqar_accuracy(weights, architecture, space.config, length=16, sequences=4)
+    assert found.extra["error_rate"] == pytest.approx(1 - accuracy)
+    assert type(found.extra["error_rate"]) is float
+    assert losses(found) == {**losses(plain), "error_rate": found.extra["error_rate"], "unknown": None}
+
+
+def test_bits_per_byte_of_unknown_bytes_are_none() -> None:
     space = tiny_space()
     supernet = Supernet(space)
     architecture = genome.smallest(space)
@@ -88,7 +123,7 @@ def corpus(**changes: object) -> Corpus:
     return Corpus(**(fields | changes))
 
 
-def test_an_evaluation_takes_held_out_text_and_nothing_else() -> None:
+def test_evaluation_set_holds_only_held_out_text() -> None:
     data = evaluation_set(corpus(), 5, 40)
     again = evaluation_set(corpus(recall=0.5), 5, 40)  # the mixture is for training
     for found in (data, again):
@@ -103,7 +138,7 @@ def test_an_evaluation_takes_held_out_text_and_nothing_else() -> None:
         evaluation_set(corpus(), 20, 60)
 
 
-def test_mqar_alone_is_evaluated_on_mqar() -> None:
+def test_evaluation_set_of_mqar_corpus_is_mqar() -> None:
     found = evaluation_set(load_corpus(DataConfig(recall=1.0, pairs=3)), 6, 32)
     expected = recall_set(256, 6, 32, 3)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
