@@ -1,17 +1,11 @@
-"""The front of a search as a record."""
+"""The front of a search as a record: ``front.json`` and the values in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from scipy.stats import spearmanr
-
-from search.problem.problem import QUALITIES, Problem
-from space import Architecture, InputError, genome
-from space.cost import params_cost
+from space import Architecture, InputError
 from space.io.artefact import Artefact
 
 JsonObject = dict[str, Any]
@@ -46,7 +40,9 @@ class Prediction:
 
     def to_json(self) -> JsonObject:
         """The JSON object."""
-        latency = {d: {w: vars(p) for w, p in by_workload.items()} for d, by_workload in self.latency.items()}
+        latency = {
+            d: {w: dict(vars(p)) for w, p in by_workload.items()} for d, by_workload in self.latency.items()
+        }
         return {"params": self.params, "latency": latency}
 
     @staticmethod
@@ -75,33 +71,51 @@ class BoundedLimit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FamilyPick:
+    """The rule by which a member of an architecture's family was picked.
+
+    Attributes:
+        how: the rule, such as ``mix'n'match``.
+        base: the key of the architecture whose family it is.
+        family: the number of members.
+    """
+
+    how: str
+    base: str
+    family: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The limits and predictions under which a sub-model was chosen.
+
+    Its JSON object is kept beside the sub-model, in ``architecture.json``.
 
     Attributes:
         limits: the limits of the search.
         confidence: at which latency limits were held.
         predicted: predicted costs; None where no device was given.
         loss_nats: held-out loss inside the supernet, in nats per token; None where it was not evaluated.
-        picked: how it was picked, where that was not from a front.
+        picked: the rule that gave the architecture; None where it is a front's member.
     """
 
     limits: tuple[BoundedLimit, ...] = ()
     confidence: float | None = None
     predicted: Prediction | None = None
     loss_nats: float | None = None
-    picked: JsonObject | None = None
+    picked: FamilyPick | None = None
 
     def to_json(self) -> JsonObject:
         """The JSON object; fields that are None are left out."""
-        value: JsonObject = {"limits": [vars(limit) for limit in self.limits]}
+        value: JsonObject = {"limits": [dict(vars(limit)) for limit in self.limits]}
         if self.confidence is not None:
             value["confidence"] = self.confidence
         if self.predicted is not None:
             value["predicted"] = self.predicted.to_json()
-        for name in ("loss_nats", "picked"):
-            if getattr(self, name) is not None:
-                value[name] = getattr(self, name)
+        if self.loss_nats is not None:
+            value["loss_nats"] = self.loss_nats
+        if self.picked is not None:
+            value["picked"] = dict(vars(self.picked))
         return value
 
     @staticmethod
@@ -113,7 +127,7 @@ class Choice:
             confidence=value.get("confidence"),
             predicted=Prediction.from_json(predicted) if predicted else None,
             loss_nats=value.get("loss_nats"),
-            picked=value.get("picked"),
+            picked=FamilyPick(**value["picked"]) if "picked" in value else None,
         )
 
     def workloads(self, device: str) -> dict[str, LatencyPrediction]:
@@ -127,8 +141,8 @@ class Member:
 
     Attributes:
         architecture: the architecture.
-        qualities: by the name of a quality, its value; None where nothing could be evaluated. The JSON keys are
-            ``loss_nats``, ``recall_loss_nats`` and the names of registered qualities.
+        qualities: values by the name of the quality; None where there was nothing to evaluate it on. The JSON
+            keys are ``loss_nats``, ``recall_loss_nats`` and the names of registered objectives.
         predicted: predicted costs.
     """
 
@@ -144,7 +158,21 @@ class Member:
     @property
     def loss_nats(self) -> float:
         """Held-out loss in nats per token."""
-        return float(self.qualities["loss"] or 0.0)
+        return self.quality("loss")
+
+    def quality(self, name: str) -> float:
+        """The value of a quality; lower is better.
+
+        Args:
+            name: ``loss``, ``recall_loss`` or a registered one.
+
+        Raises:
+            InputError: the member was not evaluated on that quality.
+        """
+        value = self.qualities.get(name)
+        if value is None:
+            raise InputError(f"architecture {self.key}: {name} was not evaluated")
+        return value
 
     def to_json(self) -> JsonObject:
         """The JSON object."""
@@ -169,10 +197,28 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class FailedEvaluation:
-    """An architecture that could not be evaluated, and the reason in one line."""
+    """An architecture whose evaluation failed.
+
+    Attributes:
+        key: the architecture's key.
+        reason: the error in one line.
+    """
 
     key: str
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateAgreement:
+    """Agreement of a surrogate's predictions of one quality with the evaluations that followed.
+
+    Attributes:
+        evaluations: architectures with a prediction and an evaluation.
+        spearman: rank correlation of the two, between -1 and 1.
+    """
+
+    evaluations: int
+    spearman: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +233,7 @@ class Front:
         seed: of the search.
         evaluations: architectures that were evaluated.
         failed: architectures that could not be.
-        surrogate: by quality, the rank correlation of the surrogate's predictions with the evaluations.
+        surrogate: agreement of the surrogate with the evaluations, by quality; empty without a surrogate.
         limits: with their bounds in base units.
         picks: by ``best``, ``knee`` and ``fastest``, a member's key.
         members: sorted by the objectives.
@@ -201,7 +247,7 @@ class Front:
     seed: int
     evaluations: int
     failed: tuple[FailedEvaluation, ...]
-    surrogate: JsonObject
+    surrogate: Mapping[str, SurrogateAgreement]
     limits: tuple[BoundedLimit, ...]
     picks: Mapping[str, str]
     members: tuple[Member, ...]
@@ -216,9 +262,9 @@ class Front:
             "confidence": self.confidence,
             "seed": self.seed,
             "evaluations": self.evaluations,
-            "failed": [vars(item) for item in self.failed],
-            "surrogate": self.surrogate,
-            "limits": [vars(item) for item in self.limits],
+            "failed": [dict(vars(item)) for item in self.failed],
+            "surrogate": {name: dict(vars(item)) for name, item in self.surrogate.items()},
+            "limits": [dict(vars(item)) for item in self.limits],
             "picks": dict(self.picks),
             "members": [member.to_json() for member in self.members],
         }
@@ -234,7 +280,7 @@ class Front:
             seed=value["seed"],
             evaluations=value["evaluations"],
             failed=tuple(FailedEvaluation(**item) for item in value["failed"]),
-            surrogate=value["surrogate"],
+            surrogate={name: SurrogateAgreement(**item) for name, item in value["surrogate"].items()},
             limits=tuple(BoundedLimit(**item) for item in value["limits"]),
             picks=value["picks"],
             members=tuple(Member.from_json(item) for item in value["members"]),
@@ -256,7 +302,7 @@ class Front:
 
     @property
     def quality(self) -> str:
-        """The first objective that is a quality: what picks and finalists are ranked by."""
+        """The first objective that is a quality; picks and finalists are ranked by it."""
         return next(name for name in self.objectives if name in self.members[0].qualities)
 
     def member(self, pick: str) -> Member:
@@ -279,56 +325,6 @@ class Front:
             predicted=member.predicted,
             loss_nats=member.loss_nats,
         )
-
-
-def surrogate_agreement(table: pd.DataFrame) -> dict[str, Any]:
-    """How the qualities that a surrogate predicted rank beside those found afterwards, by quality."""
-    found = {}
-    for name in QUALITIES:
-        if f"predicted_{name}" in table:
-            some = table[table[f"predicted_{name}"].notna() & table[name].notna()]
-            if len(some) > 2:
-                rho = float(spearmanr(some[f"predicted_{name}"], some[name]).statistic)
-                found[name] = {"evaluations": len(some), "spearman": rho}
-    return found
-
-
-def predictions(problem: Problem, architecture: Architecture) -> dict[str, Any]:
-    """What is predicted of an architecture: parameters, and by device the latency of every workload.
-
-    Those that were profiled, and those that limits ask for.
-    """
-    row = genome.encode(problem.space, [architecture])
-    latency = {}
-    for device, predictor in problem.predictors.items():
-        asked = [limit.workload for limit in problem.limits if problem.timed(limit) == device]
-        latency[device] = {
-            str(w): {
-                "latency_ms": 1e3 * float(predictor.cost(w)(row)[0]),
-                "upper_ms": 1e3 * float(predictor.cost(w, problem.confidence)(row)[0]),
-            }
-            for w in dict.fromkeys([*predictor.models, *filter(None, asked)])
-        }
-    return {"params": int(params_cost(problem.space)(row)[0]), "latency": latency}
-
-
-def picks(front: pd.DataFrame, objectives: Sequence[str]) -> dict[str, str]:
-    """The keys of three members: ``best`` in quality, ``fastest`` in cost, and the ``knee`` between.
-
-    The knee lies farthest below the line between the other two, on axes scaled to the front.
-    """
-    quality = next(name for name in objectives if name in QUALITIES)
-    costs = [name for name in objectives if name not in QUALITIES]
-    cost = costs[0] if costs else quality
-    values = front[[cost, quality]].to_numpy(float)
-    span = np.ptp(values, axis=0)
-    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1)
-    keys = list(front["key"])
-    return {
-        "best": keys[int(values[:, 1].argmin())],
-        "knee": keys[int(scaled.sum(axis=1).argmin())],
-        "fastest": keys[int(values[:, 0].argmin())],
-    }
 
 
 def pick_key(front: Mapping[str, Any], pick: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from latency import Predictor
 from search.engine.evaluator import Evaluator, evaluator
-from search.engine.front import FRONT
+from search.engine.front import FRONT, Front
 from search.engine.search import Known, Search
 from search.problem.problem import Problem, SearchConfig, make_problem
 from space import InputError
@@ -17,7 +17,7 @@ from supernet.evaluate import evaluation_set
 from supernet.training.train import Trained, load_supernet
 
 
-def search_front(
+def search_supernet(
     folder: Path,
     trained: Trained,
     predictors: Mapping[str, Predictor],
@@ -26,8 +26,8 @@ def search_front(
     known: Known | None = None,
     units: Mapping[str, Predictor] | None = None,
     before: Sequence[Path] = (),
-) -> dict[str, Any]:
-    """Search, or read the front that is there already.
+) -> Front:
+    """Search a supernet, or read the front that is there already.
 
     Args:
         folder: the search's.
@@ -56,7 +56,7 @@ def search_front(
     done = FRONT.made_from(path, search.inputs)
     if done and (rival is None or rival.complete):
         reporter.skipped("search")
-        return FRONT.read(path)
+        return Front.read(path)
     search.check()
     with reporter.stage("search") as stage:
         stage(0.0, "starting the evaluators")
@@ -67,7 +67,13 @@ def search_front(
                 rival.evolve(
                     evaluate_all, lambda done, total, text: stage(done / total, f"random search, {text}")
                 )
-    return FRONT.read(path)
+    return Front.read(path)
+
+
+def search_front(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """:func:`search_supernet` as the JSON object with its header; to be removed."""
+    search_supernet(*args, **kwargs)
+    return FRONT.read(args[0] / "front.json")
 
 
 def predictors_digest(predictors: Mapping[str, Predictor]) -> str:

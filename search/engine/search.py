@@ -5,7 +5,6 @@ the record so far, so that a search that was killed goes on as if it had not bee
 the same ``front.json``, byte for byte, with any number of workers.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,17 +17,17 @@ from numpy.typing import NDArray
 
 from search.engine.evaluations import EVALUATIONS, Record, genomes_of
 from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
-from search.engine.front import FRONT, picks, predictions, surrogate_agreement
+from search.engine.front import Front
+from search.engine.make_front import make_front
 from search.engine.optuna_study import open_study
 from search.problem.feasibility import check_feasible
-from search.problem.limit import unit_of
 from search.problem.milp import ROUNDING_TOLERANCE, feasible
 from search.problem.problem import Problem, SearchConfig
 from search.strategies.hat import Hat
 from search.strategies.nsga2 import Evolution
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Random, Strategy, Task
-from space import Architecture, InputError, genome
+from space import InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
@@ -97,7 +96,7 @@ class Search:
         """
         check_feasible(self.problem.space, self.constraints)
 
-    def run(self, evaluate: Evaluator, report: Report | None = None) -> dict[str, Any]:
+    def run(self, evaluate: Evaluator, report: Report | None = None) -> Front:
         """Search to the last generation, from the record if there is one, and write ``front.json``.
 
         Raises:
@@ -106,8 +105,11 @@ class Search:
         """
         self.check()
         table = self.evolve(evaluate, report)
-        front = self._rescore(table, evaluate, report)
-        return self._write(front, table)
+        front_table = self._rescore(table, evaluate, report)
+        failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
+        front = make_front(self.problem, self.config, front_table, table, failed, self.inputs)
+        front.write(self.folder / "front.json")
+        return front
 
     def evolve(self, evaluate: Evaluator, report: Report | None = None) -> pd.DataFrame:
         """All that is evaluated on the windows of the search, a row each, in order."""
@@ -261,39 +263,6 @@ class Search:
         finite = table.iloc[np.flatnonzero(np.isfinite(self._objectives(table)).all(axis=1))]
         kept = np.flatnonzero(non_dominated(self._objectives(finite)))
         return finite.iloc[kept].sort_values([*self.problem.objectives, "key"], ignore_index=True)
-
-    def _write(self, front: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
-        """Write ``front.json``: nothing in it depends on time or on who evaluated."""
-        members = [self._member(row) for _, row in front.iterrows()]
-        failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
-        body = {
-            "space": self.problem.space.name,
-            "objectives": list(self.problem.objectives),
-            "strategy": self.config.strategy,
-            "confidence": self.config.confidence,
-            "seed": self.config.seed,
-            "evaluations": len(table),
-            "failed": [{"key": r["key"], "reason": r["failed"]} for _, r in failed.iterrows()],
-            "surrogate": surrogate_agreement(table),
-            "limits": [
-                {"limit": b.limit.text, "bound": b.bound, "unit": unit_of(b.limit.metric)}
-                for b in self.constraints
-            ],
-            "picks": picks(front, self.problem.objectives),
-            "members": members,
-        }
-        FRONT.write(self.folder / "front.json", self.inputs, body)
-        return body
-
-    def _member(self, row: Any) -> dict[str, Any]:
-        architecture = Architecture.from_json(json.loads(row["architecture"]))
-        return {
-            "key": architecture.key,
-            "architecture": architecture.to_json(),
-            "loss_nats": float(row["loss"]),
-            "recall_loss_nats": None if math.isnan(row["recall_loss"]) else float(row["recall_loss"]),
-            "predicted": predictions(self.problem, architecture),
-        }
 
 
 def search_digest(problem: Problem, config: SearchConfig) -> str:

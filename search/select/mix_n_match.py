@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from latency import Predictor
 from search.engine.devices import open_targets
-from search.engine.front import predictions
+from search.engine.make_front import predictions
 from search.problem.limit import Constraint, Limit, unit_of
 from search.problem.milp import ROUNDING_TOLERANCE
 from search.problem.problem import Problem, SearchConfig
@@ -115,7 +115,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
     choice = {
         "limits": [{"limit": limit.text, "bound": asked.bound, "unit": unit_of(limit.metric)}],
         "confidence": problem.confidence,
-        "predicted": predictions(problem, found),
+        "predicted": predictions(problem, found).to_json(),
         "picked": {"how": HOW, "base": base.key, "family": len(rows)},
     }
     return found, choice

@@ -10,7 +10,7 @@ import pytest
 
 from latency import Predictor, load_predictor
 from search.config import load_run_config
-from search.engine.front import predictions
+from search.engine.make_front import predictions
 from search.problem.limit import Limit
 from search.problem.milp import within
 from search.problem.problem import Problem
@@ -234,7 +234,7 @@ def test_on_a_device_the_upper_bound_is_held_against_the_limit(predictor: Predic
                 continue
             found, choice = mix_and_match(base, problem, limit)
             assert found == genome.decode(space, rows[kept[-1:]])[0]
-            assert choice["predicted"] == predictions(replace(problem, limits=(limit,)), found)
+            assert choice["predicted"] == predictions(replace(problem, limits=(limit,)), found).to_json()
             assert choice["confidence"] == confidence
             canonical_json(choice)
         share = 100 * float(upper[-1]) / whole

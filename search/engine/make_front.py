@@ -1,0 +1,136 @@
+"""A search's front, made of the tables of its evaluations."""
+
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from search.engine.front import (
+    BoundedLimit,
+    FailedEvaluation,
+    Front,
+    LatencyPrediction,
+    Member,
+    Prediction,
+    SurrogateAgreement,
+)
+from search.problem.limit import unit_of
+from search.problem.problem import QUALITIES, Problem, SearchConfig
+from space import Architecture, genome
+from space.cost import params_cost
+
+
+def make_front(
+    problem: Problem,
+    config: SearchConfig,
+    members: pd.DataFrame,
+    evaluated: pd.DataFrame,
+    failed: pd.DataFrame,
+    inputs: Mapping[str, str],
+) -> Front:
+    """The front of a search; nothing in it depends on time or on the workers that evaluated.
+
+    Args:
+        problem: what was searched.
+        config: of the search.
+        members: the non-dominated evaluations, sorted by the objectives.
+        evaluated: all evaluations, a row each.
+        failed: those that failed, in any pass over the candidates.
+        inputs: sha256 of what the search was made from, by name.
+    """
+    return Front(
+        space=problem.space.name,
+        objectives=tuple(problem.objectives),
+        strategy=config.strategy,
+        confidence=config.confidence,
+        seed=config.seed,
+        evaluations=len(evaluated),
+        failed=tuple(
+            FailedEvaluation(key=key, reason=reason)
+            for key, reason in zip(failed["key"], failed["failed"], strict=True)
+        ),
+        surrogate=surrogate_agreement(evaluated),
+        limits=tuple(
+            BoundedLimit(limit=c.limit.text, bound=c.bound, unit=unit_of(c.limit.metric))
+            for c in problem.constraints()
+        ),
+        picks=picks(members, problem.objectives),
+        members=tuple(_member(problem, row) for row in members.to_dict("records")),
+        inputs=inputs,
+    )
+
+
+def _member(problem: Problem, row: Mapping[Hashable, Any]) -> Member:
+    architecture = Architecture.from_json(json.loads(row["architecture"]))
+    values = {name: float(row[name]) for name in QUALITIES}
+    return Member(
+        architecture=architecture,
+        qualities={name: None if math.isnan(value) else value for name, value in values.items()},
+        predicted=predictions(problem, architecture),
+    )
+
+
+def surrogate_agreement(evaluated: pd.DataFrame) -> dict[str, SurrogateAgreement]:
+    """Agreement of the surrogate's predictions with the evaluations that followed, by quality.
+
+    Args:
+        evaluated: evaluations, with a column ``predicted_QUALITY`` where a surrogate predicted.
+    """
+    agreement = {}
+    for name in QUALITIES:
+        if f"predicted_{name}" in evaluated:
+            pairs = evaluated[evaluated[f"predicted_{name}"].notna() & evaluated[name].notna()]
+            if len(pairs) > 2:
+                rho = float(spearmanr(pairs[f"predicted_{name}"], pairs[name]).statistic)
+                agreement[name] = SurrogateAgreement(evaluations=len(pairs), spearman=rho)
+    return agreement
+
+
+def predictions(problem: Problem, architecture: Architecture) -> Prediction:
+    """Predicted costs of an architecture: parameters, and the latency of every workload by device.
+
+    The workloads are those that were profiled and those that limits name.
+
+    Args:
+        problem: its space, devices and limits.
+        architecture: a member of the space.
+    """
+    row = genome.encode(problem.space, [architecture])
+    latency = {}
+    for device, predictor in problem.predictors.items():
+        limited = [limit.workload for limit in problem.limits if problem.timed(limit) == device]
+        latency[device] = {
+            str(w): LatencyPrediction(
+                latency_ms=1e3 * float(predictor.cost(w)(row)[0]),
+                upper_ms=1e3 * float(predictor.cost(w, problem.confidence)(row)[0]),
+            )
+            for w in dict.fromkeys([*predictor.models, *filter(None, limited)])
+        }
+    return Prediction(params=int(params_cost(problem.space)(row)[0]), latency=latency)
+
+
+def picks(members: pd.DataFrame, objectives: Sequence[str]) -> dict[str, str]:
+    """The keys of three members: ``best`` in quality, ``fastest`` in cost, and the ``knee`` between.
+
+    The knee lies farthest below the line between the other two, on axes scaled to the front.
+
+    Args:
+        members: the front, with a column for every objective.
+        objectives: the first quality and the first cost among them count.
+    """
+    quality = next(name for name in objectives if name in QUALITIES)
+    costs = [name for name in objectives if name not in QUALITIES]
+    cost = costs[0] if costs else quality
+    values = members[[cost, quality]].to_numpy(float)
+    span = np.ptp(values, axis=0)
+    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1)
+    keys = list(members["key"])
+    return {
+        "best": keys[int(values[:, 1].argmin())],
+        "knee": keys[int(scaled.sum(axis=1).argmin())],
+        "fastest": keys[int(values[:, 0].argmin())],
+    }
