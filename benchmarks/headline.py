@@ -51,7 +51,7 @@ from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, losses, m
 from supernet.extract import write_submodel
 from supernet.supernet import Supernet
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_alone, load_supernet, train
+from supernet.training.train import load_stand_alone, load_supernet, train
 from supernet.training.trials import Share, one_thread, remove_checkpoints, run_trials
 
 WORKLOADS = ("prefill@1024", "decode@2048")
@@ -78,7 +78,7 @@ def train_job(job: Job, shared: tuple[Space, Corpus, EvaluationSet], tell: Share
     with one_thread():
         report: Callable[[Mapping[str, Any]], None] = lambda row: tell(row["step"] / row["steps"])  # noqa: E731
         checkpoint = train(space, job.config, job.folder, report, corpus, job.architecture)
-        weights = dict(load_alone(space, checkpoint, job.architecture).named_parameters())
+        weights = dict(load_stand_alone(space, checkpoint, job.architecture).named_parameters())
         found = losses(evaluate(weights, job.architecture, space.config, data))
         accuracy = mqar_accuracy(weights, job.architecture, space.config, length=64, vocab_size=256)
     write_text(job.folder / "result.json", json.dumps({**found, "mqar_accuracy": accuracy}))

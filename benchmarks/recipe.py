@@ -29,30 +29,34 @@ from space.io.artefact import write_text
 from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.training.checkpoint import latest_checkpoint
-from supernet.training.recipe import TrainConfig, member_count
+from supernet.training.recipe import TrainConfig, subnet_count
 from supernet.training.train import load_supernet, train, training_inputs
 from supernet.training.trainer import Trainer
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
-# The papers' sandwich trains its members together; ours lets them take turns. The rows after "in turn"
-# change one thing of it.
-TOGETHER = {"members": "together", "sampled": 3, "fair": False, "grow": 0.0}
-IN_TURN = {"members": "in turn", "sampled": 7, "fair": False, "grow": 0.0}
+# The sandwich as published accumulates the gradients of a step's sub-networks; the default takes one
+# optimiser step per sub-network. Each variant below "per-subnet" changes one thing of it.
+ACCUMULATED = {"update": "accumulated", "sampled": 3, "balanced_sampling": False, "depth_warmup": 0.0}
+PER_SUBNET = {"update": "per_subnet", "sampled": 7, "balanced_sampling": False, "depth_warmup": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "random": {"rule": "random", "sampled": 1, "fair": False, "grow": 0.0},
-    "sandwich": TOGETHER,
-    "sandwich + distillation": TOGETHER | {"distillation": 0.5},
-    "in turn": IN_TURN,
-    "in turn + distillation": IN_TURN | {"distillation": 0.5},
-    "in turn + teacher largest": IN_TURN | {"distillation": 0.5, "teacher": "largest"},
-    "in turn + warm-up": IN_TURN | {"largest_only": 0.1},
-    "in turn + opening axes": IN_TURN | {"open_axes": 0.3},
-    "in turn, shared q, k, v, o": IN_TURN,
-    "in turn, fair": IN_TURN | {"fair": True},
-    "in turn, fair, growing": IN_TURN | {"fair": True, "grow": 0.4},
+    "random": {"rule": "random", "sampled": 1, "balanced_sampling": False, "depth_warmup": 0.0},
+    "sandwich": ACCUMULATED,
+    "sandwich + distillation": ACCUMULATED | {"distillation": 0.5},
+    "per-subnet": PER_SUBNET,
+    "per-subnet + distillation": PER_SUBNET | {"distillation": 0.5},
+    "per-subnet + teacher largest": PER_SUBNET | {"distillation": 0.5, "teacher": "largest"},
+    "per-subnet + largest warm-up": PER_SUBNET | {"largest_warmup": 0.1},
+    "per-subnet + progressive shrinking": PER_SUBNET | {"progressive_shrinking": 0.3},
+    "per-subnet, shared q, k, v, o": PER_SUBNET,
+    "per-subnet, balanced": PER_SUBNET | {"balanced_sampling": True},
+    "per-subnet, balanced, depth warm-up": PER_SUBNET | {"balanced_sampling": True, "depth_warmup": 0.4},
 }
-OFF = {"distillation": 0.0, "largest_only": 0.0, "open_axes": 0.0}  # unless a variant says otherwise
-TIMED = 108  # members that are timed, of steps spread over the schedule
+OFF = {
+    "distillation": 0.0,
+    "largest_warmup": 0.0,
+    "progressive_shrinking": 0.0,
+}  # defaults of every variant
+TIMED_SUBNETS = 108  # sub-networks timed, in steps spread over the schedule
 
 
 def variant_space(name: str) -> Space:
@@ -69,7 +73,7 @@ def settings(name: str, arguments: argparse.Namespace, steps: int) -> TrainConfi
 def plan(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """How many steps of a variant fit in its time, found once and then kept.
 
-    The middles of equal parts of its schedule are timed, as many as make a hundred members:
+    The middles of equal parts of its schedule are timed, as many as make a hundred sub-networks:
     architectures differ in cost by a factor of ten.
     """
     path = runs(arguments) / name / "plan.json"
@@ -79,7 +83,7 @@ def plan(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         config = settings(name, arguments, 1000)
         trainer = Trainer(variant_space(name), config, load_corpus(config.data))
         trainer.step(0)
-        count = 3 if arguments.quick else max(12, TIMED // member_count(config, config.steps - 1))
+        count = 3 if arguments.quick else max(12, TIMED_SUBNETS // subnet_count(config, config.steps - 1))
         began = time.process_time()
         for i in range(count):
             trainer.step(int((i + 0.5) / count * config.steps))
@@ -171,7 +175,7 @@ def score(
         "worst_loss_nats": max(found),
         "largest_loss_nats": losses([genome.largest(space)])[0],
         "smallest_loss_nats": losses([genome.smallest(space)])[0],
-        "members": sum(member_count(config, s) for s in range(config.steps)),
+        "subnets": sum(subnet_count(config, s) for s in range(config.steps)),
     }
     for part, rows in audited.items():
         inside = losses([Architecture.from_json(architecture) for architecture, _ in rows])
@@ -216,7 +220,7 @@ def main() -> int:
         for name, row in rows.items():
             taus = "".join(f"  {k} {v:.3f}" for k, v in row.items() if k.startswith("tau_"))
             sys.stdout.write(
-                f"{name:28s} mean {row['mean_loss_nats']:.4f}  largest {row['largest_loss_nats']:.4f}  "
+                f"{name:36s} mean {row['mean_loss_nats']:.4f}  largest {row['largest_loss_nats']:.4f}  "
                 f"smallest {row['smallest_loss_nats']:.4f}  {row['steps']} steps{taus}\n"
             )
     body = {"seconds_of_one_core": arguments.seconds, "side_by_side": arguments.jobs, "variants": rows}

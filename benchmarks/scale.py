@@ -40,7 +40,7 @@ from space.ops import op_kinds, space_ops
 from supernet.evaluate import EvaluationSet, Quality
 from supernet.supernet import Supernet, supernet_shapes
 from supernet.training.parallel import ray_session
-from supernet.training.recipe import TrainConfig, members
+from supernet.training.recipe import TrainConfig, step_subnets
 
 SMALL = load_space(Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml")
 PHASES = ("prefill@64", "prefill@256", "prefill@2048", "decode@64", "decode@256", "decode@2048")
@@ -280,7 +280,9 @@ def on_models(space: Space, steps: int) -> dict[str, float]:
         "smallest": genome.encode(space, [genome.smallest(space)]),
         "median": sampled[np.argsort(count(sampled))[1000:1001]],
         "sampled": sampled,
-        "recipe": genome.encode(space, [a for step in range(steps) for a in members(space, config, step)]),
+        "recipe": genome.encode(
+            space, [a for step in range(steps) for a in step_subnets(space, config, step)]
+        ),
     }
     found = {}
     for name, rows in groups.items():

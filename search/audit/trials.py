@@ -18,7 +18,7 @@ from space.io.artefact import Artefact
 from supernet.data.corpus import Corpus
 from supernet.evaluate import EvaluationSet, Losses, evaluate, losses
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_alone, train
+from supernet.training.train import load_stand_alone, train
 from supernet.training.trainer import Trainer
 from supernet.training.trials import Share, format_duration, one_thread, remove_checkpoints, run_trials
 
@@ -63,7 +63,7 @@ def train_alone(
     architecture, folder = trial.architecture, trial.folder
     with one_thread():
         checkpoint = train(space, trial.config, folder, report, corpus, architecture)
-        model = load_alone(space, checkpoint, architecture)
+        model = load_stand_alone(space, checkpoint, architecture)
         quality = evaluate(dict(model.named_parameters()), architecture, space.config, data)
     AUDIT_TRIAL.write(folder / "result.json", trial.inputs, losses(quality))
     remove_checkpoints(folder)

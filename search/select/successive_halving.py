@@ -36,7 +36,7 @@ from supernet.data.corpus import Corpus
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, losses
 from supernet.extract import SUBMODEL, SubModel, extract, read_submodel, write_submodel
 from supernet.training.checkpoint import Checkpoint
-from supernet.training.distillation import distil, implant, largest_teacher
+from supernet.training.distillation import distil, load_subnet, largest_teacher
 from supernet.training.parallel import ray_session
 from supernet.training.train import load_supernet, training_inputs
 from supernet.training.trials import Share, one_thread, remove_checkpoints, run_trials
@@ -232,7 +232,7 @@ def write_finalist(
             return read_submodel(folder)
     supernet = load_supernet(trained.space, trained.checkpoint)
     try:
-        implant(supernet, finalist.architecture, load_file(path))
+        load_subnet(supernet, finalist.architecture, load_file(path))
     except (FileNotFoundError, SafetensorError, ValueError) as error:
         raise InputError(f"{path}: not the finalist's weights ({error}); `{MADE_BY}` makes them") from None
     return write_submodel(folder, supernet, finalist.architecture, inputs, chosen, trained.text)

@@ -30,7 +30,7 @@ from supernet.data.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.data.tokenizer import load_tokenizer
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, evaluation_set, losses
 from supernet.extract import SUBMODEL, SubModel, Text, read_submodel, write_submodel
-from supernet.training.distillation import distil, distil_inputs, implant, largest_teacher
+from supernet.training.distillation import distil, distil_inputs, load_subnet, largest_teacher
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet
 from supernet.training.trainer import Weights
@@ -136,7 +136,7 @@ def finetune(
         )  # fmt: skip
         tuned = found.load("model")
         after = _judged(tuned, submodel, evaluation, f"{out}: after {config.steps} steps")
-        implant(supernet, architecture, tuned)
+        load_subnet(supernet, architecture, tuned)
         # What it was measured to reach before holds no longer; limits and latencies do.
         chosen = {name: part for name, part in submodel.chosen.items() if name != "loss_nats"}
         write_submodel(out, supernet, architecture, inputs, chosen, text)

@@ -21,9 +21,9 @@ from space import InputError
 from space.io.artefact import Artefact, atomic_path, check_inputs, file_digest
 
 CHECKPOINT = Artefact("supernet checkpoint", "formfit train")
-KEPT = 2
+KEPT_CHECKPOINTS = 2
 PARTS = ("model", "optimizer")
-PATIENCE = 30.0  # seconds; the workers of a killed training outlive it by two or three
+LOCK_TIMEOUT_S = 30.0  # seconds; the workers of a killed training outlive it by two or three
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def sole_writer(root: Path) -> Iterator[None]:
     """
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root, os.O_RDONLY)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     try:
         while True:
             try:
@@ -75,7 +75,7 @@ def save_checkpoint(
             save_file(tensors, temporary)
     hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
     CHECKPOINT.write(folder / "state.json", inputs, {"step": step, "hashes": hashes})
-    for old in _folders(root)[KEPT:]:
+    for old in _folders(root)[KEPT_CHECKPOINTS:]:
         shutil.rmtree(old, ignore_errors=True)
 
 

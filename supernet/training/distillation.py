@@ -58,7 +58,7 @@ def distil(
         report: called with each row of the metrics.
 
     Returns:
-        The checkpoint of step ``until``: its model is what :func:`supernet.training.train.load_alone` reads.
+        The checkpoint of step ``until``: its model is what :func:`supernet.training.train.load_stand_alone` reads.
 
     Raises:
         InputError: text that does not fit the space, a checkpoint of other inputs or of a later step, a loss
@@ -108,7 +108,7 @@ def weights_digest(weights: Weights) -> str:
 
 
 @torch.no_grad()
-def implant(supernet: Supernet, architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
+def load_subnet(supernet: Supernet, architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
     """Give a sub-network the weights of a plain model of its architecture: the opposite of extracting it.
 
     Raises:

@@ -1,16 +1,16 @@
-"""The training recipe: which architectures a step trains, and how fast it learns.
+"""The training recipe: which sub-networks a step trains, and the learning rate.
 
-The sandwich rule (Yu and Huang 2019) trains the maximal-size member, the smallest and a few
-sampled ones in every step. Every second step the maximal-size member is ``largest()``; on the
-others its mixers are drawn by a cycle over all (ratio, linear kind) pairs, so that linear
-mixers train at full size as often as each other (the fairness of FairNAS, Chu et al. 2021); the
-sampled ones may be drawn fairly too. Axes may be opened one at a time (Once-for-All, Cai et al. 2020);
-or depth grows: shallow architectures come first, which cost little, and matrices that write to the
-residual stream start at zero, so that a new layer changes nothing at first.
+The sandwich rule (Yu and Huang 2019) trains a sub-network of maximal size, the smallest one and several
+sampled ones in every step. On even steps the first is ``largest()``; on odd steps its mixers come from a
+shuffled cycle over all pairs of a ratio and a linear mixer, so that linear mixers train at full size equally
+often (the strict fairness of FairNAS, Chu et al. 2021). Options: balanced sampling (sampled sub-networks use
+all mixers about equally often), progressive shrinking (elastic axes are added one after another;
+Once-for-All, Cai et al. 2020), a warm-up of the largest sub-network, and depth warm-up (shallow sub-networks
+first; they are cheap, and since matrices that write to the residual stream start at zero, a new layer changes
+nothing at first).
 
-Each part has a switch, and ``benchmarks/recipe.py`` measures what it is worth. Everything random
-in step n is drawn from a generator seeded with (seed, n), so that a run that was killed and
-resumed takes the very same steps as one that was not.
+``benchmarks/recipe.py`` measures each option. Everything random in step n is drawn from a generator seeded
+with (seed, n), so that a resumed training equals an uninterrupted one.
 """
 
 import math
@@ -27,108 +27,163 @@ from space.genome import Genomes
 from space.ops import depths
 from supernet.data.corpus import DataConfig
 
-CANDIDATES = 32  # genomes drawn for each member that is chosen
-AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order in which they are opened
+CANDIDATES_PER_SUBNET = 32  # genomes drawn for each sub-network that balanced sampling chooses
+ELASTIC_AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order of progressive shrinking
+FINAL_RATE_SHARE = 0.05  # of the peak learning rate, at the last step
 
 
 class TrainConfig(BaseModel):
-    """How the supernet is trained."""
+    """Training settings, the key ``train`` of a run's configuration.
+
+    Attributes:
+        data: the corpus.
+        init: folder of a ``LlamaForCausalLM`` to start from; None starts from random weights.
+        steps: number of training steps.
+        batch: rows per sub-network and step, over all workers.
+        length: tokens per row; None is the space's ``max_seq_len``.
+        learning_rate: peak learning rate.
+        weight_decay: AdamW's weight decay of matrices.
+        clip: greatest norm of the gradient.
+        warmup: share of the steps in which the learning rate rises.
+        rule: ``sandwich``, or ``random`` for sampled sub-networks only.
+        sampled: sampled sub-networks per step.
+        balanced_sampling: whether the sampled sub-networks of a step use all mixers about equally often.
+        update: ``per_subnet`` gives each sub-network of a step rows and an optimiser step of its own;
+            ``accumulated`` sums all gradients of the step on the same rows, as in the papers.
+        largest_warmup: share of the steps that train the largest sub-network only, before the rule starts.
+        distillation: weight of the teacher's cross-entropy; the text's is 1 minus it.
+        teacher: the step's sub-network of maximal size (``same-step``), or the space's ``largest``.
+        progressive_shrinking: share of the steps, after the largest warm-up, until all axes are elastic.
+        depth_warmup: share of the steps in which the sub-networks' depth rises to the space's. The default
+            is 0 if ``init``, ``largest_warmup`` or ``progressive_shrinking`` is set.
+        maximal_mixers: whether every second sub-network of maximal size has linear mixers.
+        precision: type of matrix products; ``auto`` is bf16 if the CPU has instructions for it.
+        threads: torch threads per process; None is one per core, or 1 with ``workers``.
+        workers: data-parallel processes; 0 trains in the calling process.
+        checkpoint_every: steps between checkpoints.
+        seed: of the weights, batches and sampled sub-networks.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     data: DataConfig = DataConfig()
-    init: Path | None = None  # a LlamaForCausalLM folder to start from
+    init: Path | None = None
     steps: Annotated[int, Field(gt=0)] = 2000
-    batch: Annotated[int, Field(gt=0)] = 4  # rows that a member sees in a step
-    length: Annotated[int, Field(gt=1)] | None = None  # None: the space's context
+    batch: Annotated[int, Field(gt=0)] = 4
+    length: Annotated[int, Field(gt=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02  # share of steps in which the rate rises
-    rule: Literal["sandwich", "random"] = "sandwich"  # random: the sampled members alone
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    rule: Literal["sandwich", "random"] = "sandwich"
     sampled: Annotated[int, Field(ge=0)] = 7
-    fair: bool = True  # sampled members of a step have every mixer about equally often
-    # Each member of a step has rows of its own and changes the weights at once; or all share the rows
-    # and one update, as in the papers.
-    members: Literal["in turn", "together"] = "in turn"
-    largest_only: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps before the rule starts
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the teacher against the text
-    teacher: Literal["same-step", "largest"] = "same-step"  # the step's maximal-size member, or largest()
-    open_axes: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of steps, after those, until all are open
-    # Share of steps in which the members' depth rises to the space's; 0 where nothing else is said and the
-    # training starts from a trained model or with its largest members.
-    grow: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    maximal_mixers: bool = True  # every second maximal-size member has linear mixers
+    balanced_sampling: bool = True
+    update: Literal["per_subnet", "accumulated"] = "per_subnet"
+    largest_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    teacher: Literal["same-step", "largest"] = "same-step"
+    progressive_shrinking: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    depth_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    maximal_mixers: bool = True
     precision: Literal["fp32", "bf16", "auto"] = "auto"
-    threads: Annotated[int, Field(gt=0)] | None = None  # None: all cores
-    workers: Annotated[int, Field(ge=0)] = 0  # data-parallel processes; 0 trains in this one
+    threads: Annotated[int, Field(gt=0)] | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="before")
     @classmethod
-    def _grow_from_nothing(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and any(value.get(k) for k in ("init", "largest_only", "open_axes")):
-            return {"grow": 0.0, **value}
+    def _default_depth_warmup(cls, value: Any) -> Any:
+        starts_deep = ("init", "largest_warmup", "progressive_shrinking")
+        if isinstance(value, Mapping) and any(value.get(key) for key in starts_deep):
+            return {"depth_warmup": 0.0, **value}
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.largest_only + self.open_axes >= 1:
-            raise ValueError("largest_only and open_axes leave no step that trains the whole space")
-        if self.grow and self.largest_only + self.open_axes:
-            raise ValueError("largest_only and open_axes begin with deep members: set grow: 0 with them")
+        if self.largest_warmup + self.progressive_shrinking >= 1:
+            raise ValueError(
+                "largest_warmup and progressive_shrinking leave no step that trains the whole space"
+            )
+        if self.depth_warmup and self.largest_warmup + self.progressive_shrinking:
+            raise ValueError(
+                "largest_warmup and progressive_shrinking start with deep sub-networks; set depth_warmup: 0"
+            )
         if self.rule == "random" and self.distillation:
-            raise ValueError("rule: random has no teacher, so distillation must be 0")
+            raise ValueError("rule: random has no teacher; set distillation: 0")
         return self
 
 
-def member_count(config: TrainConfig, step: int) -> int:
-    """How many members a step of the supernet's training has."""
-    if step < config.largest_only * config.steps:
+def subnet_count(config: TrainConfig, step: int) -> int:
+    """Number of sub-networks that one step of a supernet's training trains.
+
+    Args:
+        config: the training settings.
+        step: the step, from 0.
+    """
+    if step < config.largest_warmup * config.steps:
         return 1
     return max(1, config.sampled) if config.rule == "random" else 2 + config.sampled
 
 
-def members(space: Space, config: TrainConfig, step: int) -> list[Architecture]:
-    """The architectures of a step: the maximal-size one first, then the smallest and the sampled.
+def step_subnets(space: Space, config: TrainConfig, step: int) -> list[Architecture]:
+    """The sub-networks that one step trains, a function of (seed, step).
 
-    While depth grows, the first is the largest of those that were drawn.
+    Args:
+        space: the supernet's space.
+        config: the training settings.
+        step: the step, from 0.
+
+    Returns:
+        With the sandwich rule, first the one of maximal size (during depth warm-up, the largest of the drawn
+        ones), then the smallest, then the sampled ones.
     """
-    if step < config.largest_only * config.steps:
+    if step < config.largest_warmup * config.steps:
         return [genome.largest(space)]
     rng = np.random.default_rng([config.seed, step, 1])
-    opened = narrowed(space, open_axes(config, step))
-    deepest = deepest_member(opened, config, step)
-    count = member_count(config, step)
+    elastic = restrict_axes(space, elastic_axes(config, step))
+    depth = max_subnet_depth(elastic, config, step)
+    count, balanced = subnet_count(config, step), config.balanced_sampling
     if config.rule == "random":
-        return genome.decode(opened, draw_members(opened, rng, count, config.fair, deepest))
-    if deepest < allowed_depths(opened)[-1]:  # no member has the maximal size yet
-        drawn = genome.decode(opened, draw_members(opened, rng, count - 1, config.fair, deepest))
+        return genome.decode(elastic, draw_subnets(elastic, rng, count, balanced, depth))
+    if depth < allowed_depths(elastic)[-1]:  # depth warm-up: nothing has the maximal size yet
+        drawn = genome.decode(elastic, draw_subnets(elastic, rng, count - 1, balanced, depth))
         first, *sampled = sorted(drawn, key=lambda a: (a.depth, a.width), reverse=True)
-        return [first, genome.smallest(opened), *sampled]
-    sampled = genome.decode(opened, draw_members(opened, rng, count - 2, config.fair, deepest))
+        return [first, genome.smallest(elastic), *sampled]
+    sampled = genome.decode(elastic, draw_subnets(elastic, rng, count - 2, balanced, depth))
     first = genome.largest(space)
     if config.maximal_mixers and step % 2:
-        first = _maximal(space, config.seed, step // 2, rng)
-    return [first, genome.smallest(opened), *sampled]
+        first = _max_size_subnet(space, config.seed, step // 2, rng)
+    return [first, genome.smallest(elastic), *sampled]
 
 
-def draw_members(space: Space, rng: np.random.Generator, count: int, fair: bool, deepest: int) -> Genomes:
-    """Draw genomes [count, G] of at most so many layers, their depths evenly.
+def draw_subnets(
+    space: Space, rng: np.random.Generator, count: int, balanced: bool, max_depth: int
+) -> Genomes:
+    """Draw genomes up to a depth, with depths drawn as :func:`space.variation.sample` draws them.
 
-    Drawn evenly over ratios, attention has several times the layers of any linear mixer, and what is
-    trained more looks better. If ``fair``, of many drawn genomes of a depth the one is taken that leaves
-    the mixers' shares of all layers most alike.
+    Uniform draws over ratios give attention several times the layers of any linear mixer, and a mixer that is
+    trained more looks better. Balanced sampling draws many candidates and takes, for each wanted depth, the
+    one that leaves the mixers' shares of all layers most equal.
+
+    Args:
+        space: the space.
+        rng: source of randomness.
+        count: number of genomes.
+        balanced: whether to balance the mixers.
+        max_depth: greatest number of layers.
+
+    Returns:
+        Genomes [count, G].
     """
-    if not count or (deepest == allowed_depths(space)[-1] and not fair):
+    if not count or (max_depth == allowed_depths(space)[-1] and not balanced):
         return variation.sample(space, rng, count)
-    pool = variation.sample(space, rng, CANDIDATES * count)
-    pool = pool[depths(pool) <= deepest]
+    pool = variation.sample(space, rng, CANDIDATES_PER_SUBNET * count)
+    pool = pool[depths(pool) <= max_depth]
     while len(pool) < count:
-        more = variation.sample(space, rng, CANDIDATES * count)
-        pool = np.concatenate([pool, more[depths(more) <= deepest]])
-    if not fair:
+        more = variation.sample(space, rng, CANDIDATES_PER_SUBNET * count)
+        pool = np.concatenate([pool, more[depths(more) <= max_depth]])
+    if not balanced:
         return pool[:count]
     depth, mixer = depths(pool), genome.split(pool)[1]
     options = [i for i, (name, _) in enumerate(space.mixer_options) if i and name != "none"]
@@ -136,6 +191,7 @@ def draw_members(space: Space, rng: np.random.Generator, count: int, fair: bool,
     used, chosen = np.zeros(len(options)), []
     for wanted in depth[:count]:
         total = used + layers  # [N, options]
+        # Sum of squared shares: 1 / options if all mixers have as many layers, 1 if one has them all.
         unevenness = (total**2).sum(axis=1) / np.maximum(total.sum(axis=1), 1) ** 2
         chosen.append(int(np.where(depth == wanted, unevenness, np.inf).argmin()))
         used = total[chosen[-1]]
@@ -143,53 +199,70 @@ def draw_members(space: Space, rng: np.random.Generator, count: int, fair: bool,
 
 
 def allowed_depths(space: Space) -> list[int]:
-    """The depths that some architecture of a space has, in rising order."""
+    """Depths of the architectures of a space, ascending."""
     return sorted({depth for depth, _ in space.patterns})
 
 
-def deepest_member(space: Space, config: TrainConfig, step: int) -> int:
-    """How many layers the sampled members of a step have at most."""
+def max_subnet_depth(space: Space, config: TrainConfig, step: int) -> int:
+    """Greatest depth of a step's sampled sub-networks; it rises during depth warm-up.
+
+    Args:
+        space: the space.
+        config: the training settings.
+        step: the step, from 0.
+    """
     allowed = allowed_depths(space)
-    if step >= config.grow * config.steps:
+    if step >= config.depth_warmup * config.steps:
         return allowed[-1]
-    return allowed[int(step / (config.grow * config.steps) * len(allowed))]
+    return allowed[int(step / (config.depth_warmup * config.steps) * len(allowed))]
 
 
-def open_axes(config: TrainConfig, step: int) -> tuple[str, ...]:
-    """The axes along which the members of a step differ from ``largest()``."""
-    begin = config.largest_only * config.steps
-    until = config.open_axes * config.steps
-    if step >= begin + until:
-        return AXES
-    return AXES[: 1 + int((step - begin) / until * len(AXES))]
+def elastic_axes(config: TrainConfig, step: int) -> tuple[str, ...]:
+    """Axes along which a step's sub-networks may differ from ``largest()``.
+
+    Args:
+        config: the training settings.
+        step: the step, from 0; past the largest warm-up.
+    """
+    begin = config.largest_warmup * config.steps
+    duration = config.progressive_shrinking * config.steps
+    if step >= begin + duration:
+        return ELASTIC_AXES
+    return ELASTIC_AXES[: 1 + int((step - begin) / duration * len(ELASTIC_AXES))]
 
 
 @lru_cache(maxsize=32)
-def narrowed(space: Space, axes: tuple[str, ...]) -> Space:
-    """The part of a space that differs from its largest architecture along some axes only."""
-    if set(axes) == set(AXES):
+def restrict_axes(space: Space, axes: tuple[str, ...]) -> Space:
+    """The part of a space that differs from its largest architecture along some axes only.
+
+    Args:
+        space: the space.
+        axes: names out of :data:`ELASTIC_AXES`.
+    """
+    if set(axes) == set(ELASTIC_AXES):
         return space
     value = space.model_dump(mode="json")
     layer = value["layer"]
-    closed = set(AXES) - set(axes)
-    if "width" in closed:
+    fixed = set(ELASTIC_AXES) - set(axes)
+    if "width" in fixed:
         value["width"] = value["width"][-1:]
-    if "depth" in closed:
+    if "depth" in fixed:
         value["depth"] = value["depth"][-1:]
         layer["mixer"] = [m for m in layer["mixer"] if m != "none"]
-    if "heads" in closed:
+    if "heads" in fixed:
         heads, kv_heads = space.head_options[-1]
         layer["heads"] = [heads]
         layer["kv_heads"] = layer["kv_heads"] and [kv_heads]
-    if "ffn" in closed:
+    if "ffn" in fixed:
         layer["ffn"] = layer["ffn"][-1:]
     return Space.model_validate(value)
 
 
-def _maximal(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Architecture:
-    """A member of maximal sizes whose ratio and linear mixer come from a shuffled cycle.
+def _max_size_subnet(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Architecture:
+    """A sub-network of maximal size; its ratio and linear mixer come from a shuffled cycle.
 
-    Local mixers that the ratio does not count (``hybrid.local: separate``) are left to the sampled members.
+    Local mixers that the ratio does not count (``hybrid.local: separate``) occur in sampled sub-networks
+    only.
     """
     depth = max(d for d, _ in space.patterns)
     ratios = [r for d, r in space.patterns if d == depth]
@@ -209,9 +282,16 @@ def _maximal(space: Space, seed: int, turn: int, rng: np.random.Generator) -> Ar
 
 
 def step_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step: a linear rise, then a cosine down to a twentieth."""
-    rise = max(1, round(config.warmup * config.steps))
-    if step < rise:
-        return config.learning_rate * (step + 1) / rise
-    done = (step - rise) / max(1, config.steps - rise)
-    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    """Learning rate of a step: linear warm-up, then cosine decay to a twentieth of the peak.
+
+    Args:
+        config: the training settings.
+        step: the step, from 0.
+    """
+    warmup_steps = max(1, round(config.warmup * config.steps))
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, config.steps - warmup_steps)
+    return config.learning_rate * (
+        FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+    )

@@ -86,7 +86,7 @@ def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
     return supernet.requires_grad_(False).eval()
 
 
-def load_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:
+def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:
     """The plain model of an architecture that was trained alone, without gradients."""
     model = Model(architecture, space.config)
     model.load_state_dict(checkpoint.load("model"))

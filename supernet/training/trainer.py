@@ -23,7 +23,7 @@ from supernet.hf.pretrained import load_pretrained
 from supernet.supernet import Sources, Supernet, add_gradients, leaves, prefix, sources
 from supernet.training.checkpoint import Checkpoint
 from supernet.training.optimiser import PrefixAdamW
-from supernet.training.recipe import TrainConfig, member_count, members, step_rate
+from supernet.training.recipe import TrainConfig, step_rate, step_subnets, subnet_count
 
 Weights = Mapping[str, Tensor]
 FULL_PRECISION = ("beta", "decay", "decay_down", "decay_up")  # what makes the recurrence's gates stays fp32
@@ -173,9 +173,9 @@ class Trainer:
             InputError: a loss is not finite; it names the step and the architecture.
         """
         weights = cast_matrices(self.parameters, self.dtype)
-        chosen = [self.architecture] if self.architecture else members(self.space, self.config, step)
+        chosen = [self.architecture] if self.architecture else step_subnets(self.space, self.config, step)
         sandwich = self.config.rule == "sandwich" and len(chosen) > 1
-        in_turn = self.config.members == "in turn"
+        in_turn = self.config.update == "per_subnet"
         largest = genome.largest(self.space)
         taught_by = largest if self.config.teacher == "largest" else chosen[0]
         losses: list[float] = []
@@ -213,8 +213,8 @@ class Trainer:
 
     def tokens(self, step: int) -> int:
         """How many tokens of text a step takes, over all workers."""
-        alone = self.architecture is not None or self.config.members == "together"
-        return self.config.batch * self.length * (1 if alone else member_count(self.config, step))
+        alone = self.architecture is not None or self.config.update == "accumulated"
+        return self.config.batch * self.length * (1 if alone else subnet_count(self.config, step))
 
     def _batch(self, step: int, turn: int) -> tuple[Tensor, Tensor, int]:
         """This worker's rows of a member's batch, and how many targets all workers' rows have."""

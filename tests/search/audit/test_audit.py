@@ -38,7 +38,7 @@ from space.ops import op_kinds, space_ops
 from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_alone, train
+from supernet.training.train import load_stand_alone, train
 from tests.conftest import Quiet
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
 from tests.search.test_pipeline import ROOT
@@ -332,7 +332,7 @@ def check_values(run: Run, value: dict[str, Any]) -> None:
     corpus = load_corpus(run.config.train.data)
     config = run.config.train.model_copy(update={"steps": 2, "batch": 2, "seed": row["alone"][1]["seed"]})
     checkpoint = train(space, config, run.folder / "again", None, corpus, architecture)
-    weights = dict(load_alone(space, checkpoint, architecture).named_parameters())
+    weights = dict(load_stand_alone(space, checkpoint, architecture).named_parameters())
     data = evaluation_set(corpus, run.config.search.front_windows, space.max_seq_len)
     quality = evaluate(weights, architecture, space.config, data)
     assert quality.loss_nats == row["alone"][1]["loss_nats"]

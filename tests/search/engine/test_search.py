@@ -298,7 +298,7 @@ def test_two_searches_do_not_share_a_folder(
     from supernet.training import checkpoint
     from supernet.training.checkpoint import sole_writer
 
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT_S", 0.2)
     with sole_writer(run_folder / "run" / "searches" / "other"):
         done = formfit(*words(run_folder))
     assert done.returncode == 2

@@ -15,9 +15,9 @@ from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.extract import extract
 from supernet.supernet import Supernet
-from supernet.training.distillation import distil, implant, largest_teacher, weights_digest
+from supernet.training.distillation import distil, load_subnet, largest_teacher, weights_digest
 from supernet.training.recipe import TrainConfig, step_rate
-from supernet.training.train import load_alone, load_supernet, train
+from supernet.training.train import load_stand_alone, load_supernet, train
 from supernet.training.trainer import Teacher, Trainer
 from tests.contracts import scatter
 from tests.supernet.training.test_train import small_space
@@ -91,7 +91,7 @@ def test_distillation_lowers_the_held_out_loss_and_heeds_its_teacher(start: Star
         )  # fmt: skip
         assert losses(start, found.load("model")) < losses(start, start.weights) - 0.1
         with torch.no_grad():
-            said = load_alone(start.space, found, start.student)(inputs)[0].log_softmax(-1)
+            said = load_stand_alone(start.space, found, start.student)(inputs)[0].log_softmax(-1)
         apart.append(float((wanted * (wanted.log() - said)).sum(-1).mean()))
     assert apart[1] < apart[0] - 0.01
 
@@ -190,10 +190,10 @@ def test_implanting_is_the_opposite_of_extracting(start: Start) -> None:
     scatter(model, seed=1)
     tensors = dict(model.named_parameters())
     inside = extract(supernet, start.student)
-    implant(supernet, start.student, tensors)
+    load_subnet(supernet, start.student, tensors)
     found = extract(supernet, start.student)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    implant(supernet, start.student, inside)
+    load_subnet(supernet, start.student, inside)
     assert all(torch.equal(p, before[name]) for name, p in supernet.named_parameters())
     with pytest.raises(ValueError, match="not the weights of architecture"):
-        implant(supernet, genome.largest(start.space), tensors)
+        load_subnet(supernet, genome.largest(start.space), tensors)

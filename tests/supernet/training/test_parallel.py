@@ -152,7 +152,7 @@ def test_ray_train_ends_as_one_process_does(
 def test_a_folder_has_one_writer(
     one_process: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT_S", 0.2)
     with sole_writer(tmp_path), pytest.raises(InputError, match=f"{tmp_path}: another process writes here"):
         train(small_space(), settings(text_folder, steps=1), tmp_path)
     train(small_space(), settings(text_folder, steps=1), tmp_path)

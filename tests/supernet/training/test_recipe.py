@@ -10,15 +10,15 @@ from pydantic import ValidationError
 
 from space import Space, genome
 from supernet.training.recipe import (
-    AXES,
+    ELASTIC_AXES,
     TrainConfig,
-    _maximal,
-    draw_members,
-    member_count,
-    members,
-    narrowed,
-    open_axes,
+    _max_size_subnet,
+    draw_subnets,
+    elastic_axes,
+    restrict_axes,
     step_rate,
+    step_subnets,
+    subnet_count,
 )
 from tests.contracts import every_architecture, tiny_space
 
@@ -38,41 +38,46 @@ def wide_space() -> Space:
 
 def test_members_of_a_step() -> None:
     space = wide_space()
-    settings = TrainConfig(steps=100, largest_only=0.1, sampled=2)
-    assert members(space, settings, 5) == [genome.largest(space)]
-    chosen = members(space, settings, 50)
+    settings = TrainConfig(steps=100, largest_warmup=0.1, sampled=2)
+    assert step_subnets(space, settings, 5) == [genome.largest(space)]
+    chosen = step_subnets(space, settings, 50)
     assert chosen[:2] == [genome.largest(space), genome.smallest(space)]
     assert len(chosen) == 4
-    assert members(space, settings, 51) == members(space, settings, 51)
-    assert members(space, settings, 51) != members(space, settings, 53)
-    assert members(space, settings, 51)[0] != genome.largest(space)
+    assert step_subnets(space, settings, 51) == step_subnets(space, settings, 51)
+    assert step_subnets(space, settings, 51) != step_subnets(space, settings, 53)
+    assert step_subnets(space, settings, 51)[0] != genome.largest(space)
     plain = settings.model_copy(update={"maximal_mixers": False})
-    assert members(space, plain, 51)[0] == genome.largest(space)
+    assert step_subnets(space, plain, 51)[0] == genome.largest(space)
     random = settings.model_copy(update={"rule": "random", "sampled": 1})
     for config in (settings, plain, random):
         for step in (0, 9, 10, 51):
-            assert len(members(space, config, step)) == member_count(config, step)
+            assert len(step_subnets(space, config, step)) == subnet_count(config, step)
 
 
 def test_every_member_is_of_the_space() -> None:
     space = wide_space()
-    for changes in ({}, {"open_axes": 0.8, "grow": 0.0}, {"rule": "random"}, {"fair": False}):
+    for changes in (
+        {},
+        {"progressive_shrinking": 0.8, "depth_warmup": 0.0},
+        {"rule": "random"},
+        {"balanced_sampling": False},
+    ):
         settings = TrainConfig(steps=200).model_copy(update=changes)
-        chosen = [a for step in range(200) for a in members(space, settings, step)]
+        chosen = [a for step in range(200) for a in step_subnets(space, settings, step)]
         assert genome.contains(space, genome.encode(space, chosen)).all()
 
 
 def test_axes_open_one_at_a_time() -> None:
     space = wide_space()
     top = genome.largest(space)
-    settings = TrainConfig(steps=1000, largest_only=0.1, open_axes=0.5, maximal_mixers=False)
-    opened = [open_axes(settings, step) for step in range(100, 1000)]
+    settings = TrainConfig(steps=1000, largest_warmup=0.1, progressive_shrinking=0.5, maximal_mixers=False)
+    opened = [elastic_axes(settings, step) for step in range(100, 1000)]
     assert [len(axes) for axes in opened] == sorted(len(axes) for axes in opened)
-    assert set(opened) == {AXES[:n] for n in range(1, 6)}
-    assert opened[499] != AXES or opened[500] == AXES
+    assert set(opened) == {ELASTIC_AXES[:n] for n in range(1, 6)}
+    assert opened[499] != ELASTIC_AXES or opened[500] == ELASTIC_AXES
     for step in range(100, 600, 7):
-        axes = open_axes(settings, step)
-        for architecture in members(space, settings, step)[1:]:
+        axes = elastic_axes(settings, step)
+        for architecture in step_subnets(space, settings, step)[1:]:
             if "width" not in axes:
                 assert architecture.width == top.width
             if "depth" not in axes:
@@ -84,10 +89,10 @@ def test_axes_open_one_at_a_time() -> None:
                 assert {layer.heads for layer in present} <= {2, 0}
 
 
-@pytest.mark.parametrize("axes", [AXES[:n] for n in range(1, 5)])
+@pytest.mark.parametrize("axes", [ELASTIC_AXES[:n] for n in range(1, 5)])
 def test_a_narrowed_space_is_part_of_the_space(axes: tuple[str, ...]) -> None:
     space = tiny_space(mixer=["attention", "linear", "none"], heads=[1, 2], ffn=[0, 16], depth=[1, 2])
-    inside = every_architecture(narrowed(space, axes))
+    inside = every_architecture(restrict_axes(space, axes))
     assert inside < every_architecture(space)
     assert genome.largest(space) in inside
 
@@ -99,7 +104,7 @@ def test_the_maximal_member_draws_every_mixer_evenly() -> None:
     drawn: Counter[str] = Counter()
     pairs = 2 * 3  # ratios 1 and linear, three linear mixers
     for turn in range(4 * pairs):
-        architecture = _maximal(space, 0, turn, np.random.default_rng(turn))
+        architecture = _max_size_subnet(space, 0, turn, np.random.default_rng(turn))
         assert genome.contains(space, genome.encode(space, [architecture])).all()
         top = genome.largest(space)
         assert (architecture.width, architecture.depth) == (top.width, top.depth)
@@ -120,35 +125,41 @@ def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
         max_linear_kinds=2,
     )
 
-    def shares(fair: bool) -> Counter[str]:
+    def shares(balanced_sampling: bool) -> Counter[str]:
         layers: Counter[str] = Counter()
         for step in range(40):
-            drawn = draw_members(space, np.random.default_rng(step), 7, fair, 8)
+            drawn = draw_subnets(space, np.random.default_rng(step), 7, balanced_sampling, 8)
             members = genome.decode(space, drawn)
             layers.update(mixer for a in members for mixer in a.pattern)
         return layers
 
-    plain, fair = shares(fair=False), shares(fair=True)
+    plain, balanced_sampling = shares(balanced_sampling=False), shares(balanced_sampling=True)
     assert plain["attention"] > 4 * max(plain[kind] for kind in kinds)
-    assert fair["attention"] < 2 * min(fair[kind] for kind in kinds)
-    drawn = draw_members(space, np.random.default_rng(0), 200, True, 8)
+    assert balanced_sampling["attention"] < 2 * min(balanced_sampling[kind] for kind in kinds)
+    drawn = draw_subnets(space, np.random.default_rng(0), 200, True, 8)
     assert genome.contains(space, drawn).all()
     depths = Counter(a.depth for a in genome.decode(space, drawn))
     assert min(depths.values()) > 30  # of 200 over four
-    assert len(draw_members(space, np.random.default_rng(0), 0, True, 8)) == 0
+    assert len(draw_subnets(space, np.random.default_rng(0), 0, True, 8)) == 0
 
 
-@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("balanced_sampling", [False, True])
 @pytest.mark.parametrize("rule", ["sandwich", "random"])
-def test_depth_grows(rule: str, fair: bool) -> None:
+def test_depth_grows(rule: str, balanced_sampling: bool) -> None:
     space = tiny_space(mixer=["attention", "linear", "gla", "none"], depth=[2, 4, 6, 8], ratios=["full", 1])
     settings = TrainConfig.model_validate(
-        {"steps": 100, "grow": 0.4, "sampled": 7, "rule": rule, "fair": fair}
+        {
+            "steps": 100,
+            "depth_warmup": 0.4,
+            "sampled": 7,
+            "rule": rule,
+            "balanced_sampling": balanced_sampling,
+        }
     )
     deepest = []
     for step in range(0, 100, 5):
-        chosen = members(space, settings, step)
-        assert len(chosen) == member_count(settings, step)
+        chosen = step_subnets(space, settings, step)
+        assert len(chosen) == subnet_count(settings, step)
         assert genome.contains(space, genome.encode(space, chosen)).all()
         deepest.append(max(a.depth for a in chosen))
         if rule == "sandwich":
@@ -162,7 +173,7 @@ def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]
     space = tiny_space(mixer=mixers, depth=[8], heads=[1, 2], ratios=[1, 3])
     seen = set()
     for turn in range(8):
-        architecture = _maximal(space, 0, turn, np.random.default_rng(turn))
+        architecture = _max_size_subnet(space, 0, turn, np.random.default_rng(turn))
         seen.add(
             (architecture.pattern.count("attention"), *sorted(set(architecture.pattern) - {"attention"}))
         )
@@ -173,9 +184,9 @@ def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"largest_only": 0.5, "open_axes": 0.5}, "leave no step"),
+        ({"largest_warmup": 0.5, "progressive_shrinking": 0.5}, "leave no step"),
         ({"rule": "random", "distillation": 0.5}, "has no teacher"),
-        ({"grow": 0.2, "open_axes": 0.2}, "set grow: 0"),
+        ({"depth_warmup": 0.2, "progressive_shrinking": 0.2}, "set depth_warmup: 0"),
         ({"clip": float("inf")}, "finite"),
     ],
 )

@@ -18,7 +18,7 @@ from space.io.artefact import file_digest
 from supernet.data.corpus import DataConfig, load_corpus
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_alone, load_supernet, train, training_inputs
+from supernet.training.train import load_stand_alone, load_supernet, train, training_inputs
 from supernet.training.trainer import Trainer, Weights, member_loss
 from tests.contracts import tiny_space
 
@@ -191,7 +191,7 @@ def test_an_architecture_alone_trains_as_the_supernet_does(text: Path, tmp_path:
         space, settings, tmp_path / "a", lambda row: rows.append(row["loss_nats"]), architecture=architecture
     )
     assert rows[-1] < rows[0] - 0.3
-    model = load_alone(space, found, architecture)
+    model = load_stand_alone(space, found, architecture)
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
         n: tuple(t.shape) for n, t in found.load("model").items()
     }
@@ -201,7 +201,7 @@ def test_an_architecture_alone_trains_as_the_supernet_does(text: Path, tmp_path:
 
 def test_what_no_member_used_is_left_alone(text: Path) -> None:
     """No gradient, no momentum and no decay: the weights stay bit for bit."""
-    space, settings = small_space(), config(text, largest_only=0.5)
+    space, settings = small_space(), config(text, largest_warmup=0.5)
     trainer = Trainer(space, settings, load_corpus(settings.data))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     for step in range(3):  # the largest alone
@@ -216,11 +216,11 @@ def test_the_parts_of_the_recipe_run(text: Path) -> None:
     space = small_space()
     for changes in (
         {"rule": "random", "sampled": 1},
-        {"members": "together"},
-        {"members": "together", "teacher": "largest"},
+        {"update": "accumulated"},
+        {"update": "accumulated", "teacher": "largest"},
         {"teacher": "largest"},
         {"distillation": 0.0},
-        {"open_axes": 0.9, "grow": 0.0},
+        {"progressive_shrinking": 0.9, "depth_warmup": 0.0},
         {"precision": "bf16"},
     ):
         settings = config(text).model_copy(update=changes)
@@ -251,7 +251,7 @@ def test_metrics_and_tensorboard(text: Path, tmp_path: Path) -> None:
     train(small_space(), settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40]
-    alone = round(settings.largest_only * 40)
+    alone = round(settings.largest_warmup * 40)
     assert rows[-1]["tokens"] == (alone + (40 - alone) * (2 + settings.sampled)) * settings.batch * 32
     assert all(row["tokens_per_second"] > 0 and row["smallest_nats"] > 0 for row in rows)
     (events,) = (tmp_path / "tensorboard").iterdir()
