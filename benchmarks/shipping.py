@@ -25,7 +25,7 @@ from kit import bare
 from latency.runtimes.onnxruntime import OnnxRuntime
 from search.submodel.decoder import Decoder
 from search.submodel.export import export
-from search.submodel.generation import Draft, Sampling, generate, speculate
+from search.submodel.generation import DraftStatistics, Sampling, generate, speculate
 from search.submodel.verify import graph_loss
 from search.workspace import open_run, open_supernet
 from space import Architecture, Workload, genome, variation
@@ -123,10 +123,10 @@ def drafted(
     for draft in drafts:
         for ahead in aheads:
             alone, both, same = 0.0, 0.0, 0
-            counts = Draft()
+            counts = DraftStatistics()
             for prompt in prompts:
                 decoder = Decoder(target.folder / "model.onnx")
-                small = Decoder(draft.folder / "model.onnx", kept=ahead + 1)
+                small = Decoder(draft.folder / "model.onnx", num_kept_states=ahead + 1)
                 began = time.perf_counter()
                 plain = list(generate(decoder, prompt, most, Sampling(), None))
                 middle = time.perf_counter()

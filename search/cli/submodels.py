@@ -177,23 +177,23 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Go on from a text with an exported sub-model, on onnxruntime alone."""
-    from search.submodel.generation import NEAR, Draft, Sampling, Text, speculate
+    from search.submodel.generation import NEAR_TIE, DraftStatistics, Sampling, StreamingTokenizer, speculate
     from search.submodel.generation import generate as plain
-    from search.submodel.loading import open_draft, open_speaker, prompt_text, room_for
+    from search.submodel.loading import fit_new_tokens, open_draft, open_model, prompt_text
 
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: a share above 0, at most 1")
     if draft and temperature:
         raise InputError(f"--temperature {temperature}: with --draft the likeliest token is taken, give 0")
-    if draft and precision not in NEAR:
+    if draft and precision not in NEAR_TIE:
         raise InputError(f"--draft: not with {precision}, whose ranges depend on how many tokens are read")
-    speaker = open_speaker(folder, precision, threads)
+    speaker = open_model(folder, precision, threads)
     small = open_draft(draft, speaker, precision, threads, draft_tokens) if draft else None
-    text = Text(speaker.tokenizer)
+    text = StreamingTokenizer(speaker.tokenizer)
     asked = text.encode(prompt_text(prompt, prompt_file))
-    most = room_for(speaker, len(asked), tokens, warn)
+    most = fit_new_tokens(speaker, len(asked), tokens, warn)
     stop = None if ignore_end else text.separator
-    counts = Draft(near=NEAR.get(precision, 0.0))
+    counts = DraftStatistics(near=NEAR_TIE.get(precision, 0.0))
     if small:
         found = speculate(speaker.decoder, small, asked, most, stop, draft_tokens, counts)
     else:

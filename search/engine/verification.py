@@ -1,4 +1,4 @@
-"""Records of a verified sub-model: parity, latencies, precisions and limits, as ``verify.json`` holds them."""
+"""Records of a verified sub-model, as ``verify.json`` holds them: parity, latencies, precisions, limits."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

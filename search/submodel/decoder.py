@@ -1,9 +1,9 @@
-"""An exported model run call by call on onnxruntime alone: prefill, decoding, and going back.
+"""An exported model on onnxruntime: prefill, decoding, and rewinding to an earlier state.
 
-A softmax cache is one buffer with room for the whole context, bound to both ends of the graph: a step
-writes its token in place and copies nothing. It needs no going back, since only what lies before a position
-is read. The other states are small and new after every call, so an earlier :class:`State` can be continued
-from as long as its buffers were not taken again. torch is not imported here.
+A softmax cache is one buffer with the capacity of the whole sequence, bound to the graph's input and output:
+a step writes its token in place and copies nothing. Rewinding it is free, because only the tokens before the
+current position are read. The other states are small and new after every call, so decoding can continue from
+an earlier :class:`State` until its buffers are reused. torch is not imported here.
 """
 
 import json
@@ -20,43 +20,47 @@ from latency.device_runner.io_binding import session_options
 from space import Architecture, InputError, ModelConfig
 from space.shapes import state_shapes
 
-CHUNK = 256  # tokens of a prompt read at once, so that logits and scores of a long one need no memory
+CHUNK = 256  # tokens per call in prefill: bounds the memory of logits and attention scores
 Tokens = NDArray[np.int64]
 Values = dict[str, ort.OrtValue]
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What a model carries after ``position`` tokens.
+    """The states of a model after ``position`` tokens.
 
     Attributes:
-        position: how many tokens were read.
-        values: by the name of the input; a cache has room for more tokens than were read.
-        sequence: which call of :meth:`Decoder.start` it goes back to.
-        place: the ring buffer that the small states lie in, and when it was taken; None for their own.
+        position: number of tokens read.
+        values: state values by the name of the graph's input; caches have the capacity of the whole sequence.
+        sequence: the call of :meth:`Decoder.start` that the state descends from.
+        slot: index of the ring buffer that holds the small states, and the time of its use; None if the
+            states have buffers of their own.
     """
 
     position: int
     values: Values
     sequence: int
-    place: tuple[int, int] | None = None
+    slot: tuple[int, int] | None = None
 
 
 class Decoder:
     """An exported model with its states.
 
     Args:
-        path: of the model.
-        threads: of the session.
-        kept: how many states before the last one stay valid in step-by-step decoding.
+        path: the ONNX file.
+        threads: intra-op threads of the session.
+        num_kept_states: number of states before the last one that stay valid in token-by-token decoding.
 
     Attributes:
-        metadata: what the export wrote beside the graph.
+        metadata: the graph's metadata, by key.
         architecture: of the model.
-        model_config: what its space fixes.
+        model_config: of the model.
+
+    Raises:
+        InputError: there is no such file, it was not exported by formfit, or onnxruntime cannot run it.
     """
 
-    def __init__(self, path: Path, threads: int = 1, kept: int = 1) -> None:
+    def __init__(self, path: Path, threads: int = 1, num_kept_states: int = 1) -> None:
         if not path.exists():
             raise InputError(f"{path}: not found; `formfit extract --format onnx` writes it")
         self.session = _session(path, threads)
@@ -70,71 +74,97 @@ class Decoder:
         self.outputs = [item.name for item in self.session.get_outputs()]
         layers = self.architecture.layers
         self.caches = {name for name in self.inputs if _mixer(name, layers) == "attention"}
-        self.full_from = max((layer.window - 1 for layer in layers if layer.window), default=0)
-        self.ring = [_Place(i) for i in range(kept + 1)]
-        self.steps: dict[tuple[int, int], _Step] = {}  # by the places of the states before and after
+        # From this position on, the state of every window has its final shape, so that buffers can be reused.
+        self.fixed_shapes_from = max((layer.window - 1 for layer in layers if layer.window), default=0)
+        self.ring = [_RingSlot(i) for i in range(num_kept_states + 1)]
+        self.steps: dict[tuple[int, int], _Step] = {}  # by the slots of the states before and after
         self.sequence = 0
 
     @property
     def is_rewindable(self) -> bool:
-        """Whether all states are softmax caches, which a smaller position cuts back."""
+        """True if all states are softmax caches, which a smaller position truncates."""
         return all(name in self.caches for name in self.inputs if name.startswith("state."))
 
-    def start(self, batch: int = 1, room: int | None = None) -> State:
-        """The state before the first token of a new sequence; those of the one before are let go.
+    def start(self, batch: int = 1, capacity: int | None = None) -> State:
+        """The state before the first token of a new sequence; invalidates the states of the previous one.
 
         Args:
-            batch: how many rows.
-            room: tokens that the caches have room for; the context, if None.
+            batch: number of rows.
+            capacity: tokens that the caches can hold; None for the model's ``max_seq_len``.
         """
         self.steps.clear()
-        for place in self.ring:
-            place.values.clear()
+        for ring_slot in self.ring:
+            ring_slot.values.clear()
         self.sequence += 1
-        room = min(room or self.model_config.max_seq_len, self.model_config.max_seq_len)
-        return State(0, self.zeros(batch, room), self.sequence)
+        capacity = min(capacity or self.model_config.max_seq_len, self.model_config.max_seq_len)
+        return State(0, self.zeros(batch, capacity), self.sequence)
 
-    def zeros(self, batch: int, room: int) -> Values:
-        """States of an empty sequence."""
+    def zeros(self, batch: int, capacity: int) -> Values:
+        """The states of an empty sequence, by the name of the graph's input.
+
+        Args:
+            batch: number of rows.
+            capacity: tokens that the caches can hold.
+        """
         values = {}
         for slot, layer in enumerate(self.architecture.layers):
-            past = room if layer.mixer == "attention" else 0
+            past = capacity if layer.mixer == "attention" else 0
             shapes = state_shapes(layer, self.architecture.width, self.model_config, batch, past)
             for name, shape in shapes.items():
                 zeros = np.zeros(shape, np.float32)
                 values[f"state.{slot}.{name}"] = ort.OrtValue.ortvalue_from_numpy(zeros)
         return values
 
-    def back(self, state: State, position: int) -> State:
-        """The state of fewer tokens, of a model that can go back."""
+    def rewind(self, state: State, position: int) -> State:
+        """The state after fewer tokens; only valid if :attr:`is_rewindable`.
+
+        Args:
+            state: a state of the current sequence.
+            position: the number of tokens to keep.
+        """
         return State(position, state.values, state.sequence)
 
     def read(self, tokens: Sequence[int], state: State) -> tuple[NDArray[Any], State]:
-        """Read a sequence, a chunk at a time: the logits after its last token [vocabulary], and the state."""
+        """Read a sequence in chunks.
+
+        Args:
+            tokens: at least one.
+            state: the state before them.
+
+        Returns:
+            The logits after the last token [vocab_size], and the state.
+        """
         row = np.array([tokens], np.int64)
         for start in range(0, row.shape[1], CHUNK):
             logits, state = self(row[:, start : start + CHUNK], state)
         return logits[0, -1], state
 
     def __call__(self, tokens: Tokens, state: State) -> tuple[NDArray[Any], State]:
-        """Tokens [B, T] -> (logits [B, T, vocabulary], state after them).
+        """Read tokens in one call of the graph.
+
+        Args:
+            tokens: [B, T].
+            state: the state before them.
+
+        Returns:
+            The logits [B, T, vocab_size], and the state after the tokens.
 
         Raises:
-            InputError: the sequence would be longer than the context.
-            RuntimeError: the state's buffers were taken again.
+            InputError: the sequence would be longer than ``max_seq_len``.
+            RuntimeError: the state's buffers were reused.
         """
         end = state.position + tokens.shape[1]
         if end > self.model_config.max_seq_len:
             raise InputError(
                 f"{end} tokens are more than the model's context of {self.model_config.max_seq_len}"
             )
-        taken = state.place and self.ring[state.place[0]].taken != state.place[1]
-        if taken or state.sequence != self.sequence:
+        reused = state.slot and self.ring[state.slot[0]].used != state.slot[1]
+        if reused or state.sequence != self.sequence:
             raise RuntimeError(f"the state after {state.position} tokens is no longer kept")
-        if tokens.shape[1] == 1 and state.position >= self.full_from:
+        if tokens.shape[1] == 1 and state.position >= self.fixed_shapes_from:
             return self._step(tokens, state)
         bound = self.session.io_binding()
-        # A binding does not own the arrays: they live until the session has run.
+        # The binding does not own these arrays: the names keep them alive until the session has run.
         read, position = np.ascontiguousarray(tokens), np.array([state.position], np.int64)
         bound.bind_cpu_input("tokens", read)
         if "position" in self.inputs:
@@ -148,20 +178,20 @@ class Decoder:
             else:
                 bound.bind_output(name, "cpu")
         self.session.run_with_iobinding(bound)
-        found = dict(zip(self.outputs, bound.get_outputs(), strict=True))
-        # Of a cache the first value is kept: it is the one that owns the memory.
+        outputs = dict(zip(self.outputs, bound.get_outputs(), strict=True))
+        # A cache keeps its input value, which owns the memory that the graph wrote to.
         values = {
-            name: value if name in self.caches else found[f"{name}.next"]
+            name: value if name in self.caches else outputs[f"{name}.next"]
             for name, value in state.values.items()
         }
-        # A copy, here and below: what a value gives as an array is its memory, which dies with it.
-        return found["logits"].numpy().copy(), State(end, values, state.sequence)
+        # Copied, here and below: the array is a view of the value's memory, which is freed with the value.
+        return outputs["logits"].numpy().copy(), State(end, values, state.sequence)
 
     def _step(self, tokens: Tokens, state: State) -> tuple[NDArray[Any], State]:
-        """One token, from and to buffers that are bound once: binding anew takes 0.1 ms in 8 layers."""
-        before = state.place[0] if state.place else None
-        after = min((p for p in self.ring if p.index != before), key=lambda place: place.taken)
-        after.taken = 1 + max(place.taken for place in self.ring)
+        """One token with buffers that are bound once: binding anew takes 0.1 ms with 8 layers."""
+        before = state.slot[0] if state.slot else None
+        after = min((s for s in self.ring if s.index != before), key=lambda ring_slot: ring_slot.used)
+        after.used = 1 + max(ring_slot.used for ring_slot in self.ring)
         if before is None:
             step = self._bound(state, after, len(tokens))
         elif (before, after.index) not in self.steps:
@@ -171,10 +201,11 @@ class Decoder:
         step.tokens[:] = tokens
         step.position[0] = state.position
         self.session.run_with_iobinding(step.binding)
-        place = after.index, after.taken
-        return step.logits.copy(), State(state.position + 1, step.values, state.sequence, place)
+        slot = after.index, after.used
+        return step.logits.copy(), State(state.position + 1, step.values, state.sequence, slot)
 
-    def _bound(self, state: State, after: "_Place", batch: int) -> "_Step":
+    def _bound(self, state: State, after: "_RingSlot", batch: int) -> "_Step":
+        """A session bound from the buffers of a state to those of a ring slot, which are made if missing."""
         values = dict(state.values)
         for name, value in state.values.items():
             if name not in self.caches:
@@ -199,17 +230,21 @@ class Decoder:
         return step
 
     def arrays(self, state: State) -> Mapping[str, NDArray[Any]]:
-        """Copies of the states as arrays, caches cut to what was read."""
-        found = {name: value.numpy().copy() for name, value in state.values.items()}
-        return {name: x[:, :, : state.position] if name in self.caches else x for name, x in found.items()}
+        """Copies of a state's values as arrays, caches truncated to the tokens read.
+
+        Args:
+            state: a state of the current sequence.
+        """
+        copies = {name: value.numpy().copy() for name, value in state.values.items()}
+        return {name: x[:, :, : state.position] if name in self.caches else x for name, x in copies.items()}
 
 
 @dataclass
-class _Place:
-    """One ring buffer for the small states, and when it was last taken."""
+class _RingSlot:
+    """One ring buffer for the small states, with the time of its last use (a counter)."""
 
     index: int
-    taken: int = 0
+    used: int = 0
 
     def __post_init__(self) -> None:
         self.values: Values = {}
@@ -217,7 +252,7 @@ class _Place:
 
 @dataclass
 class _Step:
-    """A session bound to the buffers of one step; the arrays are the session's own memory."""
+    """A session bound to the buffers of one step; the session reads and writes the arrays' memory."""
 
     binding: ort.IOBinding
     tokens: Tokens
@@ -227,7 +262,7 @@ class _Step:
 
 
 def _mixer(name: str, layers: Sequence[Any]) -> str:
-    """The mixer that an input is the state of; empty for other inputs."""
+    """The mixer whose state an input is; empty for other inputs."""
     return str(layers[int(name.split(".")[1])].mixer) if name.startswith("state.") else ""
 
 
@@ -237,14 +272,14 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
     except Exception as error:  # onnxruntime's own classes have no common base but this one
         lacking = _lacking(path)
         reason = str(error).splitlines()[0]
-        what = f"mixer {', '.join(lacking)}: " if lacking else ""
-        then = "install another" if lacking else "`formfit extract` writes it"
-        text = f"{what}onnxruntime {ort.__version__} cannot run it ({reason}); {then}"
+        mixers = f"mixer {', '.join(lacking)}: " if lacking else ""
+        remedy = "install another" if lacking else "`formfit extract` writes it"
+        text = f"{mixers}onnxruntime {ort.__version__} cannot run it ({reason}); {remedy}"
         raise InputError(f"{path}: {text}") from None
 
 
 def _lacking(path: Path) -> list[str]:
-    """The mixers of a model that onnxruntime cannot load which it does not have."""
+    """The mixers of a model that cannot be loaded for which this onnxruntime has no operator."""
     import onnx
 
     from latency.runtimes.onnxruntime import OnnxRuntime
@@ -253,6 +288,6 @@ def _lacking(path: Path) -> list[str]:
         found = {item.key: item.value for item in onnx.load_model(path).metadata_props}
         architecture = Architecture.from_json(json.loads(found["formfit.architecture"]))
         model_config = ModelConfig(**json.loads(found["formfit.model_config"]))
-    except Exception:  # not a model at all: protobuf's errors have no common base but this one
+    except Exception:  # not a model: protobuf's errors have no common base but this one
         return []
     return OnnxRuntime().lacking(architecture.layers, architecture.width, model_config)

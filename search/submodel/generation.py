@@ -1,8 +1,9 @@
-"""Text from an exported model: greedy or sampled, and with a smaller model that runs ahead.
+"""Text from an exported model: greedy, sampled, or speculative with a smaller draft model.
 
-Speculative decoding (Leviathan et al. 2023): the draft proposes some tokens, the model reads them all at
-once, and those that it would have chosen itself are kept. Linear states cannot be cut back, so the model's
-state from before the proposals is kept, and what was accepted is read again together with the next ones.
+Speculative decoding (Leviathan et al. 2023): the draft proposes several tokens, the model reads them in one
+call, and the longest prefix that the model would have chosen itself is accepted. Linear states cannot be
+truncated, so the state before the proposals is kept, and accepted tokens are read again together with the
+next proposals.
 """
 
 import codecs
@@ -17,22 +18,23 @@ from numpy.typing import NDArray
 from search.submodel.decoder import Decoder, State
 from supernet.data.tokenizer import Tokenizer
 
-BYTES = 256  # the vocabulary where bytes are the tokens
-BYTE_SEPARATOR = 0  # before and after every document, where bytes are the tokens
-# Logits this close may change places where several tokens are read at once: in fp32 by the rounding of
-# another shape, in int8 by that of activations. int8-dynamic is not here: it has other ranges then.
-NEAR = {"fp32": 1e-4, "int8": 0.05}
-REPLAY = 8  # accepted tokens that are read again at most, before the state moves on without proposals
+BYTES = 256  # vocabulary size if bytes are the tokens
+BYTE_SEPARATOR = 0  # before and after every document, if bytes are the tokens
+# Logits this close may swap places if several tokens are read in one call: in fp32 by the rounding of another
+# shape, in int8 by that of activations. int8-dynamic is missing because its ranges depend on the tokens read.
+NEAR_TIE = {"fp32": 1e-4, "int8": 0.05}
+MAX_REREAD_TOKENS = 8  # accepted tokens read again per call before the state is advanced without proposals
 Logits = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Rule by which the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest.
-        top_p: only the likeliest tokens that make up this share are drawn from (Holtzman et al. 2020).
+        temperature: 0 takes the most likely token.
+        top_p: only the most likely tokens that make up this probability are drawn from (Holtzman et al.
+            2020).
         seed: of the draws.
     """
 
@@ -42,9 +44,14 @@ class Sampling:
 
 
 def probabilities(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
-    """What is drawn from at a temperature above 0: [vocabulary]."""
+    """The distribution that tokens are drawn from at a temperature above 0: [vocab_size].
+
+    Args:
+        logits: [vocab_size].
+        sampling: temperature and top_p.
+    """
     below = logits.astype(np.float64) - logits.max()
-    with np.errstate(over="ignore"):  # at the least temperatures, all but the likeliest are infinitely below
+    with np.errstate(over="ignore"):  # at tiny temperatures, all but the most likely overflow to -inf
         weights = np.exp(below / sampling.temperature)
     weights /= weights.sum()
     if sampling.top_p < 1:
@@ -56,137 +63,224 @@ def probabilities(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
 
 
 def choose(logits: Logits, sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token from logits [vocabulary]."""
+    """The next token.
+
+    Args:
+        logits: [vocab_size].
+        sampling: the rule.
+        rng: used at a temperature above 0.
+    """
     if sampling.temperature == 0:
         return int(logits.argmax())
     return int(rng.choice(len(logits), p=probabilities(logits, sampling)))
 
 
 def generate(
-    decoder: Decoder, prompt: Sequence[int], most: int, sampling: Sampling, stop: int | None
+    decoder: Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_token_id: int | None,
 ) -> Iterator[int]:
-    """New tokens one by one: at most so many, to the context's end, or before the stop token."""
+    """New tokens one by one, up to ``max_new_tokens``, ``max_seq_len`` or the end-of-sequence token.
+
+    Args:
+        decoder: the model.
+        prompt: at least one token.
+        max_new_tokens: upper bound on the number of new tokens.
+        sampling: the rule.
+        eos_token_id: ends the text and is not given; None for no such token.
+    """
     rng = np.random.default_rng(sampling.seed)
     logits, state = decoder.read(prompt, decoder.start())
-    for i in range(most):
+    for i in range(max_new_tokens):
         token = choose(logits, sampling, rng)
-        if token == stop:
+        if token == eos_token_id:
             return
         yield token
-        if i + 1 == most or state.position >= decoder.model_config.max_seq_len:
+        if i + 1 == max_new_tokens or state.position >= decoder.model_config.max_seq_len:
             return
-        found, state = decoder(np.array([[token]]), state)
-        logits = found[0, -1]
+        step_logits, state = decoder(np.array([[token]]), state)
+        logits = step_logits[0, -1]
 
 
 @dataclass
-class Draft:
-    """What came of a draft.
+class DraftStatistics:
+    """Counts of speculative decoding.
 
     Attributes:
-        proposed: tokens that it proposed.
-        accepted: how many of them were the model's own choice.
-        rounds: calls of the model that judged proposals.
-        near_ties: tokens whose logit another's came within ``near`` of: the model alone may choose that.
-        near: see :data:`NEAR`.
+        near: distance of two logits below which they count as tied; see :data:`NEAR_TIE`.
+        proposed: tokens that the draft proposed.
+        accepted: proposals that were the model's own choice.
+        rounds: calls of the model that checked proposals.
+        near_ties: tokens whose logit another's came within ``near`` of: without a draft the model may choose
+            the other.
     """
 
-    near: float = NEAR["fp32"]
+    near: float = NEAR_TIE["fp32"]
     proposed: int = 0
     accepted: int = 0
     rounds: int = 0
     near_ties: int = 0
 
 
+@dataclass
+class _Target:
+    """The model with its state and the tokens it has yet to read, which come after that state."""
+
+    decoder: Decoder
+    state: State
+    unread: list[int]
+
+    @property
+    def free(self) -> int:
+        """Tokens that fit into the context after those yet to read."""
+        return self.decoder.model_config.max_seq_len - self.state.position - len(self.unread)
+
+    def check(self, proposals: list[int]) -> tuple[Logits, State]:
+        """Logits [1 + len(proposals), vocab_size] from the last unread token on, and the state after all."""
+        logits, state = self.decoder(np.array([[*self.unread, *proposals]]), self.state)
+        return logits[0, len(self.unread) - 1 :], state
+
+    def accept(self, proposals: list[int], accepted: int, token: int, state: State) -> None:
+        """Go on after some of the proposals.
+
+        Args:
+            proposals: all that were checked.
+            accepted: how many of them count.
+            token: the model's own choice after these.
+            state: after all proposals.
+        """
+        if accepted == len(proposals):
+            self.state, self.unread = state, [token]
+        elif self.decoder.is_rewindable:
+            position = self.state.position + len(self.unread) + accepted
+            self.state, self.unread = self.decoder.rewind(state, position), [token]
+        else:
+            self.unread = [*self.unread, *proposals[:accepted], token]
+            if len(self.unread) > MAX_REREAD_TOKENS:
+                self.state = self.decoder(np.array([self.unread[:-1]]), self.state)[1]
+                self.unread = self.unread[-1:]
+
+
+@dataclass
+class _Draft:
+    """The draft with its state and the tokens it has yet to read.
+
+    ``max_seq_len`` is 0 if the prompt alone is too long for it.
+    """
+
+    decoder: Decoder
+    state: State
+    unread: list[int]
+    max_seq_len: int
+
+    @property
+    def free(self) -> int:
+        """Tokens that fit into the context after those yet to read."""
+        return self.max_seq_len - self.state.position - len(self.unread)
+
+    def propose(self, count: int) -> tuple[list[int], list[State]]:
+        """The most likely next tokens; states after the unread ones and after each token but the last."""
+        if not count:
+            return [], []
+        logits, state = self.decoder.read(self.unread, self.state)
+        proposals, states = [int(logits.argmax())], [state]
+        while len(proposals) < count:
+            step_logits, state = self.decoder(np.array([proposals[-1:]]), state)
+            proposals.append(int(step_logits[0, -1].argmax()))
+            states.append(state)
+        return proposals, states
+
+    def accept(self, proposals: list[int], accepted: int, token: int, states: list[State]) -> None:
+        """Go on after some of the proposals and the model's own choice; see :meth:`_Target.accept`."""
+        if not proposals:
+            self.unread = [*self.unread, token]
+        elif accepted == len(proposals):  # the draft has not read its own last proposal
+            self.state, self.unread = states[-1], [proposals[-1], token]
+        else:
+            self.state, self.unread = states[accepted], [token]
+
+
+def _prefill(decoder: Decoder, draft: Decoder, prompt: Sequence[int]) -> tuple[_Target, _Draft]:
+    """Both models after the prompt but its last token."""
+    before, last = prompt[:-1], [prompt[-1]]
+    target = _Target(decoder, decoder.read(before, decoder.start())[1] if before else decoder.start(), last)
+    drafting = _Draft(draft, draft.start(), last, draft.model_config.max_seq_len)
+    if before and len(prompt) <= drafting.max_seq_len:
+        drafting.state = draft.read(before, drafting.state)[1]
+    elif before:
+        drafting.max_seq_len = 0
+    return target, drafting
+
+
 def speculate(
     decoder: Decoder,
     draft: Decoder,
     prompt: Sequence[int],
-    most: int,
-    stop: int | None,
-    ahead: int,
-    found: Draft,
+    max_new_tokens: int,
+    eos_token_id: int | None,
+    num_draft_tokens: int,
+    statistics: DraftStatistics,
 ) -> Iterator[int]:
-    """Greedy tokens of a model, as :func:`generate` gives them, with a draft that proposes ``ahead`` a round.
+    """Greedy tokens of a model, the same as :func:`generate` gives, with a draft that proposes some of them.
 
-    Where the draft's context ends the model goes on alone.
+    Beyond the draft's context the model continues without it.
 
     Args:
         decoder: the model.
-        draft: a smaller one of the same tokens; its ``kept`` is at least ``ahead``.
+        draft: a smaller one with the same vocabulary; its ``num_kept_states`` is at least
+            ``num_draft_tokens``.
         prompt: at least one token.
-        most: new tokens at most.
-        stop: the token that ends the text.
-        ahead: how many tokens are proposed at a time.
-        found: counts what happens.
+        max_new_tokens: upper bound on the number of new tokens.
+        eos_token_id: ends the text and is not given; None for no such token.
+        num_draft_tokens: proposals in each round.
+        statistics: updated in place.
     """
-    max_seq_len, shorter = decoder.model_config.max_seq_len, draft.model_config.max_seq_len
-    state = decoder.read(prompt[:-1], decoder.start())[1] if prompt[1:] else decoder.start()
-    theirs = draft.start()
-    if prompt[1:] and len(prompt) <= shorter:
-        theirs = draft.read(prompt[:-1], theirs)[1]
-    elif prompt[1:]:
-        shorter = 0
-    known = [prompt[-1]]  # what the model has yet to read
-    unread = [prompt[-1]]  # what the draft has
+    target, drafting = _prefill(decoder, draft, prompt)
     given = 0
-    while given < most:
-        room = min(max_seq_len - state.position - len(known), shorter - theirs.position - len(unread))
-        count = max(0, min(ahead, room, most - given - 1))
-        proposals, after = _propose(draft, theirs, unread, count) if count else ([], [])
-        read = [*known, *proposals]
-        logits, ahead_state = decoder(np.array([read]), state)
-        chosen = logits[0, len(known) - 1 :].argmax(-1).tolist()
-        right = next((i for i, token in enumerate(proposals) if chosen[i] != token), count)
-        found.proposed += count
-        found.accepted += right
-        found.rounds += bool(count)
-        for i, token in enumerate(chosen[: right + 1]):
-            if token == stop:
+    while given < max_new_tokens:
+        free = min(target.free, drafting.free)
+        count = max(0, min(num_draft_tokens, free, max_new_tokens - given - 1))
+        proposals, states = drafting.propose(count)
+        logits, state = target.check(proposals)
+        chosen = logits.argmax(-1).tolist()
+        accepted = next((i for i, token in enumerate(proposals) if chosen[i] != token), count)
+        statistics.proposed += count
+        statistics.accepted += accepted
+        statistics.rounds += bool(count)
+        for i, token in enumerate(chosen[: accepted + 1]):
+            if token == eos_token_id:
                 return
-            found.near_ties += near_tie(logits[0, len(known) - 1 + i], found.near)
+            statistics.near_ties += near_tie(logits[i], statistics.near)
             yield token
-        given += right + 1
-        if state.position + len(known) + right >= max_seq_len:
+        given += accepted + 1
+        if target.free <= accepted:
             return
-        last = chosen[right]
-        if right == count:
-            state, known = ahead_state, [last]
-        elif decoder.is_rewindable:
-            state, known = decoder.back(ahead_state, state.position + len(known) + right), [last]
-        else:
-            known = [*known, *proposals[:right], last]
-            if len(known) > REPLAY:
-                state, known = decoder(np.array([known[:-1]]), state)[1], known[-1:]
-        if count and right == count:  # the draft has not read its own last proposal
-            theirs, unread = after[-1], [proposals[-1], last]
-        elif count:
-            theirs, unread = after[right], [last]
-        else:
-            unread = [*unread, last]
+        target.accept(proposals, accepted, chosen[accepted], state)
+        drafting.accept(proposals, accepted, chosen[accepted], states)
 
 
-def _propose(
-    draft: Decoder, state: State, unread: Sequence[int], count: int
-) -> tuple[list[int], list[State]]:
-    """A draft's likeliest next tokens, and its states: after what was unread, and after each but the last."""
-    logits, state = draft.read(unread, state)
-    proposals, states = [int(logits.argmax())], [state]
-    while len(proposals) < count:
-        found, state = draft(np.array([proposals[-1:]]), state)
-        proposals.append(int(found[0, -1].argmax()))
-        states.append(state)
-    return proposals, states
+def near_tie(logits: Logits, threshold: float = NEAR_TIE["fp32"]) -> bool:
+    """True if the two largest logits are closer than a threshold.
 
-
-def near_tie(logits: Logits, near: float = NEAR["fp32"]) -> bool:
-    """Whether the two likeliest tokens are as good as equal."""
+    Args:
+        logits: [vocab_size].
+        threshold: see :data:`NEAR_TIE`.
+    """
     first, second = np.partition(logits, -2)[-2:][::-1]
-    return bool(first - second < near)
+    return bool(first - second < threshold)
 
 
-class Text:
-    """Text to tokens and, piece by piece, back: bytes, or a tokenizer's."""
+class StreamingTokenizer:
+    """Text to tokens and, token by token, back to text.
+
+    Args:
+        tokenizer: None if bytes are the tokens.
+
+    Attributes:
+        separator: the token between documents.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
@@ -198,20 +292,28 @@ class Text:
             )
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text that begins a document; what is fed goes on from it."""
+        """The tokens of a text that begins a document; :meth:`feed` continues from it.
+
+        Args:
+            text: the prompt.
+        """
         if self.tokenizer is None:
             return [self.separator, *text.encode()]
         ids = self.tokenizer.library.encode(text, add_special_tokens=False).ids
-        for token in ids:  # a first piece loses its space, and what goes on is not the first
+        for token in ids:  # the first piece of a text loses its space, and a continuation is not the first
             self._stream.step(self.tokenizer.library, token)
         return [self.separator, *ids]
 
     def feed(self, token: int) -> str:
-        """What a further token adds to the text; nothing while a character is not whole."""
+        """The text that one more token adds; empty until a character is complete.
+
+        Args:
+            token: the next one.
+        """
         if self.tokenizer is None:
             return self._bytes.decode(bytes([token])) if token < BYTES else ""
         return self._stream.step(self.tokenizer.library, token) or ""
 
     def end(self) -> str:
-        """What stands for a character that was begun and never became whole."""
+        """The replacement for an incomplete last character; empty if there is none."""
         return self._bytes.decode(b"", True) if self.tokenizer is None else ""

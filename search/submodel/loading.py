@@ -1,6 +1,6 @@
-"""Opening a sub-model's folder to generate text with: its graph, its tokenizer, what it can take.
+"""Opening a sub-model's folder for text generation: its graph, its tokenizer, and its limits on length.
 
-Read from the graph and the tokenizer beside it, without torch.
+Only the graph and the tokenizer beside it are read; torch is not imported.
 """
 
 import os
@@ -19,31 +19,37 @@ BYTES = "bytes"
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A graph that is ready to run, and what makes tokens of text."""
+class LoadedModel:
+    """A graph that is ready to run, with its tokenizer.
+
+    Attributes:
+        decoder: runs the graph.
+        tokenizer: None if bytes are the tokens.
+        folder: the sub-model's.
+    """
 
     decoder: Decoder
-    tokenizer: Tokenizer | None  # None: bytes are the tokens
+    tokenizer: Tokenizer | None
     folder: Path
 
     @property
-    def reads(self) -> str:
-        """What its tokens are: ``bytes``, or the sha256 of a tokenizer."""
+    def vocabulary(self) -> str:
+        """Identity of the tokens: ``bytes``, or the sha256 of a tokenizer."""
         return self.decoder.metadata.get("formfit.tokenizer", BYTES)
 
 
-def open_speaker(folder: Path, precision: str, threads: int, kept: int = 1) -> Speaker:
+def open_model(folder: Path, precision: str, threads: int, num_kept_states: int = 1) -> LoadedModel:
     """Open a sub-model's graph of a precision, and its tokenizer.
 
     Args:
         folder: the sub-model's.
         precision: of the graph.
         threads: of the session.
-        kept: see :class:`search.submodel.decoder.Decoder`.
+        num_kept_states: see :class:`search.submodel.decoder.Decoder`.
 
     Raises:
-        InputError: more threads than cores; the folder has no such graph, it is not ours, or its tokenizer is
-            missing or another.
+        InputError: there are more threads than cores; the folder has no such graph, or it was not exported by
+            formfit; or its tokenizer is missing or another.
     """
     cores = os.cpu_count() or 1
     if threads > cores:
@@ -57,49 +63,62 @@ def open_speaker(folder: Path, precision: str, threads: int, kept: int = 1) -> S
         if not (folder / "architecture.json").exists():
             command = "formfit extract --format onnx"
         raise InputError(f"{path}: not found; `{command}` writes it")
-    decoder = Decoder(path, threads, kept)
-    speaker = Speaker(decoder, None, folder)
-    if speaker.reads == BYTES:
-        return speaker
-    beside = folder / "tokenizer.json"
-    if not beside.exists():
+    decoder = Decoder(path, threads, num_kept_states)
+    model = LoadedModel(decoder, None, folder)
+    if model.vocabulary == BYTES:
+        return model
+    file = folder / "tokenizer.json"
+    if not file.exists():
         raise InputError(
-            f"{beside}: missing, and the model cannot read text without it; `formfit extract` writes it"
+            f"{file}: missing, and the model cannot read text without it; `formfit extract` writes it"
         )
-    if file_digest(beside) != speaker.reads:
+    if file_digest(file) != model.vocabulary:
         raise InputError(
-            f"{beside}: not the tokenizer that the model was trained with; `formfit extract` writes it"
+            f"{file}: not the tokenizer that the model was trained with; `formfit extract` writes it"
         )
-    return Speaker(decoder, load_tokenizer(beside), folder)
+    return LoadedModel(decoder, load_tokenizer(file), folder)
 
 
-def open_draft(folder: Path, speaker: Speaker, precision: str, threads: int, ahead: int) -> Decoder:
-    """The graph of a draft for a model.
+def open_draft(
+    folder: Path, model: LoadedModel, precision: str, threads: int, num_draft_tokens: int
+) -> Decoder:
+    """Open the graph of a draft model for speculative decoding.
+
+    Args:
+        folder: the draft's.
+        model: the model that checks the proposals.
+        precision: of the draft's graph.
+        threads: of its session.
+        num_draft_tokens: proposals in each round.
 
     Raises:
-        InputError: it cannot be opened, or its tokens are not the model's; names both.
+        InputError: it cannot be opened, or its vocabulary is not the model's; names both.
     """
-    draft = open_speaker(folder, precision, threads, kept=ahead + 1)
-    theirs, ours = draft.decoder.model_config.vocab_size, speaker.decoder.model_config.vocab_size
-    if theirs != ours:
-        raise InputError(f"--draft {folder}: a vocabulary of {theirs}, that of {speaker.folder} is {ours}")
-    if draft.reads != speaker.reads:
-        raise InputError(f"--draft {folder}: its tokenizer is not that of {speaker.folder}")
+    draft = open_model(folder, precision, threads, num_kept_states=num_draft_tokens + 1)
+    size, expected = draft.decoder.model_config.vocab_size, model.decoder.model_config.vocab_size
+    if size != expected:
+        raise InputError(f"--draft {folder}: a vocabulary of {size}, that of {model.folder} is {expected}")
+    if draft.vocabulary != model.vocabulary:
+        raise InputError(f"--draft {folder}: its tokenizer is not that of {model.folder}")
     return draft.decoder
 
 
 def prompt_text(prompt: str | None, file: Path | None) -> str:
-    """The text to go on from, given as it is or in a file.
+    """The prompt, given directly or in a file.
+
+    Args:
+        prompt: the text; None if ``file`` is given.
+        file: a file with the text, ``-`` for standard input; None if ``prompt`` is given.
 
     Raises:
-        InputError: none or both are given, or the file cannot be read.
+        InputError: none or both are given, or the text is not UTF-8.
     """
     if (prompt is None) == (file is None):
         raise InputError("give one of --prompt TEXT and --prompt-file FILE")
     if file is None:
         try:
             return str(prompt).encode().decode()
-        except UnicodeEncodeError:  # a shell passes on bytes that are no text
+        except UnicodeEncodeError:  # a shell passes on bytes that are not text
             raise InputError("--prompt: not UTF-8 text") from None
     try:
         return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode()
@@ -107,24 +126,36 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
         raise InputError(f"--prompt-file {file}: cannot be read as UTF-8 text ({error})") from None
 
 
-def room_for(speaker: Speaker, prompt: int, asked: int, warn: Callable[[str], None]) -> int:
-    """How many new tokens a prompt of so many leaves room for, at most those asked.
+def fit_new_tokens(
+    model: LoadedModel, prompt_tokens: int, max_new_tokens: int, warn: Callable[[str], None]
+) -> int:
+    """The number of new tokens that fit into the model's context after a prompt, at most those asked for.
+
+    Args:
+        model: the model.
+        prompt_tokens: length of the prompt.
+        max_new_tokens: those asked for.
+        warn: called with one line if fewer fit, or if the text may exceed the trained length.
 
     Raises:
         InputError: the prompt alone is longer than the model's context.
     """
-    max_seq_len = speaker.decoder.model_config.max_seq_len
-    trained = int(speaker.decoder.metadata.get("formfit.trained_length", max_seq_len))
-    if prompt > max_seq_len:
+    max_seq_len = model.decoder.model_config.max_seq_len
+    trained_length = int(model.decoder.metadata.get("formfit.trained_length", max_seq_len))
+    if prompt_tokens > max_seq_len:
         raise InputError(
-            f"a prompt of {prompt} tokens is longer than the model's context of {max_seq_len}; shorten it"
+            f"a prompt of {prompt_tokens} tokens is longer than "
+            f"the model's context of {max_seq_len}; shorten it"
         )
-    most = min(asked, max_seq_len - prompt + 1)
-    if most < asked:
-        warn(f"{asked} new tokens do not fit: context {max_seq_len}, prompt {prompt}; at most {most}")
-    if prompt + most > trained:
+    fitting = min(max_new_tokens, max_seq_len - prompt_tokens + 1)
+    if fitting < max_new_tokens:
         warn(
-            f"trained on sequences of {trained} tokens, and this one may have {prompt + most}: "
-            "what comes after that is not to be trusted"
+            f"{max_new_tokens} new tokens do not fit: context {max_seq_len}, prompt {prompt_tokens}; "
+            f"at most {fitting}"
         )
-    return most
+    if prompt_tokens + fitting > trained_length:
+        warn(
+            f"trained on sequences of {trained_length} tokens, and this one may have "
+            f"{prompt_tokens + fitting}: expect poor text after that"
+        )
+    return fitting

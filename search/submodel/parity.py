@@ -57,7 +57,7 @@ def parity(submodel: SubModel, path: Path, tokens: int, seed: int = 0, device: s
         return np.concatenate(logits, axis=1), flat(states or {})
 
     def onnx_run(cuts: list[int]) -> tuple[NDArray[Any], States]:
-        logits, state = [], decoder.start(room=length)
+        logits, state = [], decoder.start(capacity=length)
         for start, end in pairwise(cuts):
             out, state = decoder(text[:, start:end], state)
             logits.append(out)

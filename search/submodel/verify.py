@@ -204,7 +204,7 @@ def graph_loss(path: Path, data: EvaluationSet) -> float:
     decoder, total = Decoder(path), 0.0
     for tokens, targets in zip(data.tokens, data.targets, strict=True):
         asked = targets != IGNORED
-        logits = decoder(tokens[None], decoder.start(room=len(tokens)))[0][0].astype(np.float64)[asked]
+        logits = decoder(tokens[None], decoder.start(capacity=len(tokens)))[0][0].astype(np.float64)[asked]
         greatest = logits.max(axis=-1)
         normaliser = greatest + np.log(np.exp(logits - greatest[:, None]).sum(axis=-1))
         total += float((normaliser - logits[np.arange(len(logits)), targets[asked]]).sum())

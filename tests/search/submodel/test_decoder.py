@@ -56,7 +56,7 @@ def test_a_long_prompt_is_read_in_chunks(mixed: Path) -> None:
 def test_an_earlier_state_goes_on_as_if_nothing_had_followed(mixed: Path, start: int) -> None:
     """Before and after the window is full: the states are then new, or in buffers that take turns."""
     text = np.random.default_rng(1).integers(0, 19, (1, 60))
-    whole, _ = (decoder := Decoder(mixed, kept=5))(text, decoder.start())
+    whole, _ = (decoder := Decoder(mixed, num_kept_states=5))(text, decoder.start())
     states = [decoder.start()]
     for t in range(start + 5):
         states.append(decoder(text[:, t : t + 1], states[-1])[1])
@@ -72,11 +72,11 @@ def test_an_earlier_state_goes_on_as_if_nothing_had_followed(mixed: Path, start:
 
 
 def test_a_state_whose_buffers_were_taken_is_refused(mixed: Path) -> None:
-    decoder = Decoder(mixed, kept=1)
+    decoder = Decoder(mixed, num_kept_states=1)
     state = old = decoder.read(list(range(10)), decoder.start())[1]
     for _ in range(4):
         state = decoder(np.array([[1]]), state)[1]
-        old = old if old.place else state
+        old = old if old.slot else state
     with pytest.raises(RuntimeError, match="no longer kept"):
         decoder(np.array([[1]]), old)
     decoder.start()
@@ -91,7 +91,7 @@ def test_attention_alone_is_cut_back_by_its_position(tmp_path: Path, mixed: Path
     text = np.random.default_rng(2).integers(0, 19, (1, 30))
     whole, _ = decoder(text, decoder.start())
     _, state = decoder(np.concatenate([text[:, :20], text[:, :5]], axis=1), decoder.start())
-    rest, _ = decoder(text[:, 20:], decoder.back(state, 20))
+    rest, _ = decoder(text[:, 20:], decoder.rewind(state, 20))
     assert_close("logits", rest, whole[:, 20:], 1e-5)
 
 

@@ -15,9 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from search.submodel.decoder import Decoder
 from search.submodel.export import export_onnx
 from search.submodel.generation import (
-    Draft,
+    DraftStatistics,
     Sampling,
-    Text,
+    StreamingTokenizer,
     choose,
     generate,
     near_tie,
@@ -93,27 +93,30 @@ def test_greedy_tokens_are_the_plain_models(submodel: SubModel, prompt: list[int
     assert found == plain_greedy(submodel, prompt, 30)
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 4, 7])
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 4, 7])
 @pytest.mark.parametrize("draft", [("gated_deltanet",), ("attention",), ("short_conv", "sliding")], ids=str)
 def test_a_draft_changes_nothing(
-    submodel: SubModel, draft: tuple[str, ...], ahead: int, tmp_path: Path
+    submodel: SubModel, draft: tuple[str, ...], num_draft_tokens: int, tmp_path: Path
 ) -> None:
     """A draft of the same supernet: some proposals are right and some wrong."""
     prompt, path = [0, 5, 77, 31], submodel.folder / "model.onnx"
     small = submodel_of(tmp_path, *draft)
     expected = list(generate(Decoder(path), prompt, 60, GREEDY, None))
-    counts = Draft()
-    decoder, theirs = Decoder(path), Decoder(small.folder / "model.onnx", kept=ahead + 1)
-    found = list(speculate(decoder, theirs, prompt, 60, None, ahead, counts))
+    counts = DraftStatistics()
+    decoder, theirs = (
+        Decoder(path),
+        Decoder(small.folder / "model.onnx", num_kept_states=num_draft_tokens + 1),
+    )
+    found = list(speculate(decoder, theirs, prompt, 60, None, num_draft_tokens, counts))
     assert found == expected
     assert 0 <= counts.accepted <= counts.proposed
-    assert counts.proposed <= counts.rounds * ahead
+    assert counts.proposed <= counts.rounds * num_draft_tokens
     assert len(found) == 60
 
 
 def test_a_draft_that_is_the_model_is_always_right(submodel: SubModel) -> None:
-    path, counts = submodel.folder / "model.onnx", Draft()
-    found = speculate(Decoder(path), Decoder(path, kept=5), [0, 9], 40, None, 4, counts)
+    path, counts = submodel.folder / "model.onnx", DraftStatistics()
+    found = speculate(Decoder(path), Decoder(path, num_kept_states=5), [0, 9], 40, None, 4, counts)
     assert len(list(found)) == 40
     assert counts.accepted == counts.proposed == 4 * counts.rounds
 
@@ -123,12 +126,18 @@ def test_a_text_ends_at_the_stop_token_and_at_the_context(submodel: SubModel, tm
     small = submodel_of(tmp_path, "linear").folder / "model.onnx"
     whole = list(generate(Decoder(path), prompt, 200, GREEDY, None))
     assert len(whole) == 96 - 2 + 1  # the last one is never read
-    counts = Draft()
-    assert list(speculate(Decoder(path), Decoder(small, kept=5), prompt, 200, None, 4, counts)) == whole
+    counts = DraftStatistics()
+    assert (
+        list(speculate(Decoder(path), Decoder(small, num_kept_states=5), prompt, 200, None, 4, counts))
+        == whole
+    )
     stop = whole[20]
     first = whole[: whole.index(stop)]
     assert list(generate(Decoder(path), prompt, 200, GREEDY, stop)) == first
-    assert list(speculate(Decoder(path), Decoder(small, kept=5), prompt, 200, stop, 4, counts)) == first
+    assert (
+        list(speculate(Decoder(path), Decoder(small, num_kept_states=5), prompt, 200, stop, 4, counts))
+        == first
+    )
 
 
 @pytest.mark.parametrize("prompt", [[0, 60], list(range(40, 80))], ids=len)
@@ -136,9 +145,9 @@ def test_where_the_drafts_context_ends_the_model_goes_on_alone(
     submodel: SubModel, prompt: list[int], tmp_path: Path
 ) -> None:
     small = submodel_of(tmp_path, "linear", space=tiny_space(**{**CHANGES, "max_seq_len": 32}))
-    path, counts = submodel.folder / "model.onnx", Draft()
+    path, counts = submodel.folder / "model.onnx", DraftStatistics()
     expected = list(generate(Decoder(path), prompt, 50, GREEDY, None))
-    draft = Decoder(small.folder / "model.onnx", kept=5)
+    draft = Decoder(small.folder / "model.onnx", num_kept_states=5)
     assert list(speculate(Decoder(path), draft, prompt, 50, None, 4, counts)) == expected
     assert bool(counts.proposed) == (len(prompt) < 32)
 
@@ -186,7 +195,7 @@ def test_near_ties_are_seen() -> None:
 
 
 def test_bytes_become_text_when_characters_are_whole() -> None:
-    text = Text(None)
+    text = StreamingTokenizer(None)
     assert text.encode("hé") == [0, 104, 195, 169]
     assert [text.feed(token) for token in "aé€".encode()] == ["a", "", "é", "", "", "€"]
     assert text.feed(0xFF) == "\ufffd"
@@ -206,7 +215,7 @@ def make_tokenizer(path: Path) -> None:
 def test_pieces_become_text_too(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    text = Text(tokenizer)
+    text = StreamingTokenizer(tokenizer)
     ids = text.encode("aé €")
     assert ids[0] == 0
     assert "".join(text.feed(token) for token in ids[1:]) == "aé €"
@@ -218,7 +227,7 @@ def test_what_goes_on_keeps_the_space_of_its_first_piece(tmp_path: Path) -> None
     made = tokenizers.Tokenizer(models.WordLevel(vocab_size, "<s>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     made.save(str(tmp_path / "tokenizer.json"))
-    text = Text(load_tokenizer(tmp_path / "tokenizer.json"))
+    text = StreamingTokenizer(load_tokenizer(tmp_path / "tokenizer.json"))
     assert text.encode("hello")[1:] == [1]
     assert text.feed(2) == " world"
 
@@ -269,7 +278,7 @@ def test_a_length_beyond_training_is_warned_of(formfit: Program, submodel: SubMo
     assert done.returncode == 0
     assert "trained on sequences of 64 tokens, and this one may have 69" in done.stderr
     done = formfit("generate", submodel.folder, "--prompt", "a" * 60, "--tokens", 100)
-    assert "100 new tokens do not fit: the context is 96, the prompt 61; at most 36" in done.stderr
+    assert "100 new tokens do not fit: context 96, prompt 61; at most 36" in done.stderr
 
 
 BAD = {
