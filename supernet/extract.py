@@ -1,8 +1,8 @@
-"""Sub-models: a sub-network taken out of the supernet as a plain model in a folder.
+"""Sub-models: sub-networks extracted from a supernet as plain models, one folder each.
 
-``architecture.json`` says what it is (with the frame of its space, what it was chosen for, and the
-text that it was trained on), ``model.safetensors`` holds its weights under the names of
-:mod:`space.shapes`, and ``tokenizer.json`` stands beside them where bytes are not the tokens.
+``architecture.json`` holds the architecture, the constants of its space, the limits and predictions it was
+chosen under and the text it was trained on. ``model.safetensors`` holds the weights under the names of
+:mod:`space.shapes`. ``tokenizer.json`` is there unless the tokens are bytes.
 """
 
 import shutil
@@ -25,61 +25,78 @@ from supernet.data.corpus import DataConfig
 from supernet.supernet import Supernet
 
 SUBMODEL = Artefact("sub-model", "formfit extract", schema=2)
-TOKENIZER = "tokenizer.json"
-MADE_BY = "formfit extract"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class Text(BaseModel):
-    """The text that a sub-model was trained on, and is judged by."""
+    """The text that a sub-model was trained on and is evaluated on.
+
+    Attributes:
+        data: the corpus.
+        length: tokens per sequence, in training and evaluation.
+        windows: sequences of an evaluation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: DataConfig
-    length: int = Field(gt=0)  # tokens of a sequence, in training and in an evaluation
-    windows: int = Field(gt=0)  # sequences of an evaluation
+    length: int = Field(gt=0)
+    windows: int = Field(gt=0)
 
 
 @dataclass(frozen=True)
 class SubModel:
-    """A sub-model's folder, read."""
+    """A sub-model's folder, as read.
+
+    Attributes:
+        folder: the folder.
+        architecture: the sub-model's architecture.
+        model_config: the constants of its space.
+        chosen: limits and predictions that the sub-model was chosen under, as JSON values.
+        text: its training text; None if unknown.
+        tokenizer_digest: sha256 of ``tokenizer.json``; None if the tokens are bytes.
+    """
 
     folder: Path
     architecture: Architecture
     model_config: ModelConfig
-    chosen: Mapping[str, Any]  # the limits and predictions it was chosen under
-    text: Text | None = None  # None: unknown
-    tokenizer_digest: str | None = None  # of its tokenizer.json; None: bytes are the tokens
+    chosen: Mapping[str, Any]
+    text: Text | None = None
+    tokenizer_digest: str | None = None
 
     def tokenizer(self) -> Path | None:
-        """The tokenizer's file, beside the weights; None where bytes are the tokens.
+        """The path of the tokenizer's file; None if the tokens are bytes.
 
         Raises:
-            InputError: it is missing, or another than the model was trained with.
+            InputError: the file is missing, or differs from the tokenizer of the training.
         """
         if self.tokenizer_digest is None:
             return None
-        path = self.folder / TOKENIZER
+        path = self.folder / TOKENIZER_FILE
         if not path.exists():
             raise InputError(
-                f"{path}: missing, and the model cannot read text without it; `{MADE_BY}` writes it"
+                f"{path}: missing, and the model cannot read text without it; `{SUBMODEL.made_by}` writes it"
             )
         if file_digest(path) != self.tokenizer_digest:
             raise InputError(
-                f"{path}: not the tokenizer that the model was trained with; `{MADE_BY}` writes it"
+                f"{path}: not the tokenizer that the model was trained with; `{SUBMODEL.made_by}` writes it"
             )
         return path
 
     def model(self) -> Model:
-        """The plain model with its weights.
+        """Load the weights into a plain model in evaluation mode.
 
         Raises:
-            InputError: the weights are missing, not whole, or of another architecture.
+            InputError: the weights are missing, truncated, or of another architecture.
         """
-        path = self.folder / "model.safetensors"
+        path = self.folder / WEIGHTS_FILE
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a whole weights file ({error}); `{MADE_BY}` makes it") from None
+            raise InputError(
+                f"{path}: not a whole weights file ({error}); `{SUBMODEL.made_by}` makes it"
+            ) from None
         expected = model_shapes(self.architecture, self.model_config)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
@@ -94,7 +111,15 @@ class SubModel:
 
 
 def extract(supernet: Supernet, architecture: Architecture) -> dict[str, Tensor]:
-    """Copies of an architecture's weights, named as in its sub-model."""
+    """Copy the weights of a sub-network.
+
+    Args:
+        supernet: the supernet.
+        architecture: an architecture of its space.
+
+    Returns:
+        Tensors under the names of :mod:`space.shapes`.
+    """
     return {name: view.detach().clone() for name, view in supernet.weights(architecture).items()}
 
 
@@ -106,27 +131,30 @@ def write_submodel(
     chosen: Mapping[str, Any],
     text: Text | None = None,
 ) -> SubModel:
-    """Extract a sub-model into a folder: weights first, then what they are.
+    """Extract a sub-model into a folder; ``architecture.json`` is written after the weights.
 
     Args:
-        folder: the sub-model's.
-        supernet: that holds its weights.
-        architecture: which of its members.
-        inputs: the hashes of what it is made from.
-        chosen: the limits and predictions it was chosen under.
-        text: what the supernet was trained on; its tokenizer is copied.
+        folder: the sub-model's folder; files derived from previous weights are removed.
+        supernet: the supernet that holds the weights.
+        architecture: an architecture of its space.
+        inputs: sha256 of everything the sub-model is made from, by name.
+        chosen: limits and predictions that it was chosen under, as JSON values.
+        text: the supernet's training text; its tokenizer is copied.
+
+    Returns:
+        The sub-model, as read back from the folder.
 
     Raises:
-        InputError: the folder is a file.
+        InputError: ``folder`` is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; give one that is a sub-model's, empty or not there")
+        raise InputError(f"{folder}: not a folder; give a sub-model's folder, an empty one, or a new path")
     remove_derived(folder)
     model_config = supernet.space.config
     tokenizer = text.data.tokenizer if text else None
     if tokenizer:
-        write_bytes(folder / TOKENIZER, tokenizer.read_bytes())
-    with atomic_path(folder / "model.safetensors") as temporary:
+        write_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(extract(supernet, architecture), temporary)
     body = {
         "key": architecture.key,
@@ -135,7 +163,7 @@ def write_submodel(
         "space": supernet.space.name,
         "chosen": dict(chosen),
         "text": text.model_dump(mode="json") if text else None,
-        "tokenizer": file_digest(folder / TOKENIZER) if tokenizer else None,
+        "tokenizer": file_digest(folder / TOKENIZER_FILE) if tokenizer else None,
     }
     SUBMODEL.write(folder / "architecture.json", inputs, body)
     write_text(folder / "README.md", _card(architecture, model_config, chosen))
@@ -143,34 +171,41 @@ def write_submodel(
 
 
 def remove_derived(folder: Path) -> None:
-    """Remove what was made of the weights that a folder had: it would speak of another model."""
+    """Remove files that were derived from a sub-model's previous weights, such as exports and verifications.
+
+    Args:
+        folder: the sub-model's folder.
+    """
     shutil.rmtree(folder / "hf", ignore_errors=True)
-    names = ("architecture.json", "verify.json", "kit.json", TOKENIZER)
+    names = ("architecture.json", "verify.json", "kit.json", TOKENIZER_FILE)
     for old in [*folder.glob("model*.onnx"), *(folder / name for name in names)]:
         old.unlink(missing_ok=True)
 
 
 def read_submodel(folder: Path) -> SubModel:
-    """Read a sub-model's folder.
+    """Read a sub-model's folder; weights are loaded by :meth:`SubModel.model`.
+
+    Args:
+        folder: the folder.
 
     Raises:
-        InputError: it is not one, or not whole.
+        InputError: the folder holds no sub-model, or an incomplete one.
     """
     path = folder / "architecture.json"
     value = SUBMODEL.read(path)
     missing = [name for name in ("architecture", "key", "model_config", "chosen") if name not in value]
     if missing:
-        raise InputError(f"{path}: has no {missing[0]}; `{MADE_BY}` writes it")
+        raise InputError(f"{path}: has no {missing[0]}; `{SUBMODEL.made_by}` writes it")
     architecture = Architecture.from_json(value["architecture"], f"{path}: architecture")
     if architecture.key != value["key"]:
         raise InputError(f"{path}: key {value['key']}, but its architecture has {architecture.key}")
-    model_config = _frame(value["model_config"], f"{path}: frame")
+    model_config = _model_config(value["model_config"], f"{path}: model_config")
     text = value.get("text") and parse(Text, value["text"], f"{path}: text")
     return SubModel(folder, architecture, model_config, value["chosen"], text, value.get("tokenizer"))
 
 
-def _frame(value: Any, where: str) -> ModelConfig:
-    """What a space fixes, read.
+def _model_config(value: Any, where: str) -> ModelConfig:
+    """Read the constants of a space.
 
     Raises:
         InputError: a field is missing, unknown or of another type.
@@ -180,7 +215,8 @@ def _frame(value: Any, where: str) -> ModelConfig:
         raise InputError(f"{where}: expected an object with {', '.join(known)}")
     for name, kind in known.items():
         if type(value[name]) is not kind or (kind is int and value[name] < 1):
-            raise InputError(f"{where}.{name}: {value[name]!r} is not what it should be")
+            expected = "a positive integer" if kind is int else "true or false"
+            raise InputError(f"{where}.{name}: {value[name]!r} is not {expected}")
     return ModelConfig(**value)
 
 
@@ -196,8 +232,8 @@ def _card(architecture: Architecture, model_config: ModelConfig, chosen: Mapping
         + "\n".join(rows)
         + "\n\n"
         + (f"Chosen under the limits\n\n{limits}\n" if limits else "")
-        + "`architecture.json` holds the architecture and what was predicted of it, `model.safetensors` the "
-        "weights, `model.onnx` (where exported) one graph for prefill and decode: inputs `tokens`, "
+        + "`architecture.json` holds the architecture and its predicted costs, `model.safetensors` the "
+        "weights, `model.onnx` (if exported) one graph for prefill and decode: inputs `tokens`, "
         "`position` and `state.SLOT.NAME`, outputs `logits` and `state.SLOT.NAME.next`; `model.int8.onnx` "
-        "the same in eight bits, and `hf/` the model for transformers. `formfit generate` runs it.\n"
+        "the same with 8-bit weights, and `hf/` the model for transformers. `formfit generate` runs it.\n"
     )

@@ -116,7 +116,7 @@ def test_what_is_spoilt_in_a_folder_is_said_in_one_line(formfit: Program, run_fo
     (out / "architecture.json").write_text(
         json.dumps({**value, "model_config": {**value["model_config"], "max_seq_len": "64"}})
     )
-    assert "frame.context: '64' is not what it should be" in said()
+    assert "model_config.max_seq_len: '64' is not a positive integer" in said()
     del value["chosen"]
     (out / "architecture.json").write_text(json.dumps(value))
     assert "has no chosen" in said()
