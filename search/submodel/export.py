@@ -5,6 +5,7 @@ from pathlib import Path
 
 from onnx import load_model, save_model
 
+from search.submodel.formats import check_formats
 from space import InputError, Workload
 from space.io.artefact import atomic_path, canonical_json, digest, file_digest
 from space.onnx.model import model_graph
@@ -13,22 +14,7 @@ from space.precision import PRECISIONS, model_file
 from supernet.extract import SubModel
 from supernet.hf.export import write_hf
 
-FORMATS = ("onnx", "hf")
 HF = "hf"  # the folder within the sub-model's
-
-
-def check_formats(formats: Sequence[str], precisions: Sequence[str]) -> None:
-    """Refuse what cannot be written, before anything is.
-
-    Raises:
-        InputError: a format or a precision that there is not, or a precision without the format that has it.
-    """
-    for given, known, option in ((formats, FORMATS, "--format"), (precisions, PRECISIONS, "--precision")):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise InputError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
-    if "onnx" not in formats and any(name != "fp32" for name in precisions):
-        raise InputError(f"--precision {precisions[0]}: only --format onnx has it; give that too")
 
 
 def export(submodel: SubModel, formats: Sequence[str], precisions: Sequence[str] = ()) -> list[str]:
