@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from latency.card import Card, load_card
     from latency.predictor.predictor import Predictor, load_predictor
     from latency.profile import ProfileConfig, profile
+    from search.config import SearchConfig
     from search.engine.front import Front, Member
     from search.problem.limit import Limit
-    from search.problem.problem import Problem, SearchConfig
+    from search.problem.problem import Problem
     from search.submodel.verify import verify
     from space.architecture import Architecture, Layer, ModelConfig
     from space.io.errors import FormfitError, InfeasibleError, InputError, LimitMissedError
@@ -66,9 +67,10 @@ _HOMES = {
     "latency.card": ("Card", "load_card"),
     "latency.predictor.predictor": ("Predictor", "load_predictor"),
     "latency.profile": ("ProfileConfig", "profile"),
+    "search.config": ("SearchConfig",),
     "search.engine.front": ("Front", "Member"),
     "search.problem.limit": ("Limit",),
-    "search.problem.problem": ("Problem", "SearchConfig"),
+    "search.problem.problem": ("Problem",),
     "search.submodel.verify": ("verify",),
     "space.architecture": ("Architecture", "Layer", "ModelConfig"),
     "space.io.errors": ("FormfitError", "InfeasibleError", "InputError", "LimitMissedError"),

@@ -1,18 +1,18 @@
-"""Claim: a searched model is better than what a person would have picked, at equal latency and training.
+"""Claim: searched models are better than baselines at equal latency and training.
 
-On configs/spaces/small.yaml, for two limits each on prefill@1024 and decode@2048: the architecture that
-`formfit search --verify` hands over against the Transformer, the 3:1 and 6:1 GatedDeltaNet hybrids and the
-all-linear model (each the best by supernet loss of the uniform models that take as long as the searched
-one, or up to a tenth longer), the best of random search at as many evaluations, and HAT's single-objective
-search over attention alone. All are trained from scratch on the same tokens, with MQAR sequences among
-them, for each seed, in Ray Tune trials; differences are paired by seed. Every model is then measured on the
-device.
+On configs/spaces/small.yaml, for two limits each on prefill@1024 and decode@2048, the architecture that
+`formfit search --verify` delivers is compared with: the Transformer, the 3:1 and 6:1 GatedDeltaNet hybrids and
+the all-linear model (each the best by supernet loss of the uniform models whose latency is from the searched
+one's up to a tenth more), the best model of random search at the same number of evaluations, and HAT's
+single-objective search in the subspace of attention. All are trained from scratch on the same tokens, MQAR
+sequences included, for each seed, in Ray Tune trials; differences are paired by seed. Every model is then
+measured on the device.
 
-Beside it, without training: the front of a search under no limit, and that of each hand-made family, in the
-supernet's loss and predicted latency.
+In addition, without training: the front of a search without a limit, and the front of each baseline family, in
+supernet loss and predicted latency.
 
-It takes a trained run and goes on where it was stopped (an hour and a half on two cores; --quick a quarter of
-an hour):
+It needs a trained run, and resumes after an interruption (an hour and a half on two cores; --quick a quarter
+of an hour):
 
     formfit train configs/small.yaml --out RUN
     python benchmarks/headline.py --run RUN --devices devices --device here --runs runs/headline
@@ -55,9 +55,9 @@ from supernet.training.train import load_stand_alone, load_supernet, train
 from supernet.training.trials import Share, one_thread, remove_checkpoints, run_trials
 
 WORKLOADS = ("prefill@1024", "decode@2048")
-PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its logarithm
-SIZE, FRONT_SIZE = (32, 12), (48, 20)  # populations and generations of searches under a limit, and of a front
-FEW = (8, 2)  # the same, of the quick form
+LIMIT_POSITIONS = (0.35, 0.65)  # between the smallest latency and the largest model's, on a log scale
+# (population, generations) of a search under a limit, of the search for the front, and of the quick version.
+SIZE, FRONT_SIZE, QUICK_SIZE = (32, 12), (48, 20), (8, 2)
 RECALL = 0.1  # the share of MQAR rows in the trainings from scratch
 BEST, RANDOM = "searched", "random search"
 LOSSES = ("loss_nats", "recall_loss_nats")
@@ -65,7 +65,7 @@ LOSSES = ("loss_nats", "recall_loss_nats")
 
 @dataclass(frozen=True)
 class Job:
-    """One architecture to be trained from scratch."""
+    """One training from scratch."""
 
     architecture: Architecture
     config: TrainConfig
@@ -73,7 +73,7 @@ class Job:
 
 
 def train_job(job: Job, shared: tuple[Space, Corpus, EvaluationSet], tell: Share) -> None:
-    """Train, and write what it reaches on held-out text and on MQAR."""
+    """Train, and write the losses on held-out text and the MQAR accuracy to result.json."""
     space, corpus, data = shared
     with one_thread():
         report: Callable[[Mapping[str, Any]], None] = lambda row: tell(row["step"] / row["steps"])  # noqa: E731
@@ -86,7 +86,7 @@ def train_job(job: Job, shared: tuple[Space, Corpus, EvaluationSet], tell: Share
 
 
 class Headline:
-    """A run, a device, and the folder that keeps what was found."""
+    """The benchmark on one run and device, with intermediate results in a folder."""
 
     def __init__(self, run: Run, program: Program, runs: Path, noise: float, quick: bool) -> None:
         self.run, self.program, self.runs, self.noise, self.quick = run, program, runs, noise, quick
@@ -99,7 +99,7 @@ class Headline:
         self.known: dict[str, float] = {}  # losses by key
 
     def loss(self, architecture: Architecture) -> float:
-        """Of a member inside the supernet."""
+        """Return an architecture's loss inside the supernet."""
         if architecture.key not in self.known:
             weights = self.supernet.weights(architecture)
             with one_thread():
@@ -108,35 +108,35 @@ class Headline:
         return self.known[architecture.key]
 
     def losses(self, members: list[Architecture]) -> np.ndarray:
-        """Of members inside the supernet."""
+        """Return losses inside the supernet."""
         return np.array([self.loss(a) for a in members])
 
     def seconds(self, workload: Workload) -> Callable[[list[Architecture]], np.ndarray]:
-        """Predicted latencies."""
+        """Return a function that predicts latencies in seconds."""
         cost = self.predictor.cost(workload)
         return lambda members: cost(genome.encode(self.run.space, members))
 
     def bounds(self, workload: Workload) -> list[float]:
-        """The limits in seconds; kept once they are found."""
+        """Return the limits in seconds; stored after the first call."""
         path = self.runs / f"limits-{workload}.json".replace("@", "-")
         if not path.exists():
-            places = PLACES[:1] if self.quick else PLACES
+            places = LIMIT_POSITIONS[:1] if self.quick else LIMIT_POSITIONS
             write_text(path, json.dumps(bounds_between(self.run.space, self.predictor, workload, places)))
         return [float(bound) for bound in json.loads(path.read_text())]
 
     def search(self, workload: Workload, limit: str, strategy: str, size: tuple[int, int]) -> dict[str, Any]:
-        """What a search with a population and generations finds: measured, where it is ours."""
+        """Search with a population and generations; formfit's own strategy measures its finalists."""
         name = re.sub("[^A-Za-z0-9.]+", "-", f"{strategy}-{limit}")
         proof = self.program.proof if strategy == BEST else ()
-        how = ("--strategy", "random" if strategy == RANDOM else "evolution", "--workers", 2)
+        how = ("--strategy", "random" if strategy == RANDOM else "nsga2", "--workers", 2)
         sized = ("--population", size[0], "--generations", size[1])
         return self.program.search(name, workload, limit, *how, *sized, *proof)
 
     def fronts(self, workload: Workload) -> dict[str, list[list[float]]]:
-        """Predicted milliseconds and supernet losses that nothing beats in both, by where they come from."""
+        """Return the front of each origin as pairs of predicted milliseconds and supernet loss."""
         path = self.runs / f"fronts-{str(workload).replace('@', '-')}.json"
         if not path.exists():
-            size = FEW if self.quick else FRONT_SIZE
+            size = QUICK_SIZE if self.quick else FRONT_SIZE
             front = self.search(workload, f"{workload}<=100%", "front", size)
             members = [Architecture.from_json(m["architecture"]) for m in front["members"]]
             found = {BEST: self.front(members, workload)}
@@ -146,19 +146,19 @@ class Headline:
         return dict(json.loads(path.read_text()))
 
     def front(self, members: list[Architecture], workload: Workload) -> list[list[float]]:
-        """Those of some models that no other of them beats in both."""
+        """Return the non-dominated points of some models."""
         some = members[:: 40 if self.quick else 1]
         points = np.column_stack([1e3 * self.seconds(workload)(some), self.losses(some)])
         kept = points[non_dominated(points)]
         return [[round(float(value), 5) for value in row] for row in kept[np.argsort(kept[:, 0])]]
 
     def contestants(self, workload: Workload, bound: float) -> dict[str, Architecture]:
-        """The models of a setting by how they came about; kept once they are found."""
+        """Return the models of a setting by origin; stored after the first call."""
         limit = f"{workload}<={1e3 * bound:.5g}ms"
         path = self.runs / f"{limit.replace('<=', '-')}.json"
         if path.exists():
             return {k: Architecture.from_json(v) for k, v in json.loads(path.read_text()).items()}
-        population, generations = FEW if self.quick else SIZE
+        population, generations = QUICK_SIZE if self.quick else SIZE
         measured_search = self.search(workload, limit, BEST, (population, generations))["measured_search"]
         chosen = measured_search["chosen"]
         found = {BEST: Architecture.from_json(chosen["architecture"])}
@@ -181,7 +181,7 @@ class Headline:
     def trained(
         self, members: list[Architecture], seeds: int, steps: int, reporter: Reporter
     ) -> dict[str, Any]:
-        """What each reaches alone, by key: a list with one result for each seed."""
+        """Train stand-alone; return a list of one result per seed, by key."""
         base = self.run.config.train
         data = base.data.model_copy(update={"recall": RECALL})
         config = base.model_copy(
@@ -222,7 +222,7 @@ class Headline:
         return found
 
     def measured(self, architecture: Architecture, workloads: list[Workload]) -> dict[str, Any]:
-        """Latencies in milliseconds and peak bytes by workload, as measured; kept once they are."""
+        """Return measured latencies in ms and peak bytes by workload; stored after the first call."""
         path = self.runs / "measured" / f"{architecture.key}.json"
         if not path.exists():
             submodel = write_submodel(
@@ -248,15 +248,16 @@ class Headline:
 
 
 def compared(rows: Mapping[str, Any], name: str, figure: str) -> dict[str, float]:
-    """By how much a model is worse than the searched one, paired by seed: mean and standard error."""
+    """Return mean and standard error of the difference from the searched model, paired by seed."""
     pairs = zip(rows[name]["seeds"], rows[BEST]["seeds"], strict=True)
-    apart = np.array([other[figure] - own[figure] for other, own in pairs])
-    error = float(apart.std(ddof=1) / np.sqrt(len(apart))) if len(apart) > 1 else float("inf")
-    return {"mean": float(apart.mean()), "standard_error": error}
+    differences = np.array([other[figure] - searched[figure] for other, searched in pairs])
+    count = len(differences)
+    error = float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
+    return {"mean": float(differences.mean()), "standard_error": error}
 
 
 def beaten(row: Mapping[str, Any]) -> bool:
-    """Whether a model is worse than the searched one in both losses, by more than the standard error."""
+    """Return True if a model is worse than the searched one in both losses by more than the standard error."""
     return all(apart["mean"] > apart["standard_error"] for apart in row["worse_by"].values())
 
 
@@ -265,8 +266,8 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="a trained run of configs/small.yaml")
     parser.add_argument("--devices", type=Path, default=Path("devices"))
     parser.add_argument("--device", default="here")
-    parser.add_argument("--max-noise", type=float, default=10.0, help="as of formfit search")
-    parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="what is kept")
+    parser.add_argument("--max-noise", type=float, default=10.0, help="as for formfit search")
+    parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="folder of intermediate results")
     parser.add_argument("--steps", type=int, help="of each training [default: 400, quick 20]")
     parser.add_argument("--seeds", type=int, help="[default: 2, quick 1]")
     arguments = parser.parse_args()
@@ -274,10 +275,10 @@ def main() -> int:
     steps, seeds = arguments.steps or (20 if quick else 400), arguments.seeds or (1 if quick else 2)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     run = open_run(arguments.run, arguments.devices)
-    program = Program(run.folder, run.devices, arguments.device, arguments.noise)
+    program = Program(run.folder, run.devices, arguments.device, arguments.max_noise)
     few = ("--budget", "2m") if quick else ()
     program.profile(run.space, arguments.runs, WORKLOADS[: 1 if quick else None], *few)
-    headline = Headline(run, program, arguments.runs, arguments.noise, quick)
+    headline = Headline(run, program, arguments.runs, arguments.max_noise, quick)
     settings, fronts = [], {}
     for text in WORKLOADS[: 1 if quick else None]:
         workload = Workload.parse(text)
@@ -311,9 +312,9 @@ def main() -> int:
                 rows[name]["worse_by"] = {f: compared(rows, name, f) for f in LOSSES}
         won = all(beaten(rows[name]) for name in FULL)
         table.append({"workload": str(workload), "limit_ms": 1e3 * bound, "models": rows, "won": won})
-    needed = 0 if quick else 3  # one seed of twenty steps says nothing
+    needed = 0 if quick else 3  # one seed of twenty steps is not significant
     wins = sum(setting["won"] for setting in table)
-    text = f"lower in both losses than every hand-made one, by more than the standard error, in {wins} of "
+    text = f"lower in both losses than every baseline, by more than the standard error, in {wins} of "
     checks = {f"{text}{len(table)} settings >= {needed}": wins >= needed}
     body = {
         "training": {"steps": steps, "seeds": seeds, "length": run.text.length, "recall_share": RECALL,

@@ -1,11 +1,11 @@
-"""Claim: the limits that a person sets are kept, as measured afterwards in a new process.
+"""Claim: delivered models keep their limits when a new process measures them.
 
-20 limits, spread evenly on a logarithmic scale over what configs/spaces/small.yaml can do on this machine,
-ten on prefill@256 and ten on decode@256. For each: `formfit search --verify`; then `formfit verify` in new
-processes for the model that a search without measuring would have handed over (the best of its first
-front) and for the one that is handed over. Used is the measured latency over the limit.
+20 limits, evenly spaced on a logarithmic scale over the range of configs/spaces/small.yaml on this machine, ten
+on prefill@256 and ten on decode@256. For each limit: `formfit search --verify`; then `formfit verify` in new
+processes for the best member of the first front (the result of a search without measurement) and for the
+delivered model. `used` is the measured latency divided by the limit.
 
-It takes a trained run and a card profiled for its space, and goes on where it was stopped:
+It needs a trained run and a card profiled for its space, and resumes after an interruption:
 
     formfit run configs/small.yaml --out RUN
     python benchmarks/limits.py --run RUN --devices devices --device here --runs runs/limits
@@ -26,15 +26,15 @@ from program import Program
 from latency import load_predictor
 from search.config import load_run_config
 from search.problem.milp import least
-from search.problem.problem import SearchConfig
+from search.config import SearchConfig
 from space import Workload, variation
 
 WORKLOADS = ("prefill@256", "decode@256")
-FEW = ("--generations", "8")  # limits are in question here, not losses
+FEW_GENERATIONS = ("--generations", "8")  # the benchmark is about limits, not losses
 
 
 def measured(program: Program, key: str, workload: str, folder: Path) -> dict[str, Any]:
-    """A sub-model that a search extracted, measured in a new process."""
+    """Measure a search's sub-model in a new process."""
     shutil.copytree(program.run / "submodels" / key, folder, dirs_exist_ok=True)
     found = program("verify", folder, "--device", program.device, "--max-noise", program.noise, may_miss=True)
     shutil.rmtree(folder)
@@ -50,8 +50,8 @@ def measured(program: Program, key: str, workload: str, folder: Path) -> dict[st
 
 
 def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
-    """(workload, milliseconds) from a tenth above the least possible to 0.9 of the greatest sampled."""
-    space = load_run_config(program.run / "config.yaml").the_space
+    """Return (workload, milliseconds) from 1.1 times the smallest to 0.9 times the largest sampled latency."""
+    space = load_run_config(program.run / "config.yaml").space
     path = program.devices / program.device / "predictors" / f"{space.name}-onnxruntime-t1-fp32.json"
     predictor = load_predictor(path, space, "formfit profile")
     rows = variation.sample(space, np.random.default_rng(0), 20_000)
@@ -62,7 +62,7 @@ def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
         high = predictor.predict(rows, workload).max()
         ends = np.geomspace(1.1 * low, 0.9 * high, count // len(WORKLOADS))
         found.append([(text, 1e3 * float(value)) for value in ends])
-    return [limit for both in zip(*found, strict=True) for limit in both]  # in turns
+    return [limit for both in zip(*found, strict=True) for limit in both]  # alternating workloads
 
 
 def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
     limit = f"{workload}<={bound:.5g}ms"
     name = re.sub("[^A-Za-z0-9.]+", "-", limit)
     began = time.monotonic()
-    program.search(name, workload, limit, "--workers", 0, *FEW, *program.proof)
+    program.search(name, workload, limit, "--workers", 0, *FEW_GENERATIONS, *program.proof)
     seconds = time.monotonic() - began
     folder = program.run / "searches" / name
     first = json.loads((folder / "front.json").read_text())
@@ -81,17 +81,17 @@ def one(program: Program, workload: str, bound: float) -> dict[str, Any]:
         "limit": limit,
         "search_seconds": round(seconds, 1),
         "rounds": len(measured_search["rounds"]),
-        "promised": measured_search["kept"],
-        "in_the_loop": measured_search["chosen"]["used"],
-        "before": measured(program, best, workload, temporary),
-        "after": measured(program, measured_search["chosen"]["key"], workload, temporary),
+        "kept_in_search": measured_search["kept"],
+        "used_in_search": measured_search["chosen"]["used"],
+        "first_front": measured(program, best, workload, temporary),
+        "delivered": measured(program, measured_search["chosen"]["key"], workload, temporary),
     }
 
 
 def summary(rows: list[dict[str, Any]], which: str) -> dict[str, Any]:
-    """How many limits were kept, and how much of them was used."""
+    """Return how many limits were kept, and the used share of the limits."""
     used = np.array([row[which]["used"] for row in rows])
-    spent = np.minimum(used, 1)  # a limit that is passed is not used the better
+    spent = np.minimum(used, 1)  # exceeding a limit does not count as using more of it
     return {
         "kept": int((used <= 1).sum()),
         "worst_over_percent": 100 * max(0.0, float(used.max()) - 1),
@@ -106,11 +106,11 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="a trained run")
     parser.add_argument("--devices", type=Path, default=Path("devices"))
     parser.add_argument("--device", default="here")
-    parser.add_argument("--max-noise", type=float, default=10.0, help="as of formfit search")
-    parser.add_argument("--runs", type=Path, default=Path("runs/limits"), help="what is kept")
-    parser.add_argument("--done", action="store_true", help="only what was measured already")
+    parser.add_argument("--max-noise", type=float, default=10.0, help="as for formfit search")
+    parser.add_argument("--runs", type=Path, default=Path("runs/limits"), help="folder of intermediate results")
+    parser.add_argument("--done", action="store_true", help="only limits that are already measured")
     arguments = parser.parse_args()
-    program = Program(arguments.run, arguments.devices, arguments.device, arguments.noise)
+    program = Program(arguments.run, arguments.devices, arguments.device, arguments.max_noise)
     count = 4 if arguments.quick else 20
     rows = []
     arguments.runs.mkdir(parents=True, exist_ok=True)
@@ -123,20 +123,20 @@ def main() -> int:
         rows.append(json.loads(path.read_text()))
         row = rows[-1]
         sys.stderr.write(
-            f"{row['limit']}: before {100 * row['before']['used']:.1f}%, in the loop "
-            f"{100 * row['in_the_loop']:.1f}%, after {100 * row['after']['used']:.1f}%, "
+            f"{row['limit']}: first front {100 * row['first_front']['used']:.1f}%, in the search "
+            f"{100 * row['used_in_search']:.1f}%, delivered {100 * row['delivered']['used']:.1f}%, "
             f"{row['rounds']} rounds, {row['search_seconds']:.0f} s\n"
         )
     asked, count = count, len(rows)
-    before, after = summary(rows, "before"), summary(rows, "after")
-    kept, over, used = (after[name] for name in ("kept", "worst_over_percent", "mean_used_percent"))
+    first, delivered = summary(rows, "first_front"), summary(rows, "delivered")
+    kept, over, used = (delivered[name] for name in ("kept", "worst_over_percent", "mean_used_percent"))
     checks = {
-        f"{asked} limits, of which {count} are measured": count == asked,
-        f"{kept} of {count} kept (before the loop {before['kept']}), at least 19 of 20": kept >= 0.95 * count,
-        f"worst over by {over:.1f}% <= 3": over <= 3,
+        f"measured {count} of {asked} limits": count == asked,
+        f"{kept} of {count} kept (first front: {first['kept']}), at least 19 of 20": kept >= 0.95 * count,
+        f"largest excess {over:.1f}% <= 3%": over <= 3,
         f"{used:.1f}% of the limit used on average >= 93": used >= 93,
     }
-    body = {"before": before, "after": after, "limits": rows}
+    body = {"first_front": first, "delivered": delivered, "limits": rows}
     return outcome.write("limits", arguments, body, checks)
 
 

@@ -1,4 +1,4 @@
-"""The command line as benchmarks use it: each call in a process of its own, each answer its JSON object."""
+"""The command line for benchmarks: each call runs in a new process and returns its JSON output."""
 
 import json
 import subprocess
@@ -9,34 +9,45 @@ from typing import Any
 
 from latency import Predictor
 from search.problem.milp import least
-from search.problem.problem import SearchConfig
+from search.config import SearchConfig
 from space import Space, Workload, genome
 from space.io.artefact import write_text
 
-MISSED = 3  # the exit code of a search that found nothing that keeps its limits; its front is there
+LIMIT_MISSED = 3  # exit code of a search without a model that keeps its limits; its front is written
 
 
 class Program:
-    """The command line on one run and one device."""
+    """The command line on one run and one device.
+
+    Attributes:
+        run: folder of the trained run.
+        devices: folder of the device cards.
+        device: name of the card.
+        noise: largest A/A difference in percent, as ``--max-noise``.
+    """
 
     def __init__(self, run: Path, devices: Path, device: str, noise: float) -> None:
         self.run, self.devices, self.device, self.noise = run, devices, device, str(noise)
 
     def __call__(self, *words: object, may_miss: bool = False) -> dict[str, Any]:
-        """What a command prints with --json.
+        """Run a command with --json and return its output.
+
+        Args:
+            words: the command and its options.
+            may_miss: accept the exit code of a missed limit.
 
         Raises:
-            SystemExit: with what it said, where it failed.
+            SystemExit: with the command's error message, if it fails.
         """
         code = "from search.cli import main; main()"
         command = [sys.executable, "-c", code, "--devices", str(self.devices), *map(str, words), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not done.stdout or done.returncode not in ((0, MISSED) if may_miss else (0,)):
+        if not done.stdout or done.returncode not in ((0, LIMIT_MISSED) if may_miss else (0,)):
             raise SystemExit(done.stderr.strip())
         return dict(json.loads(done.stdout))
 
     def profile(self, space: Space, folder: Path, workloads: Sequence[object], *more: object) -> None:
-        """Profile a space, whose file is written to a folder."""
+        """Profile a space; its file is written to a folder."""
         file = folder / "space.yaml"
         write_text(file, json.dumps(space.model_dump(mode="json")))  # JSON is YAML
         wanted = [word for w in workloads for word in ("--workload", w)]
@@ -51,14 +62,17 @@ class Program:
 
     @property
     def proof(self) -> tuple[str, ...]:
-        """What makes a search measure what it hands over."""
+        """Options that make a search measure its finalists."""
         return "--verify", "--max-noise", self.noise
 
 
 def bounds_between(
     space: Space, predictor: Predictor, workload: Workload, places: Sequence[float]
 ) -> list[float]:
-    """Limits in seconds, each so far in the logarithm from the least latency to the largest model's."""
+    """Return limits in seconds at positions between the smallest latency (0) and the largest model's (1).
+
+    Positions are on a logarithmic scale.
+    """
     low = least(space, predictor.cost(workload, SearchConfig().confidence))[0]
     high = float(predictor.predict(genome.encode(space, [genome.largest(space)]), workload)[0])
     return [low * (high / low) ** place for place in places]

@@ -48,7 +48,7 @@ def training_seconds(log: Path) -> float:
 def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
     """Bits per byte of the largest sub-network and of two classical models, on the same windows."""
     config = load_run_config(config_file)
-    space, corpus = config.the_space, load_corpus(config.train.data)
+    space, corpus = config.space, load_corpus(config.train.data)
     checkpoint = latest_checkpoint(run / "supernet", training_inputs(space, config.train, corpus))
     if checkpoint is None:
         raise SystemExit(f"{run}: no supernet of {config_file}")

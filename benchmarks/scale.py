@@ -30,7 +30,7 @@ from latency.profile import BUILD_SECONDS, ProfileConfig
 from latency.runtimes.protocol import random_weights
 from search.engine.evaluator import SupernetEvaluate, pool
 from search.engine.search import Search
-from search.problem.problem import SearchConfig, make_problem
+from search.config import SearchConfig, make_problem
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Task, unseen
 from search.strategies.surrogate import Surrogate

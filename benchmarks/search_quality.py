@@ -22,8 +22,8 @@ import outcome
 import torch
 from numpy.typing import NDArray
 
-from search.engine.search import make_strategy
 from search.strategies.pareto import hypervolume, non_dominated
+from search.strategies.registry import make_strategy
 from search.strategies.strategy import Task
 from space import Space, Workload, genome
 from space.cost import flops_table
@@ -47,8 +47,8 @@ TRAINING = TrainConfig(steps=1000, batch=4, sampled=3, threads=2)  # and a seed
 WINDOWS = 16
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05)
 STRATEGIES = {
-    "evolution": ("evolution", True, 10),
-    "evolution without surrogate": ("evolution", False, 10),
+    "nsga2": ("nsga2", True, 10),
+    "nsga2 without surrogate": ("nsga2", False, 10),
     "random": ("random", False, 10),
     "optuna-nsga2": ("optuna-nsga2", False, 10),
     "optuna-tpe": ("optuna-tpe", False, 1),
@@ -130,8 +130,9 @@ class Table:
             seeds=genome.encode(self.space, ends),
             population=24,
             seed=seed,
+            surrogate=surrogate,
         )
-        chooser = make_strategy(strategy, task, surrogate)
+        chooser = make_strategy(strategy, task)
         found: list[Array] = []
         spent = 0.0
         while len(found) < counts[-1]:
@@ -176,9 +177,9 @@ def main() -> int:
             "ms_per_architecture": float(np.mean([run[1] for run in runs])),
         }
         sys.stderr.write(f"{name}: {np.round(shares[name].mean(axis=0), 4).tolist()}\n")
-    ours = shares["evolution"]
+    ours = shares["nsga2"]
     beaten = {}
-    for rival in ("random", "optuna-nsga2", "evolution without surrogate"):
+    for rival in ("random", "optuna-nsga2", "nsga2 without surrogate"):
         bounds = [lower_bound(column) for column in (ours - shares[rival]).T]
         beaten[rival] = bounds
     reached = float(ours[:, -1].mean())

@@ -10,7 +10,7 @@ from space import InputError, Space
 from space.io.artefact import (
     write_text,
 )
-from supernet.data.corpus import Corpus
+from supernet.data.corpus import Corpus, load_corpus
 from supernet.extract import Text
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint
 from supernet.training.train import Trained, training_inputs
@@ -27,7 +27,7 @@ class Run:
     @property
     def space(self) -> Space:
         """The space."""
-        return self.config.the_space
+        return self.config.space
 
     def save_config(self) -> None:
         """Keep the configuration in the run's folder, the space inside."""
@@ -37,8 +37,13 @@ class Run:
         if not path.exists() or path.read_text() != text:
             write_text(path, text)
 
-    def the_trained(self, checkpoint: Checkpoint, corpus: Corpus) -> Trained:
-        """What a search needs to know of the training."""
+    def trained(self, checkpoint: Checkpoint, corpus: Corpus) -> Trained:
+        """The trained supernet with the text that it is evaluated on.
+
+        Args:
+            checkpoint: the supernet's last.
+            corpus: that it was trained on.
+        """
         return Trained(self.space, checkpoint, corpus, self.text)
 
     @property
@@ -56,6 +61,19 @@ def open_run(folder: Path, devices: Path) -> Run:
         InputError: it is not one; names the command that makes it.
     """
     return Run(folder, trained_config(folder), devices)
+
+
+def open_trained(run: Run) -> Trained:
+    """The trained supernet of a run with its text.
+
+    Args:
+        run: a run that was trained.
+
+    Raises:
+        InputError: nothing was trained, with other inputs, or not to the end; or the text is missing.
+    """
+    corpus = load_corpus(run.config.train.data)
+    return run.trained(open_supernet(run, corpus), corpus)
 
 
 def open_supernet(run: Run, corpus: Corpus) -> Checkpoint:

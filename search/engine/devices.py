@@ -6,9 +6,8 @@ from pathlib import Path
 from latency import Card, Predictor, load_card, load_predictor
 from latency.card import outdated, profile_command
 from latency.runtimes.registry import open_card_runtime
-from search.config import RunConfig
+from search.config import RunConfig, SearchConfig, make_problem, precision_of
 from search.problem.feasibility import check_feasible
-from search.problem.problem import SearchConfig, make_problem, precision_of
 from space import InputError
 from space.io.progress import Reporter
 
@@ -38,7 +37,7 @@ def open_targets(
         name: open_predictor(run, card, precisions[name] or run.profile.precision, reporter)
         for name, card in cards.items()
     }
-    check_feasible(run.the_space, make_problem(run.the_space, predictors, config).constraints())
+    check_feasible(run.space, make_problem(run.space, predictors, config).constraints())
     return cards, predictors
 
 
@@ -55,6 +54,6 @@ def open_predictor(run: RunConfig, card: Card, precision: str, reporter: Reporte
         warning = None
     if warning:
         reporter.warn(warning)
-    path = card.predictor_path(run.the_space.name, runtime, run.profile.threads, precision)
+    path = card.predictor_path(run.space.name, runtime, run.profile.threads, precision)
     option = "" if precision == "fp32" else f" --precision {precision}"
-    return load_predictor(path, run.the_space, profile_command(card.name) + option)
+    return load_predictor(path, run.space, profile_command(card.name) + option)

@@ -46,7 +46,7 @@ class Prediction:
         return {"params": self.params, "latency": latency}
 
     @staticmethod
-    def from_json(value: JsonObject) -> "Prediction":
+    def from_json(value: Mapping[str, Any]) -> "Prediction":
         """The inverse of :meth:`to_json`."""
         latency = {
             device: {workload: LatencyPrediction(**item) for workload, item in by_workload.items()}
@@ -119,7 +119,7 @@ class Choice:
         return value
 
     @staticmethod
-    def from_json(value: JsonObject) -> "Choice":
+    def from_json(value: Mapping[str, Any]) -> "Choice":
         """The inverse of :meth:`to_json`; an empty object is a choice without limits."""
         predicted = value.get("predicted")
         return Choice(
@@ -184,7 +184,7 @@ class Member:
         }
 
     @staticmethod
-    def from_json(value: JsonObject) -> "Member":
+    def from_json(value: Mapping[str, Any]) -> "Member":
         """The inverse of :meth:`to_json`."""
         names = {key: name for name, key in QUALITY_KEYS.items()}
         other = ("key", "architecture", "predicted")
@@ -270,7 +270,7 @@ class Front:
         }
 
     @staticmethod
-    def from_json(value: JsonObject) -> "Front":
+    def from_json(value: Mapping[str, Any]) -> "Front":
         """The front of an object that :meth:`to_json` gave, with or without its header."""
         return Front(
             space=value["space"],

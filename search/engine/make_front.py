@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from search.config import SearchConfig
 from search.engine.front import (
     BoundedLimit,
     FailedEvaluation,
@@ -18,8 +19,7 @@ from search.engine.front import (
     Prediction,
     SurrogateAgreement,
 )
-from search.problem.limit import unit_of
-from search.problem.problem import QUALITIES, Problem, SearchConfig
+from search.problem.problem import Problem
 from space import Architecture, genome
 from space.cost import params_cost
 
@@ -44,7 +44,7 @@ def make_front(
     """
     return Front(
         space=problem.space.name,
-        objectives=tuple(problem.objectives),
+        objectives=problem.names,
         strategy=config.strategy,
         confidence=config.confidence,
         seed=config.seed,
@@ -53,12 +53,12 @@ def make_front(
             FailedEvaluation(key=key, reason=reason)
             for key, reason in zip(failed["key"], failed["failed"], strict=True)
         ),
-        surrogate=surrogate_agreement(evaluated),
+        surrogate=surrogate_agreement(evaluated, problem.qualities),
         limits=tuple(
-            BoundedLimit(limit=c.limit.text, bound=c.bound, unit=unit_of(c.limit.metric))
+            BoundedLimit(limit=c.limit.text, bound=c.bound, unit=c.limit.metric.unit.name)
             for c in problem.constraints()
         ),
-        picks=picks(members, problem.objectives),
+        picks=picks(members, problem),
         members=tuple(_member(problem, row) for row in members.to_dict("records")),
         inputs=inputs,
     )
@@ -66,7 +66,7 @@ def make_front(
 
 def _member(problem: Problem, row: Mapping[Hashable, Any]) -> Member:
     architecture = Architecture.from_json(json.loads(row["architecture"]))
-    values = {name: float(row[name]) for name in QUALITIES}
+    values = {name: float(row[name]) for name in problem.qualities}
     return Member(
         architecture=architecture,
         qualities={name: None if math.isnan(value) else value for name, value in values.items()},
@@ -74,14 +74,15 @@ def _member(problem: Problem, row: Mapping[Hashable, Any]) -> Member:
     )
 
 
-def surrogate_agreement(evaluated: pd.DataFrame) -> dict[str, SurrogateAgreement]:
+def surrogate_agreement(evaluated: pd.DataFrame, qualities: Sequence[str]) -> dict[str, SurrogateAgreement]:
     """Agreement of the surrogate's predictions with the evaluations that followed, by quality.
 
     Args:
         evaluated: evaluations, with a column ``predicted_QUALITY`` where a surrogate predicted.
+        qualities: names of the qualities.
     """
     agreement = {}
-    for name in QUALITIES:
+    for name in qualities:
         if f"predicted_{name}" in evaluated:
             pairs = evaluated[evaluated[f"predicted_{name}"].notna() & evaluated[name].notna()]
             if len(pairs) > 2:
@@ -113,17 +114,17 @@ def predictions(problem: Problem, architecture: Architecture) -> Prediction:
     return Prediction(params=int(params_cost(problem.space)(row)[0]), latency=latency)
 
 
-def picks(members: pd.DataFrame, objectives: Sequence[str]) -> dict[str, str]:
+def picks(members: pd.DataFrame, problem: Problem) -> dict[str, str]:
     """The keys of three members: ``best`` in quality, ``fastest`` in cost, and the ``knee`` between.
 
     The knee lies farthest below the line between the other two, on axes scaled to the front.
 
     Args:
         members: the front, with a column for every objective.
-        objectives: the first quality and the first cost among them count.
+        problem: the first quality and the first cost among its objectives count.
     """
-    quality = next(name for name in objectives if name in QUALITIES)
-    costs = [name for name in objectives if name not in QUALITIES]
+    quality = next(o.text for o in problem.objectives if o.is_quality)
+    costs = [o.text for o in problem.objectives if not o.is_quality]
     cost = costs[0] if costs else quality
     values = members[[cost, quality]].to_numpy(float)
     span = np.ptp(values, axis=0)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from latency import Predictor
+from search.config import SearchConfig, make_problem
 from search.engine.evaluator import Evaluator, evaluator
 from search.engine.front import FRONT, Front
 from search.engine.search import Known, Search
-from search.problem.problem import Problem, SearchConfig, make_problem
+from search.problem.problem import Problem
 from space import InputError
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
@@ -52,7 +53,7 @@ def search_supernet(
     }
     path = folder / "front.json"
     search = Search(problem, config, folder, inputs, known, before)
-    rival = _rival(search) if config.compare else None
+    rival = _rival(search) if config.baseline == "random" else None
     done = FRONT.made_from(path, search.inputs)
     if done and (rival is None or rival.complete):
         reporter.skipped("search")
@@ -84,8 +85,7 @@ def predictors_digest(predictors: Mapping[str, Predictor]) -> str:
 def _rival(search: Search) -> Search:
     """Random search for the same, at as many evaluations; what the other evaluates is known to it."""
     population, generations = search.config.size
-    if search.config.strategy == "hat":  # whose later generations are smaller
-        generations = 1 + round((generations - 1) * 0.8)
+    generations = 1 + round((generations - 1) * search.config.strategy_entry.offspring)
     update = {"strategy": "random", "population": population, "generations": generations}
     config = search.config.model_copy(update=update)
     inputs = {name: value for name, value in search.inputs.items() if name != "search"}
@@ -104,7 +104,7 @@ def search_evaluator(
         name: evaluation_set(trained.corpus, windows, trained.length)
         for name, windows in config.windows_of().items()
     }
-    if "recall_loss" in problem.objectives and not sets["search"].recall_share:
+    if "recall_loss" in problem.names and not sets["search"].recall_share:
         raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")
     supernet = load_supernet(trained.space, trained.checkpoint)
     return evaluator(supernet, sets, config.workers, config.ray_address, reporter.warn)

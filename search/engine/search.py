@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from search.config import SearchConfig
 from search.engine.evaluations import EVALUATIONS, Record, genomes_of
 from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
 from search.engine.front import Front
@@ -22,11 +23,10 @@ from search.engine.make_front import make_front
 from search.engine.optuna_study import open_study
 from search.problem.feasibility import check_feasible
 from search.problem.milp import ROUNDING_TOLERANCE, feasible
-from search.problem.problem import Problem, SearchConfig
-from search.strategies.hat import Hat
-from search.strategies.nsga2 import Evolution
+from search.problem.problem import Problem
 from search.strategies.pareto import non_dominated, survivors
-from search.strategies.strategy import Random, Strategy, Task
+from search.strategies.registry import make_strategy
+from search.strategies.strategy import Strategy, Task
 from space import InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
@@ -37,17 +37,6 @@ from supernet.training.checkpoint import sole_writer
 RESCORED = {"middle": 64, "front": 32}  # how many are evaluated again, on more and more tokens
 Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, what is known
 Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
-
-
-def make_strategy(name: str, task: Task, surrogate: bool = True) -> Strategy:
-    """A strategy by its name."""
-    if name.startswith("optuna"):
-        from search.strategies.optuna import nsga2, tpe
-
-        return (nsga2 if name == "optuna-nsga2" else tpe)(task)
-    if name == "evolution":
-        return Evolution(task, surrogate)
-    return {"hat": Hat, "random": Random}[name](task)
 
 
 class Search:
@@ -71,7 +60,7 @@ class Search:
         self.inputs = {**inputs, "search": search_digest(problem, config)}
         self.record = Record(folder, self.inputs)
         self.constraints = problem.constraints()
-        self.costs = {name: problem.objective_cost(name) for name in problem.objectives}
+        self.costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.known = {} if known is None else known
         self.before = tuple(before)
         self.failed: list[pd.DataFrame] = []  # when the front was evaluated again
@@ -119,8 +108,8 @@ class Search:
     def _evolve(self, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
         problem = self.problem
         path = self.folder / "study.log"
-        study = open_study(path, self.folder.name, problem.objectives, problem.space.hash)
-        strategy = make_strategy(self.config.strategy, self._task(), self.config.surrogate)
+        study = open_study(path, self.folder.name, problem.names, problem.space.hash)
+        strategy = make_strategy(self.config.strategy, self._task())
         earlier = self._earlier()
         if strategy.starts_from_others:
             for part in earlier:
@@ -135,7 +124,7 @@ class Search:
             if not len(part):  # the space has no more that keep the limits
                 break
             strategy.tell(genomes_of(part), self._objectives(part))
-            study.add(problem.space, part, problem.objectives, sum(map(len, parts)))
+            study.add(problem.space, part, problem.names, sum(map(len, parts)))
             parts.append(part)
         return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
 
@@ -193,11 +182,12 @@ class Search:
             seeds=genome.encode(space, seeds),
             population=self.population,
             seed=self.config.seed,
+            surrogate=self.config.surrogate,
         )
 
     def _objectives(self, table: pd.DataFrame) -> NDArray[np.float64]:
         """The objectives [N, M]; not finite where an evaluation failed."""
-        return table[list(self.problem.objectives)].to_numpy(float)
+        return table[list(self.problem.names)].to_numpy(float)
 
     def _evaluate(
         self, genomes: Genomes, evaluate: Evaluator, data: str, generation: int, report: Report | None
@@ -262,11 +252,11 @@ class Search:
             self.failed += [part[part["failed"] != ""]]
         finite = table.iloc[np.flatnonzero(np.isfinite(self._objectives(table)).all(axis=1))]
         kept = np.flatnonzero(non_dominated(self._objectives(finite)))
-        return finite.iloc[kept].sort_values([*self.problem.objectives, "key"], ignore_index=True)
+        return finite.iloc[kept].sort_values([*self.problem.names, "key"], ignore_index=True)
 
 
 def search_digest(problem: Problem, config: SearchConfig) -> str:
     """The hash of what determines a search's result, beside its space, supernet and predictors."""
-    settings = config.model_dump(mode="json", exclude={"workers", "ray_address", "compare"})
+    settings = config.model_dump(mode="json", exclude={"workers", "ray_address", "baseline"})
     settings["population"], settings["generations"] = config.size
-    return digest(canonical_json([settings, list(problem.objectives), list(problem.predictors)]))
+    return digest(canonical_json([settings, list(problem.names), list(problem.predictors)]))

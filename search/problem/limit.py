@@ -1,9 +1,9 @@
-"""Limits: what a person asks of a model, as one line of text.
+"""Limits: upper bounds on metrics, each one line of text.
 
-``[device:]metric[@N][,batch=B][,threads=T][,precision=P]<=value unit``, or ``<=P%`` of the
-same quantity of the space's largest architecture, which works on any machine. Quantities are
-kept in base units (seconds, bytes, parameters); units matter only here, where they are read
-and printed. A limit knows no space: whether it can be met is :mod:`search.problem.feasibility`'s.
+``[device:]metric[@N][,batch=B][,threads=T][,precision=P]<=value unit``, or ``<=P%`` of the same metric of the
+space's largest architecture, which works on any machine. Quantities are kept in base units (seconds, bytes,
+parameters); other units are only read and printed. A limit depends on no space;
+:mod:`search.problem.feasibility` decides if an architecture of a space can keep it.
 """
 
 import re
@@ -12,48 +12,74 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import NoReturn
 
+from search.problem.metric import METRICS, Metric
 from space import InputError, Workload
 from space.ops import Cost
 from space.precision import PRECISIONS
 
-_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
-_BYTES = {"B": 1.0, "KB": 1e3, "KiB": 2.0**10, "MB": 1e6, "MiB": 2.0**20, "GB": 1e9, "GiB": 2.0**30}
-_COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
-UNITS = {"prefill": _SECONDS, "decode": _SECONDS, "memory": _BYTES, "rss": _BYTES, "params": _COUNT}
-METRICS = "prefill@N, decode@N, memory@N, rss@N, params"
-_PRINTED = {
-    "prefill": (" ns", " us", " ms", " s"),
-    "decode": (" ns", " us", " ms", " s"),
-    "memory": (" B", " KiB", " MiB", " GiB"),
-    "rss": (" B", " KiB", " MiB", " GiB"),
-    "params": (" parameters", "K parameters", "M parameters", "B parameters"),
-}
 _NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
-    """One upper limit on a metric of an architecture."""
+class Subject:
+    """A metric of a workload on a device: the left side of a limit.
+
+    Attributes:
+        device: None: the first of the problem.
+        metric: the metric.
+        workload: None for a metric that takes none.
+    """
 
     device: str | None
-    metric: str
-    workload: Workload | None  # None for params; memory and rss are those of reading N tokens at once
-    bound: float  # seconds, bytes or parameters; where relative, percent
+    metric: Metric
+    workload: Workload | None
+
+    def __str__(self) -> str:
+        name, device = self.metric.name, f"{self.device}:" if self.device else ""
+        return device + (
+            name if self.workload is None else str(self.workload).replace(self.workload.phase, name, 1)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """One upper limit on a metric of an architecture.
+
+    Attributes:
+        device: None: the first of the problem.
+        metric: the metric that is limited.
+        workload: None for a metric that takes none, such as ``params``.
+        bound: in the metric's base unit; in percent where relative.
+        relative: the bound is a share of the largest architecture's own value.
+        text: the canonical text: ``Limit.parse(limit.text) == limit``.
+    """
+
+    device: str | None
+    metric: Metric
+    workload: Workload | None
+    bound: float
     relative: bool
-    text: str  # canonical; Limit.parse(limit.text) == limit
+    text: str
 
     @property
     def subject(self) -> str:
-        """What is limited: the text without the bound, such as ``decode@2048``."""
+        """The text without the bound, such as ``decode@2048``."""
         return self.text.partition("<=")[0]
 
     def resolve(self, reference: float) -> float:
-        """The bound in base units, where the largest architecture's own value is ``reference``."""
+        """The bound in base units.
+
+        Args:
+            reference: the value of the space's largest architecture.
+        """
         return reference * self.bound / 100 if self.relative else self.bound
 
     @staticmethod
     def parse(text: str) -> "Limit":
-        """Read a limit.
+        """The limit of a text.
+
+        Args:
+            text: such as ``decode@2048<=2ms`` or ``phone:params<=60%``.
 
         Raises:
             InputError: the text has another form, or a value is not allowed.
@@ -62,16 +88,15 @@ class Limit:
         if not match or match[2] != "<=":
             given = f"{match[2]!r} is not allowed" if match else "no '<=' is given"
             _refuse(text, f"{given}; expected METRIC<=VALUE, such as decode@2048<=2ms or params<=60%")
-        device, metric, workload = _subject(text, match[1].strip())
-        bound, number, unit = _bound(text, metric, match[3].strip())
-        where = "params" if workload is None else str(workload).replace(workload.phase, metric, 1)
+        subject = parse_subject(match[1].strip(), f"limit {' '.join(text.split())!r}")
+        bound, number, unit = _bound(text, subject.metric, match[3].strip())
         return Limit(
-            device=device,
-            metric=metric,
-            workload=workload,
+            device=subject.device,
+            metric=subject.metric,
+            workload=subject.workload,
             bound=bound,
             relative=unit == "%",
-            text=f"{device + ':' if device else ''}{where}<={number}{unit}",
+            text=f"{subject}<={number}{unit}",
         )
 
 
@@ -79,67 +104,77 @@ def _refuse(text: str, why: str) -> NoReturn:
     raise InputError(f"limit {' '.join(text.split())!r}: {why}")
 
 
-def _subject(text: str, given: str) -> tuple[str | None, str, Workload | None]:
-    """Device, metric and workload of a limit's left side."""
-    head, *options = [part.strip() for part in given.split(",")]
+def parse_subject(text: str, where: str) -> Subject:
+    """The device, metric and workload of ``[device:]metric[@N][,option=value ...]``.
+
+    Args:
+        text: to be read.
+        where: the start of error messages.
+
+    Raises:
+        InputError: the text has another form, or a value is not allowed.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise InputError(f"{where}: {why}")
+
+    head, *options = [part.strip() for part in text.split(",")]
     device, colon, head = head.rpartition(":")
     if colon and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", device):
-        _refuse(
-            text, f"{device!r} is not a device name; one has letters, digits, '.', '_' and '-', then one ':'"
-        )
-    metric, at, length = [part.strip() for part in head.partition("@")]
-    if metric not in UNITS:
-        _refuse(text, f"metric {metric!r} is not one of {METRICS}")
-    if metric == "params":
+        refuse(f"{device!r} is not a device name; one has letters, digits, '.', '_' and '-', then one ':'")
+    name, at, length = [part.strip() for part in head.partition("@")]
+    if name not in METRICS:
+        forms = ", ".join(METRICS.get(known).form for known in METRICS)
+        refuse(f"metric {name!r} is not one of {forms}")
+    metric = METRICS.get(name)
+    if metric.phase is None:
         if at or options:
-            _refuse(
-                text, f"params is the same for every workload; leave out {given.partition('params')[2]!r}"
-            )
-        return device or None, metric, None
+            refuse(f"{name} is the same for every workload; leave out {text.partition(name)[2]!r}")
+        return Subject(device=device or None, metric=metric, workload=None)
     if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) == 0:
-        what = f"{length!r} is not a number of tokens" if at else f"{metric} needs a number of tokens"
-        _refuse(text, f"{what}; expected {metric}@N, such as {metric}@512")
-    values = _options(text, metric, options)
+        what = f"{length!r} is not a number of tokens" if at else f"{name} needs a number of tokens"
+        refuse(f"{what}; expected {name}@N, such as {name}@512")
+    values = _options(where, metric, options)
     workload = Workload(
-        phase="prefill" if metric in ("memory", "rss") else metric,
+        phase=metric.phase,
         length=int(length),
         batch=int(values.get("batch", 1)),
         threads=int(values.get("threads", 1)),
         precision=values.get("precision", PRECISIONS[0]),
     )
-    return device or None, metric, workload
+    return Subject(device=device or None, metric=metric, workload=workload)
 
 
-def _options(text: str, metric: str, options: list[str]) -> dict[str, str]:
-    """The values of batch, threads and precision that are given."""
-    allowed = ("batch", "precision") if metric == "memory" else ("batch", "threads", "precision")
+def _options(where: str, metric: Metric, options: list[str]) -> dict[str, str]:
+    """The values of the options that are given, by name."""
     values: dict[str, str] = {}
     for option in options:
         name, _, value = [part.strip() for part in option.partition("=")]
-        if name not in allowed:
-            _refuse(text, f"{option!r} is not understood; {metric}@N takes {', '.join(allowed)}")
+        if name not in metric.options:
+            takes = f"takes {', '.join(metric.options)}" if metric.options else "takes no options"
+            raise InputError(f"{where}: {option!r} is not understood; {metric.form} {takes}")
         if name in values:
-            _refuse(text, f"{name} is given twice")
+            raise InputError(f"{where}: {name} is given twice")
         if name == "precision" and value not in PRECISIONS:
-            _refuse(text, f"precision {value!r} is not one of {', '.join(PRECISIONS)}")
+            raise InputError(f"{where}: precision {value!r} is not one of {', '.join(PRECISIONS)}")
         if name != "precision" and (not re.fullmatch(r"[0-9]{1,9}", value) or int(value) == 0):
-            _refuse(text, f"{name} {value!r} is not a whole number above 0")
+            raise InputError(f"{where}: {name} {value!r} is not a whole number above 0")
         values[name] = value
     return values
 
 
-def _bound(text: str, metric: str, given: str) -> tuple[float, str, str]:
+def _bound(text: str, metric: Metric, given: str) -> tuple[float, str, str]:
     """The bound in base units (or percent), and its number and unit as text."""
     match = re.fullmatch(rf"({_NUMBER}|[-+]?inf|nan)\s*(\S*)", given)
-    names = [unit for unit in UNITS[metric] if unit]
-    allowed = f"{', '.join(names)}{' or nothing' if metric == 'params' else ''}, or % of the largest"
+    units = metric.unit.parsed
+    allowed = f"{', '.join(filter(None, units))}{' or nothing' if '' in units else ''}, or % of the largest"
     if not match:
         _refuse(text, f"{given!r} is not a value; expected a number and a unit ({allowed})")
     value, unit = float(match[1]), match[2]
-    if unit != "%" and unit not in UNITS[metric]:
+    if unit != "%" and unit not in units:
         what = f"unit {unit!r} is not known" if unit else "the unit is missing"
-        _refuse(text, f"{what}; for {metric} it is one of {allowed}")
-    bound = value if unit == "%" else value * UNITS[metric][unit]
+        _refuse(text, f"{what}; for {metric.name} it is one of {allowed}")
+    bound = value if unit == "%" else value * units[unit]
     if not isfinite(bound) or bound <= 0:
         _refuse(text, f"{given!r} is not above 0 and finite")
     if unit == "%" and value > 100:
@@ -149,6 +184,9 @@ def _bound(text: str, metric: str, given: str) -> tuple[float, str, str]:
 
 def check_limits(limits: Iterable[Limit]) -> None:
     """Refuse two limits on one quantity.
+
+    Args:
+        limits: of one problem.
 
     Raises:
         InputError: names both.
@@ -162,20 +200,15 @@ def check_limits(limits: Iterable[Limit]) -> None:
             )
 
 
-def format_quantity(metric: str, value: float, digits: int = 3) -> str:
-    """A quantity in base units for people: ``3.21 ms``, ``5.1 MiB``, ``1.2M parameters``."""
-    step = 1024.0 if UNITS[metric] is _BYTES else 1e3
-    scales = [_SECONDS["ns"] if UNITS[metric] is _SECONDS else 1.0]
-    scales += [scales[0] * step**i for i in (1, 2, 3)]
-    rounded = float(f"{value:.{digits}g}")
-    place = max([i for i, scale in enumerate(scales) if rounded >= scale * (1 - 1e-12)], default=0)
-    number = float(f"{value / scales[place]:.{digits}g}")
-    return f"{number:.15g}{_PRINTED[metric][place]}"
-
-
 @dataclass(frozen=True)
 class Constraint:
-    """A limit as it stands on one space: the cost that it limits, and its bound in base units."""
+    """A limit on one space, as a bounded cost.
+
+    Attributes:
+        limit: the limit.
+        cost: of every architecture of the space.
+        bound: in base units.
+    """
 
     limit: Limit
     cost: Cost
@@ -183,19 +216,18 @@ class Constraint:
 
     @property
     def text(self) -> str:
-        """The limit; one in percent with what that is in units."""
+        """The limit; one in percent with its bound in units."""
         return f"{self.limit.text} ({self.show(self.bound)})" if self.limit.relative else self.limit.text
 
     def show(self, value: float) -> str:
-        """A value of the cost, with digits enough to tell it from the bound."""
+        """A value of the cost for people, with enough digits to tell it from the bound.
+
+        Args:
+            value: in base units.
+        """
+        unit = self.limit.metric.unit
         for digits in range(3, 12):
-            shown = format_quantity(self.limit.metric, value, digits)
-            if value == self.bound or shown != format_quantity(self.limit.metric, self.bound, digits):
+            shown = unit.format(value, digits)
+            if value == self.bound or shown != unit.format(self.bound, digits):
                 break
         return shown
-
-
-def unit_of(metric: str) -> str:
-    """The base unit of a metric."""
-    units = {"prefill": "seconds", "decode": "seconds", "memory": "bytes", "rss": "bytes"}
-    return units.get(metric, "parameters")

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from search.problem.limit import Limit
-from search.problem.problem import QUALITIES
+from search.problem.objective import QUALITIES
 from search.report.figures import MEASURED, RANDOM, SEARCHED, Drawn, finish
 from search.strategies.pareto import non_dominated
 from space import Architecture, Workload
@@ -81,9 +81,9 @@ def limit_of(front: Mapping[str, Any], axis: Axis) -> tuple[str, float] | None:
     first = next(iter(front["members"][0]["predicted"]["latency"]))
     for item in front.get("limits", []):
         limit = Limit.parse(item["limit"])
-        metric = "latency" if limit.metric in ("prefill", "decode") else limit.metric
+        metric = limit.metric.quantity or limit.metric.name
         where = "" if limit.workload is None else str(limit.workload)
-        here = metric in ("params", "memory") or (limit.device or first) == axis.device
+        here = not limit.metric.needs_device or (limit.device or first) == axis.device
         if metric == axis.metric and where == axis.workload and here:
             return item["limit"], item["bound"] * axis.scale
     return None

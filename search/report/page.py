@@ -14,7 +14,8 @@ from typing import Any
 from plotly.io import to_html
 
 from latency import Card
-from search.problem.limit import Limit, format_quantity
+from search.problem.limit import Limit
+from search.problem.metric import Metric, format_quantity
 from search.report.figures import Drawn, layers_figure, prediction_figure, progress_figure
 from search.report.front_figure import axis_of, front_figure, picked, quality_of
 from search.report.history import evaluations, progress
@@ -113,9 +114,9 @@ def kept(limits: Sequence[Mapping[str, Any]]) -> str:
     return every.get(len(limits), f"keeps all {len(limits)} limits")
 
 
-def shown(metric: str, value: float) -> str:
+def shown(metric: Metric | str, value: float) -> str:
     """A quantity in base units for people; latencies all in ms, so that they compare."""
-    if metric not in ("prefill", "decode", "latency"):
+    if metric != "latency" and (isinstance(metric, str) or metric.measured_by != "latency"):
         return format_quantity(metric, value)
     return f"{1e3 * value:,.0f}\u00a0ms" if value >= 0.1 else f"{1e3 * value:#.3g}\u00a0ms"
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from latency import Card, Predictor
 from latency.predictor.predictor import RUNS_APART
-from search.config import VerifyConfig
+from search.config import SearchConfig, VerifyConfig
 from search.engine.front import member_choice
 from search.engine.run import search_front
 from search.engine.search import Known
 from search.problem.limit import Limit
-from search.problem.problem import QUALITIES, SearchConfig
+from search.problem.objective import QUALITIES
 from search.select.picks import MEASURED_SEARCH
 from search.submodel.export import export, models_digest
 from search.submodel.verify import VERIFICATION, require_card_is_here, verify
@@ -205,7 +205,7 @@ def run_measured_search(
         if not new or settled or not any(_is_predicted(item["limit"]) for item in front["limits"]):
             break
         current[device] = predictors[device].recalibrated(*finalists.seconds(bench.trained.space))
-        later = {"confidence": min(LATER, config.confidence), "compare": False}
+        later = {"confidence": min(LATER, config.confidence), "baseline": "none"}
         settings = config.model_copy(update=later)
         before.append(where)
         where = folder / "rounds" / str(len(rounds) + 1)
@@ -257,7 +257,7 @@ def require_kept(measured_search: Mapping[str, Any]) -> None:
 
 def _is_predicted(limit: str) -> bool:
     """Whether a limit bears on what is only known after measuring."""
-    return Limit.parse(limit).metric not in ("memory", "params")
+    return Limit.parse(limit).metric.needs_device
 
 
 def _best_members(front: Mapping[str, Any], quality: str, measured: set[str]) -> list[dict[str, Any]]:

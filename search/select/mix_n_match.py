@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency import Predictor
+from search.config import SearchConfig
 from search.engine.devices import open_targets
 from search.engine.make_front import predictions
-from search.problem.limit import Constraint, Limit, unit_of
+from search.problem.limit import Constraint, Limit
 from search.problem.milp import ROUNDING_TOLERANCE
-from search.problem.problem import Problem, SearchConfig
+from search.problem.problem import Problem
 from search.select.picks import chosen_architecture
 from search.workspace import Run
 from space import Architecture, InfeasibleError, Space, genome
@@ -27,7 +28,6 @@ from space.genome import Genomes
 from space.io.progress import Reporter
 
 HOW = "mix'n'match"
-CARDLESS = ("params", "memory")  # metrics that are counted, not predicted
 
 
 def mixed(
@@ -53,7 +53,7 @@ def mixed(
     limit = Limit.parse(pick)
     base = chosen_architecture(run, search, None, None)[1] if search else genome.largest(run.space)
     config = SearchConfig(limits=(pick,), confidence=run.config.search.confidence)
-    name = device or limit.device or (None if limit.metric in CARDLESS else run.config.device)
+    name = device or limit.device or (run.config.device if limit.metric.needs_device else None)
     predictors = open_targets(run.devices, [name], run.config, config, reporter)[1] if name else {}
     found, choice = mix_and_match(base, mix_problem(run.space, predictors, config.confidence), limit)
     return choice, found
@@ -61,7 +61,7 @@ def mixed(
 
 def mix_problem(space: Space, predictors: Mapping[str, Predictor], confidence: float) -> Problem:
     """A problem for :func:`mix_and_match`; without predictors its limits are on parameters and memory."""
-    return Problem(space, predictors, (), (), confidence, predictors)
+    return Problem(space, predictors=predictors, confidence=confidence)
 
 
 def family(space: Space, base: Architecture) -> Genomes:
@@ -113,7 +113,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[A
         raise InfeasibleError(_why_not(space, base, asked, rows, values))
     found = genome.decode(space, rows[kept[-1:]])[0]
     choice = {
-        "limits": [{"limit": limit.text, "bound": asked.bound, "unit": unit_of(limit.metric)}],
+        "limits": [{"limit": limit.text, "bound": asked.bound, "unit": limit.metric.unit.name}],
         "confidence": problem.confidence,
         "predicted": predictions(problem, found).to_json(),
         "picked": {"how": HOW, "base": base.key, "family": len(rows)},

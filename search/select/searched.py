@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from latency import Card, Predictor
+from search.config import SearchConfig
 from search.engine.front import member_choice
 from search.engine.run import search_front
-from search.problem.problem import QUALITIES, SearchConfig
+from search.problem.objective import QUALITIES
 from search.select.finalist import FinalistsConfig
 from search.select.measured_search import Workbench, make_workbench, run_measured_search
 from search.select.successive_halving import distil_finalists, write_finalist
@@ -55,7 +56,7 @@ def search_run(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"name {name!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
     corpus = load_corpus(run.config.train.data)
-    trained = run.the_trained(open_supernet(run, corpus), corpus)
+    trained = run.trained(open_supernet(run, corpus), corpus)
     folder = run.folder / "searches" / name
     bench = make_workbench(run.folder / "submodels", trained, next(iter(cards.values())), run.config.verify)
     measured_search = run_measured_search(folder, bench, predictors, config, reporter) if verify else None

@@ -20,14 +20,14 @@ BORN = 4  # and is born in it
 DRAWN = 64  # samples for each of the first generation, which is taken from them
 
 
-class Evolution(Strategy):
+class NSGA2(Strategy):
     """NSGA-II over everything that was evaluated."""
 
-    def __init__(self, task: Task, surrogate: bool = True) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.parents = np.empty((0, task.seeds.shape[1]), np.int16)  # best first
         self.values = np.empty((0, len(task.costs)))
-        self.surrogate = Surrogate(task) if surrogate else None
+        self.surrogate = Surrogate(task) if task.surrogate else None
 
     def ask(self) -> Genomes:
         """The next genomes: children that are expected to survive; first the seeds and samples far apart."""

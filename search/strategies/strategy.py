@@ -38,6 +38,7 @@ class Task:
     seeds: Genomes  # to begin with; where some keep the limits, one is here
     population: int
     seed: int
+    surrogate: bool = True
 
 
 class Strategy(ABC):

@@ -68,7 +68,7 @@ def test_the_dashboard_opens_the_study_and_its_plots_say_something(folder: Path)
 
 
 def test_trials_are_the_record(folder: Path, run_folder: Path) -> None:
-    space = load_run_config(run_folder / "run" / "config.yaml").the_space
+    space = load_run_config(run_folder / "run" / "config.yaml").space
     study = open_study(folder / "study.log", "desk", objectives_of(folder), space.hash).study
     part, _ = read_table(folder / "evaluations" / "part-0001.parquet", EVALUATIONS)
     trials = study.get_trials()[8:16]

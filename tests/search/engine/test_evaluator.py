@@ -10,7 +10,8 @@ import pytest
 from search.engine.evaluator import Failed, Outcome, attempt, pool
 from search.engine.optuna_study import open_study
 from search.engine.search import Search
-from search.problem.problem import Problem, SearchConfig
+from search.config import SearchConfig
+from search.problem.problem import Problem
 from space import Architecture, InputError, genome, variation
 from supernet.evaluate import Quality
 from tests.contracts import tiny_space
@@ -53,7 +54,7 @@ def test_one_that_cannot_be_evaluated_is_recorded_and_the_search_goes_on(tmp_pat
     import optuna
 
     space = SPACE
-    problem = Problem(space, {}, ("loss", "params"), (), 0.975, {})
+    problem = Problem(space, objectives=("loss", "params"))
     config = SearchConfig(generations=3, population=6, workers=0)
     bad = {a.key: "raises" for a in genome.decode(space, genome.encode(space, [genome.largest(space)]))}
 

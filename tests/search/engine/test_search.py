@@ -152,7 +152,7 @@ def test_the_front_is_what_was_evaluated_and_keeps_the_limits(finished_run: Path
 def load_space_of(folder: Path) -> object:
     from search.config import load_run_config
 
-    return load_run_config(folder / "run" / "config.yaml").the_space
+    return load_run_config(folder / "run" / "config.yaml").space
 
 
 def test_no_architecture_is_evaluated_twice(finished_run: Path) -> None:

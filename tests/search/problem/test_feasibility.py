@@ -13,7 +13,8 @@ from scipy.optimize import milp
 
 from search.problem import feasibility
 from search.problem.feasibility import check_feasible, least_relaxation
-from search.problem.limit import Constraint, Limit, format_quantity
+from search.problem.limit import Constraint, Limit
+from search.problem.metric import format_quantity
 from search.problem.milp import feasible, least, within
 from space import InfeasibleError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost

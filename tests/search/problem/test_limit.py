@@ -2,7 +2,8 @@
 
 import pytest
 
-from search.problem.limit import Limit, check_limits, format_quantity
+from search.problem.limit import Limit, check_limits
+from search.problem.metric import format_quantity
 from space import InputError, Workload
 
 GOOD = [

@@ -42,7 +42,7 @@ def reported(finished_run: Path, config_file: Path, tmp_path_factory: pytest.Tem
     """A folder with ``run``, finished to its report, random search beside it, and ``devices``."""
     folder = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("reported") / "copy"))
     config = load_run_config(config_file)
-    config = config.model_copy(update={"search": config.search.model_copy(update={"compare": True})})
+    config = config.model_copy(update={"search": config.search.model_copy(update={"baseline": "random"})})
     run = TheRun(folder / "run", config, folder / "devices")
     run.save_config()
     with suppress(LimitMissedError):  # so small a run may miss: the report says so

@@ -27,7 +27,7 @@ def words(folder: Path, *options: object) -> tuple[object, ...]:
 
 def predictor_of(folder: Path) -> Predictor:
     path = next((folder / "devices" / "desk" / "predictors").glob("*.json"))
-    return load_predictor(path, load_run_config(folder / "run" / "config.yaml").the_space, "formfit profile")
+    return load_predictor(path, load_run_config(folder / "run" / "config.yaml").space, "formfit profile")
 
 
 def test_what_is_handed_over_was_measured_and_kept_its_limits(run_folder: Path, formfit: Program) -> None:
@@ -74,7 +74,7 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
     model["hinge_seconds"] = [seconds / 3 for seconds in model["hinge_seconds"]]
     model["saving"]["seconds_per_byte"] /= 3
     path.write_text(json.dumps(value))
-    space = load_run_config(run_folder / "run" / "config.yaml").the_space
+    space = load_run_config(run_folder / "run" / "config.yaml").space
     ends = genome.encode(space, [genome.smallest(space), genome.largest(space)])
     low, high = 1e3 * predictor_of(run_folder).predict(ends, PREFILL)
     assert high > 2 * low

@@ -208,7 +208,7 @@ def test_what_needs_a_device_says_so() -> None:
 @pytest.fixture(scope="module")
 def predictor(finished_run: Path) -> Predictor:
     path = next((finished_run / "devices" / "desk" / "predictors").glob("*.json"))
-    space = load_run_config(finished_run / "run" / "config.yaml").the_space
+    space = load_run_config(finished_run / "run" / "config.yaml").space
     return load_predictor(path, space, "formfit profile")
 
 

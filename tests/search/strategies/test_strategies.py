@@ -1,13 +1,15 @@
 """One contract for every strategy; the surrogate against textbook formulas; HAT's numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from search.engine.search import make_strategy
 from search.strategies.hat import Hat
-from search.strategies.nsga2 import Evolution, children
+from search.strategies.nsga2 import NSGA2, children
 from search.strategies.pareto import hypervolume
+from search.strategies.registry import make_strategy
 from search.strategies.strategy import Random, Task, unseen
 from search.strategies.surrogate import LEAST, Surrogate, features, kernel
 from space import Space, genome, variation
@@ -15,7 +17,7 @@ from space.cost import params_cost
 from space.genome import Genomes
 from tests.contracts import tiny_space
 
-NAMES = ["evolution", "hat", "random", "optuna-nsga2", "optuna-tpe"]
+NAMES = ["nsga2", "hat", "random", "optuna-nsga2", "optuna-tpe"]
 
 
 def wide() -> Space:
@@ -79,13 +81,13 @@ def test_the_first_generation_lies_far_apart_in_cost() -> None:
     space = wide()
     costs = params_cost(space)
     squares, extents, middle = {}, {}, {}
-    for name in ("evolution", "random"):
+    for name in ("nsga2", "random"):
         found = np.sort(costs(make_strategy(name, make_task(name, population=30)).ask()))
         extents[name], squares[name] = np.ptp(found), (np.diff(found) ** 2).sum()
         middle[name] = np.median(np.diff(found))
-    assert extents["evolution"] >= extents["random"]
-    assert squares["evolution"] < squares["random"]
-    assert middle["evolution"] > 1.5 * middle["random"]
+    assert extents["nsga2"] >= extents["random"]
+    assert squares["nsga2"] < squares["random"]
+    assert middle["nsga2"] > 1.5 * middle["random"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,15 +109,15 @@ def test_one_that_was_told_a_record_goes_on_like_the_one_that_made_it(name: str)
 
 def test_a_replay_chooses_the_surrogates_settings_at_the_same_evaluations() -> None:
     """After each of eight generations of noisy values, several of which double what is known."""
-    task = make_task("evolution")
-    first, rng = Evolution(task), np.random.default_rng(5)
+    task = make_task("nsga2")
+    first, rng = NSGA2(task), np.random.default_rng(5)
     record = []
     for _ in range(8):
         asked = first.ask()
         values = values_of(task, asked) + rng.normal(0, 0.05, (len(asked), 1)) * [1, 0]
         first.tell(asked, values)
         record.append((asked, values))
-        second = Evolution(task)
+        second = NSGA2(task)
         for genomes, found in record:
             second.tell(genomes, found)
         assert second.surrogate is not None
@@ -127,7 +129,7 @@ def test_a_replay_chooses_the_surrogates_settings_at_the_same_evaluations() -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_another_seed_asks_for_others(name: str) -> None:
     task = make_task(name)
-    other = Task(**{**vars(task), "seed": 4})
+    other = replace(task, seed=4)
     assert not np.array_equal(make_strategy(name, task).ask(), make_strategy(name, other).ask())
 
 
@@ -154,7 +156,7 @@ def test_a_space_that_is_used_up_ends(name: str) -> None:
     assert found == genome.size(space)
 
 
-@pytest.mark.parametrize("name", ["evolution", "hat", "random"])
+@pytest.mark.parametrize("name", ["nsga2", "hat", "random"])
 def test_a_few_architectures_within_the_limits_are_all_found(name: str) -> None:
     space = wide()
     rows = variation.sample(space, np.random.default_rng(0), 4000)
@@ -170,13 +172,13 @@ def test_a_few_architectures_within_the_limits_are_all_found(name: str) -> None:
 
 
 def test_evolution_beats_random_and_its_surrogate_beats_evolution_alone() -> None:
-    task = make_task("evolution", population=12)
+    task = make_task("nsga2", population=12)
     everyone = np.unique(variation.sample(task.space, np.random.default_rng(0), 20000), axis=0)
     points = values_of(task, everyone)
     reference = points.max(axis=0)
 
-    def reached(make: type, seed: int, **options: bool) -> float:
-        strategy = make(Task(**{**vars(task), "seed": seed}), **options)
+    def reached(make: type, seed: int, surrogate: bool) -> float:
+        strategy = make(replace(task, seed=seed, surrogate=surrogate))
         parts = []
         for _ in range(8):
             asked = strategy.ask()
@@ -185,8 +187,8 @@ def test_evolution_beats_random_and_its_surrogate_beats_evolution_alone() -> Non
         return hypervolume(np.concatenate(parts), reference)
 
     means = [
-        np.mean([reached(make, seed, **options) for seed in range(4)])
-        for make, options in ((Random, {}), (Evolution, {"surrogate": False}), (Evolution, {}))
+        np.mean([reached(make, seed, surrogate) for seed in range(4)])
+        for make, surrogate in ((Random, False), (NSGA2, False), (NSGA2, True))
     ]
     assert means[0] < means[1] < means[2]
 
@@ -203,7 +205,7 @@ def test_hats_children_come_from_its_parents() -> None:
 
 
 def test_children_are_members_and_come_from_both_parents() -> None:
-    task = make_task("evolution")
+    task = make_task("nsga2")
     parents = variation.sample(task.space, np.random.default_rng(1), 6)
     born = children(task, parents, 200, np.random.default_rng(2))
     assert genome.contains(task.space, born).all()
@@ -219,7 +221,7 @@ def test_unseen_keeps_the_order_and_leaves_out_what_was_given() -> None:
 
 def test_the_surrogate_is_a_gaussian_process() -> None:
     """Its expectation and its choice of settings, from the textbook's formulas with dense inverses."""
-    task = make_task("evolution")
+    task = make_task("nsga2")
     surrogate = Surrogate(task)
     rows = unseen(variation.sample(task.space, np.random.default_rng(0), 200), set(), 40)
     values = values_of(task, rows)

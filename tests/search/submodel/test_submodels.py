@@ -9,7 +9,7 @@ import pytest
 from latency import load_card, load_predictor
 from search.config import load_run_config
 from search.engine.devices import open_targets
-from search.problem.problem import SearchConfig, precision_of
+from search.config import SearchConfig, precision_of
 from search.submodel.decoder import Decoder
 from search.submodel.verify import evaluation_data, graph_loss
 from space import InputError, genome
@@ -154,16 +154,16 @@ def test_a_search_aims_at_int8(formfit: Program, run_folder: Path, text_folder: 
     run, devices = run_folder / "run", run_folder / "devices"
     config = load_run_config(run / "config.yaml")
     space = run_folder / "space.yaml"
-    space.write_text(json.dumps(config.the_space.model_dump(mode="json")))
+    space.write_text(json.dumps(config.space.model_dump(mode="json")))
     from latency import ProfileConfig
     from latency.profile import profile
 
     settings = config.profile.model_dump() | {"precision": "int8", "rss": False}
-    profile(config.the_space, devices, "desk", ProfileConfig.model_validate(settings))
+    profile(config.space, devices, "desk", ProfileConfig.model_validate(settings))
     card = load_card(devices, "desk")
     plain, small = (card.predictor_path("small", "onnxruntime", 1, p) for p in ("fp32", "int8"))
     assert plain.exists()
-    predictor = load_predictor(small, config.the_space, "")
+    predictor = load_predictor(small, config.space, "")
     assert set(map(str, predictor.models)) == {f"prefill@64,{INT8}", f"decode@64,{INT8}"}
 
     limit = f"prefill@64,{INT8}<=90%"
@@ -204,13 +204,13 @@ def test_a_precision_that_was_not_profiled_names_the_command(run_folder: Path) -
 def test_a_limit_as_a_pick_mixes_the_ffns(formfit: Program, run_folder: Path) -> None:
     run, out = run_folder / "run", run_folder / "mixed"
     config = load_run_config(run / "config.yaml")
-    most = params(genome.largest(config.the_space), config.the_space.config)
+    most = params(genome.largest(config.space), config.space.config)
     source = words(run_folder, "extract", "--run", run, "--out", out, "--json")
     done = formfit(*source, "--pick", f"params<={0.8 * most:.0f}", "--format", "onnx")
     assert done.returncode == 0, done.stderr
     submodel = read_submodel(out)
     assert 0.6 * most < params(submodel.architecture, submodel.model_config) <= 0.8 * most
-    assert submodel.chosen["picked"]["base"] == genome.largest(config.the_space).key
+    assert submodel.chosen["picked"]["base"] == genome.largest(config.space).key
     done = formfit(*source, "--pick", "decode@64<=50ms", "--search", "desk", "--format", "onnx")
     assert done.returncode == 0, done.stderr
     done = formfit(*words(run_folder, "verify", out, "--device", "desk", "--max-noise", 1000, "--json"))

@@ -19,7 +19,7 @@ from supernet.data.corpus import DataConfig, load_corpus
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_stand_alone, load_supernet, train, training_inputs
-from supernet.training.trainer import Trainer, Weights, member_loss
+from supernet.training.trainer import Trainer, Weights, distillation_loss
 from tests.contracts import tiny_space
 
 
@@ -240,7 +240,7 @@ def test_the_teacher_and_the_text_weigh_as_asked() -> None:
         text -= logs[i, j, targets[i, j]]
         taught -= (teacher[i, j] * logs[i, j]).sum()
     found = [
-        float(member_loss(torch.from_numpy(logits), torch.from_numpy(targets), t, share))
+        float(distillation_loss(torch.from_numpy(logits), torch.from_numpy(targets), t, share))
         for t, share in ((None, 0.5), (torch.from_numpy(teacher), 0.0), (torch.from_numpy(teacher), 0.3))
     ]
     assert found == pytest.approx([text, text, 0.7 * text + 0.3 * taught], rel=1e-5)

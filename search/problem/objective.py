@@ -1,0 +1,141 @@
+"""Objectives: what a search minimises, a quality that is evaluated or a cost that is predicted.
+
+A quality is ``loss``, ``recall_loss`` or a registered one. A cost is ``[DEVICE:]QUANTITY:WORKLOAD``, such as
+``latency:decode@2048`` or ``phone:rss:prefill@512``, or a metric as in limits, such as ``memory@64``.
+A plug-in adds a quality by :func:`register_objective`::
+
+    def worst_loss(model, data):  # model: tokens [B, T] -> logits [B, T, V]; data: an EvaluationSet
+        ...
+        return float(losses.max())
+
+    register_objective("worst_loss", worst_loss)
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from search.problem.limit import parse_subject
+from search.problem.metric import METRICS, Metric, metric_named
+from space import InputError, Workload
+from space.registry import Registry
+
+if TYPE_CHECKING:  # it needs torch
+    from supernet.evaluate import QualityFunction
+
+BUILTIN_QUALITIES = ("loss", "recall_loss")  # which every evaluation gives
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """A quality that a search can minimise.
+
+    Attributes:
+        name: in objectives, and of the column in the evaluations.
+        evaluate: ``evaluate(model, data)`` gives the value; lower is better. None for those that evaluations
+            have anyway, and those that only an evaluator of the caller's gives.
+    """
+
+    name: str
+    evaluate: "QualityFunction | None" = None
+
+
+QUALITIES: Registry[Quality] = Registry("objective")
+for _name in BUILTIN_QUALITIES:
+    QUALITIES.register(_name, Quality(name=_name))
+
+
+def register_objective(name: str, evaluate: "QualityFunction | None" = None) -> None:
+    """Make a quality known as an objective.
+
+    Args:
+        name: letters, digits and ``_``.
+        evaluate: ``evaluate(model, data) -> float``, minimised. ``model`` is a function of token ids [B, T]
+            that gives logits [B, T, V]; ``data`` is a :class:`supernet.evaluate.EvaluationSet`. None: the
+            value comes from the evaluator given to :func:`search.engine.run.run_search`.
+
+    Raises:
+        InputError: the name is taken, or is a metric's, or has other characters.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in METRICS:
+        raise InputError(f"objective {name!r}: give letters, digits and '_', and not the name of a metric")
+    QUALITIES.register(name, Quality(name=name, evaluate=evaluate))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One objective of a search, minimised.
+
+    Attributes:
+        text: as it was given; it names the column of the evaluations.
+        metric: the cost; None for a quality.
+        device: whose predictor gives the cost; None: the first of the problem.
+        workload: of the cost; None for a quality, or a metric that takes none.
+    """
+
+    text: str
+    metric: Metric | None = None
+    device: str | None = None
+    workload: Workload | None = None
+
+    @property
+    def is_quality(self) -> bool:
+        """True for a quality, which has to be evaluated; False for a predicted cost."""
+        return self.metric is None
+
+    @staticmethod
+    def parse(text: str) -> "Objective":
+        """The objective of a text.
+
+        Args:
+            text: such as ``loss``, ``latency:decode@2048``, ``desk:rss:prefill@64`` or ``params``.
+
+        Raises:
+            InputError: there is no such objective or workload.
+        """
+        text = text.strip()
+        if text in QUALITIES:
+            return Objective(text=text)
+        *device, quantity, workload = text.split(":") if ":" in text else (text, "")
+        if any(quantity in (m.quantity or m.name, m.name) for m in map(METRICS.get, METRICS)) and workload:
+            parsed = Workload.parse(workload)
+            metric = metric_named(quantity, parsed.phase)
+            if metric is None or len(device) > 1 or (device and not metric.needs_device):
+                raise InputError(f"objective {text!r}: not one of {objective_forms()}")
+            return Objective(text=text, metric=metric, device=device[0] if device else None, workload=parsed)
+        head = re.match(r"(?:[^:]*:)?\s*(\w+)", text)
+        if not head or head[1] not in METRICS:
+            raise InputError(f"objective {text!r}: not one of {objective_forms()}")
+        subject = parse_subject(text, f"objective {text!r}")
+        if subject.device and not subject.metric.needs_device:
+            raise InputError(f"objective {text!r}: {subject.metric.form} is the same on every device")
+        return Objective(text=text, metric=subject.metric, device=subject.device, workload=subject.workload)
+
+
+def objective_forms() -> str:
+    """The forms of objectives, for error messages and help texts."""
+    costs: dict[str, None] = {}
+    for metric in map(METRICS.get, METRICS):
+        name = metric.quantity or metric.name
+        device, workload = "[DEVICE:]" * metric.needs_device, ":WORKLOAD" * (metric.phase is not None)
+        costs[f"{device}{name}{workload}"] = None
+    return ", ".join([*QUALITIES, *costs])
+
+
+def check_objectives(objectives: Iterable[Objective]) -> None:
+    """Refuse objectives that no search can minimise together.
+
+    Args:
+        objectives: of one problem.
+
+    Raises:
+        InputError: one is given twice, or none is a quality.
+    """
+    found = list(objectives)
+    texts = ", ".join(one.text for one in found)
+    costs = [(one.device, one.metric.name, one.workload) if one.metric else one.text for one in found]
+    if len(set(costs)) < len(costs):
+        raise InputError(f"objectives: {texts} names one twice")
+    if not any(one.is_quality for one in found):
+        raise InputError(f"objectives: one of {', '.join(QUALITIES)} must be among {texts}")
