@@ -1,47 +1,60 @@
-"""The command line. Heavy libraries are imported inside the commands that need them."""
+"""The command line: its options, the commands of a run, and exit codes.
+
+Heavy libraries are imported inside the commands that need them, after everything given has been checked that
+can be checked without them.
+"""
 
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from search.cli.devices import devices, profile, verify
-from search.cli.options import ConfigFile, Json, RunFolder, SpaceFile
-from search.cli.output import (
-    Bars,
-    describe_space,
-    err,
-    make_table,
-    search_tables,
-    show,
-    space_table,
-    summary_tables,
-)
+from search.cli.options import ConfigFile, Json, RunFolder
+from search.cli.output import Bars, make_table, note, show
+from search.cli.search import search
+from search.cli.space import space
 from search.cli.submodels import export, extract, finetune, generate
 from space.io.errors import FormfitError
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+
 app = typer.Typer(
+    name="formfit",
     help="Find the transformer that fits your device: search, extract, export and verify, by measuring.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, verify, devices, extract, export, finetune, generate):
-    app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"formfit {version('formfit')}\n")
+        raise typer.Exit
 
 
 @app.callback()
 def settings(
     context: typer.Context,
-    devices: Annotated[Path, typer.Option(metavar="DIR", help="Where device cards are kept.")] = Path(
+    devices: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the device cards.")] = Path(
         "devices"
     ),
+    _version_option: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Options that every command has."""
+    """Options of all commands."""
     context.obj = devices
 
 
@@ -50,240 +63,219 @@ def run(
     context: typer.Context,
     config: ConfigFile,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", metavar="RUN", help="The run's folder [default: runs/CONFIG].")
+        Path | None, typer.Option("--out", metavar="RUN", help="Folder of the run. [default: runs/CONFIG]")
     ] = None,
-    smoke: Annotated[bool, typer.Option(help="The same stages, small: a check, not a result.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Run all stages in a small form, as a check.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Check the configuration, say what would be done, stop.")
+        bool, typer.Option("--dry-run", help="Check the configuration, show what would be done, and stop.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train, profile, search, extract, verify, report. Resumes; skips what is done."""
-    from search import pipeline as stages
+    """Train, profile, search, extract, verify and report. Resumes; skips completed stages."""
     from search.config import load_run_config
     from search.config import smoke as small
-    from search.workspace import Run
 
     loaded = load_run_config(config)
     if smoke:
         loaded = small(loaded)
     folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
-    the_run = Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
     if dry_run:
-        value = describe_space(the_run.space) | {"out": str(folder), "device": loaded.device}
+        from search.cli.space import describe_space, space_table
+
+        value = describe_space(loaded.space) | {"out": str(folder), "device": loaded.device}
         show(value, as_json, lambda: [space_table(value)])
         return
-    summary = stages.execute(the_run, Bars())
-    show(summary, as_json, lambda: [*summary_tables(summary)])
+    from search import pipeline
+    from search.workspace import Run
+
+    devices = context.obj / "smoke" if smoke and out_dir is None else context.obj
+    summary = pipeline.execute(Run(folder, loaded, devices), Bars())
+    show(summary, as_json, lambda: summary_tables(summary))
     if not as_json:
         report = folder / "searches" / loaded.device / "report.html"
-        err.print(f"summary: {folder / 'summary.json'}   report: {report}", highlight=False)
+        note(f"summary: {folder / 'summary.json'}   report: {report}")
 
 
-@app.command()
-def space(file: SpaceFile, as_json: Json = False) -> None:
-    """Say how large a space is, its ends, and what profiling it would take."""
-    from space import load_space
-
-    value = describe_space(load_space(file))
-    show(value, as_json, lambda: [space_table(value)])
+app.command()(space)
 
 
 @app.command()
 def train(
     context: typer.Context,
     config: ConfigFile,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder.")],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.")],
     as_json: Json = False,
 ) -> None:
     """Train the supernet of a run's configuration. Resumes."""
-    from search import pipeline as stages
     from search.config import load_run_config
+
+    loaded = load_run_config(config)
+
+    from search import pipeline
     from search.workspace import Run
     from supernet.data.corpus import load_corpus
 
-    the_run = Run(out_dir, load_run_config(config), context.obj)
-    found = stages.trained(the_run, Bars(), load_corpus(the_run.config.train.data))
-    value = {"checkpoint": str(found.folder), "step": found.step, "sha256": found.digest}
-    show(value, as_json, lambda: [make_table("Supernet", list(value), [[str(v) for v in value.values()]])])
+    corpus = load_corpus(loaded.train.data)
+    checkpoint = pipeline.trained(Run(out_dir, loaded, context.obj), Bars(), corpus)
+    value = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "sha256": checkpoint.digest}
+    show(value, as_json, lambda: [make_table("Supernet", list(value), [list(map(str, value.values()))])])
 
 
-@app.command()
-def search(
-    context: typer.Context,
-    supernet: RunFolder,
-    device: Annotated[
-        list[str],
-        typer.Option(help="A device card; several may have limits, the first is the default."),
-    ],
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(help="Such as 'decode@256<=2ms', 'prefill@256<=60%' or 'phone:decode@256<=9ms'."),
-    ] = None,
-    objective: Annotated[
-        list[str] | None,
-        typer.Option(help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD, rss:WORKLOAD or params."),
-    ] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="evolution, hat, random, optuna-nsga2 or optuna-tpe.")
-    ] = None,
-    surrogate: Annotated[
-        bool | None, typer.Option(help="Screen evolution's children by predicted quality.")
-    ] = None,
-    generations: Annotated[int | None, typer.Option(min=1)] = None,
-    population: Annotated[int | None, typer.Option(min=2)] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster, HOST:PORT or auto; else one of this machine.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    confidence: Annotated[float | None, typer.Option(help="With which latency limits are kept.")] = None,
-    compare: Annotated[
-        bool | None, typer.Option(help="Random search at equal evaluations too, for the report.")
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Measure the finalists, learn from misses, search again.")
-    ] = False,
-    finalists: Annotated[
-        int, typer.Option(min=0, help="Distil so many of the best for a while before one is chosen.")
-    ] = 0,
-    noise: Annotated[
-        float | None,
-        typer.Option(min=0.01, help="Percent that timings of the same work may differ, with --verify."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The search's name [default: the first device's].")] = None,
-    as_json: Json = False,
-) -> None:
-    """Search a trained supernet for the front under limits. Resumes."""
-    from search.config import trained_config
-    from search.engine.devices import open_targets
-    from search.problem.problem import SearchConfig
-    from space.io.config import parse
-
-    run_config = trained_config(supernet)
-    given = {
-        "limits": limit and tuple(limit),
-        "objectives": objective and tuple(objective),
-        "strategy": strategy,
-        "surrogate": surrogate,
-        "generations": generations,
-        "population": population,
-        "workers": workers,
-        "ray_address": ray_address,
-        "seed": seed,
-        "confidence": confidence,
-        "compare": compare,
-    }
-    base = run_config.search.model_dump()
-    config = parse(SearchConfig, base | {k: v for k, v in given.items() if v is not None}, "search")
-    if noise is not None:
-        measuring = run_config.verify.model_copy(update={"max_noise": noise / 100})
-        run_config = run_config.model_copy(update={"verify": measuring})
-    bars = Bars()
-    cards, predictors = open_targets(context.obj, device, run_config, config, bars)
-
-    # What cannot be met is refused before torch is loaded, which takes seconds.
-    from search.select.measured_search import require_kept
-    from search.select.searched import require_tuned, search_run
-    from search.workspace import Run
-
-    the_run = Run(supernet, run_config, context.obj)
-    found = search_run(
-        the_run, cards, predictors, config, name or device[0], bars, verify=verify, finalists=finalists
-    )
-    show(found, as_json, lambda: search_tables(found))
-    if "tuned" in found and not as_json:
-        err.print(f"tuned sub-model: {found['tuned']['folder']}", highlight=False, soft_wrap=True)
-    if verify:
-        require_kept(found["measured_search"])
-    require_tuned(found)
+app.command()(profile)
+app.command()(search)
+app.command()(extract)
+app.command()(export)
+app.command()(verify)
+app.command()(generate)
+app.command()(finetune)
 
 
 @app.command()
 def audit(
     context: typer.Context,
-    supernet: RunFolder,
+    run: RunFolder,
     device: Annotated[
-        str | None, typer.Option(help="Whose predicted latencies are to be equal (default: the run's).")
+        str | None,
+        typer.Option(metavar="NAME", help="Device of the equal predicted latencies. [default: the run's]"),
     ] = None,
     workload: Annotated[
-        str | None, typer.Option(help="At which they are (default: the first prefill that was measured).")
+        str | None,
+        typer.Option(
+            metavar="WORKLOAD",
+            help="Workload of the equal latencies. [default: the first prefill that was profiled]",
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of each training (default: a quarter of the run's).")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps of each training. [default: a quarter of the run's]"),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step (default: the run's).")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each; two show how well two agree.")] = 2,
+    batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Rows of a step. [default: the run's]")
+    ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Trainings of each architecture; two show how well they agree."
+        ),
+    ] = 2,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at a time (default: one a core).")
+        int | None, typer.Option(min=1, metavar="N", help="Trainings at a time. [default: one per core]")
     ] = None,
     size: Annotated[int, typer.Option(min=3, hidden=True)] = 12,
     as_json: Json = False,
 ) -> None:
-    """Ask whether the supernet ranks architectures as training each alone does. Resumes."""
+    """Compare the supernet's ranking with stand-alone training. Resumes."""
+    from search.config import trained_config
+
+    trained_config(run)
+
     from search.audit.audit import AuditConfig
     from search.audit.audit import audit as carry_out
-    from search.cli.output import audit_table
     from search.workspace import open_run
 
     config = AuditConfig(size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers)
-    found = carry_out(open_run(supernet, context.obj), config, device, Bars())
+    found = carry_out(open_run(run, context.obj), config, device, Bars())
     show(found, as_json, lambda: [audit_table(found)])
     if not as_json:
         for judged in found["sets"].values():
-            err.print(judged["text"], highlight=False)
-        err.print(f"page: {supernet / 'audit' / 'audit.html'}", highlight=False)
+            note(judged["text"])
+        note(f"page: {run / 'audit' / 'audit.html'}")
 
 
 @app.command()
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     png: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each figure as a PNG into this folder too.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the HTML report of a finished run again, and say where it is."""
+    """Write the HTML report of a finished run again."""
+    from search.config import trained_config
+
+    trained_config(folder)
+
     from latency import load_card
-    from search import pipeline as stages
+    from search import pipeline
     from search.audit.page import audit_section
     from search.engine.front import FRONT
     from search.report.images import write_images
     from search.report.page import figures, write_report
     from search.workspace import open_run
 
-    the_run = open_run(folder, context.obj)
-    summary = stages.SUMMARY.read(folder / "summary.json")
+    opened = open_run(folder, context.obj)
+    summary = pipeline.SUMMARY.read(folder / "summary.json")
     name = summary["device"]["name"]
     front = FRONT.read(folder / "searches" / name / "front.json")
     path = folder / "searches" / name / "report.html"
     audited = audit_section(folder, summary["header"]["inputs"]["supernet"])
-    write_report(path, the_run.space, front, summary, load_card(context.obj, name), audited, path.parent)
+    write_report(path, opened.space, front, summary, load_card(context.obj, name), audited, path.parent)
     files = [path]
     if png:
-        files += write_images(png, figures(the_run.space, front, summary, path.parent))
+        files += write_images(png, figures(opened.space, front, summary, path.parent))
     value = {"report": str(path), **({"images": [str(f) for f in files[1:]]} if png else {})}
     show(value, as_json, lambda: [make_table("Report", ["file"], [[str(f)] for f in files])])
 
 
+app.command()(devices)
+
+
+def summary_tables(summary: dict[str, Any]) -> "list[Table]":
+    """The result of a run.
+
+    Args:
+        summary: the JSON object of ``summary.json``.
+    """
+    from search.cli.tables import front_tables, latency_table, limit_table
+    from search.engine.front import Member
+    from search.engine.verification import latencies_from_json, limits_from_json
+
+    text = summary["text"]
+    names = ("largest_bits_per_byte", "chosen_bits_per_byte", "order2_bits_per_byte", "gzip_bits_per_byte")
+    bits = make_table(
+        "Bits per byte, same held-out text",
+        ["largest", "chosen", "order-2", "gzip -9"],
+        [["-" if text[name] is None else f"{text[name]:.3f}" for name in names]],
+    )
+    members = list(map(Member.from_json, summary["front"]))
+    return [
+        *front_tables(members, {pick: value["key"] for pick, value in summary["verified"].items()}),
+        latency_table(latencies_from_json(summary["chosen"]["latency"])),
+        limit_table(limits_from_json(summary["limits"])),
+        bits,
+    ]
+
+
+def audit_table(audit: dict[str, Any]) -> "Table":
+    """The rank correlations of an audit.
+
+    Args:
+        audit: the JSON object of the audit.
+    """
+    from search.audit.page import AGREEMENT_COLUMNS, agreement_rows
+
+    rows = [list(map(str, row)) for row in agreement_rows(audit)]
+    return make_table("Rank correlation with stand-alone training", list(AGREEMENT_COLUMNS), rows)
+
+
 def main() -> None:
-    """Run the command line and turn what happened into an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Run the command line and exit with 0, or the code of the error that it reports in one line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="formfit", standalone_mode=False)
     except FormfitError as error:
         sys.stderr.write(f"formfit: {error}\n")
         sys.exit(error.exit_code)
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if message:  # none where the help was shown, for want of a command
+        if message:  # empty where the help was shown because no command was given
             text = " ".join(message.split()).rstrip(".")
-            sys.stderr.write(f"formfit: {text}; `formfit --help` says what there is\n")
-        sys.exit(2)
+            sys.stderr.write(f"formfit: {text}; `formfit --help` lists commands and options\n")
+        sys.exit(EXIT_BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("formfit: stopped\n")
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,236 +2,280 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.options import Json, RunFolder
-from search.cli.output import Bars, err, make_table, show
+from search.cli.options import Formats, Json, Precisions, RunFolder, SubModelFolder, check_submodel
+from search.cli.output import Bars, make_table, note, show
 from space.io.errors import InputError
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A sub-model's folder.")]
-Formats = Annotated[
-    list[str] | None,
-    typer.Option("--format", help="onnx or hf, beside the weights; both may be given."),
-]
-Precisions = Annotated[
-    list[str] | None,
-    typer.Option("--precision", help="int8 or int8-dynamic: a graph of that precision too."),
-]
+if TYPE_CHECKING:
+    from search.submodel.generation import StreamingTokenizer
+
+LIMIT_CHARACTERS = "<=>≤≥"  # of which a pick's name or key has none
 
 
 def extract(
     context: typer.Context,
-    supernet: RunFolder,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the sub-model's folder goes.")],
-    search: Annotated[str | None, typer.Option(metavar="NAME", help="A search of the run.")] = None,
+    run: RunFolder,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new sub-model.")],
+    search: Annotated[str | None, typer.Option(metavar="NAME", help="Name of a search of the run.")] = None,
     pick: Annotated[
         str | None,
         typer.Option(
-            help="chosen (after --verify), best, knee, fastest, a key; or a limit such as 'decode@256<=2ms' "
-            "or 'params<=1M': FFN sizes are then mixed to meet it, without a search."
+            metavar="PICK",
+            help="chosen (after --verify), best, knee, fastest or a key of the front; or a limit "
+            "such as 'params<=1M', which mixes FFN sizes to meet it, without a search.",
         ),
     ] = None,
     architecture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="An architecture in JSON, instead of a search's.")
+        Path | None, typer.Option(metavar="FILE", help="JSON file of an architecture, instead of a search's.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Whose latency a limit given to --pick is of [default: the run's].")
+        str | None, typer.Option(metavar="NAME", help="Device of a limit in --pick. [default: the run's]")
     ] = None,
     format_: Formats = None,
     precision: Precisions = None,
     as_json: Json = False,
 ) -> None:
-    """Take a sub-network out of the supernet as a plain model in a folder of its own."""
+    """Copy a sub-network of the supernet into a plain model."""
+    from search.config import trained_config
+    from search.problem.limit import Limit
+    from search.submodel.formats import check_formats
+
+    check_formats(format_ or (), precision or ())
+    if architecture and pick:
+        raise InputError("--pick: an architecture is given already, by --architecture")
+    limit = pick if pick and set(pick) & set(LIMIT_CHARACTERS) else None
+    if (architecture is not None) == (search is not None or limit is not None):
+        raise InputError("give one of --search NAME, --architecture FILE and --pick LIMIT")
+    trained_config(run)
+    if limit:
+        Limit.parse(limit)
+
     from search.select.picks import chosen_architecture
-    from search.submodel.export import check_formats, export
+    from search.submodel.export import export
     from search.workspace import open_run, open_supernet
     from space import Workload
     from supernet.data.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.training.train import load_supernet
 
-    check_formats(format_ or (), precision or ())
-    the_run = open_run(supernet, context.obj)
-    if architecture and pick:
-        raise InputError("--pick: an architecture is given already, by --architecture")
-    mixing = bool(set(pick or "") & set("<=>≤≥"))  # of a key or a name none is part
-    if (architecture is not None) == (search is not None or mixing):
-        raise InputError("give one of --search NAME, --architecture FILE and --pick LIMIT")
-    if mixing:
+    opened = open_run(run, context.obj)
+    if limit:
         from search.select.mix_n_match import mixed
 
-        chosen, found = mixed(the_run, search, str(pick), device, Bars())
+        chosen, found = mixed(opened, search, limit, device, Bars())
     else:
-        chosen, found = chosen_architecture(the_run, search, pick, architecture)
-    checkpoint = open_supernet(the_run, load_corpus(the_run.config.train.data))
+        chosen, found = chosen_architecture(opened, search, pick, architecture)
+    checkpoint = open_supernet(opened, load_corpus(opened.config.train.data))
     inputs = {"supernet": checkpoint.digest}
-    weights = load_supernet(the_run.space, checkpoint)
-    submodel = write_submodel(out_dir, weights, found, inputs, chosen, the_run.text)
+    weights = load_supernet(opened.space, checkpoint)
+    submodel = write_submodel(out_dir, weights, found, inputs, chosen, opened.text)
     files = ["architecture.json", "model.safetensors", "README.md"]
     latency = chosen.get("predicted", {}).get("latency", {}).values()
     verified = {Workload.parse(text).precision for predicted in latency for text in predicted}
     precisions = [*(precision or ()), *sorted(verified)] if "onnx" in (format_ or ()) else []
     files += export(submodel, format_ or (), precisions)
-    _show_files({"key": found.key, "folder": str(out_dir), "files": files}, as_json)
+    _show_files(found.key, out_dir, files, as_json)
 
 
 def export(
-    folder: Folder, format_: Formats = None, precision: Precisions = None, as_json: Json = False
+    folder: SubModelFolder, format_: Formats = None, precision: Precisions = None, as_json: Json = False
 ) -> None:
-    """Write a sub-model's folder in further formats: an ONNX graph, a Hugging Face folder, int8."""
-    from search.submodel.export import export as write
-    from supernet.extract import read_submodel
+    """Write a sub-model as ONNX, int8 ONNX or Hugging Face."""
+    from search.submodel.formats import check_formats
 
     if not format_:
         raise InputError("give --format onnx, --format hf or both")
+    check_formats(format_, precision or ())
+    check_submodel(folder)
+
+    from search.submodel.export import export as write
+    from supernet.extract import read_submodel
+
     submodel = read_submodel(folder)
     files = write(submodel, format_, precision or ())
-    _show_files({"key": submodel.architecture.key, "folder": str(folder), "files": files}, as_json)
+    _show_files(submodel.architecture.key, folder, files, as_json)
 
 
 def finetune(
     context: typer.Context,
-    folder: Folder,
-    data: Annotated[Path, typer.Option(metavar="PATH", help="A text file, or a folder of them.")],
+    folder: SubModelFolder,
+    data: Annotated[Path, typer.Option(metavar="PATH", help="A text file, or a folder of text files.")],
     teacher: Annotated[
-        Path, typer.Option(metavar="RUN", help="A run's folder; the largest of its supernet teaches.")
+        Path, typer.Option(metavar="RUN", help="Folder of the run whose largest sub-network is the teacher.")
     ],
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the tuned sub-model goes.")],
-    steps: Annotated[int, typer.Option(min=1)] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
-    rate: Annotated[float, typer.Option(help="The greatest learning rate.")] = 1e-3,
-    distillation: Annotated[float, typer.Option(help="The teacher's weight against the text, 0 to 1.")] = 0.5,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the tuned sub-model.")],
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Training steps.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a step.")] = 8,
+    rate: Annotated[float, typer.Option(metavar="RATE", help="Largest learning rate.")] = 1e-3,
+    distillation: Annotated[
+        float, typer.Option(metavar="WEIGHT", help="Weight of the teacher's loss, 0 to 1.")
+    ] = 0.5,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row [default: as the sub-model was trained].")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens of a row. [default: as in the sub-model's training]"),
     ] = None,
-    held_out: Annotated[float, typer.Option(help="The share of the text that is only judged on.")] = 0.05,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="[default: all cores]")] = None,
+    held_out: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the text that is only evaluated on.")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of torch. [default: all cores]")
+    ] = None,
     format_: Formats = None,
     precision: Precisions = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a sub-model on your own text, taught by its supernet's largest too. Resumes."""
-    from search.submodel.export import check_formats
+    """Fine-tune a sub-model on your own text. Resumes.
+
+    The largest sub-network of its supernet is the teacher.
+    """
+    from search.config import trained_config
+    from search.submodel.formats import check_formats
+
+    check_formats(format_ or (), precision or ())
+    check_submodel(folder)
+    trained_config(teacher)
+
     from search.submodel.export import export as write
-    from search.submodel.finetune import FINETUNING, FinetuneConfig
+    from search.submodel.finetune import FinetuneConfig, FineTuning
     from search.submodel.finetune import finetune as carry_out
-    from search.workspace import open_run
+    from search.workspace import open_run, open_trained
     from space.io.config import parse
     from supernet.data.corpus import DataConfig
     from supernet.extract import read_submodel
 
-    check_formats(format_ or (), precision or ())
     given = {"steps": steps, "batch": batch, "learning_rate": rate, "distillation": distillation,
              "length": length, "threads": threads, "seed": seed}  # fmt: skip
     config = parse(FinetuneConfig, given, "finetune")
-    # An absolute path: the tuned folder names it, and is read from elsewhere.
+    # An absolute path: the tuned folder names it, and is read from other working directories.
     text = parse(DataConfig, {"path": str(data.resolve()), "held_out": held_out}, "data")
-    tuned = carry_out(read_submodel(folder), open_run(teacher, context.obj), text, out_dir, config, Bars())
+    trained = open_trained(open_run(teacher, context.obj))
+    tuned = carry_out(read_submodel(folder), trained, teacher, text, out_dir, config, Bars())
     files = write(tuned, format_ or (), precision or ())
-    found = FINETUNING.read(out_dir / "finetune.json")
-    value = {name: found[name] for name in ("key", "steps", "before", "after")}
+    record = FineTuning.read(out_dir / "finetune.json")
+    value = {"key": record.key, "steps": record.steps, "before": record.before, "after": record.after}
     value |= {"folder": str(out_dir), "files": files}
-
-    def table() -> list[Any]:
-        rows = [
-            [
-                name,
-                *(
-                    "-" if found[when][name] is None else f"{found[when][name]:.4f}"
-                    for when in ("before", "after")
-                ),
-            ]
-            for name in found["before"]
-        ]
-        return [make_table(f"Held-out text, {steps} steps", ["", "before", "after"], rows)]
-
-    show(value, as_json, table)
+    rows = [
+        [name, *("-" if losses[name] is None else f"{losses[name]:.4f}" for losses in (before, after))]
+        for before, after in [(record.before, record.after or {})]
+        for name in before
+    ]
+    columns = ["quality", "before", "after"]
+    show(value, as_json, lambda: [make_table(f"Held-out text, {steps} steps", columns, rows)])
 
 
-def _show_files(value: dict[str, Any], as_json: bool) -> None:
-    rows = [[value["key"], value["folder"], "\n".join(value["files"])]]
+def _show_files(key: str, folder: Path, files: list[str], as_json: bool) -> None:
+    value = {"key": key, "folder": str(folder), "files": files}
+    rows = [[key, str(folder), "\n".join(files)]]
     show(value, as_json, lambda: [make_table("Sub-model", ["key", "folder", "files"], rows)])
 
 
 def generate(
-    folder: Folder,
-    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
+    folder: SubModelFolder,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file with the text, instead; - for standard input.")
+        Path | None, typer.Option(metavar="FILE", help="File with the text; - for standard input.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
-    precision: Annotated[str, typer.Option(help="Which of the folder's graphs runs.")] = "fp32",
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="T", help="0 takes the most likely token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the most likely tokens that make up this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed of the draws.")] = 0,
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="Precision of the graph that runs.")
+    ] = "fp32",
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="Threads of onnxruntime.")] = 1,
     draft: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A smaller sub-model that runs ahead; greedy only.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Smaller sub-model for speculative decoding; greedy only."),
     ] = None,
-    draft_tokens: Annotated[int, typer.Option(min=1, max=64, help="How far the draft runs ahead.")] = 4,
-    ignore_end: Annotated[bool, typer.Option(help="Go on where the model would end the document.")] = False,
+    draft_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", max=64, help="Tokens that the draft proposes in each round.")
+    ] = 4,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Continue after the end-of-document token.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Go on from a text with an exported sub-model, on onnxruntime alone."""
-    from search.submodel.generation import NEAR_TIE, DraftStatistics, Sampling, StreamingTokenizer, speculate
-    from search.submodel.generation import generate as plain
-    from search.submodel.loading import fit_new_tokens, open_draft, open_model, prompt_text
+    """Continue a text with an exported sub-model.
 
+    Runs on onnxruntime, without torch.
+    """
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: a share above 0, at most 1")
     if draft and temperature:
-        raise InputError(f"--temperature {temperature}: with --draft the likeliest token is taken, give 0")
+        raise InputError(f"--temperature {temperature}: --draft takes the most likely token, give 0")
+    for given in (folder, *([draft] if draft else [])):
+        if not given.is_dir():
+            raise InputError(f"{given}: no such folder; `formfit extract --format onnx` writes one")
+
+    from search.submodel.generation import NEAR_TIE, DraftStatistics, Sampling, StreamingTokenizer, speculate
+    from search.submodel.generation import generate as generate_tokens
+    from search.submodel.loading import fit_new_tokens, open_draft, open_model, prompt_text
+
     if draft and precision not in NEAR_TIE:
-        raise InputError(f"--draft: not with {precision}, whose ranges depend on how many tokens are read")
-    speaker = open_model(folder, precision, threads)
-    small = open_draft(draft, speaker, precision, threads, draft_tokens) if draft else None
-    text = StreamingTokenizer(speaker.tokenizer)
-    asked = text.encode(prompt_text(prompt, prompt_file))
-    most = fit_new_tokens(speaker, len(asked), tokens, warn)
-    stop = None if ignore_end else text.separator
-    counts = DraftStatistics(near=NEAR_TIE.get(precision, 0.0))
-    if small:
-        found = speculate(speaker.decoder, small, asked, most, stop, draft_tokens, counts)
-    else:
-        found = plain(
-            speaker.decoder, asked, most, Sampling(temperature=temperature, top_p=top_p, seed=seed), stop
+        raise InputError(f"--draft: not with {precision}, whose ranges depend on the number of tokens read")
+    model = open_model(folder, precision, threads)
+    draft_model = open_draft(draft, model, precision, threads, draft_tokens) if draft else None
+    text = StreamingTokenizer(model.tokenizer)
+    prompt_tokens = text.encode(prompt_text(prompt, prompt_file))
+    max_new_tokens = fit_new_tokens(model, len(prompt_tokens), tokens, note)
+    eos_token_id = None if ignore_eos else text.separator
+    statistics = DraftStatistics(near=NEAR_TIE.get(precision, 0.0))
+    if draft_model:
+        new_tokens = speculate(
+            model.decoder, draft_model, prompt_tokens, max_new_tokens, eos_token_id, draft_tokens, statistics
         )
+    else:
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        new_tokens = generate_tokens(model.decoder, prompt_tokens, max_new_tokens, sampling, eos_token_id)
+    value = {
+        "prompt_tokens": len(prompt_tokens),
+        **_streamed(new_tokens, text, echo=not as_json),
+        "draft": None,
+    }
+    summary = f"{value['tokens']} tokens"
+    if value["tokens_per_second"] is not None:
+        summary += f", {value['tokens_per_second']:,.0f} tokens/s"
+    if draft_model:
+        acceptance = statistics.accepted / max(1, statistics.proposed)
+        value["draft"] = {**vars(statistics), "acceptance": acceptance}
+        summary += f"; {statistics.accepted} of {statistics.proposed} proposals accepted"
+        if statistics.near_ties:
+            summary += f"; {statistics.near_ties} near ties (two logits within {statistics.near:g})"
+    if as_json:
+        show(value, as_json, list)
+    else:
+        note(summary)
+
+
+def _streamed(new_tokens: Iterator[int], text: "StreamingTokenizer", echo: bool) -> dict[str, Any]:
+    """Text and timing of new tokens, written to stdout as they come if ``echo`` is true."""
     began, first, pieces, count = time.perf_counter(), 0.0, [], 0
-    for token in found:
+    for token in new_tokens:
         first = first or time.perf_counter()
         count += 1
         pieces.append(text.feed(token))
-        if not as_json:
+        if echo:
             sys.stdout.write(pieces[-1])
             sys.stdout.flush()
     ended = time.perf_counter()
     pieces.append(text.end())
-    pace = (count - 1) / (ended - first) if count > 1 else None
-    value: dict[str, Any] = {
+    if echo:
+        sys.stdout.write(f"{pieces[-1]}\n")
+        sys.stdout.flush()
+    return {
         "text": "".join(pieces),
-        "prompt_tokens": len(asked),
         "tokens": count,
         "first_token_ms": 1e3 * (first - began) if count else None,
-        "tokens_per_second": pace,
-        "draft": None,
+        "tokens_per_second": (count - 1) / (ended - first) if count > 1 else None,
     }
-    said = f"{count} tokens" + (f", {pace:,.0f} a second" if pace else "")
-    if small:
-        value["draft"] = {**vars(counts), "acceptance": counts.accepted / max(1, counts.proposed)}
-        said += f"; {counts.accepted} of {counts.proposed} proposals accepted"
-        if counts.near_ties:
-            said += f"; at {counts.near_ties} tokens the likeliest two were within {counts.near:g}"
-    if as_json:
-        show(value, as_json, list)
-    else:
-        sys.stdout.write(f"{pieces[-1]}\n")
-        err.print(said, highlight=False)
-
-
-def warn(text: str) -> None:
-    """Tell a person on stderr."""
-    err.print(text, highlight=False, soft_wrap=True, markup=False)

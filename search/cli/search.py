@@ -1,0 +1,210 @@
+"""The command ``search``."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from search.cli.options import Json, RunFolder, check_name
+from search.cli.output import Bars, make_table, note, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from search.config import RunConfig, SearchConfig
+
+
+def search(
+    context: typer.Context,
+    run: RunFolder,
+    device: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="Device card. Repeatable: limits that name none are of the first."),
+    ],
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIMIT",
+            help="'decode@256<=2ms', 'prefill@256<=60%', 'phone:decode@256<=9ms'... Repeatable.",
+        ),
+    ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OBJECTIVE",
+            help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD, rss:WORKLOAD, params or a registered "
+            "one. Repeatable.",
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="nsga2, hat, random, optuna-nsga2, optuna-tpe or a registered one."
+        ),
+    ] = None,
+    surrogate: Annotated[bool | None, typer.Option(help="Screen candidates by predicted quality.")] = None,
+    generations: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of generations.")
+    ] = None,
+    population: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Architectures of a generation.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Ray workers; 0 evaluates in this process.")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="HOST:PORT of a running Ray cluster, or auto. [default: local]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Random seed.")] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Confidence of the upper bounds that limits are held against."),
+    ] = None,
+    baseline: Annotated[
+        Literal["none", "random"] | None,
+        typer.Option(help="Run random search at equal evaluations too, for the report."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Measure the finalists and search again if they miss a limit.")
+    ] = False,
+    distill_top: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Distil the K best briefly before one is chosen.")
+    ] = 0,
+    max_noise: Annotated[
+        float | None,
+        typer.Option(min=0.01, metavar="PERCENT", help="Largest difference of two timings, with --verify."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the search. [default: the first device's]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search a supernet for the Pareto front under limits. Resumes."""
+    from search.config import trained_config
+
+    run_config = trained_config(run)
+    given = {
+        "limits": limit and tuple(limit),
+        "objectives": objective and tuple(objective),
+        "strategy": strategy,
+        "surrogate": surrogate,
+        "generations": generations,
+        "population": population,
+        "workers": workers,
+        "ray_address": ray_address,
+        "seed": seed,
+        "confidence": confidence,
+        "baseline": baseline,
+    }
+    config = search_config(run_config, given)
+    check_search(config, device, name)
+    if max_noise is not None:
+        measuring = run_config.verify.model_copy(update={"max_noise": max_noise / 100})
+        run_config = run_config.model_copy(update={"verify": measuring})
+
+    from latency import load_card
+
+    for each in device:
+        load_card(context.obj, each)
+    # Limits that cannot be met are refused before torch is imported, which takes seconds.
+    from search.engine.devices import open_targets
+
+    bars = Bars()
+    cards, predictors = open_targets(context.obj, device, run_config, config, bars)
+
+    from search.select.measured_search import require_kept
+    from search.select.searched import require_tuned, search_run
+    from search.workspace import Run
+
+    found = search_run(
+        Run(run, run_config, context.obj), cards, predictors, config, name or device[0], bars,
+        verify=verify, finalists=distill_top,
+    )  # fmt: skip
+    show(found, as_json, lambda: search_tables(found))
+    if "tuned" in found and not as_json:
+        note(f"tuned sub-model: {found['tuned']['folder']}")
+    if verify:
+        require_kept(found["measured_search"])
+    require_tuned(found)
+
+
+def search_config(run: "RunConfig", given: Mapping[str, Any]) -> "SearchConfig":
+    """A run's search settings, with options in their place.
+
+    Args:
+        run: the run's configuration.
+        given: values by setting; None leaves the run's.
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+    from search.config import SearchConfig
+    from space.io.config import parse
+
+    changes = {name: value for name, value in given.items() if value is not None}
+    return parse(SearchConfig, run.search.model_dump() | changes, "search")
+
+
+def check_search(config: "SearchConfig", devices: list[str], name: str | None) -> None:
+    """Check names, limits and objectives before anything is loaded that takes seconds.
+
+    Args:
+        config: settings of the search.
+        devices: names of the devices.
+        name: of the search, if one is given.
+
+    Raises:
+        InputError: one of them is malformed, or two contradict each other.
+    """
+    from search.config import precision_of
+    from search.problem.limit import Limit, check_limits
+
+    for given in (*devices, *([name] if name else [])):
+        check_name(given)
+    check_limits(map(Limit.parse, config.limits))
+    for device in devices:
+        precision_of(config, device, devices[0])
+
+
+def search_tables(found: dict[str, Any]) -> "list[Table]":
+    """The front of a search, its measured finalists and its distilled ones.
+
+    Args:
+        found: the JSON object of the search.
+    """
+    from search.cli.tables import front_tables
+    from search.engine.front import Front
+
+    front = Front.from_json(found)
+    tables = front_tables(front.members, front.picks)
+    if "measured_search" in found:
+        rows = [
+            [
+                str(turn),
+                row["key"] + (" chosen" if row["key"] == found["measured_search"]["chosen"]["key"] else ""),
+                f"{row['loss_nats']:.4f}",
+                *(f"{value:.3f}" for value in row["latency_ms"].values()),
+                f"{100 * row['used']:.1f}%",
+                "kept" if row["kept"] else "missed",
+            ]
+            for turn, one in enumerate(found["measured_search"]["rounds"], start=1)
+            for row in one["finalists"]
+        ]
+        workloads = found["measured_search"]["chosen"]["latency_ms"]
+        columns = ["round", "key", "loss, nats", *(f"{w}, ms" for w in workloads), "of the limit", "limits"]
+        tables.append(make_table("Finalists, measured", columns, rows))
+    if found.get("finalists"):
+        rows = [
+            [
+                row["key"],
+                f"{row['rank_before']} -> {row['rank_after']}",
+                f"{row['before']['loss_nats']:.4f}",
+                f"{row['after']['loss_nats']:.4f}" if row["after"] else row["failed"],
+                str(row["steps"]),
+            ]
+            for row in found["finalists"]
+        ]
+        columns = ["key", "rank", "loss inherited, nats", "after distillation", "steps"]
+        tables.append(make_table("Finalists, distilled", columns, rows))
+    return tables

@@ -1,0 +1,121 @@
+"""Tables of the command line: fronts, limits, latencies, precisions, errors of predictors."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from search.cli.output import make_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from search.engine.front import Member
+    from search.engine.verification import LatencyComparison, LimitResult, PrecisionResult
+
+
+def limit_table(limits: "Sequence[LimitResult]") -> "Table":
+    """Limits, and whether each was kept.
+
+    Args:
+        limits: with their measured values.
+    """
+    from search.problem.limit import Limit
+    from search.problem.metric import format_quantity
+
+    rows = []
+    for item in limits:
+        metric = Limit.parse(item.limit.limit).metric
+        rows.append(
+            [
+                item.limit.limit,
+                format_quantity(metric, item.limit.bound),
+                "-" if item.found is None else format_quantity(metric, item.found),
+                "-" if item.used is None else f"{100 * item.used:.1f}%",
+                item.status,
+            ]
+        )
+    return make_table("Limits", ["limit", "bound", "found", "used", "status"], rows)
+
+
+def latency_table(latency: "Mapping[str, LatencyComparison]") -> "Table":
+    """Predicted beside measured latencies.
+
+    Args:
+        latency: by workload.
+    """
+    rows = [
+        [
+            workload,
+            f"{item.predicted.latency_ms:.3f}",
+            f"{item.predicted.upper_ms:.3f}",
+            f"{item.measured.latency_ms:.3f}",
+            f"{item.error_percent:+.1f}%",
+        ]
+        for workload, item in latency.items()
+    ]
+    return make_table("Latency, ms", ["workload", "predicted", "upper bound", "measured", "error"], rows)
+
+
+def precision_table(precisions: "Mapping[str, PrecisionResult]") -> "Table":
+    """Size, loss and latencies of a sub-model's graphs.
+
+    Args:
+        precisions: graphs by precision.
+    """
+    rows = []
+    for name, item in precisions.items():
+        loss = "UNMEASURED" if item.loss_nats is None else f"{item.loss_nats:.4f}"
+        # The row names the precision, so the workload is shown without it.
+        times = "\n".join(f"{w.split(',')[0]} {ms:.3f}" for w, ms in item.latency_ms.items())
+        rows.append([name, f"{item.bytes / 2**20:.2f} MiB", loss, times])
+    return make_table("Precisions", ["precision", "file", "loss, nats", "latency, ms"], rows)
+
+
+def front_tables(members: "Sequence[Member]", picks: Mapping[str, str]) -> "list[Table]":
+    """The members of a front, and the architectures of the picked ones.
+
+    Args:
+        members: of the front.
+        picks: keys of members by the name of the pick.
+    """
+    names = {key: pick for pick, key in picks.items()}
+    device = next(iter(members[0].predicted.latency), None)
+    workloads = list(members[0].predicted.latency[device]) if device else []
+    rows = [
+        [
+            member.key,
+            f"{member.loss_nats:.4f}",
+            *(f"{member.predicted.latency[str(device)][w].latency_ms:.3f}" for w in workloads),
+            f"{member.predicted.params:,}",
+            names.get(member.key, ""),
+        ]
+        for member in members
+    ]
+    columns = ["key", "loss, nats", *(f"{w}, ms" for w in workloads), "params", "pick"]
+    picked = [[names[m.key], m.architecture.describe()] for m in members if m.key in names]
+    return [
+        make_table("Front", columns, rows),
+        make_table("Architectures", ["pick", "architecture"], picked),
+    ]
+
+
+def error_table(workloads: Mapping[str, Mapping[str, Any]]) -> "Table":
+    """Errors of a predictor on whole models that it was not fitted to.
+
+    Args:
+        workloads: the predictor's errors by workload, as its file holds them.
+    """
+    rows = []
+    for workload, errors in workloads.items():
+        held_out, repeated = errors["held_out"], errors["repeatability_mape_percent"]
+        rows.append(
+            [
+                workload,
+                f"{held_out['mape_percent']:.2f}%",
+                f"{100 * held_out['within_10_percent']:.0f}%",
+                "-" if held_out["spearman"] is None else f"{held_out['spearman']:.4f}",
+                "-" if repeated is None else f"{repeated:.2f}%",
+                f"{errors['flops_and_params']['mape_percent']:.2f}%",
+            ]
+        )
+    columns = ["workload", "MAPE", "within 10%", "Spearman", "repeatability", "FLOPs+params MAPE"]
+    return make_table("Held-out whole models", columns, rows)
