@@ -80,7 +80,7 @@ def searched(
     card = load_card(run.devices, run.config.device)
     return search_front(
         run.folder / "searches" / card.name,
-        run.the_trained(checkpoint, corpus),
+        run.trained(checkpoint, corpus),
         {card.name: predictor},
         run.config.search,
         reporter,
@@ -93,7 +93,7 @@ def verified(
     """What came of searching and measuring, and the chosen and picked members by pick, verified."""
     card = load_card(run.devices, run.config.device)
     bench = make_workbench(
-        run.folder / "submodels", run.the_trained(checkpoint, corpus), card, run.config.verify
+        run.folder / "submodels", run.trained(checkpoint, corpus), card, run.config.verify
     )
     folder = run.folder / "searches" / card.name
     measured_search = run_measured_search(folder, bench, {card.name: predictor}, run.config.search, reporter)

@@ -1,4 +1,4 @@
-"""Writing a sub-model in the forms that people run: ONNX graphs of a precision, a Hugging Face folder."""
+"""Export of a sub-model: ONNX graphs in several precisions, and a Hugging Face folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +14,22 @@ from space.precision import PRECISIONS, model_file
 from supernet.extract import SubModel
 from supernet.hf.export import write_hf
 
-HF = "hf"  # the folder within the sub-model's
+HF = "hf"  # the Hugging Face folder, inside the sub-model's
 
 
 def export(submodel: SubModel, formats: Sequence[str], precisions: Sequence[str] = ()) -> list[str]:
-    """Write a sub-model in some formats; an ONNX graph in fp32, and in every other precision that is given.
+    """Write a sub-model in some formats.
+
+    Args:
+        submodel: with its weights.
+        formats: ``onnx``, ``hf`` or both.
+        precisions: of further ONNX graphs; the one in fp32 is always written.
 
     Returns:
         The files, relative to the sub-model's folder.
 
     Raises:
-        InputError: the weights or the tokenizer are not whole, or a format or precision is unknown.
+        InputError: the weights or the tokenizer cannot be read, or a format or precision is unknown.
     """
     check_formats(formats, precisions)
     files = []
@@ -41,7 +46,15 @@ def export(submodel: SubModel, formats: Sequence[str], precisions: Sequence[str]
 
 
 def export_onnx(submodel: SubModel, precision: str = "fp32") -> Path:
-    """Write the graph of a precision beside the weights; returns its path."""
+    """Write an ONNX graph beside the weights.
+
+    Args:
+        submodel: with its weights.
+        precision: of the graph.
+
+    Returns:
+        The file.
+    """
     weights = {name: p.numpy() for name, p in submodel.model().named_parameters()}
     graph = model_graph(submodel.architecture, submodel.model_config, weights, metadata(submodel, precision))
     path = model_file(submodel.folder, precision)
@@ -51,11 +64,15 @@ def export_onnx(submodel: SubModel, precision: str = "fp32") -> Path:
 
 
 def exported(submodel: SubModel, workloads: Sequence[Workload]) -> list[str]:
-    """The precisions in which a graph of a sub-model is there.
+    """The precisions in which a sub-model was exported.
+
+    Args:
+        submodel: the sub-model.
+        workloads: whose precisions are needed; fp32, the reference of all others, always is.
 
     Raises:
-        InputError: fp32, which all others are compared with, or one that a workload needs is not; a graph is
-            not whole, or not of the weights beside it.
+        InputError: the graph of a needed precision is missing, or a graph cannot be read or is not of the
+            weights beside it.
     """
     for needed in dict.fromkeys(["fp32", *(w.precision for w in workloads)]):
         path = model_file(submodel.folder, needed)
@@ -75,15 +92,25 @@ def exported(submodel: SubModel, workloads: Sequence[Workload]) -> list[str]:
 
 
 def models_digest(submodel: SubModel, precisions: Sequence[str] = PRECISIONS) -> str:
-    """The hash of the graphs that are there of a sub-model, in these precisions."""
+    """The sha256 over a sub-model's exported graphs.
+
+    Args:
+        submodel: the sub-model.
+        precisions: whose graphs count, if they exist.
+    """
     files = [path for p in precisions if (path := model_file(submodel.folder, p)).exists()]
     return digest(canonical_json({path.name: file_digest(path) for path in files}))
 
 
 def metadata(submodel: SubModel, precision: str) -> dict[str, str]:
-    """What a graph says of itself, all as JSON but for names; docs/files.md has the keys."""
+    """The metadata of an exported graph: names as text, other values as JSON; docs/files.md has the keys.
+
+    Args:
+        submodel: the sub-model.
+        precision: of the graph.
+    """
     text = submodel.text
-    found = {
+    values = {
         "key": submodel.architecture.key,
         "architecture": canonical_json(submodel.architecture.to_json()),
         "model_config": canonical_json(vars(submodel.model_config)),
@@ -96,4 +123,4 @@ def metadata(submodel: SubModel, precision: str) -> dict[str, str]:
         "limits": canonical_json(submodel.chosen.get("limits", [])),
         "predicted": canonical_json(submodel.chosen.get("predicted", {})),
     }
-    return {f"formfit.{name}": value for name, value in found.items()}
+    return {f"formfit.{name}": value for name, value in values.items()}

@@ -1,28 +1,22 @@
-"""Fine-tuning: a sub-model learns a person's own text, and from a supernet's largest sub-network beside it.
+"""Fine-tuning: a sub-model learns a new text, distilled from the largest sub-network of a supernet.
 
-The sub-model starts from its own weights and learns as a finalist does
-(:mod:`supernet.training.distillation`): the steps of a run that was killed are taken up again, and the
-weights at the end are the same, bit for bit at the same thread count. What comes of it is a sub-model's
-folder of its own, whose ``text`` is the new one.
+The sub-model starts from its own weights and is trained as finalists are
+(:mod:`supernet.training.distillation`): a killed run resumes, and the final weights are the same, bit for bit
+at the same thread count. The result is a sub-model's folder whose ``text`` is the new one.
 
-``finetune.json`` is written first, so that the folder tells what it is becoming, and once more at the end:
-
-- ``key``: the architecture's; ``steps``: how many it learns for.
-- ``before``, ``after``: ``loss_nats``, ``recall_loss_nats`` (null where nothing can be recalled) and
-  ``bits_per_byte`` (null where the bytes are unknown), both on the same held-out sequences of the new text;
-  ``after`` is null until the end.
-- ``model``: the sha256 of the tuned weights; null until the end.
-- ``teacher``: ``run``, its folder, and ``key``, the teaching architecture's.
-- ``text``: ``data``, and ``length`` and ``windows`` of the held-out sequences.
+``finetune.json`` is written before the training, so that the folder shows its purpose, and again at the end;
+see :class:`FineTuning` for its content.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from search.workspace import Run, open_supernet
+from search.engine.front import Choice
 from space import InputError, genome
 from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.progress import Reporter
@@ -30,29 +24,94 @@ from supernet.data.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.data.tokenizer import load_tokenizer
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, evaluation_set, losses
 from supernet.extract import SUBMODEL, SubModel, Text, read_submodel, write_submodel
-from supernet.training.distillation import distil, distil_inputs, load_subnet, largest_teacher
+from supernet.training.distillation import distil, distil_inputs, largest_teacher, load_subnet
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_supernet
+from supernet.training.train import Trained, load_supernet
 from supernet.training.trainer import Weights
 from supernet.training.trials import one_thread, remove_checkpoints
 
 FINETUNING = Artefact("fine-tuning", "formfit finetune")
-MADE_BY = "formfit finetune"
 STAGE = "finetune"
 WARMUP = 0.05  # share of the steps
 CHECKPOINT_EVERY = 50
+HeldOutLosses = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """A fine-tuning that is under way or finished: the content of ``finetune.json``.
+
+    Attributes:
+        key: the architecture's key.
+        steps: of the training.
+        before: ``loss_nats``, ``recall_loss_nats`` (None if nothing can be recalled) and ``bits_per_byte``
+            (None if the number of bytes is unknown) of the sub-model on held-out sequences of the new text.
+        after: the same of the tuned model on the same sequences; None until the end.
+        model: sha256 of the tuned weights; None until the end.
+        teacher_run: the folder of the teacher's run.
+        teacher_key: the teacher's architecture.
+        text: the new text, and the length and number of the held-out sequences.
+        inputs: sha256 of everything that the result depends on, by name.
+    """
+
+    key: str
+    steps: int
+    before: HeldOutLosses
+    after: HeldOutLosses | None = None
+    model: str | None = None
+    teacher_run: str
+    teacher_key: str
+    text: Text
+    inputs: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, without its header."""
+        return {
+            "key": self.key,
+            "steps": self.steps,
+            "before": self.before,
+            "after": self.after,
+            "model": self.model,
+            "teacher": {"run": self.teacher_run, "key": self.teacher_key},
+            "text": self.text.model_dump(mode="json"),
+        }
+
+    def write(self, path: Path) -> None:
+        """Write ``finetune.json`` atomically.
+
+        Args:
+            path: the file.
+        """
+        FINETUNING.write(path, self.inputs, self.to_json())
+
+    @staticmethod
+    def read(path: Path) -> "FineTuning":
+        """Read a ``finetune.json``.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: the file is missing, not whole, or of another kind or schema version.
+        """
+        value = FINETUNING.read(path)
+        inputs, teacher = value.pop("header")["inputs"], value.pop("teacher")
+        text = Text.model_validate(value.pop("text"))
+        return FineTuning(
+            teacher_run=teacher["run"], teacher_key=teacher["key"], text=text, inputs=inputs, **value
+        )
 
 
 class FinetuneConfig(BaseModel):
-    """How a sub-model is fine-tuned.
+    """Settings of fine-tuning.
 
     Attributes:
-        steps: how many.
+        steps: of the training.
         batch: rows of a step.
-        learning_rate: the greatest; it rises shortly, then falls along a cosine.
-        distillation: the weight of the teacher against the text.
-        length: tokens of a row; None is what the sub-model was trained with, or else the run.
-        threads: of torch; None is all cores.
+        learning_rate: peak; after a short warm-up it decays along a cosine.
+        distillation: weight of the teacher's loss; the text's loss has the rest, up to 1.
+        length: tokens of a row; None for the length that the sub-model, or else the run, was trained with.
+        threads: of torch; None for all cores.
         seed: of the batches.
     """
 
@@ -67,7 +126,11 @@ class FinetuneConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
 
     def training(self, length: int) -> TrainConfig:
-        """The training that these settings mean, on rows of ``length`` tokens."""
+        """The training's configuration.
+
+        Args:
+            length: tokens of a row.
+        """
         return TrainConfig(
             **self.model_dump(exclude={"length"}),
             length=length,
@@ -77,103 +140,126 @@ class FinetuneConfig(BaseModel):
 
 
 def finetune(
-    submodel: SubModel, run: Run, data: DataConfig, out: Path, config: FinetuneConfig, reporter: Reporter
+    submodel: SubModel,
+    trained: Trained,
+    teacher_run: Path,
+    data: DataConfig,
+    out: Path,
+    config: FinetuneConfig,
+    reporter: Reporter,
 ) -> SubModel:
-    """Fine-tune a sub-model into a folder of its own, or go on where that stopped.
+    """Fine-tune a sub-model into a folder of its own, or resume a fine-tuning that was stopped.
 
     Args:
-        submodel: what is tuned; its folder is only read.
-        run: a finished training on a space that has the architecture; its largest sub-network teaches.
-        data: the new text; the tokenizer is the run's, and need not be named.
-        out: the folder: a sub-model's, with ``finetune.json`` and ``training/metrics.jsonl``.
-        config: how.
-        reporter: told how far it is, or that the result is there.
+        submodel: only read.
+        trained: a trained supernet whose space has the architecture; its largest sub-network is the teacher.
+        teacher_run: the folder of its run, for records and messages.
+        data: the new text; the tokenizer is the run's and can be left out.
+        out: the folder of the tuned sub-model, with ``finetune.json`` and ``training/metrics.jsonl``.
+        config: settings.
+        reporter: shows the progress, or that the result exists already.
 
     Raises:
-        InputError: the sub-model does not fit the run, the tokenizers differ, the text is too short, ``out``
-            is the sub-model's own folder, another fine-tuning or something else, or a loss is not finite.
+        InputError: the sub-model does not fit the supernet; the tokenizers differ; the text is too short;
+            ``out`` is the sub-model's own folder, another fine-tuning or a folder of other files; or a loss
+            is not finite.
     """
-    space, architecture = run.space, submodel.architecture
+    architecture = submodel.architecture
     if out.resolve() == submodel.folder.resolve():
         raise InputError(f"{out}: the folder of the sub-model itself; give the tuned one a folder of its own")
-    _require_fitting(submodel, run)
-    checkpoint = open_supernet(run, load_corpus(run.config.train.data))
-    text, corpus = _new_text(submodel, run, data, config)
+    _require_fitting(submodel, trained, teacher_run)
+    text, corpus = _new_text(submodel, trained, teacher_run, data, config)
     evaluation = evaluation_set(corpus, text.windows, text.length)
-    supernet = load_supernet(space, checkpoint)
+    supernet = load_supernet(trained.space, trained.checkpoint)
     start, teacher = submodel.model().state_dict(), largest_teacher(supernet)
     training = config.training(text.length)
     inputs = {
-        "supernet": checkpoint.digest,
-        **distil_inputs(space, training, architecture, start, teacher, corpus),
+        "supernet": trained.checkpoint.digest,
+        **distil_inputs(trained.space, training, architecture, start, teacher, corpus),
         "evaluation": evaluation_digest(evaluation),
     }
-    path, weights = out / "finetune.json", out / "model.safetensors"
+    path = out / "finetune.json"
     if path.exists():
-        value = FINETUNING.read(path)
-        check_inputs(path, value, inputs)
-        whole = weights.exists() and file_digest(weights) == value["model"]
-        if whole and SUBMODEL.made_from(out / "architecture.json", inputs):
+        record = _earlier(out, inputs)
+        if _is_finished(out, record):
             reporter.skipped(STAGE)
             remove_checkpoints(out / "training")
             return read_submodel(out)
     else:
         _require_empty(out)
-        value = {
-            "key": architecture.key,
-            "steps": config.steps,
-            "before": _judged(start, submodel, evaluation, str(submodel.folder)),
-            "after": None,
-            "model": None,
-            "teacher": {"run": str(run.folder), "key": teacher.architecture.key},
-            "text": text.model_dump(mode="json"),
-        }
-        FINETUNING.write(path, inputs, value)
+        record = FineTuning(
+            key=architecture.key,
+            steps=config.steps,
+            before=_held_out_losses(start, submodel, evaluation, str(submodel.folder)),
+            teacher_run=str(teacher_run),
+            teacher_key=teacher.architecture.key,
+            text=text,
+            inputs=inputs,
+        )
+        record.write(path)
     with reporter.stage(STAGE) as stage:
-        found = distil(
-            space, training, out / "training", architecture, start, teacher, corpus,
+        checkpoint = distil(
+            trained.space, training, out / "training", architecture, start, teacher, corpus,
             report=lambda row: stage(row["step"] / row["steps"], f"loss {row['loss_nats']:.3f} nats"),
         )  # fmt: skip
-        tuned = found.load("model")
-        after = _judged(tuned, submodel, evaluation, f"{out}: after {config.steps} steps")
+        tuned = checkpoint.load("model")
+        after = _held_out_losses(tuned, submodel, evaluation, f"{out}: after {config.steps} steps")
         load_subnet(supernet, architecture, tuned)
-        # What it was measured to reach before holds no longer; limits and latencies do.
-        chosen = {name: part for name, part in submodel.chosen.items() if name != "loss_nats"}
-        write_submodel(out, supernet, architecture, inputs, chosen, text)
-    body = {name: part for name, part in value.items() if name != "header"}
-    FINETUNING.write(path, inputs, body | {"after": after, "model": file_digest(weights)})
+        # The loss inside the supernet no longer holds; limits and predicted latencies do.
+        choice = (
+            replace(Choice.from_json(submodel.chosen), loss_nats=None).to_json() if submodel.chosen else {}
+        )
+        write_submodel(out, supernet, architecture, inputs, choice, text)
+    replace(record, after=after, model=file_digest(out / "model.safetensors")).write(path)
     remove_checkpoints(out / "training")
     return read_submodel(out)
 
 
-def _require_fitting(submodel: SubModel, run: Run) -> None:
-    """Refuse a sub-model whose frame is not the run's, or whose architecture is not of its space."""
-    space, architecture = run.space, submodel.architecture
+def _earlier(out: Path, inputs: Mapping[str, str]) -> FineTuning:
+    """The record of a fine-tuning that was started in a folder.
+
+    Raises:
+        InputError: it has other inputs.
+    """
+    path = out / "finetune.json"
+    check_inputs(path, FINETUNING.read(path), inputs)
+    return FineTuning.read(path)
+
+
+def _is_finished(out: Path, record: FineTuning) -> bool:
+    weights = out / "model.safetensors"
+    whole = weights.exists() and file_digest(weights) == record.model
+    return whole and SUBMODEL.made_from(out / "architecture.json", record.inputs)
+
+
+def _require_fitting(submodel: SubModel, trained: Trained, teacher_run: Path) -> None:
+    """Refuse a sub-model whose model config is not the supernet's, or that is not a member of its space."""
+    space, architecture = trained.space, submodel.architecture
     ours, theirs = vars(submodel.model_config), vars(space.config)
-    apart = [name for name in ours if ours[name] != theirs[name]]
-    if apart:
-        one, other = (
-            ", ".join(f"{name} {model_config[name]}" for name in apart) for model_config in (ours, theirs)
-        )
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        one, other = (", ".join(f"{name} {config[name]}" for name in differing) for config in (ours, theirs))
         raise InputError(
-            f"{submodel.folder}: the sub-model has {one}, the teacher {run.folder} has {other}; they have to "
-            "be equal"
+            f"{submodel.folder}: the sub-model has {one}, the teacher {teacher_run} has {other}; "
+            "they have to be equal"
         )
     if not genome.contains(space, genome.encode(space, [architecture]))[0]:
         raise InputError(
             f"{submodel.folder}: architecture {architecture.key} is not of space {space.name} of the teacher "
-            f"{run.folder}: its hybrid rule excludes it"
+            f"{teacher_run}: its hybrid rule excludes it"
         )
 
 
-def _new_text(submodel: SubModel, run: Run, data: DataConfig, config: FinetuneConfig) -> tuple[Text, Corpus]:
-    """The new text with the run's tokenizer, and what is read of it.
+def _new_text(
+    submodel: SubModel, trained: Trained, teacher_run: Path, data: DataConfig, config: FinetuneConfig
+) -> tuple[Text, Corpus]:
+    """The new text with the run's tokenizer, and its corpus.
 
     Raises:
-        InputError: a tokenizer is not the run's; rows or held-out sequences that the text or the context is
-            too short for.
+        InputError: a tokenizer is not the run's, or the text or the context is too short for the rows or the
+            held-out sequences.
     """
-    tokenizer = run.config.train.data.tokenizer
+    tokenizer = trained.text.data.tokenizer
     wanted, given = _tokens(tokenizer), {}
     if submodel.text:
         given[f"the sub-model {submodel.folder}"] = submodel.tokenizer_digest
@@ -182,25 +268,24 @@ def _new_text(submodel: SubModel, run: Run, data: DataConfig, config: FinetuneCo
     for name, digest in given.items():
         if digest != wanted:
             raise InputError(
-                f"{name} has {_named(digest)}, the teacher {run.folder} has {_named(wanted)}; "
+                f"{name} has {_named(digest)}, the teacher {teacher_run} has {_named(wanted)}; "
                 "they have to be equal"
             )
-    known = submodel.text or run.text
+    known = submodel.text or trained.text
     length = config.length or known.length
-    if length > run.space.max_seq_len:
-        raise InputError(
-            f"length: {length} is more than the context {run.space.max_seq_len} of the sub-model"
-        )
+    max_seq_len = trained.space.max_seq_len
+    if length > max_seq_len:
+        raise InputError(f"length: {length} is more than the context {max_seq_len} of the sub-model")
     data = data.model_copy(update={"tokenizer": tokenizer})
     corpus = load_corpus(data)
-    require_fits(corpus, run.space.vocab_size, length)
-    # A person's own text may be short: it is judged on as many sequences as there are.
+    require_fits(corpus, trained.space.vocab_size, length)
+    # A user's text may be short: it is evaluated on as many sequences as there are.
     windows = min(known.windows, len(corpus.held_out) // (length + 1)) or known.windows
     return Text(data=data, length=length, windows=windows), corpus
 
 
 def _tokens(tokenizer: Path | None) -> str | None:
-    """The digest of a tokenizer; None where bytes are the tokens."""
+    """The sha256 of a tokenizer; None if bytes are the tokens."""
     return load_tokenizer(tokenizer).digest if tokenizer else None
 
 
@@ -209,15 +294,17 @@ def _named(digest: str | None) -> str:
 
 
 def _require_empty(out: Path) -> None:
-    """Refuse a place where something is; hidden files do not count, a killed process leaves them."""
+    """Refuse a folder with files; hidden ones do not count because a killed process may leave them."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: not a folder; give one that is empty or not there")
+        raise InputError(f"{out}: not a folder; give one that is empty or does not exist")
     if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise InputError(f"{out}: not empty, and no fine-tuning; give a folder that is empty or not there")
+        raise InputError(
+            f"{out}: not empty, and no fine-tuning; give a folder that is empty or does not exist"
+        )
 
 
-def _judged(weights: Weights, submodel: SubModel, data: EvaluationSet, where: str) -> dict[str, Any]:
-    """What weights of the sub-model's architecture reach on held-out sequences.
+def _held_out_losses(weights: Weights, submodel: SubModel, data: EvaluationSet, where: str) -> HeldOutLosses:
+    """The losses of weights of the sub-model's architecture on held-out sequences.
 
     Raises:
         InputError: the loss is not finite.

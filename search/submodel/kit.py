@@ -1,12 +1,14 @@
-"""Verifying a sub-model on a device that has only Python, numpy and onnxruntime: by a kit, there and back.
+"""Kits that verify a sub-model on a device with nothing but Python, numpy and onnxruntime.
 
-The kit holds the exported model as it is, and what the plain model in fp64 says of fixed tokens; the device
-times it and compares. What comes back is judged as if it had been measured here.
+A kit holds the exported model as it is, and the outputs of the plain model in fp64 on fixed tokens. The
+device times the model and compares the outputs; the result file is judged here like a measurement on this
+machine.
 """
 
 import io
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from latency.kit.result import read_result, read_timings
 from latency.runtimes.onnxruntime import graph_binding
 from latency.runtimes.reference import reference_work
 from search.config import VerifyConfig
+from search.engine.front import Choice
+from search.engine.verification import Verification
 from search.submodel.export import exported, models_digest
-from search.submodel.parity import PARITY, flat, parity
-from search.submodel.verify import chosen_predictions, conclude, graph_loss, latencies
+from search.submodel.parity import flat, fp64_model, parity, parity_tokens
+from search.submodel.verify import conclude, graph_loss, latencies
 from space import InputError, Workload
-from space.blocks import Model
 from space.cost import flops
 from space.io.artefact import Artefact, atomic_path, check_inputs
 from space.onnx.graph import VERSION
@@ -38,13 +41,91 @@ VERIFICATION_KIT = Artefact("verification kit", "formfit verify --make-kit", sch
 CASES = ("prefill", "split", "decode")
 
 
-def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Path) -> dict[str, Any]:
-    """Write a kit that verifies a sub-model on a device; its design goes beside the model.
+@dataclass(frozen=True, kw_only=True)
+class KitManifest:
+    """The content of ``kit.json``, which stays beside the model: the kit that was written.
+
+    Attributes:
+        kit: sha256 of the kit's plan.
+        model: sha256 of the graphs in it.
+        precision: of the timed graph.
+        device: the name of the device's card.
+        settings: of the verification.
+        workloads: that the kit measures.
+        inputs: the version of the graphs.
+    """
+
+    kit: str
+    model: str
+    precision: str
+    device: str
+    settings: VerifyConfig
+    workloads: tuple[str, ...]
+    inputs: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write the file.
+
+        Args:
+            path: of ``kit.json``.
+        """
+        body = {
+            "kit": self.kit,
+            "model": self.model,
+            "precision": self.precision,
+            "device": self.device,
+            "settings": self.settings.model_dump(mode="json"),
+            "workloads": list(self.workloads),
+        }
+        VERIFICATION_KIT.write(path, self.inputs, body)
+
+    @staticmethod
+    def read(path: Path, command: str) -> "KitManifest":
+        """Read the file.
+
+        Args:
+            path: of ``kit.json``.
+            command: that writes it, for error messages.
+
+        Raises:
+            InputError: the file is missing, not whole, or was made with another version of the graphs.
+        """
+        value = VERIFICATION_KIT.read(path, command)
+        check_inputs(path, value, {"graphs": str(VERSION)})
+        inputs = value.pop("header")["inputs"]
+        settings = VerifyConfig.model_validate(value.pop("settings"))
+        workloads = tuple(value.pop("workloads"))
+        return KitManifest(settings=settings, workloads=workloads, inputs=inputs, **value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedKit:
+    """A kit that was written.
+
+    Attributes:
+        kit: sha256 of its plan.
+        bytes: size of the file.
+        timings: the number of timings that the device takes.
+    """
+
+    kit: str
+    bytes: int
+    timings: int
+
+
+def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Path) -> PackedKit:
+    """Write a kit that verifies a sub-model on a device, and ``kit.json`` beside the model.
+
+    Args:
+        submodel: with its exported graphs.
+        card: the device's.
+        config: lengths and rounds of the checks.
+        path: of the kit, a zip.
 
     Raises:
         InputError: there is no exported model, or nothing was predicted for the device.
     """
-    workloads = [Workload.parse(text) for text in chosen_predictions(submodel, card)]
+    workloads = [Workload.parse(text) for text in Choice.from_json(submodel.chosen).workloads(card.name)]
     exported(submodel, workloads)
     conditions = {(w.threads, w.precision) for w in workloads}
     if len(conditions) != 1:
@@ -86,28 +167,23 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
         plan = {"threads": threads, "groups": groups, "parity": cases}
         packed = models_digest(submodel, ("fp32", precision))
         identity = write_plan(writer, {"model": packed, **plan}, precision)
-    design = {
-        "kit": identity,
-        "model": packed,
-        "precision": precision,
-        "device": card.name,
-        "settings": config.model_dump(mode="json"),
-        "workloads": list(bindings),
-    }
-    VERIFICATION_KIT.write(submodel.folder / "kit.json", {"graphs": str(VERSION)}, design)
-    return {"kit": identity, "bytes": path.stat().st_size, "timings": len(items) * len(bindings)}
+    manifest = KitManifest(
+        kit=identity,
+        model=packed,
+        precision=precision,
+        device=card.name,
+        settings=config,
+        workloads=tuple(bindings),
+        inputs={"graphs": str(VERSION)},
+    )
+    manifest.write(submodel.folder / "kit.json")
+    return PackedKit(kit=identity, bytes=path.stat().st_size, timings=len(items) * len(bindings))
 
 
 @torch.inference_mode()
 def _cases(submodel: SubModel, tokens: int) -> dict[str, dict[str, Any]]:
-    """Inputs of the exported graph, and the outputs that the plain model has in fp64, by what is checked."""
-    precise = Model(submodel.architecture, submodel.model_config).double()
-    weights = submodel.model().state_dict()
-    precise.load_state_dict({name: value.double() for name, value in weights.items()})
-    rng = np.random.default_rng(0)
-    text = rng.integers(
-        0, submodel.model_config.vocab_size, (1, min(tokens, submodel.model_config.max_seq_len))
-    )
+    """Inputs of the parity checks and the fp64 model's outputs, by check and name."""
+    precise, text = fp64_model(submodel), parity_tokens(submodel, tokens)
     length = text.shape[1]
     empty = {
         f"state.{slot}.{name}": np.zeros(shape, np.float32)
@@ -138,27 +214,31 @@ def unpack_submodel(
     path: Path,
     inputs: Mapping[str, str],
     data: EvaluationSet | None = None,
-) -> dict[str, Any]:
-    """Judge a sub-model by what a kit measured, and write ``verify.json``.
+) -> Verification:
+    """Judge a sub-model by the result of a kit, and write ``verify.json``.
 
-    The losses of its graphs on ``data`` are taken here; None leaves them UNMEASURED.
+    Args:
+        submodel: with the exported graphs that were packed.
+        card: the device's.
+        path: of the result.
+        inputs: sha256 of what is verified, by name.
+        data: for the losses of its graphs, which are computed here; None leaves them unmeasured.
 
     Raises:
         InputError: the result is not whole, not of this kit, or of another device.
     """
     again = f"formfit verify {submodel.folder} --device {card.name} --make-kit KIT"
-    design = VERIFICATION_KIT.read(submodel.folder / "kit.json", again)
-    if design["device"] != card.name:
-        raise InputError(f"{submodel.folder}: packed for {design['device']}, not for {card.name}; `{again}`")
-    check_inputs(submodel.folder / "kit.json", design, {"graphs": str(VERSION)})
-    if models_digest(submodel, ("fp32", design["precision"])) != design["model"]:
+    manifest = KitManifest.read(submodel.folder / "kit.json", again)
+    if manifest.device != card.name:
+        raise InputError(f"{submodel.folder}: packed for {manifest.device}, not for {card.name}; `{again}`")
+    if models_digest(submodel, ("fp32", manifest.precision)) != manifest.model:
         raise InputError(f"{submodel.folder}: not the graphs that were packed; `{again}`")
-    result = read_result(path, design["kit"], card.name)
-    config = VerifyConfig.model_validate(design["settings"])
+    result = read_result(path, manifest.kit, card.name)
+    config = manifest.settings
     other = differences(card.fingerprint, result.fingerprint.model_dump())
     if other:
         raise InputError(f"{path}: measured on another device than {card.name} ({'; '.join(other)})")
-    workloads = [Workload.parse(text) for text in design["workloads"]]
+    workloads = [Workload.parse(text) for text in manifest.workloads]
     group = result.groups[0]
     work = {
         f"{copy}|{w}": flops(submodel.architecture, w, submodel.model_config)
@@ -170,10 +250,9 @@ def unpack_submodel(
     if set(timings) != set(work) or set(result.parity) != set(CASES):
         raise InputError(f"{path}: lacks what its kit measures; run the kit again")
     measured = latencies(card, timings, workloads, config.copies)
-    own = parity(submodel, model_file(submodel.folder), config.tokens)
+    here = parity(submodel, config.tokens)
     errors = {f"device_{name}": error for name, error in result.parity.items()}
-    checked = {**own, "errors": {**own["errors"], **errors}}
-    checked["kept"] = max(checked["errors"].values()) <= max(PARITY, own["bound"])
+    checked = replace(here, errors={**here.errors, **errors})
     runtime = f"onnxruntime {result.fingerprint.runtime_version}"
     losses = (
         {p: graph_loss(model_file(submodel.folder, p), data) for p in exported(submodel, [])} if data else {}

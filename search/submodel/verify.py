@@ -1,16 +1,15 @@
-"""Verification: proof that an exported sub-model computes what it should and keeps its promise.
+"""Verification: parity, latencies, losses and limits of an exported sub-model, measured on its device.
 
-Parity first (:mod:`search.submodel.parity`), then the device: measured latencies beside what was predicted
-and asked, and size and loss of every precision that is there. Latencies are in the card's units: the ratio
-to the reference work times what that took for the card, so that a machine that has slowed down since is not
-taken for a slower model.
+Parity is checked first (:mod:`search.submodel.parity`). Then the device is measured: latencies beside their
+predictions and limits, and size and loss of every exported precision. Latencies are in the card's units: the
+ratio to the reference work times the reference work's time on the card, so that a machine that became slower
+since the card was made does not make the model look slower.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from onnx import load_model
@@ -26,27 +25,36 @@ from latency.runtimes.reference import reference_items, require_stable
 from latency.runtimes.registry import open_card_runtime
 from latency.runtimes.rss import session_rss
 from search.config import VerifyConfig
+from search.engine.front import Choice
+from search.engine.verification import (
+    VERIFICATION,
+    LatencyComparison,
+    LatencyMeasurement,
+    LimitResult,
+    Parity,
+    PrecisionResult,
+    Verification,
+)
 from search.problem.limit import Limit
 from search.submodel.decoder import Decoder
 from search.submodel.export import exported
 from search.submodel.parity import parity
 from space import InputError, Workload
-from space.cost import memory_bytes, params
-from space.io.artefact import Artefact
 from space.precision import model_file
 from supernet.data.corpus import load_corpus
 from supernet.data.mqar import IGNORED
 from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.extract import SubModel
 
-VERIFICATION = Artefact("verification", "formfit verify", schema=3)
-
 
 def require_card_is_here(card: Card) -> None:
-    """Refuse a card that is not this machine's.
+    """Refuse the card of another machine.
+
+    Args:
+        card: the card to measure for.
 
     Raises:
-        InputError: says in what they differ.
+        InputError: names the differences to this machine.
     """
     here = open_card_runtime(card).fingerprint()
     other = [] if outdated(card, here) else differences(card.fingerprint, here)
@@ -57,23 +65,29 @@ def require_card_is_here(card: Card) -> None:
 
 def measure_submodel(
     submodel: SubModel, card: Card, workloads: Sequence[Workload], config: VerifyConfig
-) -> dict[str, Any]:
-    """Measured latencies by workload, in the card's units, with intervals and raw clock times.
+) -> dict[str, LatencyMeasurement]:
+    """Measured latencies by workload, in the card's units.
 
     The exported graph is timed on onnxruntime, the plain model on torch.
 
+    Args:
+        submodel: with its exported graphs.
+        card: the device's.
+        workloads: may differ in their number of threads.
+        config: copies, rounds and block length of the timing.
+
     Raises:
-        InputError: this machine is not the card's, or too noisy.
+        InputError: this machine is not the card's, or timings of the same work differ too much.
     """
     require_card_is_here(card)
-    found: dict[str, Any] = {}
+    measurements: dict[str, LatencyMeasurement] = {}
     for threads in sorted({w.threads for w in workloads}):
         runtime = open_card_runtime(card, threads)
-        some = [w for w in workloads if w.threads == threads]
+        group = [w for w in workloads if w.threads == threads]
         with pinned(threads):
             items: dict[str, Run] = {}
             for copy in range(config.copies):
-                for w, run in sessions(runtime, submodel, some).items():
+                for w, run in sessions(runtime, submodel, group).items():
                     items[f"{copy}|{w}"] = run
             timer = TimerConfig(
                 block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
@@ -81,8 +95,8 @@ def measure_submodel(
             measured = measure({**items, **reference_items(runtime)}, runtime.anchors(), timer)
         if config.max_noise is not None:
             require_stable(measured.timings, config.max_noise)
-        found |= latencies(card, measured.timings, some, config.copies)
-    return found
+        measurements |= latencies(card, measured.timings, group, config.copies)
+    return measurements
 
 
 def sessions(runtime: Runtime, submodel: SubModel, workloads: Sequence[Workload]) -> dict[Workload, Run]:
@@ -100,28 +114,40 @@ def sessions(runtime: Runtime, submodel: SubModel, workloads: Sequence[Workload]
 
 def latencies(
     card: Card, timings: Mapping[str, Timing], workloads: Sequence[Workload], copies: int
-) -> dict[str, Any]:
-    """What the timings of some sessions of a model say of each workload, in the card's units."""
+) -> dict[str, LatencyMeasurement]:
+    """Latencies by workload in the card's units, from the timings of several sessions of a model.
+
+    Args:
+        card: the device's.
+        timings: of the reference work, and of the sessions by ``COPY|WORKLOAD``.
+        workloads: all with the same number of threads.
+        copies: sessions of each workload.
+    """
     scales = card.scale(workloads[0].threads, timings)
-    found: dict[str, Any] = {}
+    measurements = {}
     for w in workloads:
         scale = scales[w.phase]
-        some = [timings[f"{copy}|{w}"] for copy in range(copies)]
-        middle = sorted(some, key=lambda t: t.seconds)[len(some) // 2]
-        found[str(w)] = {
-            "latency_ms": 1e3 * scale * middle.seconds,
-            "interval_ms": [1e3 * scale * value for value in middle.interval],
-            "copies_ms": [1e3 * scale * t.seconds for t in some],
-            "clock_ms": 1e3 * middle.clock_median,
-            "problems": middle.problems(),
-        }
-    return found
+        of_workload = [timings[f"{copy}|{w}"] for copy in range(copies)]
+        middle = sorted(of_workload, key=lambda t: t.seconds)[len(of_workload) // 2]
+        low, high = middle.interval
+        measurements[str(w)] = LatencyMeasurement(
+            latency_ms=1e3 * scale * middle.seconds,
+            interval_ms=(1e3 * scale * low, 1e3 * scale * high),
+            copies_ms=tuple(1e3 * scale * t.seconds for t in of_workload),
+            clock_ms=1e3 * middle.clock_median,
+            problems=tuple(middle.problems()),
+        )
+    return measurements
 
 
 def measure_rss(submodel: SubModel) -> dict[str, int]:
-    """Peak bytes of a session of the exported model in each workload that a limit on rss names."""
-    limits = [Limit.parse(item["limit"]) for item in submodel.chosen.get("limits", [])]
-    workloads = [limit.workload for limit in limits if limit.metric == "rss" and limit.workload]
+    """Peak resident bytes of a session of the exported model, by workload that a limit on rss names.
+
+    Args:
+        submodel: with its exported graphs and the limits that it was chosen under.
+    """
+    limits = [Limit.parse(item.limit) for item in Choice.from_json(submodel.chosen).limits]
+    workloads = [limit.workload for limit in limits if limit.metric.measured_by == "rss" and limit.workload]
     architecture, found = submodel.architecture, {}
     for w in workloads:
         path = model_file(submodel.folder, w.precision)
@@ -131,33 +157,34 @@ def measure_rss(submodel: SubModel) -> dict[str, int]:
 
 
 def judge(
-    submodel: SubModel, device: str, measured: Mapping[str, Any], rss: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    """Each limit that the sub-model was chosen under: what was found on a device, and whether it was kept.
+    submodel: SubModel, device: str, measured: Mapping[str, LatencyMeasurement], rss: Mapping[str, int]
+) -> tuple[LimitResult, ...]:
+    """The limits that a sub-model was chosen under, beside the measured values.
 
-    What another device is limited in stays UNMEASURED.
+    Limits on another device stay unmeasured. A limit that names no device is on the first of those that the
+    sub-model was chosen for.
+
+    Args:
+        submodel: with its limits.
+        device: that was measured on.
+        measured: latencies by workload.
+        rss: peak resident bytes by workload.
     """
-    first = next(iter(submodel.chosen.get("predicted", {}).get("latency", {})), device)
-    rows = []
-    for item in submodel.chosen.get("limits", []):
-        limit = Limit.parse(item["limit"])
-        if limit.workload is None:
-            value: float | None = params(submodel.architecture, submodel.model_config)
-        elif limit.metric == "memory":
-            value = memory_bytes(submodel.architecture, limit.workload, submodel.model_config)
-        elif (limit.device or first) != device:
-            value = None
-        elif limit.metric == "rss":
-            value = rss.get(str(limit.workload))
-        else:
-            timing = measured.get(str(limit.workload))
-            value = timing["latency_ms"] / 1e3 if timing else None
-        row = {**item, "found": value, "status": "UNMEASURED"}
-        if value is not None:
-            row["used"] = value / item["bound"]
-            row["status"] = "kept" if value <= item["bound"] else "missed"
-        rows.append(row)
-    return rows
+    choice = Choice.from_json(submodel.chosen)
+    predicted = choice.predicted.latency if choice.predicted else {}
+    default = next(iter(predicted), device)
+
+    def value(limit: Limit) -> float | None:
+        metric, workload = limit.metric, str(limit.workload)
+        if metric.needs_device and (limit.device or default) != device:
+            return None
+        if metric.measured_by == "rss":
+            return rss.get(workload)
+        if metric.measured_by == "latency":
+            return measured[workload].latency_ms / 1e3 if workload in measured else None
+        return metric.count(submodel.architecture, submodel.model_config, limit.workload)
+
+    return tuple(LimitResult(limit=item, found=value(Limit.parse(item.limit))) for item in choice.limits)
 
 
 def verify(
@@ -166,111 +193,126 @@ def verify(
     config: VerifyConfig,
     inputs: Mapping[str, str],
     data: EvaluationSet | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Verify an exported sub-model on its device and write ``verify.json``.
 
     Args:
         submodel: with its exported graphs.
         card: the device's.
-        config: how.
-        inputs: the hashes of what is verified.
-        data: what the losses of its graphs are taken on; None leaves them UNMEASURED.
+        config: lengths and rounds of the checks.
+        inputs: sha256 of what is verified, by name.
+        data: for the losses of its graphs; None leaves them unmeasured.
 
     Raises:
         InputError: there is no exported model, or this is not the card's machine.
     """
-    workloads = [Workload.parse(text) for text in chosen_predictions(submodel, card)]
-    there = exported(submodel, workloads)
-    also = [replace(w, precision=p) for p in there for w in workloads] if is_onnx(card) else workloads
+    workloads = [Workload.parse(text) for text in Choice.from_json(submodel.chosen).workloads(card.name)]
+    precisions = exported(submodel, workloads)
+    timed = [replace(w, precision=p) for p in precisions for w in workloads] if is_onnx(card) else workloads
     require_card_is_here(card)
-    with warnings.catch_warnings():  # what is not whole is found here, before minutes of measuring
+    with warnings.catch_warnings():  # a file that is not whole is found here, before minutes of measuring
         warnings.simplefilter("error")
         device = "cuda" if "cuda" in str(card.fingerprint["runtime"]) else "cpu"
-        checked = parity(submodel, model_file(submodel.folder), config.tokens, device=device)
-    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in there} if data else {}
-    measured = measure_submodel(submodel, card, list(dict.fromkeys([*workloads, *also])), config)
+        checked = parity(submodel, config.tokens, device=device)
+    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in precisions} if data else {}
+    measured = measure_submodel(submodel, card, list(dict.fromkeys([*workloads, *timed])), config)
     here = open_card_runtime(card).fingerprint()
     runtime = f"{here['runtime']} {here['runtime_version']}"
     return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel), losses, inputs)
 
 
 def is_onnx(card: Card) -> bool:
-    """Whether what a card's device runs is the exported graph."""
+    """True if a card's device runs the exported graph.
+
+    Args:
+        card: the device's.
+    """
     return str(card.fingerprint.get("runtime")) == OnnxRuntime.name
 
 
 def graph_loss(path: Path, data: EvaluationSet) -> float:
-    """The mean loss of an exported graph over an evaluation's targets, in nats per token."""
+    """Mean loss of an exported graph over an evaluation's targets, in nats per token.
+
+    Args:
+        path: the ONNX file.
+        data: sequences and targets.
+    """
     decoder, total = Decoder(path), 0.0
     for tokens, targets in zip(data.tokens, data.targets, strict=True):
-        asked = targets != IGNORED
-        logits = decoder(tokens[None], decoder.start(capacity=len(tokens)))[0][0].astype(np.float64)[asked]
-        greatest = logits.max(axis=-1)
-        normaliser = greatest + np.log(np.exp(logits - greatest[:, None]).sum(axis=-1))
-        total += float((normaliser - logits[np.arange(len(logits)), targets[asked]]).sum())
+        counted = targets != IGNORED
+        logits_TV = decoder(tokens[None], decoder.start(capacity=len(tokens)))[0][0].astype(np.float64)[
+            counted
+        ]
+        largest = logits_TV.max(axis=-1)
+        normaliser = largest + np.log(np.exp(logits_TV - largest[:, None]).sum(axis=-1))
+        total += float((normaliser - logits_TV[np.arange(len(logits_TV)), targets[counted]]).sum())
     return total / data.count
 
 
 def evaluation_data(submodel: SubModel) -> EvaluationSet | None:
-    """The held-out text that a sub-model is judged by; None where it is not known.
+    """The held-out text that a sub-model is evaluated on; None if its folder names no text.
+
+    Args:
+        submodel: the sub-model.
 
     Raises:
-        InputError: it is known, and not there.
+        InputError: the text is named but missing.
     """
     if submodel.text is None:
         return None
-    # The tokenizer is the one beside the weights: what stands where it came from may be another by now.
+    # The tokenizer beside the weights: the file at the original path may have changed since.
     data = submodel.text.data.model_copy(update={"tokenizer": submodel.tokenizer()})
     return evaluation_set(load_corpus(data), submodel.text.windows, submodel.text.length)
-
-
-def chosen_predictions(submodel: SubModel, card: Card) -> dict[str, Any]:
-    """What was predicted of a sub-model on a device when it was chosen, by workload."""
-    return dict(submodel.chosen.get("predicted", {}).get("latency", {}).get(card.name, {}))
 
 
 def conclude(
     submodel: SubModel,
     card: Card,
     runtime: str,
-    measured: Mapping[str, Any],
-    checked: Mapping[str, Any],
+    measured: Mapping[str, LatencyMeasurement],
+    checked: Parity,
     rss: Mapping[str, int],
     losses: Mapping[str, float],
     inputs: Mapping[str, str],
-) -> dict[str, Any]:
-    """Compare what was measured with what was predicted and asked, and write ``verify.json``."""
-    predicted = chosen_predictions(submodel, card)
-    latency = {
-        text: {
-            **{f"predicted_{key}": value for key, value in predicted[text].items()},
-            **{f"measured_{key}" if key.endswith("_ms") else key: value for key, value in timing.items()},
-            "error_percent": 100 * (predicted[text]["latency_ms"] / timing["latency_ms"] - 1),
-        }
-        for text, timing in measured.items()
-        if text in predicted
-    }
-    precisions = {
-        p: {
-            "bytes": model_file(submodel.folder, p).stat().st_size,
-            "loss_nats": losses.get(p, "UNMEASURED"),
-            "latency_ms": {
-                text: timing["latency_ms"]
-                for text, timing in measured.items()
-                if Workload.parse(text).precision == p
-            },
-        }
-        for p in exported(submodel, [])
-    }
-    body = {
-        "key": submodel.architecture.key,
-        "device": card.name,
-        "runtime": runtime,
-        "parity": dict(checked),
-        "latency": latency,
-        "precisions": precisions,
-        "rss_bytes": dict(rss),
-        "limits": judge(submodel, card.name, measured, rss),
-    }
-    VERIFICATION.write(submodel.folder / "verify.json", inputs, body)
-    return VERIFICATION.read(submodel.folder / "verify.json")
+) -> Verification:
+    """Compare measurements with predictions and limits, and write ``verify.json``.
+
+    Args:
+        submodel: with its exported graphs.
+        card: the device's.
+        runtime: name and version of the runtime that ran the model.
+        measured: latencies by workload.
+        checked: errors of its forms.
+        rss: peak resident bytes by workload.
+        losses: held-out losses by precision.
+        inputs: sha256 of what was verified, by name.
+    """
+    predicted = Choice.from_json(submodel.chosen).workloads(card.name)
+    verification = Verification(
+        key=submodel.architecture.key,
+        device=card.name,
+        runtime=runtime,
+        parity=checked,
+        latency={
+            text: LatencyComparison(predicted=predicted[text], measured=measurement)
+            for text, measurement in measured.items()
+            if text in predicted
+        },
+        precisions={
+            p: PrecisionResult(
+                bytes=model_file(submodel.folder, p).stat().st_size,
+                loss_nats=losses.get(p),
+                latency_ms={
+                    text: measurement.latency_ms
+                    for text, measurement in measured.items()
+                    if Workload.parse(text).precision == p
+                },
+            )
+            for p in exported(submodel, [])
+        },
+        rss_bytes=dict(rss),
+        limits=judge(submodel, card.name, measured, rss),
+        inputs=dict(inputs),
+    )
+    VERIFICATION.write(submodel.folder / "verify.json", inputs, verification.to_json())
+    return verification

@@ -1,4 +1,4 @@
-"""Fine-tuning: the new text is learned, a kill leaves no trace, and what does not fit is refused."""
+"""Fine-tuning: the new text is learned, interruptions change nothing, and bad input is refused."""
 
 import json
 import os
@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from search.config import RunConfig
 from search.select.picks import chosen_architecture
 from search.submodel import finetune as module
-from search.submodel.finetune import FinetuneConfig, finetune
-from search.workspace import Run, open_run, open_supernet
+from search.submodel.finetune import FinetuneConfig
+from search.workspace import Run, open_run, open_supernet, open_trained
 from space import InputError, genome, variation
 from space.io.artefact import file_digest
+from space.io.progress import Reporter
 from supernet.data.corpus import DataConfig, load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.extract import SubModel, read_submodel, write_submodel
@@ -39,12 +40,19 @@ ROOT = Path(__file__).parents[3]
 CONFIG = FinetuneConfig(steps=60, batch=4, learning_rate=5e-3, threads=1)
 
 
+def tune(
+    submodel: SubModel, run: Run, data: DataConfig, out: Path, config: FinetuneConfig, reporter: Reporter
+) -> SubModel:
+    """Fine-tune with a run's supernet as the teacher."""
+    return module.finetune(submodel, open_trained(run), run.folder, data, out, config, reporter)
+
+
 class StoppedError(Exception):
-    """A process that ends at once, as far as files can tell."""
+    """Stands for a process that ends at once."""
 
 
 class Stopping(Quiet):
-    """A reporter that ends the process when so much of the training is done."""
+    """A reporter that stops at a share of the training."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -67,7 +75,7 @@ def run(finished_run: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def new_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Words that the run's text has not."""
+    """A text with other words than the run's."""
     folder = tmp_path_factory.mktemp("new")
     rng = np.random.default_rng(1)
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -83,7 +91,7 @@ def data(new_text: Path) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def submodel(run: Run, tmp_path_factory: pytest.TempPathFactory) -> SubModel:
-    """A front's member, taken out of the run's supernet."""
+    """A front's member, extracted from the run's supernet."""
     checkpoint = open_supernet(run, load_corpus(run.config.train.data))
     chosen, architecture = chosen_architecture(run, "desk", "knee", None)
     folder = tmp_path_factory.mktemp("submodel") / "start"
@@ -95,28 +103,28 @@ def submodel(run: Run, tmp_path_factory: pytest.TempPathFactory) -> SubModel:
 def tuned(
     run: Run, submodel: SubModel, data: DataConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> SubModel:
-    """The sub-model after an undisturbed fine-tuning."""
-    return finetune(submodel, run, data, tmp_path_factory.mktemp("tuned") / "out", CONFIG, Quiet())
+    """The sub-model after an uninterrupted fine-tuning."""
+    return tune(submodel, run, data, tmp_path_factory.mktemp("tuned") / "out", CONFIG, Quiet())
 
 
 def stop(*_: object, **__: object) -> None:
     raise StoppedError
 
 
-def said(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((folder / "finetune.json").read_text())
     return value
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The hashes of all files but of metrics, which hold speeds, by where they are."""
+    """Hashes by path of all files but the metrics, which contain speeds."""
     files = (p for p in folder.rglob("*") if p.is_file() and "training" not in p.relative_to(folder).parts)
     return {str(p.relative_to(folder)): file_digest(p) for p in files}
 
 
-def test_the_new_text_is_learned(run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig) -> None:
-    """And what the files say is what the weights of both folders reach on it."""
-    value = said(tuned.folder)
+def test_new_text_is_learned(run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig) -> None:
+    """The recorded losses are those of the weights in both folders."""
+    value = recorded(tuned.folder)
     assert value["after"]["loss_nats"] < value["before"]["loss_nats"] - 0.3
     corpus = load_corpus(data)
     evaluation = evaluation_set(corpus, run.text.windows, run.text.length)
@@ -134,7 +142,7 @@ def test_the_new_text_is_learned(run: Run, submodel: SubModel, tuned: SubModel, 
     assert value["model"] == file_digest(tuned.folder / "model.safetensors")
 
 
-def test_the_folder_is_a_sub_model_of_the_new_text(
+def test_tuned_folder_is_a_submodel_of_the_new_text(
     run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig
 ) -> None:
     assert read_submodel(tuned.folder) == tuned
@@ -149,7 +157,7 @@ def test_the_folder_is_a_sub_model_of_the_new_text(
     assert inputs["supernet"] == checkpoint.digest
     assert inputs["start"] == weights_digest(submodel.model().state_dict())
     assert inputs["teacher"] == f"{teacher.architecture.key}-{weights_digest(teacher.weights)}"
-    assert inputs == said(tuned.folder)["header"]["inputs"]
+    assert inputs == recorded(tuned.folder)["header"]["inputs"]
     rows = [
         json.loads(line) for line in (tuned.folder / "training" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -157,26 +165,26 @@ def test_the_folder_is_a_sub_model_of_the_new_text(
     assert not list(tuned.folder.rglob("step-*"))
 
 
-def test_what_is_done_is_not_done_again_and_what_is_torn_is(
+def test_finished_result_is_reused_and_damaged_weights_are_rebuilt(
     run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(tuned.folder, tmp_path / "copy"))
     (out / "training" / "step-000060").mkdir()  # killed before it was removed
     reporter = Quiet()
     before = contents(out)
-    assert finetune(submodel, run, data, out, CONFIG, reporter) == replace(tuned, folder=out)
+    assert tune(submodel, run, data, out, CONFIG, reporter) == replace(tuned, folder=out)
     assert (reporter.stages, reporter.skips) == ([], ["finetune"])
     assert contents(out) == before
     assert not list(out.rglob("step-*"))
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    finetune(submodel, run, data, out, CONFIG, reporter)
+    tune(submodel, run, data, out, CONFIG, reporter)
     assert (reporter.stages, reporter.skips) == (["finetune"], ["finetune"])
     assert contents(out) == before
 
 
 @pytest.mark.parametrize("moment", ["before a checkpoint", "after one", "before the sub-model", "after it"])
-def test_a_stop_changes_nothing(
+def test_resumed_fine_tuning_equals_uninterrupted(
     moment: str,
     run: Run,
     submodel: SubModel,
@@ -185,7 +193,7 @@ def test_a_stop_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever it falls: the same command ends with the same files, bit for bit."""
+    """At any moment of the interruption, the final files are equal bit for bit."""
     reporter = Stopping({"before a checkpoint": 0.3, "after one": 1.0}.get(moment, 2.0))
     with monkeypatch.context() as patch:
         if moment == "before the sub-model":
@@ -193,30 +201,30 @@ def test_a_stop_changes_nothing(
         if moment == "after it":
             patch.setattr(module, "file_digest", stop)
         with pytest.raises(StoppedError):
-            finetune(submodel, run, data, tmp_path, CONFIG, reporter)
+            tune(submodel, run, data, tmp_path, CONFIG, reporter)
     kept = {"before a checkpoint": [], "after one": ["step-000050"]}.get(
         moment, ["step-000050", "step-000060"]
     )
     assert sorted(p.name for p in (tmp_path / "training").glob("step-*")) == kept
     assert (tmp_path / "architecture.json").exists() == (moment == "after it")
-    assert said(tmp_path)["after"] is None
-    found = finetune(submodel, run, data, tmp_path, CONFIG, Quiet())
+    assert recorded(tmp_path)["after"] is None
+    found = tune(submodel, run, data, tmp_path, CONFIG, Quiet())
     assert found == replace(tuned, folder=tmp_path)
     assert contents(tmp_path) == contents(tuned.folder)
     assert not list(tmp_path.rglob("step-*"))
 
 
-def test_a_killed_process_changes_nothing(
+def test_resume_after_sigkill_equals_uninterrupted(
     run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig, tmp_path: Path
 ) -> None:
-    """A real SIGKILL, once a checkpoint is there."""
+    """A real SIGKILL after the first checkpoint."""
     script = tmp_path / "go.py"
     script.write_text(
         "import sys; from pathlib import Path\n"
-        "from tests.search.test_finetune import *\n"
+        "from tests.search.submodel.test_finetune import *\n"
         "folder, devices, start, text, out = map(Path, sys.argv[1:])\n"
         "data = DataConfig(path=text, held_out=0.2)\n"
-        "finetune(read_submodel(start), open_run(folder, devices), data, out, CONFIG, Quiet())\n"
+        "tune(read_submodel(start), open_run(folder, devices), data, out, CONFIG, Quiet())\n"
     )
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -230,14 +238,14 @@ def test_a_killed_process_changes_nothing(
         time.sleep(0.005)
     process.kill()
     assert process.wait() in (0, -signal.SIGKILL)  # it may have come to its end first
-    assert finetune(submodel, run, data, out, CONFIG, Quiet()) == replace(tuned, folder=out)
+    assert tune(submodel, run, data, out, CONFIG, Quiet()) == replace(tuned, folder=out)
     assert contents(out) == contents(tuned.folder)
 
 
-def test_the_teacher_is_heeded_as_much_as_is_asked(
+def test_settings_and_teacher_reach_the_training(
     run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is always there, the largest of the run; its weight and all else go to the training."""
+    """The teacher is the run's largest sub-network."""
     asked: list[tuple[Any, ...]] = []
 
     def distil(*arguments: Any, **_: Any) -> None:
@@ -247,7 +255,7 @@ def test_the_teacher_is_heeded_as_much_as_is_asked(
     monkeypatch.setattr(module, "distil", distil)
     settings = {"steps": 7, "batch": 3, "learning_rate": 2e-3, "distillation": 0.25, "threads": 1, "seed": 4}
     with pytest.raises(StoppedError):
-        finetune(submodel, run, data, tmp_path, FinetuneConfig(**settings, length=24), Quiet())
+        tune(submodel, run, data, tmp_path, FinetuneConfig(**settings, length=24), Quiet())
     space, config, root, architecture, start, teacher, corpus = asked[0]
     assert (space, root, architecture) == (run.space, tmp_path / "training", submodel.architecture)
     assert isinstance(config, TrainConfig)
@@ -256,16 +264,16 @@ def test_the_teacher_is_heeded_as_much_as_is_asked(
     assert teacher.architecture == genome.largest(run.space)
     assert weights_digest(start) == weights_digest(submodel.model().state_dict())
     assert corpus.digest == load_corpus(data).digest
-    assert said(tmp_path)["text"]["length"] == 24
+    assert recorded(tmp_path)["text"]["length"] == 24
 
 
 def refused(match: str, *arguments: Any) -> None:
     with pytest.raises(InputError, match=match) as caught:
-        finetune(*arguments)
+        tune(*arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_out_is_no_place_of_something_else(
+def test_output_folder_in_use_is_refused(
     run: Run, submodel: SubModel, tuned: SubModel, data: DataConfig, tmp_path: Path
 ) -> None:
     own = submodel.folder / ".." / submodel.folder.name
@@ -287,11 +295,14 @@ def test_out_is_no_place_of_something_else(
     assert contents(tuned.folder) == before
 
 
-def test_a_sub_model_that_does_not_fit_the_run(
+def test_submodel_of_another_space_is_refused(
     run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path
 ) -> None:
     longer = replace(submodel, model_config=replace(submodel.model_config, max_seq_len=128, vocab_size=512))
-    match = "the sub-model has vocabulary 512, context 128, the teacher .*run has vocabulary 256, context 64"
+    match = (
+        "the sub-model has vocab_size 512, max_seq_len 128, "
+        "the teacher .*run has vocab_size 256, max_seq_len 64"
+    )
     refused(match, longer, run, data, tmp_path, CONFIG, Quiet())
     first = replace(submodel.architecture.layers[0], ffn=96)
     layers = (first, *submodel.architecture.layers[1:])
@@ -309,13 +320,13 @@ def test_a_sub_model_that_does_not_fit_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_that_does_not_do(run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path) -> None:
+def test_unusable_text_is_refused(run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"no. {i}")
     short = DataConfig(path=tmp_path / "text", held_out=0.1)
-    match = r"the held-out side has \d+ bytes, a context of 64 needs 65"
+    match = r"the held-out side has \d+ bytes, a length of 64 needs 65"
     refused(match, submodel, run, short, out, CONFIG, Quiet())
     nowhere = DataConfig(path=tmp_path / "nowhere")
     refused("nowhere: not found", submodel, run, nowhere, out, CONFIG, Quiet())
@@ -324,7 +335,7 @@ def test_text_that_does_not_do(run: Run, submodel: SubModel, data: DataConfig, t
     assert not out.exists()
 
 
-def test_a_short_text_is_judged_on_as_many_sequences_as_it_has(
+def test_short_text_is_evaluated_on_fewer_sequences(
     run: Run, submodel: SubModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "distil", stop)
@@ -333,16 +344,16 @@ def test_a_short_text_is_judged_on_as_many_sequences_as_it_has(
         (tmp_path / "text" / f"{i}.txt").write_text(f"chapter {i} of a short story")
     data = DataConfig(path=tmp_path / "text", held_out=0.2)
     with pytest.raises(StoppedError):
-        finetune(submodel, run, data, tmp_path / "out", CONFIG, Quiet())
-    windows = said(tmp_path / "out")["text"]["windows"]
+        tune(submodel, run, data, tmp_path / "out", CONFIG, Quiet())
+    windows = recorded(tmp_path / "out")["text"]["windows"]
     assert windows == len(load_corpus(data).held_out) // 65
     assert 0 < windows < run.text.windows
 
 
-def test_tokenizers_that_differ(
+def test_different_tokenizers_are_refused(
     run: Run, submodel: SubModel, new_text: Path, data: DataConfig, tmp_path: Path
 ) -> None:
-    """Whichever side has one; and a run's own reads the new text, and goes with the sub-model."""
+    """Either side may have one; the run's tokenizer reads the new text and is copied to the sub-model."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     file, other = saved(tmp_path / "a", byte_level(300)), saved(tmp_path / "b", byte_level(310))
@@ -368,15 +379,15 @@ def test_tokenizers_that_differ(
     assert not out.exists()
 
     quick = CONFIG.model_copy(update={"steps": 2})
-    found = finetune(start, pieces, data, out, quick, Quiet())
+    found = tune(start, pieces, data, out, quick, Quiet())
     assert found.text is not None
     assert found.text.data == named
     assert file_digest(out / "tokenizer.json") == file_digest(file)
     unknown = replace(start, text=None, tokenizer_digest=None)
-    assert finetune(unknown, pieces, named, out, quick, Quiet()) == found
+    assert tune(unknown, pieces, named, out, quick, Quiet()) == found
 
 
-def test_settings_are_checked() -> None:
+def test_invalid_settings_are_refused() -> None:
     wrong: list[dict[str, Any]] = [
         {"rate": 1e-3}, {"teacher": None}, {"steps": 0}, {"batch": 0}, {"learning_rate": float("inf")},
         {"distillation": 1.5}, {"length": 1}, {"threads": 0}, {"seed": -1},
@@ -386,9 +397,7 @@ def test_settings_are_checked() -> None:
             FinetuneConfig.model_validate(settings)
 
 
-def test_a_loss_that_is_not_finite_is_told(
-    run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path
-) -> None:
+def test_non_finite_loss_is_refused(run: Run, submodel: SubModel, data: DataConfig, tmp_path: Path) -> None:
     wild = CONFIG.model_copy(update={"learning_rate": 1e30})
     refused("training: .* at step", submodel, run, data, tmp_path / "out", wild, Quiet())
     broken = replace(submodel, folder=Path(shutil.copytree(submodel.folder, tmp_path / "broken")))

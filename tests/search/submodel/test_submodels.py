@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from latency import load_card, load_predictor
-from search.config import load_run_config
+from search.config import SearchConfig, load_run_config, precision_of
 from search.engine.devices import open_targets
-from search.config import SearchConfig, precision_of
 from search.submodel.decoder import Decoder
 from search.submodel.verify import evaluation_data, graph_loss
 from space import InputError, genome

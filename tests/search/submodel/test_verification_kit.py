@@ -1,4 +1,4 @@
-"""A sub-model verified by a kit: packed, run by a Python that gets nothing but the zip, judged here."""
+"""Verification by a kit: packed here, run by an isolated Python, judged here."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def packed(run_folder: Path, tmp_path: Path, formfit: Program) -> Path:
     return tmp_path
 
 
-def test_what_a_kit_measured_is_judged(packed: Path, run_folder: Path, formfit: Program) -> None:
+def test_kit_result_is_judged(packed: Path, run_folder: Path, formfit: Program) -> None:
     out, result = packed / "model", packed / "result.json"
     words = ("--devices", run_folder / "devices", "verify", out, "--device", "desk", "--kit-result")
     done = formfit(*words, result, "--json")
@@ -43,7 +43,7 @@ def test_what_a_kit_measured_is_judged(packed: Path, run_folder: Path, formfit: 
     assert {item["status"] for item in value["limits"]} <= {"kept", "missed"}
 
 
-def test_another_model_is_not_judged_by_it(packed: Path, run_folder: Path, formfit: Program) -> None:
+def test_kit_result_of_another_model_is_refused(packed: Path, run_folder: Path, formfit: Program) -> None:
     model = packed / "model" / "model.onnx"
     model.write_bytes(model.read_bytes() + b" ")
     words = ("verify", packed / "model", "--device", "desk", "--kit-result", packed / "result.json")
@@ -52,7 +52,7 @@ def test_another_model_is_not_judged_by_it(packed: Path, run_folder: Path, formf
     assert "not the graphs that were packed" in done.stderr
 
 
-LIES = {
+TAMPERED = {
     "truncated": (lambda text: text[:-9], "not a result"),
     "another device": (
         lambda text: sealed(text, lambda v: v["fingerprint"].update(cpu="Other")),
@@ -75,10 +75,10 @@ def sealed(text: str, change: object) -> str:
     return json.dumps({**value, "seal": probe.seal(value)})
 
 
-def test_results_that_lie_are_refused_in_one_line(packed: Path, run_folder: Path, formfit: Program) -> None:
-    lie = packed / "lie.json"
-    for how, expected in LIES.values():
-        lie.write_text(how((packed / "result.json").read_text()))
+def test_tampered_results_are_refused_in_one_line(packed: Path, run_folder: Path, formfit: Program) -> None:
+    tampered = packed / "tampered.json"
+    for how, expected in TAMPERED.values():
+        tampered.write_text(how((packed / "result.json").read_text()))
         done = formfit(
             "--devices",
             run_folder / "devices",
@@ -87,7 +87,7 @@ def test_results_that_lie_are_refused_in_one_line(packed: Path, run_folder: Path
             "--device",
             "desk",
             "--kit-result",
-            lie,
+            tampered,
         )
         assert done.returncode == 2, done.stderr
         assert expected in done.stderr

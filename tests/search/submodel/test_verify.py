@@ -1,4 +1,4 @@
-"""Sub-network, sub-model and graph compute the same, in fp32, against fp64."""
+"""Parity of sub-network, sub-model and graph in fp32 with fp64, and judging of limits."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 
+from search.engine.verification import LatencyMeasurement
 from search.submodel.export import export_onnx
 from search.submodel.parity import parity, relative_error
 from search.submodel.verify import judge
@@ -31,6 +32,9 @@ SPACE = tiny_space(
     ratios=["full", 1, 3, "linear"],
     vocab_size=61,
 )
+MEASURED = LatencyMeasurement(
+    latency_ms=1.5, interval_ms=(1.4, 1.6), copies_ms=(1.5,), clock_ms=1.5, problems=()
+)
 ARCHITECTURES = genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(4), 20))
 
 
@@ -46,15 +50,16 @@ def test_parity_of_twenty_architectures(
     architecture: Architecture, supernet: Supernet, tmp_path: Path
 ) -> None:
     submodel = write_submodel(tmp_path, supernet, architecture, {}, {})
-    found = parity(submodel, export_onnx(submodel), tokens=40)
-    assert set(found["errors"]) == {
+    export_onnx(submodel)
+    found = parity(submodel, tokens=40)
+    assert set(found.errors) == {
         f"{who}_{way}" for who in ("torch", "onnx") for way in ("prefill", "split", "decode")
     }
-    assert max(found["errors"].values()) <= 1e-5, found
-    assert found["kept"]
+    assert found.worst <= 1e-5, found
+    assert found.kept
 
     # The sub-network inside the supernet, prefill and token by token, against the sub-model in fp64.
-    precise = Model(architecture, SPACE.model_config).double()
+    precise = Model(architecture, SPACE.config).double()
     precise.load_state_dict({k: v.double() for k, v in submodel.model().state_dict().items()})
     text = torch.from_numpy(np.random.default_rng(0).integers(0, 61, (1, 40)))
     with torch.no_grad():
@@ -67,14 +72,14 @@ def test_parity_of_twenty_architectures(
         assert relative_error(np.concatenate(steps, axis=1), expected) <= 1e-5
 
 
-def test_the_twenty_cover_the_space() -> None:
+def test_twenty_architectures_cover_the_mixers() -> None:
     mixers = {layer.mixer for a in ARCHITECTURES for layer in a.layers}
     assert mixers == {*MIXERS, "none"}
     assert any(layer.heads > layer.kv_heads for a in ARCHITECTURES for layer in a.layers)
     assert any(not layer.present for a in ARCHITECTURES for layer in a.layers)
 
 
-def test_parity_sees_a_wrong_weight(supernet: Supernet, tmp_path: Path) -> None:
+def test_parity_detects_a_changed_weight(supernet: Supernet, tmp_path: Path) -> None:
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {})
     path = export_onnx(submodel)
     model = onnx.load(path)
@@ -83,11 +88,10 @@ def test_parity_sees_a_wrong_weight(supernet: Supernet, tmp_path: Path) -> None:
     values[0, 0] += 0.1
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, path)
-    found = parity(submodel, path, tokens=20)
-    assert not found["kept"]
+    assert not parity(submodel, tokens=20).kept
 
 
-def test_the_graph_says_what_it_is(supernet: Supernet, tmp_path: Path) -> None:
+def test_graph_metadata(supernet: Supernet, tmp_path: Path) -> None:
     architecture = genome.largest(SPACE)
     path = export_onnx(write_submodel(tmp_path, supernet, architecture, {}, {"limits": []}))
     metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
@@ -98,7 +102,7 @@ def test_the_graph_says_what_it_is(supernet: Supernet, tmp_path: Path) -> None:
     assert json.loads(metadata["formfit.limits"]) == []
 
 
-def test_a_spoilt_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> None:
+def test_damaged_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> None:
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {})
     export_onnx(submodel)
     weights = (tmp_path / "model.safetensors").read_bytes()
@@ -113,7 +117,7 @@ def test_a_spoilt_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> Non
     (tmp_path / "model.onnx").write_bytes(graph[: len(graph) // 2])
     (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match="cannot run it"):
-        parity(read_submodel(tmp_path), tmp_path / "model.onnx", 8)
+        parity(read_submodel(tmp_path), 8)
     value = json.loads((tmp_path / "architecture.json").read_text())
     value["architecture"]["width"] = 32
     (tmp_path / "architecture.json").write_text(json.dumps(value))
@@ -121,18 +125,19 @@ def test_a_spoilt_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> Non
         read_submodel(tmp_path)
 
 
-def test_a_mixer_that_the_runtime_lacks_is_named(
+def test_mixer_missing_in_the_runtime_is_named(
     supernet: Supernet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(mixer_graphs.WRITERS, "gla", unknown_operator)
     layers = (Layer(mixer="gla", heads=1, kv_heads=1), Layer(mixer="linear", heads=1, kv_heads=1))
     architecture = Architecture(32, (*layers, Layer(ffn=32), Layer(ffn=32)))
     submodel = write_submodel(tmp_path, supernet, architecture, {}, {})
+    export_onnx(submodel)
     with pytest.raises(InputError, match=r"model.onnx: mixer gla: onnxruntime \S+ cannot run it .*Nowhere"):
-        parity(submodel, export_onnx(submodel), tokens=8)
+        parity(submodel, tokens=8)
 
 
-def test_limits_are_judged_by_what_was_measured(supernet: Supernet, tmp_path: Path) -> None:
+def test_limits_are_judged_by_measurements(supernet: Supernet, tmp_path: Path) -> None:
     limits = [
         {"limit": "prefill@64<=2ms", "bound": 0.002, "unit": "seconds"},
         {"limit": "decode@64<=1ms", "bound": 0.001, "unit": "seconds"},
@@ -140,26 +145,25 @@ def test_limits_are_judged_by_what_was_measured(supernet: Supernet, tmp_path: Pa
         {"limit": "rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
     ]
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, {"limits": limits})
-    rows = judge(submodel, "desk", {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900})
-    assert [row["status"] for row in rows] == ["kept", "UNMEASURED", "missed", "kept"]
-    assert rows[0]["used"] == pytest.approx(0.75)
+    results = judge(submodel, "desk", {"prefill@64": MEASURED}, {"prefill@64": 900})
+    assert [result.status for result in results] == ["kept", "UNMEASURED", "missed", "kept"]
+    assert results[0].used == pytest.approx(0.75)
 
 
-def test_another_devices_limits_are_not_judged_by_this_ones_measurements(
-    supernet: Supernet, tmp_path: Path
-) -> None:
-    """A limit that names no device means the first of those that the model was chosen for."""
+def test_limits_on_another_device_stay_unmeasured(supernet: Supernet, tmp_path: Path) -> None:
+    """A limit without a device is on the first device that the model was chosen for."""
     limits = [
         {"limit": "prefill@64<=2ms", "bound": 0.002, "unit": "seconds"},
         {"limit": "phone:prefill@64<=1ms", "bound": 0.001, "unit": "seconds"},
         {"limit": "phone:rss@64<=1KB", "bound": 1000.0, "unit": "bytes"},
         {"limit": "params<=100M", "bound": 1e8, "unit": "parameters"},
     ]
-    chosen = {"limits": limits, "predicted": {"latency": {"desk": {}, "phone": {}}}}
+    chosen = {"limits": limits, "predicted": {"params": 1, "latency": {"desk": {}, "phone": {}}}}
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, chosen)
-    found = {"prefill@64": {"latency_ms": 1.5}}, {"prefill@64": 900}
-    assert [row["status"] for row in judge(submodel, "desk", *found)] == ["kept", *["UNMEASURED"] * 2, "kept"]
-    assert [row["status"] for row in judge(submodel, "phone", *found)] == [
+    found = {"prefill@64": MEASURED}, {"prefill@64": 900}
+    here, there = judge(submodel, "desk", *found), judge(submodel, "phone", *found)
+    assert [result.status for result in here] == ["kept", *["UNMEASURED"] * 2, "kept"]
+    assert [result.status for result in there] == [
         "UNMEASURED",
         "missed",
         "kept",
