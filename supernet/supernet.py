@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from space import Architecture, Space
 from space.blocks import State, add_parameter, forward, initial
-from space.shapes import SHARED, Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes
+from space.shapes import (
+    SHARED,
+    Shapes,
+    end_shapes,
+    ffn_shapes,
+    mixer_shapes,
+    model_shapes,
+    parameter_mixer,
+)
 
 Sources = Mapping[str, tuple[str, tuple[int, ...]]]  # sub-model's name -> supernet's name, shape
 
@@ -89,7 +97,8 @@ class Supernet(nn.Module):
         self.space = space
         generator = generator or torch.Generator().manual_seed(0)
         for name, shape in supernet_shapes(space).items():
-            value = initial(name, shape, generator, tie_embeddings=space.tie_embeddings)
+            owner = parameter_mixer(name)
+            value = initial(name, shape, generator, mixer=owner, tie_embeddings=space.tie_embeddings)
             add_parameter(self, name, value)
 
     def weights(

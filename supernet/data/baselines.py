@@ -1,8 +1,7 @@
-"""What any language model must beat, in bits per byte of held-out text.
+"""Baselines of language modelling, in bits per byte of held-out text.
 
-gzip, which everyone knows, and a byte model of order 2, the best that counting
-two bytes of context can do. The text may be one array, or the windows of an
-evaluation [N, L + 1], which are then read as one text.
+gzip, and a byte model of order 2, which counts bytes after two bytes of context. Texts may be one array, or
+the windows of an evaluation [N, L + 1], which are read as one text.
 """
 
 import gzip
@@ -14,40 +13,51 @@ from numpy.typing import NDArray
 
 from space.io.errors import InputError
 
-CHUNK_BYTES = 1 << 23
+TokenIds = NDArray[np.integer[Any]]
+CHUNK_BYTES = 1 << 23  # processed at a time, to bound memory
 
 
-def gzip_bits_per_byte(train: NDArray[Any], held_out: NDArray[Any]) -> float:
-    """``gzip -9`` of the held-out text alone; ``train`` is there so that all baselines are called alike."""
+def gzip_bits_per_byte(train: TokenIds, held_out: TokenIds) -> float:
+    """Size of the held-out text under ``gzip -9``, in bits per byte.
+
+    Args:
+        train: unused; all baselines have the same signature.
+        held_out: the text to compress.
+    """
     del train
     text = _text(held_out)
     return 8 * len(gzip.compress(text.tobytes(), 9, mtime=0)) / len(text)
 
 
-def order2_bits_per_byte(train: NDArray[Any], held_out: NDArray[Any]) -> float:
-    """An order-2 byte model counted on the training text; the held-out text starts a document (byte 0)."""
+def order2_bits_per_byte(train: TokenIds, held_out: TokenIds) -> float:
+    """Cross-entropy of an order-2 byte model, in bits per byte.
+
+    Args:
+        train: text whose bytes are counted.
+        held_out: text to predict; it starts a document (byte 0).
+    """
     model = count_order2(train)
     text = np.concatenate([np.zeros(2, np.uint8), _text(held_out)])
     bits = 0.0
     for start in range(2, len(text), CHUNK_BYTES):
         here = np.arange(start, min(start + CHUNK_BYTES, len(text)))
-        chances = model.probability(text[here - 2], text[here - 1], text[here])
-        bits -= float(np.log2(chances).sum())
+        probabilities = model.probability(text[here - 2], text[here - 1], text[here])
+        bits -= float(np.log2(probabilities).sum())
     return bits / (len(text) - 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Order2:
-    """Interpolated Witten-Bell: an order's counts weigh as many as they are against its distinct bytes.
+    """Byte model with interpolated Witten-Bell smoothing.
 
     P(w | h) = (count(h w) + distinct(h) P(w | shorter h)) / (count(h) + distinct(h)), from order 2 down to
     order 0, whose shorter model is uniform over 256 bytes (Witten and Bell 1991).
 
     Attributes:
-        counts: how often each byte followed each two [256, 256, 256].
-        seen: how often each two came before a byte [256, 256].
-        distinct: how many different bytes followed each two [256, 256].
-        order1: P(byte | one byte before) [256, 256].
+        counts: occurrences of each three bytes [256, 256, 256].
+        seen: occurrences of each two bytes before another byte [256, 256].
+        distinct: number of different bytes after each two bytes [256, 256].
+        order1: P(byte | previous byte) [256, 256].
     """
 
     counts: NDArray[np.int32]
@@ -58,7 +68,13 @@ class Order2:
     def probability(
         self, before: NDArray[np.uint8], last: NDArray[np.uint8], following: NDArray[np.uint8]
     ) -> NDArray[np.float64]:
-        """P(following | before, last), elementwise over arrays that broadcast."""
+        """P(following | before, last), elementwise.
+
+        Args:
+            before: the byte before ``last``.
+            last: the previous byte.
+            following: the predicted byte; all three broadcast.
+        """
         distinct = self.distinct[before, last]
         shorter = self.order1[last, following]
         weight = np.maximum(self.seen[before, last] + distinct, 1)
@@ -66,8 +82,12 @@ class Order2:
         return np.where(distinct > 0, mixed, shorter)
 
 
-def count_order2(train: NDArray[Any]) -> Order2:
-    """Count every three bytes in a row of the training text (64 MB of counts)."""
+def count_order2(train: TokenIds) -> Order2:
+    """Count every three consecutive bytes of a text (64 MB of counts).
+
+    Args:
+        train: the text.
+    """
     text = _text(train)
     counts = np.zeros(256**3, np.int32)
     for start in range(0, len(text) - 2, CHUNK_BYTES):
@@ -86,15 +106,15 @@ def count_order2(train: NDArray[Any]) -> Order2:
 
 
 def _interpolate(counts: NDArray[np.int64], shorter: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Witten-Bell along the last axis; where nothing was counted, the shorter model."""
+    """Witten-Bell smoothing along the last axis; the shorter model where nothing was counted."""
     distinct = np.count_nonzero(counts, axis=-1, keepdims=True)
     weight = np.maximum(counts.sum(axis=-1, keepdims=True) + distinct, 1)
     return np.where(distinct > 0, (counts + distinct * shorter) / weight, shorter)
 
 
-def _text(tokens: NDArray[Any]) -> NDArray[np.uint8]:
+def _text(tokens: TokenIds) -> NDArray[np.uint8]:
     if not tokens.size:
-        raise InputError("data: the text of a baseline is empty; give some")
+        raise InputError("data: the text of a baseline is empty")
     if tokens.max() > 255:
-        raise ValueError(f"tokens up to {tokens.max()}: the baselines are those of bytes")
+        raise ValueError(f"tokens up to {tokens.max()}: the baselines are defined on bytes")
     return tokens.astype(np.uint8).ravel()

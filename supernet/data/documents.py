@@ -1,7 +1,7 @@
-"""Where text comes from: the standard library, one file, or a folder of them.
+"""Documents of a source: the standard library, one file, or a folder of files.
 
-A document is the bytes of a UTF-8 text without its zero bytes, for byte 0 is what stands
-between documents later on. Nothing here is ordered or deduplicated yet.
+A document is the bytes of a UTF-8 text without its zero bytes, since byte 0 separates documents in a corpus.
+Documents are neither ordered nor deduplicated here.
 """
 
 import os
@@ -17,12 +17,15 @@ EXPECTED = "give a UTF-8 text file or a folder of them"
 
 
 def read_documents(path: Path | None) -> Iterator[bytes]:
-    """The documents at a path; None is the standard library of the running interpreter.
+    """Read the documents at a path.
 
-    A folder is read recursively, one document a file; a file named directly is cut into pieces.
+    A folder is read recursively, one document per file; a single file is cut into pieces.
+
+    Args:
+        path: a file or a folder; None is the standard library of the running interpreter.
 
     Raises:
-        InputError: nothing is there, or it cannot be read.
+        InputError: the path is missing or cannot be read.
     """
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
@@ -35,7 +38,14 @@ def read_documents(path: Path | None) -> Iterator[bytes]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones, caches and installed packages."""
+    """The files below a folder, without hidden files, caches and installed packages.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
     skipped = {"__pycache__", "site-packages", "dist-packages"}
     for root, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
@@ -44,9 +54,10 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def pieces(text: bytes) -> Iterator[bytes]:
-    """Cut one long text into documents of at most 16 KiB, at line ends where there are any.
+    """Cut a text into documents of at most ``PIECE_BYTES``, at a line end or else between two characters.
 
-    Where there are none, never inside a character.
+    Args:
+        text: UTF-8 text.
     """
     start = 0
     while start < len(text):
@@ -59,14 +70,19 @@ def pieces(text: bytes) -> Iterator[bytes]:
 
 
 def character_start(text: bytes, place: int) -> int:
-    """The last place up to this one where a UTF-8 character starts."""
-    while place > 0 and text[place] & 0xC0 == 0x80:  # 10xxxxxx goes on with a character
+    """Start of the UTF-8 character that covers a position.
+
+    Args:
+        text: UTF-8 text.
+        place: index into the text.
+    """
+    while place > 0 and text[place] & 0xC0 == 0x80:  # 10xxxxxx is a continuation byte
         place -= 1
     return place
 
 
 def _read(file: Path) -> bytes:
-    """A file's text without its zero bytes; nothing where it is not UTF-8."""
+    """A file's text without zero bytes; empty if it is not UTF-8."""
     try:
         content = file.read_bytes()
         content.decode()

@@ -1,9 +1,8 @@
-"""Multi-query associative recall (Zoology, Arora et al. 2023): can a mixer look things up?
+"""Multi-query associative recall (MQAR; Zoology, Arora et al. 2023).
 
-A sequence names pairs of a key and a value, then shows every key once more; at that place the
-model is to answer with the key's value. Nothing but the context tells the answer, so the task
-separates mixers that keep what they read from those that forget it. Training and evaluation
-draw from generators of their own: no sequence that is scored was trained on by design.
+A sequence lists pairs of a key and a value, then shows every key once more; there the model has to predict
+the key's value. Only the context determines the answer, so accuracy measures a mixer's recall. Training and
+evaluation draw from different generators, so no evaluated sequence is trained on by design.
 """
 
 import numpy as np
@@ -11,37 +10,60 @@ from numpy.typing import NDArray
 
 from space.io.errors import InputError
 
-IGNORED = -100  # the target of a token from which nothing is learned, as torch has it
-POWER = 0.01  # Zoology's exponent for the gap between a pair and its query
-_TRAIN, _HELD_OUT = 1, 2  # first words of the two generators' seeds
+IGNORED = -100  # target that a loss ignores, as torch's ignore_index
+GAP_EXPONENT = 0.01  # Zoology's exponent for the gap between a pair and its query
+_TRAIN_SEED, _EVALUATION_SEED = 1, 2  # first words of the generators' seeds
 
 Tokens = NDArray[np.int64]
 
 
 def default_pairs(length: int) -> int:
-    """As many pairs as Zoology's setting has at a length: one for every eight tokens."""
+    """Number of pairs in Zoology's setting: one for every eight tokens.
+
+    Args:
+        length: tokens per sequence.
+    """
     return max(1, length // 8)
 
 
 def require_mqar(vocab_size: int, length: int, pairs: int) -> None:
-    """Refuse (InputError) sizes in which there is no such sequence."""
+    """Check the sizes of sequences.
+
+    Args:
+        vocab_size: number of distinct tokens.
+        length: tokens per sequence.
+        pairs: key-value pairs per sequence.
+
+    Raises:
+        InputError: the pairs do not fit the length or the vocabulary.
+    """
     if pairs < 1 or 4 * pairs > length:
         allowed = f"a length of {length} holds at most {length // 4}"
-        raise InputError(f"data.pairs: {pairs} pairs of key and value; {allowed}")
+        raise InputError(f"data.pairs: {pairs} key-value pairs; {allowed}")
     if pairs > vocab_size // 2 - 1:
         allowed = f"a vocabulary of {vocab_size} has {max(0, vocab_size // 2 - 1)} keys"
-        raise InputError(f"data.pairs: {pairs} pairs of key and value; {allowed}")
+        raise InputError(f"data.pairs: {pairs} key-value pairs; {allowed}")
 
 
 def mqar(
     rng: np.random.Generator, batch: int, vocab_size: int, length: int, pairs: int
 ) -> tuple[Tokens, Tokens]:
-    """Draw sequences: tokens [batch, length] and labels of the same shape, -100 where none is asked.
+    """Draw sequences.
 
     ``pairs`` distinct keys from [1, V/2) and values from [V/2, V) alternate at the start. Each key
-    comes once more at position 2 * pairs + 2 * gap; the gaps are drawn one after the other without
+    occurs again at position 2 * pairs + 2 * gap; the gaps are drawn one after the other without
     replacement from range((length - 2 * pairs) / 2), gap i - 1 with probability proportional to
-    i^-0.99, and the label there is the key's value. Everything else is uniformly random.
+    i^-0.99, and the label there is the key's value. All other tokens are uniformly random.
+
+    Args:
+        rng: source of randomness.
+        batch: number of sequences.
+        vocab_size: number of distinct tokens V.
+        length: tokens per sequence.
+        pairs: key-value pairs per sequence.
+
+    Returns:
+        Tokens and labels [batch, length]; labels are -100 except at queries.
 
     Raises:
         InputError: the pairs do not fit the length or the vocabulary.
@@ -51,7 +73,7 @@ def mqar(
     keys = 1 + _distinct(rng, np.ones(half - 1), batch, pairs)
     values = half + _distinct(rng, np.ones(vocab_size - half), batch, pairs)
     places = (length - 2 * pairs) // 2
-    weights = POWER * np.arange(1.0, places + 1) ** (POWER - 1)
+    weights = GAP_EXPONENT * np.arange(1.0, places + 1) ** (GAP_EXPONENT - 1)
     queries = 2 * pairs + 2 * _distinct(rng, weights, batch, pairs)
     tokens = rng.integers(vocab_size, size=(batch, length))
     tokens[:, 0 : 2 * pairs : 2] = keys
@@ -63,20 +85,28 @@ def mqar(
 
 
 def training_generator(rng: np.random.Generator) -> np.random.Generator:
-    """The generator of a batch's sequences, itself drawn from the batch's."""
-    return np.random.default_rng([_TRAIN, int(rng.integers(2**63))])
+    """A generator for a training batch's sequences, seeded by the batch's own generator.
+
+    Args:
+        rng: the batch's generator.
+    """
+    return np.random.default_rng([_TRAIN_SEED, int(rng.integers(2**63))])
 
 
 def evaluation_generator(seed: int) -> np.random.Generator:
-    """The generator of the sequences that are only ever scored."""
-    return np.random.default_rng([_HELD_OUT, seed])
+    """A generator for sequences that training never draws.
+
+    Args:
+        seed: of the sequences.
+    """
+    return np.random.default_rng([_EVALUATION_SEED, seed])
 
 
 def _distinct(rng: np.random.Generator, weights: NDArray[np.float64], batch: int, count: int) -> Tokens:
-    """Rows of distinct indices [batch, count], each drawn by weight from those still left.
+    """Weighted draws without replacement: indices [batch, count].
 
-    The order in which exponential clocks of those rates ring is such a draw (Efraimidis and
-    Spirakis 2006), which needs no loop over draws.
+    Sorting exponential variables of these rates gives such a draw without a loop (Efraimidis and Spirakis
+    2006).
     """
     clocks = rng.standard_exponential((batch, len(weights))) / weights
     return np.argsort(clocks, axis=1)[:, :count]

@@ -1,8 +1,8 @@
-"""Which tokens of a text can be recalled from its context, but not from training.
+"""Mask of the tokens that can be recalled from the context, but not from training.
 
-A mean over all tokens does not see what linear mixers lose; a mean over these does. The idea
-of the slice is Zoology's (Arora et al. 2023), for bigrams of word pieces; for bytes, whose
-bigrams say nothing, it is carried over to 8-grams.
+The mean loss over these tokens shows recall, which the mean over all tokens hides. Zoology (Arora et al.
+2023) introduced the slice for bigrams of subwords; for bytes, whose bigrams carry little information, 8-grams
+are used.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 BYTE_ORDER = 8
 PIECE_ORDER = 2
 SAMPLE_TOKENS = 4_000_000
-PIECE_RARE = 1  # Zoology has 1250 occurrences, in a training text of billions
+PIECE_RARE = 1  # occurrences per million; Zoology allows 1250 in all, in a training text of billions
 
 
 def recall_mask(
@@ -23,12 +23,19 @@ def recall_mask(
     sample_tokens: int = SAMPLE_TOKENS,
     rare_per_million: int = 0,
 ) -> NDArray[np.bool_]:
-    """Which targets end an n-gram seen earlier in the window and rare in training.
+    """Mask of the targets that complete an n-gram which occurs earlier in the window and is rare in training.
 
-    A target counts when the n-gram of ``order`` (1 to 8) tokens that it completes ended earlier in
-    its own window, and occurs at most ``rare_per_million`` times in a million tokens (0: never) of
-    the training text's first ``sample_tokens``. Windows [N, L + 1] give a mask [N, L] of the
-    targets. An n-gram must fit 64 bits: 8 bytes, or 2 ids below 2^32.
+    An n-gram must fit 64 bits: 8 bytes, or 2 ids below 2^32.
+
+    Args:
+        windows: token ids [N, L + 1].
+        train: training text [tokens].
+        order: tokens per n-gram, 1 to 8.
+        sample_tokens: the training text's first tokens that are searched.
+        rare_per_million: greatest number of occurrences per million training tokens; 0 is none at all.
+
+    Returns:
+        Mask [N, L] of the targets.
     """
     sample = train[:sample_tokens]
     grams = _ngrams(windows, order)  # [N, L + 2 - order]
@@ -36,9 +43,9 @@ def recall_mask(
     ranked = np.take_along_axis(grams, places, axis=1)
     repeated = np.zeros(grams.shape, bool)
     np.put_along_axis(repeated, places[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
-    wanted = grams[repeated]
+    candidates = grams[repeated]
     known = np.sort(_ngrams(sample, order))  # this search is 3 times as fast as np.isin
-    count = np.searchsorted(known, wanted, "right") - np.searchsorted(known, wanted, "left")
+    count = np.searchsorted(known, candidates, "right") - np.searchsorted(known, candidates, "left")
     repeated[repeated] = count <= rare_per_million * len(sample) // 1_000_000
     mask = np.zeros(windows.shape, bool)
     mask[:, order - 1 :] = repeated
@@ -46,9 +53,11 @@ def recall_mask(
 
 
 def _ngrams(tokens: NDArray[Any], order: int) -> NDArray[np.uint64]:
-    """The n-grams along the last axis, each packed into one integer; none where the text is shorter."""
+    """The n-grams along the last axis, each packed into one integer; empty if the text is shorter."""
     if not 1 <= order <= 8 or tokens.max(initial=0) >> min(64 // order, 32):
-        raise ValueError(f"order {order}, tokens up to {tokens.max(initial=0)}: more than one integer holds")
+        raise ValueError(
+            f"order {order}, tokens up to {tokens.max(initial=0)}: an n-gram does not fit 64 bits"
+        )
     count = max(tokens.shape[-1] - order + 1, 0)
     grams = np.zeros((*tokens.shape[:-1], count), np.uint64)
     bits = np.uint64(min(64 // order, 32))

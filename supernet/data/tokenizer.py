@@ -1,8 +1,7 @@
-"""Word pieces instead of bytes: a Hugging Face ``tokenizer.json``.
+"""Subword tokens from a Hugging Face ``tokenizer.json``.
 
-The library ``tokenizers`` (extra ``hf``) reads the file; it is imported only where one is
-given. Beside the tokens it is kept how many bytes of the text each stands for, since a loss
-per token says nothing to someone with another tokenizer, while bits per byte do.
+The optional library ``tokenizers`` (extra ``hf``) reads the file and is imported on use. The number of bytes
+that each token stands for is kept: unlike a loss per token, bits per byte can be compared across tokenizers.
 """
 
 import importlib
@@ -18,44 +17,65 @@ from numpy.typing import NDArray
 from space.io.artefact import digest
 from space.io.errors import InputError
 
-# What tokenizers call the end of a text; the first one that a file has separates documents.
+# End-of-text tokens of common tokenizers; the first one in a tokenizer's vocabulary separates documents.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
-BATCH = 64
+BATCH_TEXTS = 64
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
-    """A tokenizer's file: its vocabulary's size, its separator, and the digest of its content."""
+    """A tokenizer.
+
+    Attributes:
+        path: its file.
+        library: the ``tokenizers.Tokenizer``.
+        vocab_size: number of ids.
+        separator: id that separates documents.
+        digest: sha256 of the file.
+    """
 
     path: Path
-    library: Any  # tokenizers.Tokenizer, whose package is optional
+    library: Any  # the type's package is optional
     vocab_size: int
     separator: int
     digest: str
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
-        """The ids of texts [tokens], a separator before and after each."""
-        return self._joined(found.ids for found in self._encodings(texts, "encode_batch_fast"))
+        """Encode texts, with a separator before and after each.
+
+        Args:
+            texts: UTF-8 texts.
+
+        Returns:
+            Ids [tokens].
+        """
+        return self._joined(encoding.ids for encoding in self._encodings(texts, "encode_batch_fast"))
 
     def encode_measured(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.uint32] | None]:
-        """The ids of texts, and how many bytes each stands for: both [tokens].
+        """Encode texts and measure the bytes that each token stands for.
 
-        A separator stands for one byte, as byte 0 does where bytes are the tokens. The bytes are
-        None where decoding does not give a text back: then the ids stand for some other text.
+        A separator counts as one byte, as byte 0 does in a corpus of bytes.
+
+        Args:
+            texts: UTF-8 texts.
+
+        Returns:
+            Ids [tokens] and bytes [tokens]; the latter is None if decoding does not give the texts back.
         """
         rows, sizes, faithful = [], [1], True
-        for text, found in zip(texts, self._encodings(texts, "encode_batch"), strict=True):
-            rows.append(found.ids)
-            sizes += [*bytes_of_tokens(text.decode(), found.offsets), 1]
-            faithful = faithful and self.library.decode(found.ids, skip_special_tokens=False) == text.decode()
+        for text, encoding in zip(texts, self._encodings(texts, "encode_batch"), strict=True):
+            rows.append(encoding.ids)
+            sizes += [*bytes_of_tokens(text.decode(), encoding.offsets), 1]
+            decoded = self.library.decode(encoding.ids, skip_special_tokens=False)
+            faithful = faithful and decoded == text.decode()
         return self._joined(rows), np.array(sizes, np.uint32) if faithful else None
 
     def _encodings(self, texts: Sequence[bytes], method: str) -> Iterator[Any]:
-        """The library's encodings, some texts at a time: one takes a hundred times its text's memory."""
-        for start in range(0, len(texts), BATCH):
-            decoded = [text.decode() for text in texts[start : start + BATCH]]
+        """The library's encodings, in batches: an encoding takes a hundred times its text's memory."""
+        for start in range(0, len(texts), BATCH_TEXTS):
+            decoded = [text.decode() for text in texts[start : start + BATCH_TEXTS]]
             yield from getattr(self.library, method)(decoded, add_special_tokens=False)
 
     def _joined(self, rows: Iterable[Sequence[int]]) -> Ids:
@@ -66,10 +86,13 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``; its vocabulary reaches to the greatest id.
+    """Read a ``tokenizer.json``; the size of its vocabulary is its greatest id plus 1.
+
+    Args:
+        path: the file.
 
     Raises:
-        InputError: the file is missing or broken, or the package ``tokenizers`` is not installed.
+        InputError: the file is missing or invalid, or the package ``tokenizers`` is not installed.
     """
     where = f"data.tokenizer: {path}"
     try:
@@ -85,21 +108,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{where}: needs the package tokenizers; `pip install 'formfit[hf]'` installs it"
         ) from None
     try:
-        json.loads(content)  # the library's own parser may panic on what is not even JSON
-        found = library.Tokenizer.from_buffer(content)
+        json.loads(content)  # the library's parser may panic on invalid JSON
+        tokenizer = library.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{where}: not a Hugging Face tokenizer.json ({reason})") from None
-    ids = found.get_vocab(with_added_tokens=True)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
     if not ids:
-        raise InputError(f"{where}: a tokenizer without a vocabulary; give one that has tokens")
-    found.no_padding()
-    found.no_truncation()
-    found.encode_special_tokens = True  # a text that spells a separator out has none
+        raise InputError(f"{where}: a tokenizer without a vocabulary")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # a separator's name in a text is plain text
     known = [ids[name] for name in SEPARATORS if name in ids]
     return Tokenizer(
         path=path,
-        library=found,
+        library=tokenizer,
         vocab_size=max(ids.values()) + 1,
         separator=known[0] if known else 0,
         digest=digest(content),
@@ -107,10 +130,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """How many bytes of a text each token stands for; they sum to the whole text.
+    """Bytes of a text that each token stands for; they sum to the whole text.
 
-    A token takes what lies between the end of those before it and its own end, so that skipped
-    whitespace and the later parts of a split character are counted once. The last one takes the rest.
+    A token covers the text from the greatest end of its predecessors to its own end, so that skipped
+    whitespace and a character split over several tokens count once. The last token covers the rest.
+
+    Args:
+        text: the text.
+        offsets: start and end of each token, in characters.
     """
     if not offsets:
         return []

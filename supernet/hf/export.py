@@ -20,7 +20,8 @@ from torch import Tensor
 from space.architecture import Architecture, ModelConfig
 from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
-from space.shapes import NORM_EPS, ROPE_BASE, model_shapes
+from space.layer import NORM_EPS, ROPE_BASE
+from space.shapes import model_shapes
 from supernet.data.tokenizer import SEPARATORS, load_tokenizer
 from supernet.hf.bundle import one_file
 from supernet.hf.llama import BLOCKS, ENDS

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from space import Architecture, InputError, Space, genome
 from space.io.artefact import canonical_json, digest, file_digest
-from space.shapes import NORM_EPS, ROPE_BASE, model_shapes
+from space.layer import NORM_EPS, ROPE_BASE
+from space.shapes import model_shapes
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from space import Architecture, InputError, Layer, ModelConfig
-from space.architecture import HEADLESS_MIXERS
+from space.architecture import has_heads
+from space.attention.projection import heads_of, project, rms_norm
+from space.attention.rotary import rotate
 from space.attention.softmax import softmax_attention
-from space.blocks import ffn, heads_of, mixer, part, project, rms_norm, rotate
+from space.blocks import ffn, mixer, part
 from space.shapes import ffn_shapes, mixer_shapes
 from supernet.hf.llama import pretrained_digest, read_llama
 from supernet.supernet import Supernet, prefix, sources
@@ -241,8 +243,7 @@ def _mixers(supernet: Supernet, architecture: Architecture) -> Iterator[Layer]:
     """The largest layer of each mixer of the space; of windows, the widest."""
     first = architecture.layers[0]
     for name, window in dict(supernet.space.mixer_options[1:]).items():
-        headed = name not in HEADLESS_MIXERS
-        heads, kv_heads = (first.heads, first.kv_heads) if headed else (0, 0)
+        heads, kv_heads = (first.heads, first.kv_heads) if has_heads(name) else (0, 0)
         yield Layer(mixer=name, heads=heads, kv_heads=kv_heads, window=window, ffn=first.ffn)
 
 

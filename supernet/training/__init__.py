@@ -1,1 +1,1 @@
-"""Training: the recipe, the loop, checkpoints, data parallelism, distillation."""
+"""Training of supernets and plain models: recipe, loop, checkpoints, data parallelism, distillation."""

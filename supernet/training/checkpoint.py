@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or do not exist.
+"""Atomic checkpoints.
 
-A checkpoint is a folder ``step-NNNNNN`` with ``model.safetensors``, ``optimizer.safetensors``
-and ``state.json``, which is written last and holds the hashes of the other two. A folder
-whose hashes do not match is passed over, whatever its name says.
+A checkpoint is a folder ``step-NNNNNN`` with ``model.safetensors``, ``optimizer.safetensors`` and
+``state.json``. The last is written last and holds the hashes of the other two; a folder whose hashes do not
+match is ignored.
 """
 
 import fcntl
@@ -23,28 +23,42 @@ from space.io.artefact import Artefact, atomic_path, check_inputs, file_digest
 CHECKPOINT = Artefact("supernet checkpoint", "formfit train")
 KEPT_CHECKPOINTS = 2
 PARTS = ("model", "optimizer")
-LOCK_TIMEOUT_S = 30.0  # seconds; the workers of a killed training outlive it by two or three
+LOCK_TIMEOUT_S = 30.0  # the workers of a killed training hold the lock for two or three seconds more
+LOCK_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        step: number of training steps taken.
+        digest: sha256 of the weights file.
+    """
 
     folder: Path
     step: int
-    digest: str  # of the weights
+    digest: str
 
     def load(self, part: str) -> dict[str, Tensor]:
-        """The tensors of ``model`` or ``optimizer``."""
+        """Load the tensors of one part.
+
+        Args:
+            part: ``model`` or ``optimizer``.
+        """
         return load_file(self.folder / f"{part}.safetensors")
 
 
 @contextmanager
 def sole_writer(root: Path) -> Iterator[None]:
-    """Hold the folder of a training while writing to it; the system lets go of it when a process dies.
+    """Hold an exclusive lock on a training's folder; the operating system releases it if the process dies.
+
+    Args:
+        root: the folder; created if missing.
 
     Raises:
-        InputError: another training holds it, and goes on doing so.
+        InputError: another training still holds the lock after ``LOCK_TIMEOUT_S``.
     """
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root, os.O_RDONLY)
@@ -57,7 +71,7 @@ def sole_writer(root: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(f"{root}: another process writes here; wait until it ends") from None
-                time.sleep(0.1)
+                time.sleep(LOCK_POLL_S)
         yield
     finally:
         os.close(descriptor)
@@ -66,7 +80,14 @@ def sole_writer(root: Path) -> Iterator[None]:
 def save_checkpoint(
     root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], inputs: Mapping[str, str]
 ) -> None:
-    """Write a checkpoint, then delete all but the newest two."""
+    """Write a checkpoint, then delete all but the newest ``KEPT_CHECKPOINTS``.
+
+    Args:
+        root: the folder of the checkpoints.
+        step: number of training steps taken.
+        parts: tensors by part and name.
+        inputs: sha256 of everything the training depends on, by name.
+    """
     folder = root / f"step-{step:06d}"
     shutil.rmtree(folder, ignore_errors=True)
     for part in PARTS:
@@ -80,16 +101,20 @@ def save_checkpoint(
 
 
 def _folders(root: Path) -> list[Path]:
-    """The checkpoint folders under a run's ``supernet``, newest first."""
-    found = {int(p.name[5:]): p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()}
-    return [found[step] for step in sorted(found, reverse=True)]
+    """The checkpoint folders below ``root``, newest first."""
+    folders = {int(p.name[5:]): p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()}
+    return [folders[step] for step in sorted(folders, reverse=True)]
 
 
 def latest_checkpoint(root: Path, inputs: Mapping[str, str]) -> Checkpoint | None:
-    """The newest whole checkpoint, or None.
+    """The newest complete checkpoint; None if there is none.
+
+    Args:
+        root: the folder of the checkpoints.
+        inputs: sha256 of everything the training depends on, by name.
 
     Raises:
-        InputError: the newest whole one was made from other inputs (another space, say).
+        InputError: the newest complete checkpoint was made from other inputs, such as another space.
     """
     for folder in _folders(root):
         path = folder / "state.json"

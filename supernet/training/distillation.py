@@ -1,15 +1,14 @@
-"""Distillation: an architecture learns on as a plain model, from the text and from a fixed teacher.
+"""Distillation: training of one architecture as a plain model, from the text and a fixed teacher.
 
-Where it starts and who teaches it are given as tensors: what the supernet holds of it and the supernet's
-largest sub-network for a search's finalists, or a sub-model's own weights for fine-tuning. It goes as every
-training does, in steps that a kill does not change, and it may be stopped after any of them to see how far
-it got. Footgun: the learning rate follows ``config.steps``, wherever a call stops.
+Initial weights and the teacher are given as tensors: for a search's finalists, the supernet's sub-network and
+its largest sub-network; for fine-tuning, a sub-model's own weights. Checkpoints are the same as in other
+trainings. A call may stop after any step, to compare candidates early. Footgun: the learning rate follows
+``config.steps``, wherever a call stops.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +18,18 @@ from supernet.data.corpus import Corpus
 from supernet.extract import extract
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, sole_writer
-from supernet.training.loop import take_steps
+from supernet.training.loop import Report, take_steps
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import trained_until, training_inputs
 from supernet.training.trainer import Teacher, Trainer, Weights
 
 
 def largest_teacher(supernet: Supernet) -> Teacher:
-    """The largest sub-network of a supernet, with weights of its own."""
+    """The largest sub-network of a supernet as a teacher, with a copy of its weights.
+
+    Args:
+        supernet: the supernet.
+    """
     largest = genome.largest(supernet.space)
     return Teacher(largest, extract(supernet, largest))
 
@@ -41,31 +44,31 @@ def distil(
     corpus: Corpus,
     *,
     until: int | None = None,
-    report: Callable[[Mapping[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> Checkpoint:
-    """Train an architecture from given weights on, or go on from the newest whole checkpoint.
+    """Train an architecture from given weights, or from the newest complete checkpoint.
 
     Args:
-        space: the space whose frame the architecture and the teacher share.
-        config: how to train; ``distillation`` is the weight of the teacher against the text, and what says
-            which members of a supernet are trained does not matter.
+        space: the space of the architecture and the teacher.
+        config: the training settings; ``distillation`` is the weight of the teacher, and the settings that
+            choose a supernet's sub-networks have no effect.
         root: the folder for checkpoints, ``metrics.jsonl`` and ``tensorboard/``.
-        architecture: what is trained.
-        start: its weights, named as in its sub-model; they are copied.
-        teacher: what it learns from beside the text; None learns from the text alone.
-        corpus: the text.
-        until: the step after which to stop; None is ``config.steps``.
+        architecture: the architecture to train.
+        start: its initial weights, named as in its sub-model; they are copied.
+        teacher: the fixed teacher; None learns from the text only.
+        corpus: the training text.
+        until: the step to stop after; None is ``config.steps``.
         report: called with each row of the metrics.
 
     Returns:
-        The checkpoint of step ``until``: its model is what :func:`supernet.training.train.load_stand_alone` reads.
+        The checkpoint of step ``until``, for :func:`supernet.training.train.load_stand_alone`.
 
     Raises:
-        InputError: text that does not fit the space, a checkpoint of other inputs or of a later step, a loss
-            that is not finite, or a folder that another training writes to.
+        InputError: ``config.workers`` is not 0, the text does not fit the space, the checkpoint has other
+            inputs or a later step, a loss is not finite, or another training writes to the folder.
     """
     if config.workers:
-        raise InputError(f"workers: {config.workers}, but a distillation runs in one process: give 0")
+        raise InputError(f"workers: {config.workers}, but distillation runs in one process; set workers: 0")
     config = config.model_copy(update={"init": None})
     last = min(until or config.steps, config.steps)
     inputs = distil_inputs(space, config, architecture, start, teacher, corpus)
@@ -75,10 +78,12 @@ def distil(
             trainer = Trainer(space, config, corpus, architecture, start=start, teacher=teacher)
             take_steps(trainer, root, inputs, report, last)
 
-    found = trained_until(last, root, inputs, take)
-    if found.step > last:
-        raise InputError(f"{root}: trained to step {found.step}, {last} was asked; remove it to start again")
-    return found
+    checkpoint = trained_until(last, root, inputs, take)
+    if checkpoint.step > last:
+        raise InputError(
+            f"{root}: trained to step {checkpoint.step}, past step {last}; remove the folder to start again"
+        )
+    return checkpoint
 
 
 def distil_inputs(
@@ -89,7 +94,16 @@ def distil_inputs(
     teacher: Teacher | None,
     corpus: Corpus,
 ) -> dict[str, str]:
-    """The hashes that identify a distillation: another value is another result."""
+    """The sha256 of everything that a distillation's result depends on, by name.
+
+    Args:
+        space: the space of the architecture and the teacher.
+        config: the training settings.
+        architecture: the architecture to train.
+        start: its initial weights.
+        teacher: the fixed teacher, if any.
+        corpus: the training text.
+    """
     inputs = training_inputs(space, config, corpus, architecture)
     inputs["start"] = weights_digest(start)
     if teacher:
@@ -98,21 +112,30 @@ def distil_inputs(
 
 
 def weights_digest(weights: Weights) -> str:
-    """The sha256 of named tensors, whatever their order, as 64 hexadecimal digits."""
-    found = hashlib.sha256()
+    """The sha256 of named tensors in the order of their names, as 64 hexadecimal digits.
+
+    Args:
+        weights: tensors by name.
+    """
+    sha256 = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 @torch.no_grad()
 def load_subnet(supernet: Supernet, architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
-    """Give a sub-network the weights of a plain model of its architecture: the opposite of extracting it.
+    """Copy a plain model's weights into the supernet; the inverse of :func:`supernet.extract.extract`.
+
+    Args:
+        supernet: the supernet, changed in place; other sub-networks share these weights.
+        architecture: the plain model's architecture.
+        tensors: its weights, named as in its sub-model.
 
     Raises:
-        ValueError: the tensors are not that architecture's.
+        ValueError: names or shapes are not those of the architecture.
     """
     views = supernet.weights(architecture)
     if {n: t.shape for n, t in views.items()} != {n: t.shape for n, t in tensors.items()}:

@@ -12,69 +12,104 @@ from tensorboardX import SummaryWriter
 from space.io.artefact import write_text
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.training.recipe import step_rate
-from supernet.training.trainer import LOG_EVERY, Trainer
+from supernet.training.trainer import Trainer
+
+LOG_EVERY = 20  # steps between two rows of the metrics
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Called with each row of the metrics; see ``metrics.jsonl`` in docs/files.md."""
 
 
 def take_steps(
     trainer: Trainer,
     root: Path,
     inputs: Mapping[str, str],
-    report: Callable[[Mapping[str, Any]], None] | None = None,
+    report: Report | None = None,
     until: int | None = None,
 ) -> None:
-    """Take the steps that are left; the first worker writes checkpoints and metrics.
+    """Train from the newest checkpoint on; the worker of rank 0 writes checkpoints and metrics.
 
-    With ``until`` it stops after that step, with a checkpoint from which another call goes on as if it had
-    not: what a step does depends on ``config.steps`` and never on where a call stops.
+    A step depends on ``config.steps`` only, never on ``until``: stopping and resuming changes no result.
+
+    Args:
+        trainer: the training's state; restored from the newest checkpoint, if there is one.
+        root: the folder for checkpoints, ``metrics.jsonl`` and ``tensorboard/``.
+        inputs: sha256 of everything the training depends on, by name; checkpoints carry them.
+        report: called with each row of the metrics.
+        until: the step to stop after, with a checkpoint; None is ``config.steps``.
     """
-    config, writes = trainer.config, trainer.rank == 0
+    config = trainer.config
     last = min(until or config.steps, config.steps)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(True)
-    found = latest_checkpoint(root, inputs)
-    start = found.step if found else 0
-    if found:
-        trainer.restore(found)
+    checkpoint = latest_checkpoint(root, inputs)
+    start = checkpoint.step if checkpoint else 0
+    if checkpoint:
+        trainer.restore(checkpoint)
     else:
         trainer.prepare()
-    log = root / "metrics.jsonl"
-    scalars = None
-    if writes:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        keep_metrics(log, start)
-        scalars = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
-    began, since = time.monotonic(), start
-    recent: dict[str, list[float]] = {}  # since the last row
+    metrics = _Metrics(trainer, root, start, report) if trainer.rank == 0 else None
     for step in range(start, last):
-        for name, loss in trainer.step(step).items():
-            recent.setdefault(name, []).append(loss)
+        losses = trainer.step(step)
         done = step + 1
-        if writes and scalars and (done % LOG_EVERY == 0 or done == last):
-            now = time.monotonic()
-            row = {
-                "step": done,
-                "steps": config.steps,
-                **{name: sum(losses) / len(losses) for name, losses in recent.items()},
-                "rate": step_rate(config, step),
-                "tokens": sum(trainer.tokens(step) for step in range(done)),
-                "tokens_per_second": round(sum(map(trainer.tokens, range(since, done))) / (now - began), 1),
-            }
-            began, since = now, done
-            recent.clear()
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step", "steps"}:
-                scalars.add_scalar(name, row[name], done)
-            if report:
-                report(row)
-        if writes and (done % config.checkpoint_every == 0 or done == last):
-            save_checkpoint(root, done, trainer.tensors(), inputs)
-    if scalars:
-        scalars.close()
+        if metrics:
+            metrics.add(losses)
+            if done % LOG_EVERY == 0 or done == last:
+                metrics.write(step)
+            if done % config.checkpoint_every == 0 or done == last:
+                save_checkpoint(root, done, trainer.tensors(), inputs)
+    if metrics:
+        metrics.close()
+
+
+class _Metrics:
+    """Writes rows of metrics to ``metrics.jsonl`` and TensorBoard: means since the row before."""
+
+    def __init__(self, trainer: Trainer, root: Path, start: int, report: Report | None) -> None:
+        self.trainer, self.report = trainer, report
+        self.log = root / "metrics.jsonl"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        keep_metrics(self.log, start)
+        self.scalars = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
+        self.row_began_s, self.row_start = time.monotonic(), start
+        self.losses: dict[str, list[float]] = {}  # since the last row
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss)
+
+    def write(self, step: int) -> None:
+        """Write the row of a step that was taken."""
+        now, done, tokens = time.monotonic(), step + 1, self.trainer.tokens
+        row_tokens = sum(map(tokens, range(self.row_start, done)))
+        row = {
+            "step": done,
+            "steps": self.trainer.config.steps,
+            **{name: sum(losses) / len(losses) for name, losses in self.losses.items()},
+            "rate": step_rate(self.trainer.config, step),
+            "tokens": sum(tokens(step) for step in range(done)),
+            "tokens_per_second": round(row_tokens / (now - self.row_began_s), 1),
+        }
+        self.row_began_s, self.row_start = now, done
+        self.losses.clear()
+        with self.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name in row.keys() - {"step", "steps"}:
+            self.scalars.add_scalar(name, row[name], done)
+        if self.report:
+            self.report(row)
+
+    def close(self) -> None:
+        self.scalars.close()
 
 
 def keep_metrics(log: Path, step: int) -> None:
-    """Cut the metrics back to the step that training goes on from."""
+    """Remove the rows of the metrics after the step that training resumes from.
+
+    Args:
+        log: path of ``metrics.jsonl``; it may be missing.
+        step: the last step to keep.
+    """
     if not log.exists():
         return
     rows: list[str] = []

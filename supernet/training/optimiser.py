@@ -1,7 +1,8 @@
-"""AdamW on prefixes: what a member does not use keeps its weights and its moments.
+"""AdamW that updates prefixes of parameters; rows and columns that a sub-network does not use keep their
+state.
 
-An optimiser that takes zeros for the gradients of unused rows lets their momentum run on and decays
-their weights once for every smaller member.
+With zero gradients for unused rows instead, their momentum would continue and their weights would decay once
+for every smaller sub-network.
 """
 
 from collections.abc import Mapping
@@ -16,13 +17,13 @@ BETAS = (0.9, 0.95)
 
 
 class PrefixAdamW:
-    """AdamW (Loshchilov and Hutter 2019) that updates leading rows and columns of its parameters.
+    """AdamW (Loshchilov and Hutter 2019) on leading rows and columns of its parameters.
 
-    Vectors are not decayed. The step that corrects the moments' bias is counted per parameter.
+    Vectors have no weight decay. The step of the bias correction is counted per parameter.
 
     Args:
-        parameters: by name; they are changed in place.
-        weight_decay: of matrices.
+        parameters: parameters by name, updated in place.
+        weight_decay: weight decay of matrices.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], weight_decay: float) -> None:
@@ -33,10 +34,16 @@ class PrefixAdamW:
     def step(
         self, parts: Mapping[str, tuple[int, ...]], gradients: Mapping[str, Tensor], rate: float, clip: float
     ) -> None:
-        """Update prefixes of these shapes; their gradients are scaled to a norm of at most ``clip``.
+        """Update prefixes of the parameters.
+
+        Args:
+            parts: shapes of the prefixes to update, by parameter name.
+            gradients: gradients of full size by name; the prefixes are scaled in place.
+            rate: learning rate.
+            clip: greatest norm of all prefixes' gradients together.
 
         Raises:
-            FloatingPointError: a gradient is not finite; nothing was changed.
+            FloatingPointError: a gradient is not finite; no parameter has changed.
         """
         views = {name: prefix(gradients[name], shape) for name, shape in parts.items()}
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(views.values()))))

@@ -1,12 +1,12 @@
-"""Data-parallel training: several processes share every batch, through Ray Train.
+"""Data-parallel training through Ray Train: several processes share every batch.
 
 Each worker builds the same :class:`~supernet.training.trainer.Trainer`, takes its rows of every batch and
-sums gradients with the others before every update; nothing else differs from training in one process, and
-the checkpoints are the same files. A worker that dies is replaced: all go on from the last whole
-checkpoint. The folder of the training must be one that every worker sees.
+sums gradients with the others before every update. Checkpoints are those of a training in one process. A
+worker that dies is replaced, and all resume from the newest complete checkpoint. Every worker must see the
+training's folder.
 
-``fit`` runs in a Ray task of its own, because Ray Train takes over the interrupt signal of the
-process that calls it; killing that task ends the whole training, wherever Ray came from.
+``fit`` runs in a Ray task of its own, because Ray Train installs an interrupt handler in the process that
+calls it. Killing that task ends the whole training, whoever started Ray.
 """
 
 import json
@@ -14,10 +14,11 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,30 @@ import torch.distributed as dist
 from space import Architecture, InputError, Space
 from supernet.data.corpus import Corpus
 from supernet.training.checkpoint import latest_checkpoint, sole_writer
-from supernet.training.loop import keep_metrics, take_steps
+from supernet.training.loop import Report, keep_metrics, take_steps
 from supernet.training.recipe import TrainConfig
 from supernet.training.trainer import Trainer
+from supernet.training.worker_imports import worker_environment
 
-RETRIES = 2  # how often a training goes on after losing a worker
-ANSWER = 5.0  # seconds that a Ray cluster has to answer
-POLL = 0.25  # seconds between two looks at the metrics, or at the workers
+if TYPE_CHECKING:
+    import ray
+
+MAX_RETRIES = 2  # after losing a worker
+CONNECT_TIMEOUT_S = 5.0  # of a Ray cluster
+POLL_INTERVAL_S = 0.25  # of the metrics and of the workers' health
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Everything that a worker needs; sent through Ray."""
+
+    space: Space
+    config: TrainConfig
+    corpus: "ray.ObjectRef[Corpus]"
+    root: Path
+    inputs: dict[str, str]
+    architecture: Architecture | None
+    working_directory: Path
 
 
 def train_parallel(
@@ -40,68 +58,72 @@ def train_parallel(
     corpus: Corpus,
     root: Path,
     inputs: Mapping[str, str],
-    report: Callable[[Mapping[str, Any]], None] | None = None,
+    report: Report | None = None,
     architecture: Architecture | None = None,
 ) -> None:
-    """Take the steps that are left in ``config.workers`` processes of one torch thread each.
+    """Train from the newest checkpoint to the last step, in ``config.workers`` processes.
 
     Args:
-        space: the space that the architectures are of.
-        config: how to train; ``threads`` is that of each worker, 1 where it is not given.
-        corpus: what to train on; the workers of a machine share one copy.
-        root: the folder for checkpoints and metrics, seen by every worker.
-        inputs: the hashes that checkpoints carry.
+        space: the space.
+        config: the training settings; ``threads`` is per worker, by default 1.
+        corpus: the training text; the workers of a machine share one copy.
+        root: the folder for checkpoints and metrics, visible to every worker.
+        inputs: sha256 of everything the training depends on, by name.
         report: called in this process with each row of the metrics.
-        architecture: train this one alone; None trains the supernet.
+        architecture: train a plain model of this architecture; None trains the supernet.
 
     Raises:
-        InputError: what a worker refused, or a running Ray with fewer CPUs than workers.
+        InputError: a worker raised one, or a running Ray has fewer CPUs than workers.
     """
     root = root.resolve()
     log = root / "metrics.jsonl"
     with sole_writer(root):
-        found = latest_checkpoint(root, inputs)
-        seen = found.step if found else 0
+        checkpoint = latest_checkpoint(root, inputs)
+        seen = checkpoint.step if checkpoint else 0
         keep_metrics(log, seen)  # rows past the checkpoint will be written again
     with ray_session(max(os.cpu_count() or 1, config.workers)):
         import ray
 
         cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
         if cpus < config.workers:
-            raise InputError(f"train.workers: {config.workers} workers need a CPU each, Ray has {cpus} here")
-        job = {
-            "space": space.model_dump(mode="json"),
-            "config": config.model_dump(mode="json"),
-            "corpus": ray.put(corpus),
-            "root": str(root),
-            "inputs": dict(inputs),
-            "architecture": architecture and architecture.to_json(),
-            "folder": str(Path.cwd()),
-        }
-        # A process used once: Ray Train leaves its signal handler behind.
-        fitted = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_fit).remote(job)
+            raise InputError(f"train.workers: {config.workers} workers need a CPU each, Ray has {cpus}")
+        job = _Job(
+            space=space,
+            config=config,
+            corpus=ray.put(corpus),
+            root=root,
+            inputs=dict(inputs),
+            architecture=architecture,
+            working_directory=Path.cwd(),
+        )
+        # The task's process is used once, because Ray Train leaves its signal handler behind.
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_fit).remote(job)
         try:
             while True:
-                ready, _ = ray.wait([fitted], timeout=POLL)
+                ready, _ = ray.wait([task], timeout=POLL_INTERVAL_S)
                 for row in _rows(log):
                     if report and row["step"] > seen:
                         report(row)
                     seen = max(seen, row["step"])
                 if ready:
                     break
-            refused = ray.get(fitted)
+            error = ray.get(task)
         finally:
-            ray.cancel(fitted, force=True)  # its workers go with it
+            ray.cancel(task, force=True)  # ends its workers too
             shutil.rmtree(_storage(root), ignore_errors=True)
-    if refused:
-        raise InputError(refused)
+    if error:
+        raise InputError(error)
 
 
 @contextmanager
 def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
-    """A quiet Ray: the cluster at an address, or one of this machine with so many CPUs.
+    """Connect to Ray without its output: to a cluster, or to one started on this machine.
 
-    One that this process is connected to already is used, and left.
+    If this process is connected already, that connection is used and stays open.
+
+    Args:
+        cpus: CPUs of a cluster that is started.
+        address: address of a running cluster; None starts one.
 
     Raises:
         InputError: no cluster answers at the address.
@@ -109,7 +131,7 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is no less than a process without Ray
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the priority of processes without Ray
     import ray
 
     if ray.is_initialized():
@@ -124,8 +146,9 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            runtime_env=worker_environment(),
         )
-    except Exception as error:  # Ray's own classes have no common base but this one
+    except Exception as error:  # Ray's errors have no more specific common base
         if not address:
             raise
         raise InputError(f"Ray address {address}: {' '.join(str(error).split())}") from None
@@ -136,14 +159,18 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
 
 
 def _require_answer(address: str) -> None:
-    """Refuse an address at which nothing listens; Ray itself would wait for minutes."""
+    """Check that something listens at an address; Ray itself would wait for minutes.
+
+    Raises:
+        InputError: the address is malformed, or nothing answers.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if address in ("auto", "local"):
         return
     if not colon or not port.isdigit():
         raise InputError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT or auto")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(
             f"Ray address {address}: nothing answers ({error}); `ray start --head` starts a cluster"
@@ -151,12 +178,12 @@ def _require_answer(address: str) -> None:
 
 
 def _storage(root: Path) -> Path:
-    """Where Ray Train keeps its own notes while it runs."""
+    """Ray Train's own folder while it runs."""
     return root / "ray"
 
 
 def _rows(log: Path) -> list[dict[str, Any]]:
-    """The whole lines of the metrics."""
+    """The rows of the metrics; an incomplete last line is ignored."""
     try:
         lines = log.read_text().split("\n")[:-1]
     except FileNotFoundError:
@@ -164,26 +191,30 @@ def _rows(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _fit(job: Mapping[str, Any]) -> str | None:
-    """Run the workers to the end; returns what one of them refused."""
+def _fit(job: _Job) -> str | None:
+    """Run the workers to the end; the message of a worker's :class:`InputError`, if any."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less; checkpoints are enough
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL)  # else it ends up to 2 s late
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # saves a process; checkpoints suffice
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(
+        POLL_INTERVAL_S
+    )  # by default a training ends up to 2 s late
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import FailureConfig  # what ray.train has at run time; its types say another
+    from ray.train.v2.api.config import (
+        FailureConfig,  # the class at run time; ray.train's annotations name another
+    )
 
-    for left in reversed(range(RETRIES + 1)):
+    for left in reversed(range(MAX_RETRIES + 1)):
         trainer = TorchTrainer(
             _work,
-            train_loop_config=dict(job),
-            scaling_config=ScalingConfig(num_workers=job["config"]["workers"]),
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(num_workers=job.config.workers),
             run_config=RunConfig(
                 name="train",
-                storage_path=str(_storage(Path(job["root"]))),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=RETRIES),
+                storage_path=str(_storage(job.root)),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=MAX_RETRIES),
             ),
         )
         try:
@@ -198,17 +229,16 @@ def _fit(job: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _work(job: Mapping[str, Any]) -> None:
-    """What each worker does."""
+def _work(train_loop_config: Mapping[str, _Job]) -> None:
+    """Run one worker."""
     import ray
 
-    os.chdir(job["folder"])  # relative paths mean what they mean to the caller
+    job = train_loop_config["job"]
+    os.chdir(job.working_directory)  # relative paths resolve as in the caller
     rank, workers = dist.get_rank(), dist.get_world_size()
-    space, config = Space.model_validate(job["space"]), TrainConfig.model_validate(job["config"])
-    architecture = Architecture.from_json(job["architecture"]) if job["architecture"] else None
-    root = Path(job["root"])
-    torch.set_num_threads(config.threads or 1)
-    with sole_writer(root) if rank == 0 else nullcontext():
-        dist.barrier()  # none looks for a checkpoint while an older training might write one
-        trainer = Trainer(space, config, ray.get(job["corpus"]), architecture, rank=rank, workers=workers)
-        take_steps(trainer, root, job["inputs"])
+    torch.set_num_threads(job.config.threads or 1)
+    with sole_writer(job.root) if rank == 0 else nullcontext():
+        dist.barrier()  # no worker reads checkpoints before the lock is held
+        corpus = ray.get(job.corpus)
+        trainer = Trainer(job.space, job.config, corpus, job.architecture, rank=rank, workers=workers)
+        take_steps(trainer, job.root, job.inputs)

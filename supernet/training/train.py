@@ -1,9 +1,8 @@
-"""Training: a supernet by its recipe, or one architecture as a plain model, from scratch."""
+"""Entry points of training: a supernet by its recipe, or one architecture as a plain model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from space import Architecture, Space
 from space.blocks import Model
@@ -13,7 +12,7 @@ from supernet.extract import Text
 from supernet.hf.pretrained import pretrained_digest
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint, sole_writer
-from supernet.training.loop import take_steps
+from supernet.training.loop import Report, take_steps
 from supernet.training.recipe import TrainConfig
 from supernet.training.trainer import Trainer
 
@@ -21,7 +20,14 @@ from supernet.training.trainer import Trainer
 def training_inputs(
     space: Space, config: TrainConfig, corpus: Corpus, architecture: Architecture | None = None
 ) -> dict[str, str]:
-    """The hashes that identify a training: another value is another result."""
+    """The sha256 of everything that a training's result depends on, by name.
+
+    Args:
+        space: the space.
+        config: the training settings.
+        corpus: the training text.
+        architecture: the architecture of a stand-alone training; None is the supernet's.
+    """
     settings = config.model_dump(mode="json", exclude={"data", "init", "checkpoint_every", "workers"})
     inputs = {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
     if config.init:
@@ -35,22 +41,27 @@ def train(
     space: Space,
     config: TrainConfig,
     root: Path,
-    report: Callable[[Mapping[str, Any]], None] | None = None,
+    report: Report | None = None,
     corpus: Corpus | None = None,
     architecture: Architecture | None = None,
 ) -> Checkpoint:
-    """Train to the last step, from the newest whole checkpoint if there is one.
+    """Train to the last step, from the newest complete checkpoint if there is one.
+
+    A complete training returns at once. A resumed training equals an uninterrupted one.
 
     Args:
         space: the space whose supernet is trained.
-        config: how; with ``workers`` above 0 in so many processes through Ray Train.
+        config: the training settings; with ``workers`` above 0, data-parallel through Ray Train.
         root: the folder for checkpoints, ``metrics.jsonl`` and ``tensorboard/``.
         report: called with each row of the metrics.
-        corpus: the data, where it is loaded already.
-        architecture: train this one alone and from scratch instead of the supernet.
+        corpus: the training text; None loads ``config.data``.
+        architecture: train a plain model of this architecture from scratch instead of the supernet.
+
+    Returns:
+        The last step's checkpoint; :func:`load_supernet` and :func:`load_stand_alone` read it.
 
     Raises:
-        InputError: bad data, a checkpoint of other inputs, a loss that is not finite, or a folder that
+        InputError: invalid data, a checkpoint of other inputs, a loss that is not finite, or a folder that
             another training writes to.
     """
     corpus = corpus or load_corpus(config.data)
@@ -69,25 +80,46 @@ def train(
 
 
 def trained_until(step: int, root: Path, inputs: Mapping[str, str], take: Callable[[], None]) -> Checkpoint:
-    """The newest whole checkpoint, after taking the steps up to this one where they are missing."""
-    found = latest_checkpoint(root, inputs)
-    if not found or found.step < step:
+    """The newest complete checkpoint, after training up to a step if there is none that far.
+
+    Args:
+        step: the step that the checkpoint has to reach.
+        root: the folder of the checkpoints.
+        inputs: sha256 of everything the training depends on, by name.
+        take: takes the missing steps and writes their checkpoints.
+
+    Raises:
+        InputError: the newest complete checkpoint was made from other inputs.
+    """
+    checkpoint = latest_checkpoint(root, inputs)
+    if not checkpoint or checkpoint.step < step:
         take()
-        found = latest_checkpoint(root, inputs)
-    if found is None:
+        checkpoint = latest_checkpoint(root, inputs)
+    if checkpoint is None:
         raise RuntimeError(f"{root}: the checkpoint just written cannot be read back")
-    return found
+    return checkpoint
 
 
 def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
-    """The supernet of a checkpoint, without gradients."""
+    """Load the supernet of a checkpoint, in evaluation mode and without gradients.
+
+    Args:
+        space: the space that it was trained for.
+        checkpoint: a checkpoint of a supernet's training.
+    """
     supernet = Supernet(space)
     supernet.load_state_dict(checkpoint.load("model"))
     return supernet.requires_grad_(False).eval()
 
 
 def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:
-    """The plain model of an architecture that was trained alone, without gradients."""
+    """Load the plain model of a stand-alone training, in evaluation mode and without gradients.
+
+    Args:
+        space: the space of the architecture.
+        checkpoint: a checkpoint of the architecture's training.
+        architecture: the architecture.
+    """
     model = Model(architecture, space.config)
     model.load_state_dict(checkpoint.load("model"))
     return model.requires_grad_(False).eval()
@@ -95,14 +127,21 @@ def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Archite
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained supernet and the text that it is evaluated on."""
+    """A trained supernet and the text that it is evaluated on.
+
+    Attributes:
+        space: the supernet's space.
+        checkpoint: the last checkpoint of its training.
+        corpus: the text, loaded.
+        text: the settings of the corpus and of evaluations.
+    """
 
     space: Space
     checkpoint: Checkpoint
     corpus: Corpus
-    text: Text  # what the corpus was made of, and how its members are judged
+    text: Text
 
     @property
     def length(self) -> int:
-        """Tokens of an evaluation window."""
+        """Tokens per sequence of an evaluation."""
         return self.text.length

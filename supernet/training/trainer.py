@@ -1,13 +1,13 @@
-"""The steps of a training, in one process or as one of several workers.
+"""Training steps, in one process or in one of several data-parallel workers.
 
-A supernet and a plain model go the same way: the same batches, optimiser, schedule and checkpoints, so
-that what a sub-network reaches inside the supernet can be compared with what it reaches alone. With several
-workers each takes its rows of every batch and gradients are summed before every update, so that the
-result is that of one worker with the whole batch, up to rounding.
+A supernet and a plain model share batches, optimiser, schedule and checkpoints, so that a sub-network's
+quality inside the supernet can be compared with that of a stand-alone training. Each of several workers takes
+its rows of every batch, and gradients are summed before every update: the result is that of one worker with
+the whole batch, up to rounding.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,36 +26,51 @@ from supernet.training.optimiser import PrefixAdamW
 from supernet.training.recipe import TrainConfig, step_rate, step_subnets, subnet_count
 
 Weights = Mapping[str, Tensor]
-FULL_PRECISION = ("beta", "decay", "decay_down", "decay_up")  # what makes the recurrence's gates stays fp32
-LOG_EVERY = 20  # steps between two rows of the metrics
+FULL_PRECISION = ("beta", "decay", "decay_down", "decay_up")  # projections to recurrence gates stay fp32
+PRETRAINED_WINDOWS = 16  # of training text, by which a pretrained start orders and aligns weights
 
 
-def member_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, distillation: float) -> Tensor:
-    """The summed cross-entropy with the text, mixed with that to the teacher's probabilities.
+def distillation_loss(
+    logits: Tensor, targets: Tensor, teacher_probs: Tensor | None, distillation: float
+) -> Tensor:
+    """Summed cross-entropy with the text, mixed with the cross-entropy with a teacher.
 
-    logits [B, T, V], targets [B, T] with -100 where nothing is to be learned, teacher [B, T, V].
+    Args:
+        logits: logits [B, T, V].
+        targets: token ids [B, T]; -100 is ignored.
+        teacher_probs: the teacher's probabilities [B, T, V]; None is the text only.
+        distillation: weight of the teacher; the text's is 1 minus it.
     """
-    flat, wanted = logits.float().flatten(0, 1), targets.flatten()
-    text = F.cross_entropy(flat, wanted, reduction="sum")
-    if teacher is None or distillation == 0:
+    flat_logits, flat_targets = logits.float().flatten(0, 1), targets.flatten()
+    text = F.cross_entropy(flat_logits, flat_targets, reduction="sum")
+    if teacher_probs is None or distillation == 0:
         return text
-    taught = F.cross_entropy(flat, teacher.flatten(0, 1), reduction="none")
-    return (1 - distillation) * text + distillation * (taught * (wanted >= 0)).sum()
+    soft = F.cross_entropy(flat_logits, teacher_probs.flatten(0, 1), reduction="none")
+    return (1 - distillation) * text + distillation * (soft * (flat_targets >= 0)).sum()
 
 
 def cast_matrices(parameters: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Detached parameters, the large matrices in ``dtype``: cast once a step, before any slicing."""
+    """Detach parameters and cast large matrices; done once a step, before any slicing.
 
-    def wanted(name: str, parameter: Tensor) -> torch.dtype:
+    Args:
+        parameters: parameters by name.
+        dtype: type of the matrices.
+    """
+
+    def type_of(name: str, parameter: Tensor) -> torch.dtype:
         leaf = name.rsplit(".", 1)[-1]
         keep = parameter.ndim != 2 or leaf in FULL_PRECISION or leaf.startswith("conv")
         return parameter.dtype if keep else dtype
 
-    return {name: p.detach().to(wanted(name, p)) for name, p in parameters.items()}
+    return {name: p.detach().to(type_of(name, p)) for name, p in parameters.items()}
 
 
 def matrix_type(config: TrainConfig) -> torch.dtype:
-    """The type that matrix products train in; ``auto`` takes bf16 where the CPU has instructions for it."""
+    """Data type of matrix products in training; ``auto`` is bf16 if the CPU has instructions for it.
+
+    Args:
+        config: the training settings.
+    """
     if config.precision == "auto":
         fast = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
         return torch.bfloat16 if fast else torch.float32
@@ -63,7 +78,7 @@ def matrix_type(config: TrainConfig) -> torch.dtype:
 
 
 def cpu_flags() -> frozenset[str]:
-    """The CPU's feature flags, where the system tells them."""
+    """Feature flags of the CPU; empty if the operating system does not list them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -74,24 +89,50 @@ def cpu_flags() -> frozenset[str]:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A model that never changes, whose probabilities an architecture learns beside the text."""
+    """A fixed model whose probabilities are a second target of training.
+
+    Attributes:
+        architecture: the model's architecture.
+        weights: its weights, named as in its sub-model.
+    """
 
     architecture: Architecture
-    weights: Weights  # named as in its sub-model
+    weights: Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """This worker's rows of a batch.
+
+    Attributes:
+        tokens: token ids [B, T].
+        targets: token ids [B, T]; -100 is ignored.
+        target_count: number of targets in all workers' rows.
+        teacher_probs: probabilities [B, T, V] of a fixed teacher on ``tokens``; None without one.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    target_count: int
+    teacher_probs: Tensor | None
 
 
 class Trainer:
-    """The state of a training: the weights, the optimiser, and how to take one step.
+    """State of a training (weights and optimiser) and its steps.
 
     Args:
-        space: the space that the architectures are of.
-        config: how to train.
-        corpus: what to train on.
-        architecture: train this one alone, as a plain model; None trains the supernet.
-        start: the weights that it alone starts from, named as in its sub-model; None draws them.
-        teacher: what it alone learns from beside the text, with the weight ``config.distillation``.
-        rank: which of ``workers`` this process is; it takes every ``workers``-th row of a batch.
-        workers: how many processes train together, connected by ``torch.distributed``.
+        space: the space of the supernet, or of the architecture.
+        config: the training settings.
+        corpus: the training text.
+        architecture: train a plain model of this architecture; None trains the supernet.
+        start: initial weights of the plain model, named as in its sub-model; None draws them.
+        teacher: a fixed teacher of the plain model, weighted by ``config.distillation``.
+        rank: index of this process; it takes every ``workers``-th row of a batch.
+        workers: number of processes, connected by ``torch.distributed``.
+
+    Raises:
+        InputError: rows longer than the space's ``max_seq_len``, a batch that does not divide by the workers,
+            or a corpus that does not fit the space.
     """
 
     def __init__(
@@ -107,17 +148,19 @@ class Trainer:
         workers: int = 1,
     ) -> None:
         if (start or teacher) and not architecture:
-            raise ValueError("a supernet starts from config.init, and its teacher is one of its members")
+            raise ValueError(
+                "start and teacher are for a plain model; a supernet has config.init and config.teacher"
+            )
         self.space, self.config, self.corpus, self.architecture = space, config, corpus, architecture
         self.start = start
         self.rank, self.workers = rank, workers
         self.length = config.length or space.max_seq_len
         if self.length > space.max_seq_len:
             raise InputError(
-                f"train.length: {self.length} is more than the space's context {space.max_seq_len}"
+                f"train.length: {self.length} is more than the space's max_seq_len {space.max_seq_len}"
             )
         if config.batch % workers:
-            raise InputError(f"train.batch: {config.batch} rows cannot be shared by {workers} workers evenly")
+            raise InputError(f"train.batch: {config.batch} is not a multiple of the {workers} workers")
         require_fits(corpus, space.vocab_size, self.length)
         generator = torch.Generator().manual_seed(config.seed)
         self.module = (
@@ -125,7 +168,7 @@ class Trainer:
         )
         self.parameters = dict(self.module.named_parameters())
         self.optimiser = PrefixAdamW(self.parameters, config.weight_decay)
-        # One buffer, which one call clears.
+        # All gradients are views of one buffer, so that one call clears them.
         sizes = [p.numel() for p in self.parameters.values()]
         self.gradient = torch.zeros(sum(sizes))
         pieces = torch.split(self.gradient, sizes)
@@ -138,20 +181,20 @@ class Trainer:
             self.teacher = Teacher(teacher.architecture, cast_matrices(teacher.weights, self.dtype))
 
     def prepare(self) -> None:
-        """What precedes the first step: weights from elsewhere, where some were given or named."""
+        """Load initial weights before the first step, if ``start`` or ``config.init`` gives any."""
         if self.start:
             self.module.load_state_dict(self.start)
         if self.config.init and isinstance(self.module, Supernet):
             rng = np.random.default_rng([self.config.seed, 4])
             windows = (
-                train_windows(self.corpus.train, rng, 16, self.length)
+                train_windows(self.corpus.train, rng, PRETRAINED_WINDOWS, self.length)
                 if self.corpus.recall < 1
-                else train_batch(self.corpus, rng, 16, self.length)[0]
+                else train_batch(self.corpus, rng, PRETRAINED_WINDOWS, self.length)[0]
             )
             load_pretrained(self.module, self.config.init, torch.from_numpy(windows))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds; a parameter that was never used has no moments."""
+        """Tensors of a checkpoint by part and name; a parameter that was never updated has no moments."""
         moments = {
             f"{name}:{key}": value
             for name, state in self.optimiser.state.items()
@@ -160,49 +203,51 @@ class Trainer:
         return {"model": dict(self.parameters), "optimizer": moments}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over the tensors of a checkpoint."""
+        """Load the weights and moments of a checkpoint.
+
+        Args:
+            checkpoint: a checkpoint of the same training.
+        """
         self.module.load_state_dict(checkpoint.load("model"))
         for key, value in checkpoint.load("optimizer").items():
             name, leaf = key.rsplit(":", 1)
             self.optimiser.state.setdefault(name, {})[leaf] = value
 
     def step(self, step: int) -> dict[str, float]:
-        """Take one step; returns what the metrics say of it (losses in nats per token).
+        """Take one training step.
+
+        Args:
+            step: the step, from 0; it determines the batch and the sub-networks.
+
+        Returns:
+            Losses in nats per token by name, for the metrics.
 
         Raises:
-            InputError: a loss is not finite; it names the step and the architecture.
+            InputError: a loss or gradient is not finite; the message names the step and the architecture.
         """
         weights = cast_matrices(self.parameters, self.dtype)
-        chosen = [self.architecture] if self.architecture else step_subnets(self.space, self.config, step)
-        sandwich = self.config.rule == "sandwich" and len(chosen) > 1
-        in_turn = self.config.update == "per_subnet"
-        largest = genome.largest(self.space)
-        taught_by = largest if self.config.teacher == "largest" else chosen[0]
+        subnets = [self.architecture] if self.architecture else step_subnets(self.space, self.config, step)
+        sandwich = self.config.rule == "sandwich" and len(subnets) > 1
+        teacher = self._step_teacher(subnets) if sandwich else None
+        per_subnet = self.config.update == "per_subnet"
         losses: list[float] = []
-        parts: dict[str, tuple[int, ...]] = {}  # the prefixes that have a gradient
-        teacher: Tensor | None = None  # probabilities [B, T, V]
-        for i, architecture in enumerate(chosen):
-            if i == 0 or in_turn:
-                tokens, targets, count = self._batch(step, i)
-                teacher = self._taught(self.teacher, tokens) if self.teacher else None
+        parts: dict[str, tuple[int, ...]] = {}  # shapes of the prefixes that have a gradient, by parameter
+        for i, architecture in enumerate(subnets):
+            if i == 0 or per_subnet:
+                batch = self._batch(step, i)
             table = self._sources(architecture)
             for source, shape in table.values():
                 parts[source] = tuple(map(max, parts.get(source, shape), shape))
-            if sandwich and self.config.distillation and teacher is None and architecture != taught_by:
-                teacher = self._taught(Teacher(taught_by, leaves(weights, self._sources(taught_by))), tokens)
-            slices = leaves(weights, table)
-            logits = self._logits(slices, architecture, tokens)
-            loss = member_loss(logits, targets, teacher, self.config.distillation) / max(1, count)
-            if sandwich and architecture == taught_by:
-                teacher = logits.detach().softmax(-1)  # of the same rows, where members are together
-            loss.backward()  # type: ignore[no-untyped-call]
-            add_gradients(slices, table, self.gradients)
-            losses.append(self._summed(loss.detach(), step, architecture))
-            if in_turn or i == len(chosen) - 1:
-                try:
-                    self._update(weights, parts, 1 if in_turn else len(chosen), step)
-                except FloatingPointError:
-                    raise self._refused("a gradient is not finite", step, architecture) from None
+            if teacher and architecture != teacher and batch.teacher_probs is None:
+                teacher_weights = leaves(weights, self._sources(teacher))
+                teacher_probs = self._teacher_probs(Teacher(teacher, teacher_weights), batch.tokens)
+                batch = replace(batch, teacher_probs=teacher_probs)
+            loss, logits = self._accumulate(weights, architecture, table, batch)
+            if architecture == teacher:  # its probabilities are for the sub-networks that share its rows
+                batch = replace(batch, teacher_probs=logits.softmax(-1))
+            losses.append(self._summed(loss, step, architecture))
+            if per_subnet or i == len(subnets) - 1:
+                self._update(weights, parts, 1 if per_subnet else len(subnets), step, architecture)
                 parts.clear()
         if not sandwich:
             return {"loss_nats": sum(losses) / len(losses)}
@@ -211,46 +256,86 @@ class Trainer:
             row["sampled_nats"] = sum(losses[2:]) / len(losses[2:])
         return row
 
-    def tokens(self, step: int) -> int:
-        """How many tokens of text a step takes, over all workers."""
-        alone = self.architecture is not None or self.config.update == "accumulated"
-        return self.config.batch * self.length * (1 if alone else subnet_count(self.config, step))
+    def _step_teacher(self, subnets: Sequence[Architecture]) -> Architecture | None:
+        """The sub-network whose probabilities the others of a step learn from; None without distillation."""
+        if not self.config.distillation:
+            return None
+        return genome.largest(self.space) if self.config.teacher == "largest" else subnets[0]
 
-    def _batch(self, step: int, turn: int) -> tuple[Tensor, Tensor, int]:
-        """This worker's rows of a member's batch, and how many targets all workers' rows have."""
+    def _accumulate(
+        self, weights: Weights, architecture: Architecture, table: Sources, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Add a sub-network's gradients; returns its loss [] and logits [B, T, V], detached."""
+        slices = leaves(weights, table)
+        logits = self._logits(slices, architecture, batch.tokens)
+        total = distillation_loss(logits, batch.targets, batch.teacher_probs, self.config.distillation)
+        loss = total / max(1, batch.target_count)
+        loss.backward()  # type: ignore[no-untyped-call]
+        add_gradients(slices, table, self.gradients)
+        return loss.detach(), logits.detach()
+
+    def tokens(self, step: int) -> int:
+        """Number of tokens that a step draws, over all workers.
+
+        Args:
+            step: the step, from 0.
+        """
+        one_batch = self.architecture is not None or self.config.update == "accumulated"
+        return self.config.batch * self.length * (1 if one_batch else subnet_count(self.config, step))
+
+    def _batch(self, step: int, turn: int) -> Batch:
+        """This worker's rows of the batch of a step's sub-network ``turn``."""
         rng = np.random.default_rng(
             [self.config.seed, step, 0, turn] if turn else [self.config.seed, step, 0]
         )
         drawn = train_batch(self.corpus, rng, self.config.batch, self.length)
         tokens, targets = (torch.from_numpy(x[self.rank :: self.workers]) for x in drawn)
-        return tokens, targets, int((drawn[1] >= 0).sum())
+        teacher_probs = self._teacher_probs(self.teacher, tokens) if self.teacher else None
+        return Batch(tokens, targets, int((drawn[1] >= 0).sum()), teacher_probs)
 
     def _summed(self, loss: Tensor, step: int, architecture: Architecture) -> float:
-        """A member's loss over all workers, refused where it is not finite."""
+        """A sub-network's loss summed over all workers.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
         if self.workers > 1:
             dist.all_reduce(loss)
         if not torch.isfinite(loss):
-            raise self._refused(f"the loss became {float(loss)}", step, architecture)
+            raise self._not_finite(f"the loss became {float(loss)}", step, architecture)
         return float(loss)
 
     @staticmethod
-    def _refused(what: str, step: int, architecture: Architecture) -> InputError:
+    def _not_finite(what: str, step: int, architecture: Architecture) -> InputError:
         return InputError(
             f"training: {what} at step {step + 1} for {architecture.describe()}; "
             "the last checkpoint is kept; try a lower learning_rate, in another folder"
         )
 
-    def _update(self, weights: Weights, parts: Mapping[str, tuple[int, ...]], count: int, step: int) -> None:
-        """Take one step of the optimiser with the mean gradient of ``count`` members.
+    def _update(
+        self,
+        weights: Weights,
+        parts: Mapping[str, tuple[int, ...]],
+        count: int,
+        step: int,
+        architecture: Architecture,
+    ) -> None:
+        """Take one step of the optimiser with the mean gradient of ``count`` sub-networks.
 
-        What no member used is left alone: no decay, no momentum. Of members that share an update, that is
-        what lies outside the smallest rectangle around their prefixes. Cast weights follow.
+        What no sub-network used keeps its weights and moments: no decay, no momentum. For accumulated
+        updates, used is the smallest rectangle around the prefixes. Cast weights are updated too.
+
+        Raises:
+            InputError: a gradient is not finite.
         """
         if self.workers > 1:
             self._sum_over_workers([prefix(self.gradients[name], shape) for name, shape in parts.items()])
         if count > 1:
             self.gradient.div_(count)
-        self.optimiser.step(parts, self.gradients, step_rate(self.config, step), self.config.clip)
+        try:
+            self.optimiser.step(parts, self.gradients, step_rate(self.config, step), self.config.clip)
+        except FloatingPointError:
+            raise self._not_finite("a gradient is not finite", step, architecture) from None
         self.gradient.zero_()
         with torch.no_grad():
             for name in parts:
@@ -258,21 +343,21 @@ class Trainer:
                     weights[name].copy_(self.parameters[name])
 
     def _sum_over_workers(self, views: list[Tensor]) -> None:
-        """Sum gradients over all workers, in one message."""
+        """Sum gradients over all workers, in one all-reduce."""
         message = torch.cat([view.reshape(-1) for view in views])
         dist.all_reduce(message)
         for view, piece in zip(views, torch.split(message, [view.numel() for view in views]), strict=True):
             view.copy_(piece.view_as(view))
 
     def _sources(self, architecture: Architecture) -> Sources:
-        """For each weight of a member: the parameter it is a prefix of, and its shape."""
+        """For each weight of an architecture: the parameter it is a prefix of, and its shape."""
         if self.architecture:
             return {name: (name, tuple(p.shape)) for name, p in self.parameters.items()}
         return sources(self.space, architecture)
 
     @torch.no_grad()
-    def _taught(self, teacher: Teacher, tokens: Tensor) -> Tensor:
-        """A teacher's probabilities [B, T, V], through which no gradient flows."""
+    def _teacher_probs(self, teacher: Teacher, tokens: Tensor) -> Tensor:
+        """A teacher's probabilities [B, T, V], without gradients."""
         return self._logits(teacher.weights, teacher.architecture, tokens).softmax(-1)
 
     def _logits(self, weights: Weights, architecture: Architecture, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trainings scheduled by Ray Tune, each in a process of its own."""
+"""Stand-alone trainings scheduled by Ray Tune, each in a process of its own."""
 
 import contextlib
 import logging
@@ -17,38 +17,45 @@ from space import InputError
 from supernet.training.parallel import ray_session
 
 if TYPE_CHECKING:
+    from ray.tune import Result
+
     from space.io.progress import Stage
 
+MAX_RETRIES = 2  # of a training whose process died
 
-RETRIES = 2  # of a training whose process was lost
-
-
-Share = Callable[[float], None]  # is told which share of a training is done
-
+Share = Callable[[float], None]
+"""Called with the share of a training that is done, from 0 to 1."""
 
 Job = TypeVar("Job")
-
-
 Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a training has no result, in one line."""
+    """A training without a result.
+
+    Attributes:
+        reason: the error in one line.
+        refused: whether the training raised an :class:`InputError`, which another try would raise again.
+    """
 
     reason: str
-    refused: bool  # by the training, which would end alike again; else it failed again and again
+    refused: bool
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a training that is finished."""
-    for old in folder.glob("step-*"):
-        shutil.rmtree(old, ignore_errors=True)
+    """Delete the checkpoints of a finished training.
+
+    Args:
+        folder: the training's folder.
+    """
+    for checkpoint in folder.glob("step-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread, so that a result is the same wherever it is found."""
+    """Use one torch thread inside the block, so that results are the same on any number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,7 +65,11 @@ def one_thread() -> Iterator[None]:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as text: ``42 s``, ``12 min`` or ``1.5 h``."""
+    """Format a duration: ``42 s``, ``12 min`` or ``1.5 h``.
+
+    Args:
+        seconds: the duration.
+    """
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -72,20 +83,21 @@ def run_trials(
     storage: Path,
     stage: "Stage",
 ) -> list[Failure | None]:
-    """Train, each in a process of its own on one CPU, so many at a time; with no workers, here.
+    """Run trainings in parallel, each in a process of its own on one CPU.
 
-    Tune's own notes are pickled, so they are never read and do not stay.
+    Ray Tune's own files are pickles: they are never read, and deleted.
 
     Args:
-        work: a function of a module; what it reaches it writes to files that this machine sees.
-        jobs: what it is called with, one at a time.
-        shared: what every call needs too.
-        workers: trainings at a time; 0 trains in this process, where only what is refused is a failure.
-        storage: a folder for Tune's notes, deleted before and after.
-        stage: shown how far all are.
+        work: trains one job; a function of a module, which writes its result to files that this machine sees.
+        jobs: argument of each call.
+        shared: argument of every call.
+        workers: number of parallel trainings; 0 trains in this process, where other errors than
+            :class:`InputError` are raised.
+        storage: folder for Tune's files, deleted before and after.
+        stage: shows the progress of all trainings.
 
     Returns:
-        What went wrong, if anything, by job.
+        The failure of each job; None for a job that succeeded.
     """
     progress = Progress(len(jobs), stage)
     if not workers:
@@ -93,18 +105,18 @@ def run_trials(
     with _quiet_tune(), ray_session(workers):
         from ray import tune
 
-        def trainable(config: dict[str, Any], everything: tuple[Any, Any]) -> None:
-            jobs, shared = everything
+        def trainable(config: dict[str, int], arguments: tuple[list[Job], Shared]) -> None:
+            jobs, shared = arguments
 
-            def tell(share: float) -> None:
+            def report_share(share: float) -> None:
                 tune.report({"share": share, "refused": None})
 
-            refused = _refusal(work, jobs[config["job"]], shared, tell)
-            if refused:
-                tune.report({"share": 1.0, "refused": refused.reason})
+            failure = _refusal(work, jobs[config["job"]], shared, report_share)
+            if failure:
+                tune.report({"share": 1.0, "refused": failure.reason})
 
-        class Told(tune.Callback):
-            """Hears of all trainings."""
+        class ShowProgress(tune.Callback):
+            """Shows the progress of all trainings."""
 
             def on_trial_result(
                 self, iteration: int, trials: list[Any], trial: Any, result: dict[Any, Any], **info: Any
@@ -112,73 +124,83 @@ def run_trials(
                 progress(trial.config["job"], result["share"])
 
             def __getstate__(self) -> dict[str, Any]:
-                return {}  # Tune keeps callbacks among its notes, and a stage cannot be kept
+                return {}  # Tune pickles callbacks, and a stage cannot be pickled
 
         shutil.rmtree(storage, ignore_errors=True)
-        given = tune.with_parameters(trainable, everything=(list(jobs), shared))
+        with_arguments = tune.with_parameters(trainable, arguments=(list(jobs), shared))
         tuner = tune.Tuner(
-            tune.with_resources(given, {"cpu": 1}),
+            tune.with_resources(with_arguments, {"cpu": 1}),
             param_space={"job": tune.grid_search(list(range(len(jobs))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=workers, reuse_actors=True),
             run_config=tune.RunConfig(
                 name="trials",
                 storage_path=str(storage),
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[Told()],
+                failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
+                callbacks=[ShowProgress()],
             ),
         )
         try:
             grid = tuner.fit()
-            return [_failure(grid[i]) for i in range(len(grid))]  # in the order of the jobs
+            return [_failure(grid[i]) for i in range(len(grid))]  # Tune keeps the order of the jobs
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 
 
 class Progress:
-    """Shows how far several trainings are together."""
+    """Progress of several trainings in one stage.
+
+    Args:
+        count: number of trainings.
+        stage: shows their progress.
+    """
 
     def __init__(self, count: int, stage: "Stage") -> None:
-        self.stage, self.shares, self.began = stage, [0.0] * count, time.monotonic()
+        self.stage, self.shares, self.began_s = stage, [0.0] * count, time.monotonic()
 
     def __call__(self, job: int, share: float) -> None:
-        """Take note of how far one of them is."""
+        """Show the progress of all trainings.
+
+        Args:
+            job: index of the training that has progressed.
+            share: share of it that is done, from 0 to 1.
+        """
         self.shares[job] = share
-        together = sum(self.shares) / len(self.shares)
+        overall = sum(self.shares) / len(self.shares)
         done = sum(value >= 1 for value in self.shares)
-        left = (time.monotonic() - self.began) * (1 - together) / max(together, 1e-6)
-        self.stage(together, f"{done} of {len(self.shares)} trained, about {format_duration(left)} left")
+        left_s = (time.monotonic() - self.began_s) * (1 - overall) / max(overall, 1e-6)
+        self.stage(overall, f"{done} of {len(self.shares)} trained, about {format_duration(left_s)} left")
 
 
 def _refusal(
-    work: Callable[[Job, Shared, Share], None], job: Job, shared: Shared, tell: Share
+    work: Callable[[Job, Shared, Share], None], job: Job, shared: Shared, report_share: Share
 ) -> Failure | None:
-    """Train; what the training refuses, another try would refuse too."""
+    """Train; an :class:`InputError` becomes a failure, since another try would raise it again."""
     try:
-        work(job, shared, tell)
+        work(job, shared, report_share)
     except InputError as error:
         return Failure(str(error), refused=True)
     return None
 
 
-def _failure(item: Any) -> Failure | None:
-    """What went wrong in one of Tune's trials."""
-    if item.error:
-        return Failure(str(item.error).strip().splitlines()[-1].strip(), refused=False)
-    refused = (item.metrics or {}).get("refused")
-    return Failure(refused, refused=True) if refused else None
+def _failure(result: "Result") -> Failure | None:
+    """The failure of one of Tune's trials, if any."""
+    if result.error:
+        return Failure(str(result.error).strip().splitlines()[-1].strip(), refused=False)
+    reason = (result.metrics or {}).get("refused")
+    return Failure(reason, refused=True) if reason else None
 
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Tune without its own printing, loggers and handling of Ctrl-C."""
+    """Disable Tune's output, loggers and interrupt handler."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     logger = logging.getLogger("ray.tune")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a failure is told in our own words
+    logger.setLevel(logging.CRITICAL)  # run_trials reports failures itself
     try:
         yield
     finally:

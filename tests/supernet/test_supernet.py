@@ -1,4 +1,4 @@
-"""The supernet's sub-networks: views, not copies; equal to the plain models taken out of them."""
+"""Sub-networks are views of the supernet and equal their extracted plain models."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_weights_are_prefix_views_and_extraction_copies(space: Space) -> None:
             assert copies[name].untyped_storage().data_ptr() not in owned
 
 
-def test_layers_share_projections_only_where_the_space_says_so() -> None:
+def test_projections_are_shared_only_with_sharing_qkvo() -> None:
     shared, private = (supernet_shapes(tiny_space(**WIDE, sharing=sharing)) for sharing in ("qkvo", "none"))
     assert "layers.0.shared.q" in shared
     assert "layers.0.retnet.q" not in shared
@@ -79,7 +79,7 @@ def test_layers_share_projections_only_where_the_space_says_so() -> None:
     assert private["layers.2.retnet.q"] == (4 * 16, 48)
 
 
-def test_gradients_land_in_prefixes_as_autograd_would_put_them(space: Space) -> None:
+def test_prefix_gradients_equal_autograd(space: Space) -> None:
     rng = np.random.default_rng(2)
     text = torch.from_numpy(rng.integers(0, space.vocab_size, (2, 17)))
     architectures = genome.decode(space, variation.sample(space, rng, 6))
@@ -107,7 +107,7 @@ def test_gradients_land_in_prefixes_as_autograd_would_put_them(space: Space) -> 
 
 
 class Copies(TorchDispatchMode):
-    """Notes every op that reads a tensor of some storage and gives the same numbers a new one."""
+    """Records every op that copies a tensor of given storages into a new one."""
 
     COPYING = ("clone", "contiguous", "copy", "_to_copy", "cat", "stack", "index_select", "empty_like")
 
@@ -126,8 +126,8 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_weight_is_copied_in_the_forward(space: Space, dtype: torch.dtype) -> None:
-    """Cast once a step, then prefixes of it alone; small gates and taps aside, which stay fp32."""
+def test_forward_copies_no_weight(space: Space, dtype: torch.dtype) -> None:
+    """Matrices are cast once a step and then sliced only; small gates and taps stay fp32."""
     supernet = Supernet(space)
     weights = cast_matrices(dict(supernet.named_parameters()), dtype)
     owned = {w.untyped_storage().data_ptr() for w in weights.values() if w.ndim == 2 and min(w.shape) > 16}

@@ -41,14 +41,14 @@ class SlowOrder2:
 
 @pytest.mark.parametrize("chunk", [7, 100, 1 << 23])
 @pytest.mark.parametrize("train", [TRAIN, b"\0", b"\0a\0"])
-def test_order2_is_the_slow_one(train: bytes, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order2_equals_slow_reference(train: bytes, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train = train[:400]
     monkeypatch.setattr(baselines, "CHUNK_BYTES", chunk)
     expected = SlowOrder2(train).bits_per_byte(HELD_OUT)
     assert order2_bits_per_byte(tokens(train), tokens(HELD_OUT)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_order2_chances_sum_to_one() -> None:
+def test_order2_probabilities_sum_to_one() -> None:
     model = count_order2(tokens(TRAIN))
     rng = np.random.default_rng(0)
     # Pairs seen, pairs of bytes seen, and any pairs.
@@ -60,21 +60,21 @@ def test_order2_chances_sum_to_one() -> None:
     np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-12)
 
 
-def test_order2_knows_its_place() -> None:
+def test_order2_bits_on_known_texts() -> None:
     noise = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8)
     assert 8 < order2_bits_per_byte(noise[:10_000], noise[10_000:]) < 9
     assert order2_bits_per_byte(noise[:1], noise) == pytest.approx(8)  # nothing counted: uniform
     assert order2_bits_per_byte(tokens(TRAIN), tokens(TRAIN)) < 1
 
 
-def test_gzip_is_that_of_the_held_out_text() -> None:
+def test_gzip_compresses_held_out_text_only() -> None:
     text = TRAIN[:300]
     expected = 8 * len(gzip.compress(text, 9, mtime=0)) / 300
     assert gzip_bits_per_byte(tokens(HELD_OUT), tokens(text)) == expected
 
 
 @pytest.mark.parametrize("baseline", [gzip_bits_per_byte, order2_bits_per_byte])
-def test_windows_are_read_as_one_text(baseline) -> None:
+def test_windows_equal_joined_text(baseline) -> None:
     text = tokens(TRAIN[:320])
     windows = text.reshape(4, 80).astype(np.int64)
     assert baseline(tokens(TRAIN), windows) == baseline(tokens(TRAIN), text)

@@ -1,4 +1,4 @@
-"""Reading, splitting and drawing from text; what does not fit is refused in one line."""
+"""Reading, splitting and sampling text; errors are one line."""
 
 import math
 import sysconfig
@@ -45,7 +45,7 @@ def test_sides_hold_every_document_once(library: Path) -> None:
     assert (corpus.documents, corpus.source) == (len(train + held_out), str(library))
 
 
-def test_duplicates_and_names_change_nothing(library: Path) -> None:
+def test_duplicates_and_file_names_do_not_change_corpus(library: Path) -> None:
     before = load_corpus(DataConfig(path=library))
     for index, file in enumerate(sorted(library.rglob("*.txt"))):
         (library / f"copy{index}").write_bytes(file.read_bytes())
@@ -59,7 +59,7 @@ def test_duplicates_and_names_change_nothing(library: Path) -> None:
     assert set(documents(more.held_out)) > set(documents(before.held_out))
 
 
-def test_a_limit_takes_from_both_sides(library: Path) -> None:
+def test_limit_shortens_both_sides(library: Path) -> None:
     whole = load_corpus(DataConfig(path=library, held_out=0.2))
     part = load_corpus(DataConfig(path=library, held_out=0.2, limit_mb=0.005))
     train, held_out = documents(part.train), documents(part.held_out)
@@ -68,7 +68,7 @@ def test_a_limit_takes_from_both_sides(library: Path) -> None:
     assert 0.1 < len(held_out) / part.documents < 0.3
 
 
-def test_other_files_and_zero_bytes_are_left_out(library: Path) -> None:
+def test_non_text_files_and_zero_bytes_are_skipped(library: Path) -> None:
     before = load_corpus(DataConfig(path=library))
     unwanted = dict.fromkeys([".git/config", ".hidden", "__pycache__/a.py", "site-packages/a.py"], b"no")
     for name, content in {**unwanted, "empty": b"", "blank": b" \n\0", "latin": b"caf\xe9"}.items():
@@ -81,7 +81,7 @@ def test_other_files_and_zero_bytes_are_left_out(library: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["a line, {}\n", "no line ends {} é"])
-def test_one_file_is_cut_into_documents(tmp_path: Path, line: str) -> None:
+def test_single_file_is_cut_into_documents(tmp_path: Path, line: str) -> None:
     text = "".join(line.format(index) for index in range(60_000))
     (tmp_path / "book.txt").write_text(text)
     corpus = load_corpus(DataConfig(path=tmp_path / "book.txt", held_out=0.2))
@@ -93,14 +93,14 @@ def test_one_file_is_cut_into_documents(tmp_path: Path, line: str) -> None:
     assert "\n" not in line or all(part.endswith(b"\n") for part in parts)
 
 
-def test_a_text_without_line_ends_is_cut_between_characters() -> None:
+def test_text_without_line_ends_is_cut_between_characters() -> None:
     text = "é€😀x" * 20_000
     parts = list(pieces(text.encode()))
     assert "".join(part.decode() for part in parts) == text
     assert all(PIECE_BYTES - 4 < len(part) <= PIECE_BYTES for part in parts[:-1])
 
 
-def test_the_standard_library_is_the_default() -> None:
+def test_default_corpus_is_standard_library() -> None:
     corpus = load_corpus(DataConfig(limit_mb=3))
     texts = set(documents(corpus.train) + documents(corpus.held_out))
     assert 2.9e6 <= len(corpus.train) + len(corpus.held_out) < 4.5e6
@@ -113,7 +113,7 @@ def test_the_standard_library_is_the_default() -> None:
     assert all(any(text in file for file in whole) for text in documents(corpus.held_out))
 
 
-def test_refused_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "blank").write_text(" \n")
@@ -129,13 +129,13 @@ def test_refused_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_corpus(DataConfig(path=tmp_path))
 
 
-def test_an_empty_or_short_side_is_refused(library: Path) -> None:
+def test_empty_or_short_side_is_error(library: Path) -> None:
     for held_out in (1e-9, 1 - 1e-9):
         with pytest.raises(InputError, match="each side needs one; give more text"):
             load_corpus(DataConfig(path=library, held_out=held_out))
 
 
-def test_one_file_in_a_folder_is_told_how_it_is_cut(tmp_path: Path) -> None:
+def test_single_file_in_folder_gets_hint(tmp_path: Path) -> None:
     (tmp_path / "all.txt").write_text("".join(f"line {i} of a long text\n" for i in range(3000)))
     with pytest.raises(InputError, match="or name the file itself, which is then cut into documents"):
         load_corpus(DataConfig(path=tmp_path, held_out=0.3))
@@ -153,14 +153,14 @@ def made(**changes: object) -> Corpus:
     return Corpus(**(fields | changes))
 
 
-def test_what_does_not_fit_a_space_is_refused() -> None:
+def test_corpus_that_does_not_fit_space_is_error() -> None:
     require_fits(made(), 256, 64)
     require_fits(made(), 300, 64)  # a larger vocabulary than bytes need
     with pytest.raises(InputError, match=r"data: a book: the held-out side has 65 bytes, .* needs 66; give"):
         require_fits(made(), 256, 65)
-    with pytest.raises(InputError, match=r"the training side has 60 bytes, a context of 64 needs 65"):
+    with pytest.raises(InputError, match=r"the training side has 60 bytes, a length of 64 needs 65"):
         require_fits(made(train=np.zeros(60, np.uint8)), 256, 64)
-    with pytest.raises(InputError, match=r"a book: bytes are the tokens, .* is 255; give it 256 or more"):
+    with pytest.raises(InputError, match=r"a book: bytes are the tokens, .* is 255; give vocab_size 256"):
         require_fits(made(), 255, 64)
     words = {"train": np.arange(90, dtype=np.uint16), "held_out": np.arange(70, dtype=np.uint16)}
     require_fits(made(**words, vocab_size=90), 90, 64)
@@ -174,12 +174,12 @@ def test_what_does_not_fit_a_space_is_refused() -> None:
         spoilt = words | {side: np.append(words[side], np.uint16(90))}
         with pytest.raises(InputError, match=f"token 90 on the {name} side; a vocabulary of 90 has 0 to 89"):
             require_fits(made(**spoilt, vocab_size=90), 90, 64)
-    with pytest.raises(InputError, match=r"data\.pairs: 17 pairs .* a length of 64 holds at most 16"):
+    with pytest.raises(InputError, match=r"data\.pairs: 17 key-value pairs; a length of 64 holds at most 16"):
         require_fits(made(recall=0.5, pairs=17), 256, 64)
-    alone = load_corpus(DataConfig(recall=1.0))
-    require_fits(alone, 256, 64)
-    with pytest.raises(InputError, match=r"data\.pairs: 1 pairs .* a length of 3 holds at most 0"):
-        require_fits(alone, 256, 3)
+    mqar_only = load_corpus(DataConfig(recall=1.0))
+    require_fits(mqar_only, 256, 64)
+    with pytest.raises(InputError, match=r"data\.pairs: 1 key-value pairs; a length of 3 holds at most 0"):
+        require_fits(mqar_only, 256, 3)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +196,12 @@ def test_what_does_not_fit_a_space_is_refused() -> None:
         {"recall": 1, "path": "x"},
     ],
 )
-def test_the_config_is_strict(wrong: dict[str, object]) -> None:
+def test_invalid_config_is_error(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         DataConfig.model_validate(wrong)
 
 
-def test_train_windows_are_from_everywhere() -> None:
+def test_train_windows_cover_text() -> None:
     tokens = np.arange(40, dtype=np.uint8)
     windows = train_windows(tokens, np.random.default_rng(0), 5000, 7)
     np.testing.assert_array_equal(windows, windows[:, :1] + np.arange(8))
@@ -211,7 +211,7 @@ def test_train_windows_are_from_everywhere() -> None:
         train_windows(tokens, np.random.default_rng(0), 2, 40)
 
 
-def test_a_batch_of_text_learns_every_next_token_of_the_training_side() -> None:
+def test_text_batch_targets_are_next_tokens() -> None:
     corpus = made(train=np.arange(100, 140, dtype=np.uint8), held_out=np.arange(100, dtype=np.uint8))
     drawn = [train_batch(corpus, np.random.default_rng(step), 6, 7) for step in range(50)]
     for tokens, targets in drawn:
@@ -223,7 +223,7 @@ def test_a_batch_of_text_learns_every_next_token_of_the_training_side() -> None:
 
 
 @pytest.mark.parametrize(("recall", "batch"), [(0.5, 8), (0.3, 8), (0.02, 8), (0.9, 3), (1.0, 5)])
-def test_a_mixture_has_its_share_of_rows(recall: float, batch: int) -> None:
+def test_mixture_has_expected_share_of_mqar_rows(recall: float, batch: int) -> None:
     corpus = replace(made(train=np.full(400, 7, np.uint8)), recall=recall, pairs=2)
     counts = []
     for step in range(400):
@@ -242,7 +242,7 @@ def test_a_mixture_has_its_share_of_rows(recall: float, batch: int) -> None:
     assert abs(np.mean(counts) - recall * batch) <= 4.5 * spread + 1e-12
 
 
-def test_the_digest_knows_all_that_a_batch_depends_on(library: Path) -> None:
+def test_digest_depends_on_everything_in_a_batch(library: Path) -> None:
     settings: list[dict[str, object]] = [{}, {"recall": 0.1}, {"recall": 0.2}, {"recall": 0.2, "pairs": 3}]
     configs = [DataConfig.model_validate({"path": library, **given}) for given in settings]
     digests = {load_corpus(config).digest for config in [*configs, DataConfig(recall=1.0)]}
@@ -250,7 +250,7 @@ def test_the_digest_knows_all_that_a_batch_depends_on(library: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "count", "length"), [(250, 7, 20), (147, 7, 20), (21, 1, 20), (200, 3, 1)])
-def test_held_out_windows_are_spread_and_apart(size: int, count: int, length: int) -> None:
+def test_held_out_windows_are_evenly_spaced_and_disjoint(size: int, count: int, length: int) -> None:
     tokens = np.arange(size, dtype=np.uint8)
     windows = held_out_windows(tokens, count, length)
     np.testing.assert_array_equal(windows, windows[:, :1] + np.arange(length + 1))
@@ -258,8 +258,8 @@ def test_held_out_windows_are_spread_and_apart(size: int, count: int, length: in
     assert np.unique(windows).size == windows.size
 
 
-def test_held_out_windows_do_not_change() -> None:
+def test_held_out_windows_are_fixed() -> None:
     tokens = np.arange(100, dtype=np.uint8)
     assert held_out_windows(tokens, 3, 4)[:, 0].tolist() == [0, 33, 66]
-    with pytest.raises(InputError, match="100 tokens held out, 3 windows of 34 need 102; ask for fewer"):
+    with pytest.raises(InputError, match="100 tokens held out, 3 windows of 34 need 102; use fewer"):
         held_out_windows(tokens, 3, 33)

@@ -1,4 +1,4 @@
-"""MQAR against a slow reader that knows only what the sequences shall look like."""
+"""MQAR sequences checked by a slow reader that implements their definition."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ from tests.contracts import scatter
 
 
 def read(tokens: list[int], labels: list[int], vocab_size: int, pairs: int) -> list[int]:
-    """The gap of each pair, in order; every rule of the task is asserted on the way."""
+    """The gap of each pair, in order; asserts every rule of the task."""
     keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
     assert len(set(keys)) == len(set(values)) == pairs
     assert all(1 <= key < vocab_size // 2 for key in keys)
@@ -39,7 +39,7 @@ def read(tokens: list[int], labels: list[int], vocab_size: int, pairs: int) -> l
     ("vocab_size", "length", "pairs"),
     [(256, 64, 8), (256, 64, 16), (18, 32, 8), (17, 31, 7), (4, 4, 1), (5, 9, 1)],
 )
-def test_sequences_read_back(vocab_size: int, length: int, pairs: int) -> None:
+def test_sequences_satisfy_definition(vocab_size: int, length: int, pairs: int) -> None:
     tokens, labels = mqar(np.random.default_rng(0), 200, vocab_size, length, pairs)
     assert tokens.shape == labels.shape == (200, length)
     assert tokens.dtype == labels.dtype == np.int64
@@ -52,8 +52,8 @@ def test_sequences_read_back(vocab_size: int, length: int, pairs: int) -> None:
     assert set(rest.tolist()) == set(range(vocab_size))
 
 
-def test_gaps_have_their_exact_probabilities() -> None:
-    """Two of five places, in order, against the product of the probabilities of the two draws."""
+def test_gap_frequencies_match_probabilities() -> None:
+    """Two of five positions, compared with the product of the probabilities of the two draws."""
     rows, places = 40_000, 5
     tokens, labels = mqar(np.random.default_rng(1), rows, 40, 2 * 2 + 2 * places, 2)
     drawn = Counter(tuple(read(t, la, 40, 2)) for t, la in zip(tokens.tolist(), labels.tolist(), strict=True))
@@ -80,19 +80,19 @@ def test_keys_and_values_are_uniform_and_independent() -> None:
 @pytest.mark.parametrize(
     ("vocab_size", "length", "pairs", "message"),
     [
-        (256, 64, 17, "17 pairs of key and value; a length of 64 holds at most 16"),
-        (256, 64, 0, "0 pairs"),
-        (16, 64, 8, "8 pairs of key and value; a vocabulary of 16 has 7 keys"),
+        (256, 64, 17, "17 key-value pairs; a length of 64 holds at most 16"),
+        (256, 64, 0, "0 key-value pairs"),
+        (16, 64, 8, "8 key-value pairs; a vocabulary of 16 has 7 keys"),
         (1, 64, 1, "a vocabulary of 1 has 0 keys"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(vocab_size: int, length: int, pairs: int, message: str) -> None:
+def test_sizes_that_do_not_fit_are_errors(vocab_size: int, length: int, pairs: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         mqar(np.random.default_rng(0), 2, vocab_size, length, pairs)
 
 
-def test_training_and_evaluation_never_share_a_sequence() -> None:
-    """Whatever seeds the two take, the same ones included."""
+def test_training_and_evaluation_share_no_sequence() -> None:
+    """For any seeds, equal ones included."""
     corpus = load_corpus(DataConfig(recall=1.0, pairs=2))
     trained = {
         tuple(row)
@@ -108,7 +108,7 @@ def test_training_and_evaluation_never_share_a_sequence() -> None:
     assert not set(twin) & set(evaluation_generator(0).integers(2**63, size=64))
 
 
-def test_evaluation_sequences_do_not_change() -> None:
+def test_evaluation_sequences_are_fixed() -> None:
     first, again, other = (recall_set(256, 8, 32, 4, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.targets, again.targets)
@@ -127,7 +127,7 @@ def small_model() -> tuple[dict[str, torch.Tensor], Architecture, ModelConfig]:
     return {k: v.detach() for k, v in model.named_parameters()}, architecture, model_config
 
 
-def test_accuracy_is_the_share_of_labels_that_are_likeliest() -> None:
+def test_accuracy_equals_share_of_argmax_labels() -> None:
     weights, architecture, model_config = small_model()
     found = mqar_accuracy(
         weights, architecture, model_config, length=16, pairs=3, sequences=50, seed=7, batch=8
@@ -149,7 +149,7 @@ def test_accuracy_is_the_share_of_labels_that_are_likeliest() -> None:
     )
 
 
-def test_accuracy_takes_another_vocabulary_and_the_default_pairs() -> None:
+def test_accuracy_with_other_vocabulary_and_default_pairs() -> None:
     weights, architecture, model_config = small_model()
     found = mqar_accuracy(weights, architecture, model_config, length=24, vocab_size=12, sequences=100)
     data = recall_set(12, 100, 24, 3)

@@ -1,4 +1,4 @@
-"""Which targets count as recall, against a reader that searches the text itself."""
+"""The recall mask compared with a plain search of the text."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ def recall_by_hand(windows: np.ndarray, sample: np.ndarray, order: int) -> np.nd
     return mask[:, 1:]
 
 
-def test_recall_on_a_sentence() -> None:
+def test_recall_mask_of_sentence() -> None:
     text = b"the zebra42 sat; the zebra42 ran; def main(): def main():"
     windows = np.frombuffer(text, np.uint8)[None].astype(np.int64)
     mask = recall_mask(windows, np.frombuffer(b"  def main(): pass", np.uint8))
@@ -28,7 +28,7 @@ def test_recall_on_a_sentence() -> None:
 
 @pytest.mark.parametrize("order", range(1, 9))
 @pytest.mark.parametrize(("low", "high"), [(0, 2), (253, 256), (0, 256)])
-def test_recall_is_exact(order: int, low: int, high: int) -> None:
+def test_recall_mask_equals_text_search(order: int, low: int, high: int) -> None:
     rng = np.random.default_rng(order)
     windows = rng.integers(low, high, (12, 90))
     windows[3:6, 50:80], windows[6], windows[7] = windows[3:6, 10:40], 0, 255
@@ -38,7 +38,7 @@ def test_recall_is_exact(order: int, low: int, high: int) -> None:
     np.testing.assert_array_equal(recall_mask(windows, sample, order), expected)
 
 
-def test_recall_looks_in_one_window_and_one_sample() -> None:
+def test_recall_mask_uses_own_window_and_sample_only() -> None:
     half = np.random.default_rng(0).integers(0, 256, 30)
     both, empty = np.tile(half, (1, 2)), np.zeros(0, np.uint8)
     sample = np.concatenate([np.zeros(100), half]).astype(np.uint8)
@@ -66,7 +66,7 @@ def pieces_by_hand(windows: np.ndarray, sample: np.ndarray, rare_per_million: in
 
 @pytest.mark.parametrize("rare_per_million", [0, 1250, 2500, 5000])
 @pytest.mark.parametrize("kind", [np.uint16, np.uint32])
-def test_bigrams_of_word_pieces(kind: type[np.uint16], rare_per_million: int) -> None:
+def test_recall_mask_of_subword_bigrams(kind: type[np.uint16], rare_per_million: int) -> None:
     rng = np.random.default_rng(0)
     high = int(np.iinfo(kind).max) + 1
     vocab_size = np.array([0, 1, high - 2, high - 1, *rng.integers(high, size=16)])

@@ -1,4 +1,4 @@
-"""The split against a search of the whole training text: nothing held out may be in it."""
+"""The split checked by a search of the whole training text for held-out passages."""
 
 import string
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def noise(seed: int, size: int) -> bytes:
 
 
 def leaks(train: list[bytes], held_out: list[bytes]) -> list[bytes]:
-    """Passages of held-out documents that training text has, found by search from every place.
+    """Passages of held-out documents that the training text contains, by search from every position.
 
     A passage is 255 bytes: one so long has a whole block in it, wherever the blocks lie.
     """
@@ -92,7 +92,7 @@ PLANTED: list[Callable[[Path], None]] = [
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_no_planted_passage_leaks(plant: Callable[[Path], None], tmp_path: Path) -> None:
+def test_planted_passages_do_not_leak(plant: Callable[[Path], None], tmp_path: Path) -> None:
     plant(tmp_path)
     book = tmp_path / "book.txt"
     for limit_mb in (None, 0.012, 0.013):  # near a limit too, wherever the taking of documents stops
@@ -106,7 +106,7 @@ def test_no_planted_passage_leaks(plant: Callable[[Path], None], tmp_path: Path)
 
 @pytest.mark.parametrize("plant", PLANTED[1:])
 def test_a_split_by_hash_alone_would_leak(plant: Callable[[Path], None], tmp_path: Path) -> None:
-    """So the test above can fail: without the cut, the check at load refuses what leaks."""
+    """The test above can fail: without the cut, loading a corpus reports the leak."""
     plant(tmp_path)
     book = tmp_path / "book.txt"
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def test_a_split_by_name_would_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         sides(tmp_path)
 
 
-def test_only_what_is_shared_is_cut(tmp_path: Path) -> None:
+def test_only_shared_blocks_are_cut(tmp_path: Path) -> None:
     a_licence_in_every_file(tmp_path)
     _, held_out = sides(tmp_path)
     texts = [file.read_bytes() for file in tmp_path.iterdir()]
@@ -138,7 +138,7 @@ def test_only_what_is_shared_is_cut(tmp_path: Path) -> None:
         assert text.endswith(parts[-1]) or text.endswith(parts[0])
 
 
-def test_texts_with_nothing_in_common_are_left_alone() -> None:
+def test_disjoint_texts_are_unchanged() -> None:
     texts = [noise(i, 100 + 30 * i) for i in range(60)]
     train, held_out = split_documents(texts, 0.4, float("inf"))
     assert sorted(train + held_out) == sorted(texts)
@@ -146,7 +146,7 @@ def test_texts_with_nothing_in_common_are_left_alone() -> None:
     assert shared_blocks(train, held_out) == set()
 
 
-def test_shared_blocks_are_found_at_every_place() -> None:
+def test_shared_blocks_are_found_at_every_offset() -> None:
     text = noise(0, 4000)
     for place in [0, 1, 127, 128, 129, 500, 4000 - BLOCK_BYTES]:
         block = text[place : place + BLOCK_BYTES]
@@ -158,7 +158,7 @@ def test_shared_blocks_are_found_at_every_place() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 1000])
-def test_no_place_falls_between_two_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_blocks_across_chunk_boundaries_are_found(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "_CHUNK_BYTES", chunk)
     text = noise(0, 1500)
     for place in range(0, 1372, 61):
@@ -166,8 +166,8 @@ def test_no_place_falls_between_two_chunks(chunk: int, monkeypatch: pytest.Monke
         assert shared_blocks([text], [block]) == {block}
 
 
-def test_runs_of_one_character_take_no_time(tmp_path: Path) -> None:
-    """Every place of the training text may then hold the one block: it is looked at once."""
+def test_runs_of_one_character_are_fast(tmp_path: Path) -> None:
+    """Every position of the training text has the hash of the one block; it is compared once."""
     looked: list[int] = []
 
     class Blocks(set):
@@ -181,7 +181,7 @@ def test_runs_of_one_character_take_no_time(tmp_path: Path) -> None:
     assert len(looked) < 10
 
 
-def test_cuts_leave_utf8_and_the_blocks_where_they_were() -> None:
+def test_cut_texts_are_utf8_with_original_block_boundaries() -> None:
     text = "".join(np.random.default_rng(0).choice(list("éüx€"), 1200))  # characters lie across blocks
     data = text.encode()
     blocks = [data[i : i + BLOCK_BYTES] for i in range(0, len(data) - BLOCK_BYTES + 1, BLOCK_BYTES)]
@@ -195,7 +195,7 @@ def test_cuts_leave_utf8_and_the_blocks_where_they_were() -> None:
             assert set(kept) <= set(blocks) - {unwanted}
 
 
-def test_a_part_that_is_a_training_document_is_no_held_out_text() -> None:
+def test_passage_equal_to_training_document_is_dropped() -> None:
     shared = noise(0, BLOCK_BYTES)
     texts = [shared + noise(i, 20) for i in range(40)] + [noise(i, 20) for i in range(40)]
     train, held_out = split_documents(texts, 0.5, float("inf"))

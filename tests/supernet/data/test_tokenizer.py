@@ -1,4 +1,4 @@
-"""Word pieces from tokenizers made here: what is read, what each token stands for, what is refused."""
+"""Subword tokens of small tokenizers: ids, bytes of tokens, errors."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ TEXTS = [f"Document {i}: naïve  words,\n\tand 😀 {'again ' * (i % 5)}{i * i}.
 
 
 def byte_level(size: int = 400, specials: tuple[str, ...] = ("<unk>", "</s>")) -> tokenizers.Tokenizer:
-    """A byte-level BPE, as most models have: it splits characters and gives every text back."""
+    """A byte-level BPE, as most models have; it splits characters and decodes to every text."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -34,7 +34,7 @@ def byte_level(size: int = 400, specials: tuple[str, ...] = ("<unk>", "</s>")) -
 
 
 def word_level() -> tokenizers.Tokenizer:
-    """Lower-cased words between whitespace: it gives no text back."""
+    """Lower-cased words between whitespace; decoding does not give the text back."""
     made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "again": 1, "words": 2}, "[UNK]"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -76,8 +76,8 @@ def test_both_sides_decode_to_their_documents(texts: Path, tmp_path: Path) -> No
     assert load_corpus(config).digest not in (found.digest, plain.digest)
 
 
-def test_bits_per_byte_count_the_bytes_of_the_text(texts: Path, tmp_path: Path) -> None:
-    """Against a reader that decodes every prefix of a document."""
+def test_bits_per_byte_use_bytes_of_text(texts: Path, tmp_path: Path) -> None:
+    """Compared with a reader that decodes every prefix of a document."""
     made = byte_level(280)  # few merges: characters of four bytes stay split over tokens
     found = load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, made)))
     sizes, end = found.held_out_bytes, made.token_to_id("</s>")
@@ -107,7 +107,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(texts: Path, tmp_path: Path) 
     assert data.bits_per_byte(nats) == pytest.approx(nats * 8 * 32 / np.log(2) / data.text_bytes)
 
 
-def test_recall_of_word_pieces_is_that_of_rare_bigrams(texts: Path, tmp_path: Path) -> None:
+def test_subword_recall_mask_uses_rare_bigrams(texts: Path, tmp_path: Path) -> None:
     found = load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, byte_level())))
     for known in (found.train, found.train[:1]):
         data = evaluation_set(replace(found, train=known), 4, 100)
@@ -116,15 +116,15 @@ def test_recall_of_word_pieces_is_that_of_rare_bigrams(texts: Path, tmp_path: Pa
     assert data.recallable.any()
 
 
-def test_a_tokenizer_that_gives_no_text_back_has_no_bits_per_byte(texts: Path, tmp_path: Path) -> None:
+def test_lossy_tokenizer_has_no_bits_per_byte(texts: Path, tmp_path: Path) -> None:
     found = load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, word_level())))
     assert found.held_out_bytes is None
     assert found.vocab_size == 3
     assert evaluation_set(found, 4, 8).bits_per_byte(1.0) is None
 
 
-def test_what_a_file_adds_to_texts_is_left_out(texts: Path, tmp_path: Path) -> None:
-    """Padding, truncation and a template are for prompts; a text may spell a separator out."""
+def test_padding_truncation_and_special_tokens_are_ignored(texts: Path, tmp_path: Path) -> None:
+    """Padding, truncation and a template apply to prompts; a separator's name in a text is plain text."""
     (texts / "spelt.txt").write_text("a </s> b")
     plain = byte_level()
     config = DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, plain))
@@ -144,11 +144,11 @@ def test_what_a_file_adds_to_texts_is_left_out(texts: Path, tmp_path: Path) -> N
     ("specials", "separator"),
     [(("<unk>", "</s>"), 1), (("[SEP]", "x", "<|endoftext|>"), 2), (("<pad>", "<s>"), 0)],
 )
-def test_what_separates_documents(specials: tuple[str, ...], separator: int, tmp_path: Path) -> None:
+def test_separator_of_special_tokens(specials: tuple[str, ...], separator: int, tmp_path: Path) -> None:
     assert load_tokenizer(saved(tmp_path, byte_level(300, specials))).separator == separator
 
 
-def test_ids_with_gaps_count_up_to_the_greatest(tmp_path: Path) -> None:
+def test_vocab_size_of_ids_with_gaps(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "again": 70_000}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     loaded = load_tokenizer(saved(tmp_path, made))
@@ -180,7 +180,7 @@ BROKEN = ("no model", "unknown model", "merges of nothing", "no vocabulary", "ne
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[1, 2]", b"null", b"\xff\xfe", b'{"version": "1.0"', *map(broken, BROKEN)]
 )
-def test_a_broken_file_gets_one_line(content: bytes, tmp_path: Path) -> None:
+def test_invalid_file_is_one_line_error(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(InputError) as refused:
@@ -190,14 +190,14 @@ def test_a_broken_file_gets_one_line(content: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_that_is_not_there_gets_one_line(tmp_path: Path) -> None:
+def test_missing_file_is_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.json: not found; give a Hugging Face tokenizer\.json"):
         load_corpus(DataConfig(tokenizer=tmp_path / "nowhere.json"))
     with pytest.raises(InputError, match="Is a directory; give a Hugging Face"):
         load_corpus(DataConfig(tokenizer=tmp_path))
 
 
-def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, byte_level(300))
     original = importlib.import_module
 

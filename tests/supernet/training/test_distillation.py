@@ -1,4 +1,4 @@
-"""Distillation: from inherited weights, by a teacher that does not change, in steps that a stop does not."""
+"""Distillation from inherited weights with a fixed teacher, in resumable steps."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.extract import extract
 from supernet.supernet import Supernet
-from supernet.training.distillation import distil, load_subnet, largest_teacher, weights_digest
+from supernet.training.distillation import distil, largest_teacher, load_subnet, weights_digest
 from supernet.training.recipe import TrainConfig, step_rate
 from supernet.training.train import load_stand_alone, load_supernet, train
 from supernet.training.trainer import Teacher, Trainer
@@ -25,7 +25,7 @@ from tests.supernet.training.test_train import small_space
 
 @dataclass(frozen=True)
 class Start:
-    """A trained supernet, and what is distilled from it."""
+    """A trained supernet, a student and a teacher."""
 
     space: Space
     supernet: Supernet
@@ -63,7 +63,7 @@ def losses(start: Start, weights: dict[str, torch.Tensor]) -> float:
     return evaluate(weights, start.student, start.space.config, data).loss_nats
 
 
-def test_a_student_starts_as_the_sub_network_that_the_supernet_holds(start: Start) -> None:
+def test_student_starts_as_supernet_subnetwork(start: Start) -> None:
     data = evaluation_set(start.corpus, 16, 32)
     rng = np.random.default_rng(1)
     for architecture in genome.decode(start.space, variation.sample(start.space, rng, 6)):
@@ -78,8 +78,8 @@ def test_a_student_starts_as_the_sub_network_that_the_supernet_holds(start: Star
         assert weights_digest(trainer.parameters) != weights_digest(given)
 
 
-def test_distillation_lowers_the_held_out_loss_and_heeds_its_teacher(start: Start, tmp_path: Path) -> None:
-    """Below what was inherited; and the heavier the teacher, the nearer to its probabilities."""
+def test_distillation_lowers_loss_and_follows_teacher(start: Start, tmp_path: Path) -> None:
+    """The loss is below the inherited one; more weight of the teacher brings the student nearer to it."""
     inputs = torch.from_numpy(evaluation_set(start.corpus, 16, 32).tokens)
     teacher = start.teacher
     wanted = start.supernet(inputs, teacher.architecture)[0].softmax(-1)
@@ -91,39 +91,42 @@ def test_distillation_lowers_the_held_out_loss_and_heeds_its_teacher(start: Star
         )  # fmt: skip
         assert losses(start, found.load("model")) < losses(start, start.weights) - 0.1
         with torch.no_grad():
-            said = load_stand_alone(start.space, found, start.student)(inputs)[0].log_softmax(-1)
-        apart.append(float((wanted * (wanted.log() - said)).sum(-1).mean()))
+            log_probs = load_stand_alone(start.space, found, start.student)(inputs)[0].log_softmax(-1)
+        apart.append(float((wanted * (wanted.log() - log_probs)).sum(-1).mean()))
     assert apart[1] < apart[0] - 0.01
 
 
-def test_a_step_is_that_of_plain_autograd_and_leaves_the_teacher_alone(
+def test_step_gradient_equals_autograd_and_teacher_is_unchanged(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of the mixed loss written out, with a teacher that asks for gradients itself."""
+    """The gradient of the mixed loss, written out, with a teacher whose weights require gradients."""
     weights = {name: t.clone().requires_grad_() for name, t in start.teacher.weights.items()}
     teacher = Teacher(start.teacher.architecture, weights)
     config = settings(distillation=0.3)
     trainer = Trainer(start.space, config, start.corpus, start.student, start=start.weights, teacher=teacher)
     trainer.prepare()
-    monkeypatch.setattr(trainer, "_update", lambda *_: None)  # the gradients stay to be seen
+    monkeypatch.setattr(trainer, "_update", lambda *_: None)  # keep the gradients
     trainer.step(7)
     assert all(t.grad is None for t in weights.values())
     assert weights_digest(weights) == weights_digest(start.teacher.weights)
 
-    model, taught = Model(start.student, start.space.config), Model(teacher.architecture, start.space.config)
+    model, model_teacher = (
+        Model(start.student, start.space.config),
+        Model(teacher.architecture, start.space.config),
+    )
     model.load_state_dict(start.weights)
-    taught.load_state_dict(start.teacher.weights)
+    model_teacher.load_state_dict(start.teacher.weights)
     tokens, targets, _ = trainer._batch(7, 0)
     logs = model(tokens)[0].log_softmax(-1)
     text = -logs.gather(-1, targets[..., None]).mean()
-    likeness = -(taught(tokens)[0].softmax(-1).detach() * logs).sum(-1).mean()
+    likeness = -(model_teacher(tokens)[0].softmax(-1).detach() * logs).sum(-1).mean()
     (0.7 * text + 0.3 * likeness).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(trainer.gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_weight_there_is_no_teacher(start: Start) -> None:
+def test_zero_weight_drops_teacher(start: Start) -> None:
     arguments = (start.space, settings(distillation=0.0), start.corpus, start.student)
     rows = [
         Trainer(*arguments, start=start.weights, teacher=teacher).step(0) for teacher in (None, start.teacher)
@@ -131,8 +134,8 @@ def test_without_a_weight_there_is_no_teacher(start: Start) -> None:
     assert rows[0] == rows[1]
 
 
-def test_a_stop_changes_nothing(start: Start, tmp_path: Path) -> None:
-    """Neither weights nor rates know where a call stopped: the schedule is that of all steps."""
+def test_stopped_training_equals_uninterrupted(start: Start, tmp_path: Path) -> None:
+    """Weights and learning rates do not depend on where a call stops."""
     arguments = (start.student, start.weights, start.teacher, start.corpus)
     config = settings(checkpoint_every=15, precision="auto")
     straight = distil(start.space, config, tmp_path / "a", *arguments)
@@ -152,7 +155,7 @@ def test_a_stop_changes_nothing(start: Start, tmp_path: Path) -> None:
         distil(start.space, config, tmp_path / "b", *arguments, until=25)
 
 
-def test_other_inputs_are_refused(start: Start, tmp_path: Path) -> None:
+def test_checkpoint_of_other_inputs_is_error(start: Start, tmp_path: Path) -> None:
     config, weights, teacher = settings(steps=2), start.weights, start.teacher
     distil(start.space, config, tmp_path, start.student, weights, teacher, start.corpus)
     moved = {name: t + 1e-3 for name, t in weights.items()}
@@ -169,11 +172,11 @@ def test_other_inputs_are_refused(start: Start, tmp_path: Path) -> None:
             distil(start.space, changed, tmp_path, architecture, given, taught_by, start.corpus)
     with pytest.raises(InputError, match=r"workers: 2, but a distillation runs in one process"):
         distil(start.space, settings(workers=2), tmp_path, start.student, weights, teacher, start.corpus)
-    with pytest.raises(ValueError, match="its teacher is one of its members"):
+    with pytest.raises(ValueError, match="start and teacher are for a plain model"):
         Trainer(start.space, config, start.corpus, teacher=teacher)
 
 
-def test_a_loss_that_is_not_finite_says_where(start: Start, tmp_path: Path) -> None:
+def test_non_finite_loss_error_names_step(start: Start, tmp_path: Path) -> None:
     weights = start.weights
     weights["norm"] = weights["norm"] * float("nan")
     with pytest.raises(InputError, match=r"the loss became nan at step 1 for width 16") as caught:
@@ -181,8 +184,8 @@ def test_a_loss_that_is_not_finite_says_where(start: Start, tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_implanting_is_the_opposite_of_extracting(start: Start) -> None:
-    """Every weight arrives, and nothing outside the sub-network moves."""
+def test_load_subnet_is_inverse_of_extract(start: Start) -> None:
+    """Every weight is copied, and no other weight changes."""
     supernet = Supernet(start.space)
     scatter(supernet)
     before = {name: p.detach().clone() for name, p in supernet.named_parameters()}

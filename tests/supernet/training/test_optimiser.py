@@ -1,4 +1,4 @@
-"""AdamW on prefixes: torch's own on what is used, and nothing at all on the rest."""
+"""AdamW on prefixes: equal to torch's on used parts, no change of the rest."""
 
 import torch
 
@@ -14,7 +14,7 @@ def drawn(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def test_whole_parameters_are_updated_as_torch_does() -> None:
+def test_update_of_whole_parameters_equals_torch() -> None:
     ours, theirs = drawn(0), drawn(0)
     optimiser = PrefixAdamW(ours, 0.1)
     for tensor in theirs.values():
@@ -37,12 +37,12 @@ def test_whole_parameters_are_updated_as_torch_does() -> None:
         assert_close(name, ours[name], tensor.detach(), 1e-6)
 
 
-def test_what_is_not_used_stays_bit_for_bit() -> None:
+def test_unused_prefixes_are_unchanged() -> None:
     """Weights and moments outside of a prefix; inside, all is as for a parameter of that size."""
     ours = drawn(0)
     parts = {"matrix": (3, 5), "vector": (2,)}
     small = {name: prefix(ours[name], shape).clone() for name, shape in parts.items()}
-    whole, alone = PrefixAdamW(ours, 0.1), PrefixAdamW(small, 0.1)
+    whole, reference = PrefixAdamW(ours, 0.1), PrefixAdamW(small, 0.1)
     whole.step(SHAPES, drawn(1), 0.01, 1e9)
     before = {name: tensor.clone() for name, tensor in ours.items()}
     moments = {name: whole.state[name]["exp_avg"].clone() for name in SHAPES}
@@ -55,7 +55,7 @@ def test_what_is_not_used_stays_bit_for_bit() -> None:
         assert torch.equal(ours[name][unused], before[name][unused])
         assert torch.equal(whole.state[name]["exp_avg"][unused], moments[name][unused])
         assert (prefix(ours[name], shape) != prefix(before[name], shape)).all()
-    alone.step(parts, drawn(1), 0.01, 1e9)
-    alone.step(parts, drawn(2), 0.01, 1e9)
+    reference.step(parts, drawn(1), 0.01, 1e9)
+    reference.step(parts, drawn(2), 0.01, 1e9)
     for name, shape in parts.items():
         assert_close(name, prefix(ours[name], shape), small[name], 1e-6)

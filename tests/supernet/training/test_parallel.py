@@ -1,4 +1,4 @@
-"""Several workers: what they learn is what one process learns from the whole batch.
+"""Data-parallel training equals training in one process on the whole batch.
 
 The arithmetic is tested with two bare processes, which start faster than Ray's.
 """
@@ -34,18 +34,18 @@ from tests.supernet.training.test_train import config as base
 from tests.supernet.training.test_train import small_space
 
 REPOSITORY = Path(__file__).parents[3]
-# Rounding alone, but AdamW divides by the size of a gradient that may itself be rounding.
+# Rounding only, but AdamW divides by the size of a gradient that may itself be rounding error.
 TOLERANCE = 1e-3
 
 
 def settings(text: Path, **changes: Any) -> TrainConfig:
-    """One row of each batch has few targets, so that the workers' shares are unequal."""
+    """Rows with few targets, so that the workers' shares of the loss differ."""
     fields = {"steps": 40, "checkpoint_every": 20, "precision": "fp32"}
     return base(text, **(fields | {"data": DataConfig(path=text, held_out=0.2, recall=0.25)} | changes))
 
 
 def assert_same(actual: Checkpoint, expected: Checkpoint) -> None:
-    """The same tensors in both, up to rounding."""
+    """Compare all tensors of two checkpoints, up to rounding."""
     for part in ("model", "optimizer"):
         ours, theirs = actual.load(part), expected.load(part)
         assert ours.keys() == theirs.keys()
@@ -59,14 +59,14 @@ def losses(root: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_process(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training in one process, with its checkpoints of steps 20 and 40."""
+    """A training in one process, with checkpoints of steps 20 and 40."""
     root = tmp_path_factory.mktemp("one")
     train(small_space(), settings(text_folder), root)
     return root
 
 
 def one_of_two(rank: int, config: str, folder: Path, begun: Checkpoint, steps: range) -> None:
-    """A worker without Ray: leaves the losses of its steps, its tensors, and what a wild rate ends with."""
+    """A worker without Ray; writes its losses, tensors, and the error of a diverging learning rate."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     rendezvous = f"file://{folder / 'rendezvous'}"
@@ -98,12 +98,12 @@ def run_two(config: TrainConfig, folder: Path, begun: Checkpoint, steps: range) 
 
 
 def test_two_processes_share_every_batch(one_process: Path, text_folder: Path, tmp_path: Path) -> None:
-    """Each step's losses, going on from one process's checkpoint; both hold the same bits, stop alike."""
+    """Losses of each step from one process's checkpoint; both workers hold equal bits and stop alike."""
     config = settings(text_folder)
     begun = Checkpoint(one_process / "step-000020", 20, "")
-    alone = Trainer(small_space(), config, load_corpus(config.data))
-    alone.restore(begun)
-    expected = [alone.step(step) for step in range(20, 40)]
+    single = Trainer(small_space(), config, load_corpus(config.data))
+    single.restore(begun)
+    expected = [single.step(step) for step in range(20, 40)]
     run_two(config, tmp_path, begun, range(20, 40))
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
@@ -111,24 +111,24 @@ def test_two_processes_share_every_batch(one_process: Path, text_folder: Path, t
     for ours, theirs in zip(rows, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert re.match(r"training: (the loss became nan|a gradient is not finite) at step \d+ for", refused)
-    for part, tensors in alone.tensors().items():
+    for part, tensors in single.tensors().items():
         first, second = (load_file(tmp_path / f"{part}-{rank}") for rank in range(2))
         assert first.keys() == second.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(first[name], second[name]), name
             assert_close(name, first[name], tensor, TOLERANCE)
-    # Not every parameter was used in every step, or the case of one without a gradient was not met.
-    assert len({float(x) for name, x in alone.tensors()["optimizer"].items() if name.endswith(":step")}) > 1
+    # The case of a parameter without a gradient occurred: not every one was used in every step.
+    assert len({float(x) for name, x in single.tensors()["optimizer"].items() if name.endswith(":step")}) > 1
 
 
-def test_ray_train_ends_as_one_process_does(
+def test_ray_train_equals_one_process(
     one_process: Path,
     text_folder: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From nothing with two workers; then its second half again in one process, from its checkpoint."""
+    """Two workers from scratch; then the second half again in one process, from their checkpoint."""
     monkeypatch.chdir(text_folder.parent)
     config = settings(Path(text_folder.name), workers=2)
     reported: list[Any] = []
@@ -149,7 +149,7 @@ def test_ray_train_ends_as_one_process_does(
     assert losses(tmp_path) == pytest.approx(losses(one_process), rel=1e-5)
 
 
-def test_a_folder_has_one_writer(
+def test_second_writer_of_folder_is_error(
     one_process: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT_S", 0.2)
@@ -159,7 +159,7 @@ def test_a_folder_has_one_writer(
 
 
 def workers_of(mark: str) -> list[int]:
-    """The training processes of Ray that carry a mark in their environment."""
+    """Ray's training processes with a mark in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -175,7 +175,7 @@ def workers_of(mark: str) -> list[int]:
 
 
 def start(root: Path, config: TrainConfig) -> subprocess.Popen[bytes]:
-    """Train in a process of its own, whose descendants carry the folder as their mark."""
+    """Train in a subprocess whose descendants have the folder in their environment."""
     code = (
         "import sys; from pathlib import Path\n"
         "from supernet.training.recipe import TrainConfig\n"
@@ -199,7 +199,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced(text_folder: Path, tmp_path: Path) -> None:
+def test_killed_worker_is_replaced(text_folder: Path, tmp_path: Path) -> None:
     config = settings(text_folder, steps=200, workers=2)
     process = start(tmp_path / "two", config)
     wait_for(tmp_path / "two/step-000060/state.json", process)
@@ -219,8 +219,8 @@ def test_a_killed_worker_is_replaced(text_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_killed_then_called_again(text_folder: Path, tmp_path: Path) -> None:
-    """The next call comes at once, while the killed training's workers may still be there."""
+def test_resumes_after_all_processes_were_killed(text_folder: Path, tmp_path: Path) -> None:
+    """The next call starts at once, while workers of the killed training may still run."""
     process = start(tmp_path / "two", settings(text_folder, steps=200, workers=2))
     wait_for(tmp_path / "two/step-000060/state.json", process)
     process.kill()
@@ -233,7 +233,7 @@ def test_all_killed_then_called_again(text_folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_interrupted_it_leaves_nothing_running(text_folder: Path, tmp_path: Path) -> None:
+def test_interrupt_ends_all_processes(text_folder: Path, tmp_path: Path) -> None:
     process = start(tmp_path / "two", settings(text_folder, steps=2000, workers=2))
     wait_for(tmp_path / "two/step-000020/state.json", process)
     process.send_signal(signal.SIGINT)
@@ -243,8 +243,8 @@ def test_interrupted_it_leaves_nothing_running(text_folder: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_what_a_worker_refuses_reaches_the_caller(text_folder: Path, tmp_path: Path) -> None:
-    """Also: a Ray that runs already is used and left, and has to be large enough."""
+def test_worker_error_reaches_caller(text_folder: Path, tmp_path: Path) -> None:
+    """Also: a running Ray is used, stays open, and must have enough CPUs."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(InputError, match=r"(became nan|is not finite) at step \d+ for width") as caught:

@@ -1,4 +1,4 @@
-"""The recipe: which architectures are trained, and how often."""
+"""The training recipe: sub-networks of a step, learning rate."""
 
 from collections import Counter
 from itertools import pairwise
@@ -36,7 +36,7 @@ def wide_space() -> Space:
     )
 
 
-def test_members_of_a_step() -> None:
+def test_step_subnets_follow_sandwich_rule() -> None:
     space = wide_space()
     settings = TrainConfig(steps=100, largest_warmup=0.1, sampled=2)
     assert step_subnets(space, settings, 5) == [genome.largest(space)]
@@ -54,7 +54,7 @@ def test_members_of_a_step() -> None:
             assert len(step_subnets(space, config, step)) == subnet_count(config, step)
 
 
-def test_every_member_is_of_the_space() -> None:
+def test_step_subnets_are_in_space() -> None:
     space = wide_space()
     for changes in (
         {},
@@ -67,7 +67,7 @@ def test_every_member_is_of_the_space() -> None:
         assert genome.contains(space, genome.encode(space, chosen)).all()
 
 
-def test_axes_open_one_at_a_time() -> None:
+def test_progressive_shrinking_adds_axes_in_order() -> None:
     space = wide_space()
     top = genome.largest(space)
     settings = TrainConfig(steps=1000, largest_warmup=0.1, progressive_shrinking=0.5, maximal_mixers=False)
@@ -90,14 +90,14 @@ def test_axes_open_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("axes", [ELASTIC_AXES[:n] for n in range(1, 5)])
-def test_a_narrowed_space_is_part_of_the_space(axes: tuple[str, ...]) -> None:
+def test_restricted_space_is_subset(axes: tuple[str, ...]) -> None:
     space = tiny_space(mixer=["attention", "linear", "none"], heads=[1, 2], ffn=[0, 16], depth=[1, 2])
     inside = every_architecture(restrict_axes(space, axes))
     assert inside < every_architecture(space)
     assert genome.largest(space) in inside
 
 
-def test_the_maximal_member_draws_every_mixer_evenly() -> None:
+def test_max_size_subnet_cycles_through_mixers() -> None:
     space = tiny_space(
         mixer=["attention", "gated_deltanet", "sliding", "linear"], window=[8], ratios=["full", 1, "linear"]
     )
@@ -116,7 +116,7 @@ def test_the_maximal_member_draws_every_mixer_evenly() -> None:
     assert set(drawn.values()) == {4 * 2}
 
 
-def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
+def test_balanced_sampling_evens_out_mixers() -> None:
     kinds = ["linear", "retnet", "mamba2", "gla", "kda"]
     space = tiny_space(
         mixer=["attention", *kinds, "none"],
@@ -129,8 +129,8 @@ def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
         layers: Counter[str] = Counter()
         for step in range(40):
             drawn = draw_subnets(space, np.random.default_rng(step), 7, balanced_sampling, 8)
-            members = genome.decode(space, drawn)
-            layers.update(mixer for a in members for mixer in a.pattern)
+            subnets = genome.decode(space, drawn)
+            layers.update(mixer for a in subnets for mixer in a.pattern)
         return layers
 
     plain, balanced_sampling = shares(balanced_sampling=False), shares(balanced_sampling=True)
@@ -145,7 +145,7 @@ def test_a_fair_draw_shares_the_layers_among_the_mixers() -> None:
 
 @pytest.mark.parametrize("balanced_sampling", [False, True])
 @pytest.mark.parametrize("rule", ["sandwich", "random"])
-def test_depth_grows(rule: str, balanced_sampling: bool) -> None:
+def test_depth_warmup_raises_depth(rule: str, balanced_sampling: bool) -> None:
     space = tiny_space(mixer=["attention", "linear", "gla", "none"], depth=[2, 4, 6, 8], ratios=["full", 1])
     settings = TrainConfig.model_validate(
         {
@@ -169,7 +169,7 @@ def test_depth_grows(rule: str, balanced_sampling: bool) -> None:
 
 
 @pytest.mark.parametrize("mixers", [["attention", "linear", "gla"], ["attention", "short_conv", "gla"]])
-def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]) -> None:
+def test_max_size_subnet_keeps_ratio_without_full(mixers: list[str]) -> None:
     space = tiny_space(mixer=mixers, depth=[8], heads=[1, 2], ratios=[1, 3])
     seen = set()
     for turn in range(8):
@@ -190,12 +190,12 @@ def test_the_maximal_member_keeps_its_ratio_where_none_is_full(mixers: list[str]
         ({"clip": float("inf")}, "finite"),
     ],
 )
-def test_contradictions_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_contradictory_settings_are_errors(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         TrainConfig.model_validate(settings)
 
 
-def test_the_rate_rises_then_falls() -> None:
+def test_learning_rate_rises_then_falls() -> None:
     settings = TrainConfig(steps=100, warmup=0.1, learning_rate=1.0)
     rates = [step_rate(settings, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)

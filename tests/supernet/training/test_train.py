@@ -1,4 +1,4 @@
-"""Training: it learns, draws its members fairly, and a kill leaves no trace."""
+"""Training: it lowers the loss, resumes exactly, and reports errors."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.contracts import tiny_space
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text with some regularity, large enough to be split."""
+    """A regular text, large enough to be split."""
     folder = tmp_path_factory.mktemp("text")
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon"]
@@ -57,7 +57,7 @@ def config(text: Path, **changes: object) -> TrainConfig:
     return TrainConfig.model_validate(fields | changes)
 
 
-def test_it_learns(text: Path, tmp_path: Path) -> None:
+def test_training_lowers_loss(text: Path, tmp_path: Path) -> None:
     rows: list[float] = []
     settings = config(text, steps=120, checkpoint_every=120, learning_rate=3e-3)
     train(small_space(), settings, tmp_path, lambda row: rows.append(row["loss_nats"]))
@@ -65,8 +65,8 @@ def test_it_learns(text: Path, tmp_path: Path) -> None:
     assert rows[-1] < rows[0] - 0.5
 
 
-def test_a_killed_run_ends_with_the_same_weights(text: Path, tmp_path: Path) -> None:
-    """A real SIGKILL, at whatever moment it falls, then the same call again."""
+def test_killed_and_resumed_training_equals_uninterrupted(text: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment, then the same call again."""
     script = tmp_path / "go.py"
     script.write_text(
         "import sys; from pathlib import Path\n"
@@ -85,7 +85,7 @@ def test_a_killed_run_ends_with_the_same_weights(text: Path, tmp_path: Path) -> 
     undisturbed, killed = tmp_path / "a", tmp_path / "b"
     assert call(undisturbed).wait(120) == 0
     process = call(killed)
-    moment = 7 * int(np.random.default_rng().integers(1, 6))  # another one each time
+    moment = 7 * int(np.random.default_rng().integers(1, 6))  # a different one in each run
     deadline = time.monotonic() + 60
     while not (killed / f"step-{moment:06d}" / "state.json").exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -101,7 +101,7 @@ def test_a_killed_run_ends_with_the_same_weights(text: Path, tmp_path: Path) -> 
     assert steps == sorted(set(steps))
 
 
-def test_half_a_checkpoint_does_not_exist(text: Path, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_ignored(text: Path, tmp_path: Path) -> None:
     space, settings = small_space(), config(text)
     inputs = training_inputs(space, settings, load_corpus(settings.data))
     train(space, settings, tmp_path)
@@ -116,7 +116,7 @@ def test_half_a_checkpoint_does_not_exist(text: Path, tmp_path: Path) -> None:
             path.write_bytes(data[:cut])
             found = latest_checkpoint(tmp_path, inputs)
             if name == "state.json" and cut == len(data) - 1:
-                continue  # only the last line's end is gone: still whole JSON
+                continue  # only the final line end is cut: still complete JSON
             assert found is not None
             assert found.step == 20, (name, cut)
         path.write_bytes(data)
@@ -125,7 +125,7 @@ def test_half_a_checkpoint_does_not_exist(text: Path, tmp_path: Path) -> None:
     load_supernet(space, whole)
 
 
-def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+def test_latest_checkpoint_has_highest_step(tmp_path: Path) -> None:
     for step in (999_900, 1_000_000, 1_000_100):
         save_checkpoint(tmp_path, step, {"model": {}, "optimizer": {}}, {})
     (tmp_path / "step-by-hand").mkdir()
@@ -135,8 +135,8 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.glob("step-*0")) == ["step-1000000", "step-1000100"]
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_is_used(text: Path) -> None:
-    """The loss is finite, its gradient is not: sqrt at 0."""
+def test_non_finite_gradient_stops_before_update(text: Path) -> None:
+    """A finite loss with a gradient that is not finite: sqrt at 0."""
     settings = config(text, rule="random", sampled=1)
     trainer = Trainer(small_space(), settings, load_corpus(settings.data))
     logits = trainer._logits
@@ -152,7 +152,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_used(text: Path) -> No
         assert torch.equal(parameter, before[name]), name
 
 
-def test_a_checkpoint_of_another_space_is_refused_by_both_names(text: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_other_space_error_names_both(text: Path, tmp_path: Path) -> None:
     settings = config(text, steps=2, checkpoint_every=2)
     train(small_space(), settings, tmp_path)
     other = tiny_space(vocab_size=256, max_seq_len=32)
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_space_is_refused_by_both_names(text: Path, tmp_
     assert small_space().hash[:12] in str(caught.value)
 
 
-def test_not_finite_loss_stops_and_says_where(
+def test_non_finite_loss_error_names_step(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(text, steps=6, checkpoint_every=2, clip=1e-3)
@@ -182,8 +182,8 @@ def test_not_finite_loss_stops_and_says_where(
     assert found.step == 4
 
 
-def test_an_architecture_alone_trains_as_the_supernet_does(text: Path, tmp_path: Path) -> None:
-    """The same batches and schedule, its own weights; resumed from the same kind of checkpoint."""
+def test_stand_alone_training_matches_supernet_training(text: Path, tmp_path: Path) -> None:
+    """Equal batches and schedule, own weights, the same kind of checkpoint."""
     space, settings = small_space(), config(text, steps=60, checkpoint_every=20, learning_rate=5e-3)
     architecture = genome.largest(space)
     rows: list[float] = []
@@ -199,12 +199,12 @@ def test_an_architecture_alone_trains_as_the_supernet_does(text: Path, tmp_path:
         train(space, settings, tmp_path / "a", architecture=genome.smallest(space))
 
 
-def test_what_no_member_used_is_left_alone(text: Path) -> None:
-    """No gradient, no momentum and no decay: the weights stay bit for bit."""
+def test_unused_weights_are_unchanged(text: Path) -> None:
+    """Without gradient, momentum and decay, the weights keep every bit."""
     space, settings = small_space(), config(text, largest_warmup=0.5)
     trainer = Trainer(space, settings, load_corpus(settings.data))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    for step in range(3):  # the largest alone
+    for step in range(3):  # the largest only
         trainer.step(step)
     for name, parameter in trainer.parameters.items():
         private = any(f".{mixer}." in name for mixer in ("linear", "gated_deltanet", "sliding"))
@@ -212,7 +212,7 @@ def test_what_no_member_used_is_left_alone(text: Path) -> None:
         assert (name not in trainer.optimiser.state) == private, name
 
 
-def test_the_parts_of_the_recipe_run(text: Path) -> None:
+def test_training_options_run(text: Path) -> None:
     space = small_space()
     for changes in (
         {"rule": "random", "sampled": 1},
@@ -229,30 +229,33 @@ def test_the_parts_of_the_recipe_run(text: Path) -> None:
             assert np.isfinite(trainer.step(step)["loss_nats"])
 
 
-def test_the_teacher_and_the_text_weigh_as_asked() -> None:
-    """Against cross-entropies written out; targets of -100 count nowhere."""
+def test_distillation_loss_equals_reference() -> None:
+    """Cross-entropies written out; targets of -100 are ignored."""
     rng = np.random.default_rng(0)
     logits, teacher = rng.normal(size=(2, 3, 5)), rng.dirichlet(np.ones(5), (2, 3))
     targets = np.array([[1, -100, 4], [0, 2, -100]])
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    text = taught = 0.0
+    text = soft = 0.0
     for i, j in zip(*np.nonzero(targets >= 0), strict=True):
         text -= logs[i, j, targets[i, j]]
-        taught -= (teacher[i, j] * logs[i, j]).sum()
+        soft -= (teacher[i, j] * logs[i, j]).sum()
     found = [
         float(distillation_loss(torch.from_numpy(logits), torch.from_numpy(targets), t, share))
         for t, share in ((None, 0.5), (torch.from_numpy(teacher), 0.0), (torch.from_numpy(teacher), 0.3))
     ]
-    assert found == pytest.approx([text, text, 0.7 * text + 0.3 * taught], rel=1e-5)
+    assert found == pytest.approx([text, text, 0.7 * text + 0.3 * soft], rel=1e-5)
 
 
-def test_metrics_and_tensorboard(text: Path, tmp_path: Path) -> None:
+def test_metrics_and_tensorboard_are_written(text: Path, tmp_path: Path) -> None:
     settings = config(text, steps=40)
     train(small_space(), settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40]
-    alone = round(settings.largest_warmup * 40)
-    assert rows[-1]["tokens"] == (alone + (40 - alone) * (2 + settings.sampled)) * settings.batch * 32
+    warmup_steps = round(settings.largest_warmup * 40)
+    assert (
+        rows[-1]["tokens"]
+        == (warmup_steps + (40 - warmup_steps) * (2 + settings.sampled)) * settings.batch * 32
+    )
     assert all(row["tokens_per_second"] > 0 and row["smallest_nats"] > 0 for row in rows)
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
