@@ -127,7 +127,7 @@ def show_kit(packed: Mapping[str, Any], as_json: bool) -> None:
     """Print what a new kit holds.
 
     Args:
-        packed: its properties, by name.
+        packed: its checksum, size and number of timings.
         as_json: print a JSON object instead of a table.
     """
     show(packed, as_json, lambda: [make_table("Kit", list(packed), [list(map(str, packed.values()))])])
@@ -165,7 +165,7 @@ def verify(
     submodel = read_submodel(folder)
     inputs = {"model": models_digest(submodel)}
     if make_kit:
-        show_kit(pack_submodel(submodel, card, VerifyConfig(), make_kit), as_json)
+        show_kit(vars(pack_submodel(submodel, card, VerifyConfig(), make_kit)), as_json)
         return
     if kit_result:
         found = unpack_submodel(submodel, card, kit_result, inputs, _evaluation_data(submodel))

@@ -192,7 +192,7 @@ def search_tables(found: dict[str, Any]) -> "list[Table]":
             for row in one["finalists"]
         ]
         workloads = found["measured_search"]["chosen"]["latency_ms"]
-        columns = ["round", "key", "loss, nats", *(f"{w}, ms" for w in workloads), "of the limit", "limits"]
+        columns = ["round", "key", "loss\nnats", *(f"{w}\nms" for w in workloads), "of the limit", "limits"]
         tables.append(make_table("Finalists, measured", columns, rows))
     if found.get("finalists"):
         rows = [

@@ -90,7 +90,7 @@ def front_tables(members: "Sequence[Member]", picks: Mapping[str, str]) -> "list
         ]
         for member in members
     ]
-    columns = ["key", "loss, nats", *(f"{w}, ms" for w in workloads), "params", "pick"]
+    columns = ["key", "loss\nnats", *(f"{w}\nms" for w in workloads), "params", "pick"]
     picked = [[names[m.key], m.architecture.describe()] for m in members if m.key in names]
     return [
         make_table("Front", columns, rows),
