@@ -1,10 +1,10 @@
-"""Claim: forward and backward inside the supernet cost at most 1.10 times what they cost the sub-model.
+"""Claim: forward and backward inside the supernet take at most 1.10 times as long as in the sub-model.
 
-On the same 2048 tokens, with the training's own types: inside the supernet on prefix views, gradients
-added into the supernet's buffers included; alone on contiguous weights of its own. What a step does
-once for all members (casting the weights) and the optimiser's update are not in it. The two are timed
-in turns; a ratio is that of the medians over the rounds, and the claim is about the geometric mean over
-24 architectures spread over configs/spaces/small.yaml.
+On the same 2048 tokens, with training's data types: inside the supernet on prefix views, including the
+addition of gradients into the supernet's buffers; stand-alone on contiguous weights. Work that a training
+step does once for all sub-networks (casting the weights) and the optimiser's update are excluded. Both are
+timed alternately. A ratio is the ratio of medians over the rounds, and the claim is about the geometric mean
+over 24 architectures spread over configs/spaces/small.yaml.
 """
 
 import statistics

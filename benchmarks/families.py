@@ -1,8 +1,8 @@
-"""Models that a person would pick by hand, in every size that a latency allows; HAT's setting.
+"""Baselines: uniform models of known families at a given latency, and HAT's search.
 
-A family is a pattern of mixers. Its members are uniform, as hand-made models are: one width, one number of
-heads and one FFN for all layers, in every combination that the space has. Against a model of some latency
-stand those that take as long, or up to a tenth longer.
+A family is a pattern of mixers. Its members are uniform: one width, one number of heads and one FFN size for
+all layers, in every combination of the space. A model is compared with the members whose latency is from its
+own up to a tenth more (docs/adr/0013).
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from space.ops import Cost
 
 Seconds = Callable[[list[Architecture]], np.ndarray]
 Losses = Callable[[list[Architecture]], np.ndarray]
-# Every how many-th layer is full attention; 0: none.
+# Period of full-attention layers; 0: none.
 FULL = {"Transformer": 1, "3:1 GatedDeltaNet": 4, "6:1 GatedDeltaNet": 7, "all-linear": 0}
-HEADROOM = 1.1  # a hand-made model may take so much longer than what it is held against
-FEWEST = 4  # scalings that stand against a model, however much longer they take
+HEADROOM = 1.1  # largest latency of a baseline relative to the model that it is compared with
+MIN_CANDIDATES = 4  # regardless of their latency
 
 
 def pattern(family: str, depth: int) -> list[str]:
-    """The mixers of a family's member: the last of every group is full attention."""
+    """Return the mixers of a family's member; the last of every period is full attention."""
     every = FULL[family]
     if not every:
         return ["gated_deltanet"] * depth
@@ -36,7 +36,7 @@ def pattern(family: str, depth: int) -> list[str]:
 
 
 def member(space: Space, family: str, width: int, depth: int, heads: int, ffn: int) -> Architecture:
-    """A family's member, its layers spread evenly over the slots of the supernet."""
+    """Return a family's member, with its layers spread evenly over the slots of the supernet."""
     kv = heads // space.kv_group if space.kv_group else heads
     layers = [Layer()] * space.slots
     places = np.linspace(0, space.slots - 1, depth).round().astype(int)
@@ -46,28 +46,33 @@ def member(space: Space, family: str, width: int, depth: int, heads: int, ffn: i
 
 
 def uniform(space: Space, family: str) -> list[Architecture]:
-    """All members of a family: each width, depth, number of heads and FFN of the space."""
+    """Return all members of a family: each width, depth, number of heads and FFN size of the space."""
     ffns = [size for size in space.layer.ffn if size]
     sizes = product(space.width, space.depth, space.layer.heads, ffns)
     return [member(space, family, *size) for size in sizes]
 
 
 def scalings(members: list[Architecture], seconds: np.ndarray, least: float) -> list[Architecture]:
-    """Of a family's members those that take at least so long and at most a tenth longer.
+    """Return the members with a latency from ``least`` to a tenth more.
 
-    Where these are fewer than four, the quickest four that take at least so long; where nothing takes so
-    long, the four slowest.
+    If these are fewer than four, the quickest four of at least that latency; if there are none, the four
+    slowest.
+
+    Args:
+        members: of one family.
+        seconds: their predicted latencies.
+        least: latency of the model that they are compared with, in seconds.
     """
     order = np.argsort(seconds, kind="stable")
     slow = order[seconds[order] >= least]
     near = slow[seconds[slow] <= HEADROOM * least]
-    if len(near) < FEWEST:
-        near = slow[:FEWEST] if len(slow) >= FEWEST else order[-FEWEST:]
+    if len(near) < MIN_CANDIDATES:
+        near = slow[:MIN_CANDIDATES] if len(slow) >= MIN_CANDIDATES else order[-MIN_CANDIDATES:]
     return [members[i] for i in near]
 
 
 def attention_space(space: Space) -> Space:
-    """The part of a space that HAT searches: every mixer is full attention."""
+    """Return the part of a space that HAT searches: every mixer is full attention."""
     value = space.model_dump(mode="json")
     value["name"] += "-attention"
     value["layer"] |= {"mixer": ["attention", "none"], "window": []}
@@ -85,10 +90,17 @@ def hat(
     pool: Genomes | None = None,
     seed: int = 0,
 ) -> Architecture:
-    """The best of HAT's evolution (Wang et al. 2020) among members within a latency.
+    """Return the best model of HAT's evolution (Wang et al. 2020) within a latency.
 
-    ``more`` is asked before each generation, with the number of those that are done; ``pool`` are genomes to
-    begin with, beside the smallest and the largest member.
+    Args:
+        space: the search space.
+        seconds: predicts the latency of architectures, in seconds.
+        losses: evaluates the loss of architectures, in nats.
+        most: the limit, in seconds.
+        population: architectures of a generation.
+        more: called before each generation with the number of completed ones; False ends the search.
+        pool: initial genomes in addition to the smallest and the largest member.
+        seed: of the random numbers.
     """
 
     def constraint_violation(rows: Genomes) -> np.ndarray:

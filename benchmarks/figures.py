@@ -1,9 +1,9 @@
-"""Draw the figures of the README and of docs/ from the outcomes in benchmarks/results.
+"""Draw the figures of the README and of docs/ from the result files in benchmarks/results.
 
     python benchmarks/figures.py
 
-Nothing is measured here. ``docs/figures/headline.svg`` is of headline.py, ``layers.svg`` of the same,
-``limits.svg`` of limits.py, ``decode.svg`` of decode.py.
+Nothing is measured here. ``docs/figures/headline.svg`` and ``layers.svg`` show the results of headline.py,
+``limits.svg`` those of limits.py, ``decode.svg`` those of decode.py.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from space.io.artefact import digest
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 SEARCHED = "searched"
-LOOKS = {  # colour and marker of a model by how it came about
+MODEL_STYLES = {  # colour and marker by origin of the model
     SEARCHED: ("#0072B2", "*"),
     "Transformer": ("#D55E00", "s"),
     "3:1 GatedDeltaNet": ("#CC79A7", "^"),
@@ -52,24 +52,24 @@ STYLE = {
     "grid.color": "#E5E7EB",
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "formfit",  # the same bytes for the same outcome
+    "svg.hashsalt": "formfit",  # equal bytes for equal results
     "path.simplify": False,
 }
 Outcome = Mapping[str, Any]
 
 
 def plain_ticks(axis: Axis, places: Sequence[float] = ()) -> None:
-    """Plain numbers along a logarithmic axis, at 1, 2 and 5 times the powers of ten unless said."""
+    """Label a logarithmic axis with plain numbers, by default at 1, 2 and 5 times the powers of ten."""
     axis.set_major_locator(FixedLocator(places) if places else LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def front_panel(axes: Axes, workload: str, fronts: Mapping[str, Any]) -> None:
-    """Losses inside the supernet over predicted latency: the search's front, and each family's."""
+    """Plot supernet losses over predicted latency: the front of the search and of each family."""
     for name, points in fronts.items():
         x, y = np.array(points).T
-        colour, marker = LOOKS[name]
+        colour, marker = MODEL_STYLES[name]
         wide = name == SEARCHED
         axes.plot(
             x, y, color=colour, lw=2.2 if wide else 1, marker="o" if wide else marker, ms=3.5, label=name
@@ -79,11 +79,11 @@ def front_panel(axes: Axes, workload: str, fronts: Mapping[str, Any]) -> None:
 
 
 def trained_panel(axes: Axes, workload: str, settings: list[Outcome], figure: str) -> None:
-    """Losses alone over measured latency, with the standard error over seeds."""
+    """Plot stand-alone losses over measured latency, with the standard error over seeds."""
     for setting in settings:
         for name, model in setting["models"].items():
             seeds = np.array([one[figure] for one in model["seeds"]])
-            colour, marker = LOOKS[name]
+            colour, marker = MODEL_STYLES[name]
             error = float(seeds.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else 0.0
             size = 15 if name == SEARCHED else 7
             axes.errorbar(
@@ -95,26 +95,26 @@ def trained_panel(axes: Axes, workload: str, settings: list[Outcome], figure: st
 
 
 def headline_figure(found: Outcome) -> Figure:
-    """Fronts above, what models reach alone below, a column for each workload."""
+    """Return the figure of fronts (top) and stand-alone losses (bottom), one column per workload."""
     fronts = found["fronts"]
     figure = Figure(figsize=(10, 7.6), layout="constrained")
     panels = figure.subplots(2, len(fronts), squeeze=False)
     for column, workload in enumerate(fronts):
         front_panel(panels[0, column], workload, fronts[workload])
-        some = [setting for setting in found["settings"] if setting["workload"] == workload]
-        trained_panel(panels[1, column], workload, some, "loss_nats")
+        settings = [setting for setting in found["settings"] if setting["workload"] == workload]
+        trained_panel(panels[1, column], workload, settings, "loss_nats")
     for row in panels:
         row[0].set_ylabel("loss, nats per byte")
     handles = [
         mpl.lines.Line2D([], [], color=c, marker=m, ms=9 if name == SEARCHED else 6, ls="none", label=name)
-        for name, (c, m) in LOOKS.items()
+        for name, (c, m) in MODEL_STYLES.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.2)
     return figure
 
 
 def layer_strip(axes: Axes, row: float, architecture: Architecture, greatest: int) -> None:
-    """One model: a box for each layer, its mixer's colour, and a bar as high as its FFN."""
+    """Draw one model: a box in the mixer's colour for each layer, and a bar for its FFN size."""
     layers = [layer for layer in architecture.layers if layer.mixer != "none" or layer.ffn]
     for place, layer in enumerate(layers):
         colour = COLOURS[layer.mixer] if layer.mixer != "none" else "#FFFFFF"
@@ -125,7 +125,7 @@ def layer_strip(axes: Axes, row: float, architecture: Architecture, greatest: in
 
 
 def layers_figure(found: Outcome) -> Figure:
-    """The layers of the searched and the hand-made models of each setting."""
+    """Return the figure of the layers of searched models and baselines, by setting."""
     settings, names = found["settings"], [SEARCHED, *FULL]
     models = [Architecture.from_json(s["models"][n]["architecture"]) for s in settings for n in names]
     greatest = max(layer.ffn for a in models for layer in a.layers)
@@ -161,35 +161,35 @@ def limits_figure(found: Outcome) -> Figure:
     for phase, colour in (("prefill", "#0072B2"), ("decode", "#D55E00")):
         rows = [row for row in found["limits"] if row["limit"].startswith(phase)]
         asked = [float(row["limit"].split("<=")[1].removesuffix("ms")) for row in rows]
-        used = [100 * row["after"]["used"] for row in rows]
+        used = [100 * row["delivered"]["used"] for row in rows]
         axes.plot(asked, used, "o-", color=colour, lw=1, label=f"{phase}@256")
     axes.axhline(100, color=INK, lw=1)
-    axes.set(xscale="log", xlabel="limit, ms", ylabel="used, % (measured)", ylim=(60, 104))
+    axes.set(xscale="log", xlabel="limit, ms", ylabel="measured latency, % of the limit", ylim=(60, 104))
     plain_ticks(axes.xaxis)
     axes.legend()
     return figure
 
 
 def decode_figure(found: Outcome) -> Figure:
-    """Time of a token over the context, exported and in torch."""
+    """Return the figure of time per token over context, exported and in torch."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    looks = {"full attention": "#D55E00", "3:1 hybrid": "#CC79A7", "all linear": "#009E73"}
+    colours = {"full attention": "#D55E00", "3:1 hybrid": "#CC79A7", "all linear": "#009E73"}
     for name, model in found["models"].items():
-        kind = next((k for k in looks if name == f"large {k}"), None)
+        kind = next((k for k in colours if name == f"large {k}"), None)
         if kind:
             contexts = [int(text) for text in model if text.isdigit()]
             for runtime, style in (("onnxruntime", "o-"), ("torch eager", "s--")):
                 times = [1e3 / model[str(c)]["tokens_per_second"][runtime] for c in contexts]
-                axes.plot(contexts, times, style, color=looks[kind], label=f"{kind}, {runtime}")
-    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms a token")
+                axes.plot(contexts, times, style, color=colours[kind], label=f"{kind}, {runtime}")
+    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms per token")
     plain_ticks(axes.xaxis, contexts)
     plain_ticks(axes.yaxis, [1, 2, 3, 4, 5])
     figure.legend(ncols=3, loc="outside upper center")
     return figure
 
 
-FIGURES: dict[str, tuple[str, Callable[[Outcome], Figure]]] = {  # by file: the benchmark, and what draws
+FIGURES: dict[str, tuple[str, Callable[[Outcome], Figure]]] = {  # by file: benchmark and drawing function
     "headline": ("headline", headline_figure),
     "layers": ("headline", layers_figure),
     "limits": ("limits", limits_figure),
@@ -201,16 +201,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the outcomes")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the figures are written")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the figures")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     mpl.use("svg")
     with mpl.rc_context(STYLE):
         for name, (benchmark, draw) in FIGURES.items():
             text = (arguments.results / f"{benchmark}.json").read_text()
-            said = {"Date": None, "Description": f"{benchmark}.json {digest(text)}"}  # a test compares them
-            draw(json.loads(text)).savefig(arguments.out / f"{name}.svg", metadata=said)
+            metadata = {"Date": None, "Description": f"{benchmark}.json {digest(text)}"}  # checked by a test
+            draw(json.loads(text)).savefig(arguments.out / f"{name}.svg", metadata=metadata)
             sys.stdout.write(f"{arguments.out / name}.svg\n")
     return 0
 

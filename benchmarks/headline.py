@@ -1,15 +1,15 @@
 """Claim: searched models are better than baselines at equal latency and training.
 
 On configs/spaces/small.yaml, for two limits each on prefill@1024 and decode@2048, the architecture that
-`formfit search --verify` delivers is compared with: the Transformer, the 3:1 and 6:1 GatedDeltaNet hybrids and
-the all-linear model (each the best by supernet loss of the uniform models whose latency is from the searched
-one's up to a tenth more), the best model of random search at the same number of evaluations, and HAT's
-single-objective search in the subspace of attention. All are trained from scratch on the same tokens, MQAR
-sequences included, for each seed, in Ray Tune trials; differences are paired by seed. Every model is then
-measured on the device.
+`formfit search --verify` delivers is compared with: the Transformer, the 3:1 and 6:1 GatedDeltaNet hybrids
+and the all-linear model (each the best by supernet loss of the uniform models whose latency is from the
+searched one's up to a tenth more), the best model of random search at the same number of evaluations, and
+HAT's single-objective search in the subspace of attention. All are trained from scratch on the same tokens,
+MQAR sequences included, for each seed, in Ray Tune trials; differences are paired by seed. Every model is
+then measured on the device.
 
-In addition, without training: the front of a search without a limit, and the front of each baseline family, in
-supernet loss and predicted latency.
+In addition, without training: the front of a search without a limit, and the front of each baseline family,
+in supernet loss and predicted latency.
 
 It needs a trained run, and resumes after an interruption (an hour and a half on two cores; --quick a quarter
 of an hour):
@@ -235,8 +235,8 @@ class Headline:
             graph = load_model(file)
             found = {
                 str(w): {
-                    "latency_ms": timed[str(w)]["latency_ms"],
-                    "interval_ms": timed[str(w)]["interval_ms"],
+                    "latency_ms": timed[str(w)].latency_ms,
+                    "interval_ms": list(timed[str(w)].interval_ms),
                     "rss_bytes": session_rss(
                         file, graph_binding(graph, w, submodel.model_config, *ends), w.threads
                     ),
@@ -257,7 +257,7 @@ def compared(rows: Mapping[str, Any], name: str, figure: str) -> dict[str, float
 
 
 def beaten(row: Mapping[str, Any]) -> bool:
-    """Return True if a model is worse than the searched one in both losses by more than the standard error."""
+    """Return True if a model is worse in both losses by more than the standard error."""
     return all(apart["mean"] > apart["standard_error"] for apart in row["worse_by"].values())
 
 
@@ -267,7 +267,9 @@ def main() -> int:
     parser.add_argument("--devices", type=Path, default=Path("devices"))
     parser.add_argument("--device", default="here")
     parser.add_argument("--max-noise", type=float, default=10.0, help="as for formfit search")
-    parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="folder of intermediate results")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/headline"), help="folder of intermediate results"
+    )
     parser.add_argument("--steps", type=int, help="of each training [default: 400, quick 20]")
     parser.add_argument("--seeds", type=int, help="[default: 2, quick 1]")
     arguments = parser.parse_args()

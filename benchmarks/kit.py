@@ -1,8 +1,8 @@
-"""Claim: a kit run by a bare Python gives the card that profiling in place gives, within noise.
+"""Claim: a kit in a bare Python environment gives the same device card as direct profiling, within noise.
 
 Packs a kit for configs/spaces/quickstart.yaml, runs it in a new virtual environment that has only numpy and
-onnxruntime, unpacks it, and profiles the same machine directly, twice. The two cards' predictions for random
-architectures are compared; what two direct profiles differ by is the noise.
+onnxruntime, unpacks it, and profiles the same machine directly, twice. The cards' predictions for random
+architectures are compared. The noise is the difference between the two direct profiles.
 """
 
 import json
@@ -30,11 +30,11 @@ QUICK = {
 }  # fmt: skip
 
 
-FEWER = {"held_out_models": 12, "repeated_models": 4}  # the same is measured three times
+FEWER = {"held_out_models": 12, "repeated_models": 4}  # every profile is measured three times
 
 
 def bare(folder: Path) -> Path:
-    """The Python of a new environment with numpy and onnxruntime, and nothing of this project."""
+    """Create an environment with only numpy and onnxruntime; return its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     wanted = [f"numpy=={np.__version__}", f"onnxruntime=={ort.__version__}"]
@@ -47,7 +47,7 @@ def bare(folder: Path) -> Path:
 
 
 def difference(one: Predictor, other: Predictor, genomes: Any, workload: Workload) -> dict[str, float]:
-    """How far two predictors are apart: the median of the ratio, and the mean distance from it, percent."""
+    """Return the median ratio of two predictors minus 1, and the mean deviation from 1, in percent."""
     ratio = one.predict(genomes, workload) / other.predict(genomes, workload)
     return {
         "scale_percent": 100 * float(np.median(ratio) - 1),
@@ -90,7 +90,7 @@ def main() -> int:
             "repeatability_mape_percent": here.models[w].errors["repeatability_mape_percent"],
         }
         bound = max(2 * of_noise["mean_percent"], 3.0)
-        text = f"{w}: kit and direct differ by {of_kit['mean_percent']:.1f}%, two direct by "
+        text = f"{w}: kit and direct profile differ by {of_kit['mean_percent']:.1f}%, two direct ones by "
         text += f"{of_noise['mean_percent']:.1f}%; at most twice that, or 3%"
         checks[text] = of_kit["mean_percent"] <= bound
     body = {

@@ -1,8 +1,8 @@
 """Claim: delivered models keep their limits when a new process measures them.
 
-20 limits, evenly spaced on a logarithmic scale over the range of configs/spaces/small.yaml on this machine, ten
-on prefill@256 and ten on decode@256. For each limit: `formfit search --verify`; then `formfit verify` in new
-processes for the best member of the first front (the result of a search without measurement) and for the
+20 limits, evenly spaced on a logarithmic scale over the range of configs/spaces/small.yaml on this machine,
+ten on prefill@256 and ten on decode@256. For each limit: `formfit search --verify`; then `formfit verify` in
+new processes for the best member of the first front (the result of a search without measurement) and for the
 delivered model. `used` is the measured latency divided by the limit.
 
 It needs a trained run and a card profiled for its space, and resumes after an interruption:
@@ -24,9 +24,8 @@ import outcome
 from program import Program
 
 from latency import load_predictor
-from search.config import load_run_config
+from search.config import SearchConfig, load_run_config
 from search.problem.milp import least
-from search.config import SearchConfig
 from space import Workload, variation
 
 WORKLOADS = ("prefill@256", "decode@256")
@@ -50,7 +49,7 @@ def measured(program: Program, key: str, workload: str, folder: Path) -> dict[st
 
 
 def chosen_limits(program: Program, count: int) -> list[tuple[str, float]]:
-    """Return (workload, milliseconds) from 1.1 times the smallest to 0.9 times the largest sampled latency."""
+    """Return (workload, milliseconds) from 1.1 times the smallest to 0.9 of the largest sampled latency."""
     space = load_run_config(program.run / "config.yaml").space
     path = program.devices / program.device / "predictors" / f"{space.name}-onnxruntime-t1-fp32.json"
     predictor = load_predictor(path, space, "formfit profile")
@@ -107,7 +106,9 @@ def main() -> int:
     parser.add_argument("--devices", type=Path, default=Path("devices"))
     parser.add_argument("--device", default="here")
     parser.add_argument("--max-noise", type=float, default=10.0, help="as for formfit search")
-    parser.add_argument("--runs", type=Path, default=Path("runs/limits"), help="folder of intermediate results")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/limits"), help="folder of intermediate results"
+    )
     parser.add_argument("--done", action="store_true", help="only limits that are already measured")
     arguments = parser.parse_args()
     program = Program(arguments.run, arguments.devices, arguments.device, arguments.max_noise)

@@ -1,12 +1,12 @@
-"""Claim: on a CPU, linear mixers cost a fraction of softmax attention, and the recurrence keeps its goals.
+"""Claim: on a CPU, linear mixers take a fraction of the time of softmax attention.
 
-One thread, float32, batch 1, 4 heads of 64, width 256, at 256, 1024 and 4096 tokens. Every mixer block
-(norm, projections, mixing, residual) is timed forward, forward and backward, and for one decode step
-after that many tokens; the recurrences alone stand beside flash-linear-attention's naive code (chunked
-where it has a chunked form; it has no decode step, and 4096 tokens would take half the run) and
-onnxruntime's LinearAttention (which has no gradient). All in one run, in rounds of random order; each
-figure is a share of causal scaled_dot_product_attention's time in the same round, for a block of the
-attention block's, its median over the rounds, beside the ratio of the lower deciles.
+One thread, float32, batch 1, 4 heads of 64, width 256, at 256, 1024 and 4096 tokens. Every mixer block (norm,
+projections, mixing, residual) is timed forward, forward and backward, and for one decode step after that many
+tokens. The recurrences without their blocks are compared with flash-linear-attention's naive code (the
+chunked form if there is one; no decode step; not at 4096 tokens, which would take half of the run) and with
+onnxruntime's LinearAttention (no gradient). All items are timed in one run, in rounds of random order. A
+result is the ratio to causal scaled_dot_product_attention in the same round (for a block: to the attention
+block), the median over the rounds, together with the ratio of the lower deciles.
 """
 
 import importlib.util
@@ -26,14 +26,15 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from space.architecture import MIXERS, Layer, ModelConfig
+from space.architecture import Layer, ModelConfig
 from space.attention.linear import linear_attention
 from space.attention.softmax import softmax_attention
 from space.blocks import initial, mixer
+from space.mixers import MIXERS
 from space.shapes import mixer_shapes
 
 HEADS, DIM, WIDTH, WINDOW = 4, 64, 256, 128
-# rule, whether decays are per channel, its goal at 1024 tokens, the naive code of flash-linear-attention
+# rule, per-channel decay, goal at 1024 tokens, naive implementation in flash-linear-attention
 RECURRENCES: dict[str, tuple[str, bool, float, str]] = {
     "linear": ("linear", False, 0.28, "linear_attn.naive_chunk_linear_attn"),
     "gated": ("gated", False, 0.28, "simple_gla.naive_chunk_simple_gla"),
@@ -50,15 +51,15 @@ Jobs = dict[str, Job]
 
 
 def timed(jobs: Jobs, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each job, and its ratio to the first of them, from rounds of random order."""
+    """Time jobs in rounds of random order; return milliseconds and ratios to the first job."""
     base = next(iter(jobs))
     loops, times = {}, {name: np.empty(rounds) for name in jobs}
-    for name, job in jobs.items():  # once to warm up, then to see how many make half a millisecond
+    for name, job in jobs.items():  # warm up, then choose a loop count of at least half a millisecond
         job()
         began = time.perf_counter()
         job()
         loops[name] = max(1, round(5e-4 / (time.perf_counter() - began)))
-    shuffled = random.Random(0)  # noqa: S311 - the order of the rounds, no secret
+    shuffled = random.Random(0)  # noqa: S311 - not for security
     for i in range(rounds):
         for name in shuffled.sample(list(jobs), len(jobs)):
             began = time.perf_counter()
@@ -78,7 +79,7 @@ def timed(jobs: Jobs, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def forward(function: Callable[..., Any], *inputs: Any, **named: Any) -> Job:
-    """A call that records nothing for a gradient."""
+    """Return a job that calls a function without autograd."""
 
     def run() -> None:
         with torch.no_grad():
@@ -88,7 +89,7 @@ def forward(function: Callable[..., Any], *inputs: Any, **named: Any) -> Job:
 
 
 def backward(function: Callable[..., Tensor], leaves: Iterable[Tensor]) -> Job:
-    """A call of a function without arguments, and its gradient in these leaves."""
+    """Return a job that calls a function and computes the gradient of some leaves."""
     leaves = [leaf.requires_grad_() for leaf in leaves]
     with torch.no_grad():
         weights = torch.randn_like(function())
@@ -100,13 +101,13 @@ def backward(function: Callable[..., Tensor], leaves: Iterable[Tensor]) -> Job:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over [B, T, H, D], causal where there is more than one query."""
+    """Softmax attention over [B, T, H, D], causal if there is more than one query."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
 def inputs(rule: str, per_channel: bool, tokens: int) -> dict[str, Tensor]:
-    """The tensors of a recurrence by name, keys normalised."""
+    """Return random inputs of a recurrence by name, with normalised keys."""
     heads = (1, tokens, HEADS)
     found = {name: torch.randn(*heads, DIM) for name in "qkv"}
     found["k"] = F.normalize(found["k"], dim=-1)
@@ -118,7 +119,7 @@ def inputs(rule: str, per_channel: bool, tokens: int) -> dict[str, Tensor]:
 
 
 def naive(name: str) -> Callable[[dict[str, Tensor]], Tensor] | None:
-    """Flash-linear-attention's reference, its file loaded by path: importing the package needs triton."""
+    """Return flash-linear-attention's reference, loaded by path: importing the package needs triton."""
     package = importlib.util.find_spec("fla")
     if package is None or package.submodule_search_locations is None:
         return None
@@ -143,7 +144,7 @@ def naive(name: str) -> Callable[[dict[str, Tensor]], Tensor] | None:
 
 
 def fused(rule: str, given: dict[str, Tensor]) -> Job:
-    """Onnxruntime's LinearAttention, a graph of that one node."""
+    """Return a job that runs a graph of one LinearAttention node in onnxruntime."""
     packed = {name: x.flatten(2).numpy() for name, x in given.items()}
     packed["state"] = np.zeros((1, HEADS, DIM, DIM), np.float32)
     order = ("q", "k", "v", "state", "decay", "beta")
@@ -179,9 +180,9 @@ def fused(rule: str, given: dict[str, Tensor]) -> Job:
 
 
 def recurrences(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """The recurrences alone, and sliding attention without its projections, beside SDPA."""
+    """Time recurrences, sliding attention without projections, and SDPA."""
     q, k, v = (torch.randn(1, tokens, HEADS, DIM) for _ in range(3))
-    ahead: Jobs = {"sdpa": forward(sdpa, q, k, v), "sliding": forward(softmax_attention, q, k, v, WINDOW)}
+    prefill: Jobs = {"sdpa": forward(sdpa, q, k, v), "sliding": forward(softmax_attention, q, k, v, WINDOW)}
     decode: Jobs = {"sdpa": forward(sdpa, q[:, :1], k, v)}
     learnt = [x.clone() for x in (q, k, v)]
     back: Jobs = {
@@ -191,40 +192,40 @@ def recurrences(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float
     for name, (rule, per_channel, _, reference) in RECURRENCES.items():
         given, step = (inputs(rule, per_channel, count) for count in (tokens, 1))
         leaves = {key: x.clone() for key, x in given.items()}
-        ahead[name] = forward(linear_attention, rule=rule, **given)
+        prefill[name] = forward(linear_attention, rule=rule, **given)
         back[name] = backward(
             lambda rule=rule, leaves=leaves: linear_attention(rule=rule, **leaves)[0], leaves.values()
         )
         decode[name] = forward(linear_attention, rule=rule, state=torch.zeros(1, HEADS, DIM, DIM), **step)
-        ahead[f"{name}, onnxruntime"] = fused(rule, given)
+        prefill[f"{name}, onnxruntime"] = fused(rule, given)
         decode[f"{name}, onnxruntime"] = fused(rule, step)
         if tokens <= 1024 and (found := naive(reference)):
-            ahead[f"{name}, naive"] = forward(found, given)
+            prefill[f"{name}, naive"] = forward(found, given)
             back[f"{name}, naive"] = backward(
                 lambda found=found, leaves=leaves: found(leaves), leaves.values()
             )
     return {
-        "forward": timed(ahead, rounds),
+        "forward": timed(prefill, rounds),
         "forward_backward": timed(back, max(3, rounds // 2)),
         "decode": timed(decode, rounds),
     }
 
 
 def blocks(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Whole mixer blocks beside the attention block: forward, forward and backward, one decode step."""
+    """Time mixer blocks and the attention block: forward, forward and backward, one decode step."""
     model_config = ModelConfig(vocab_size=256, max_seq_len=2 * tokens, head_dim=DIM)
     generator = torch.Generator().manual_seed(0)
     x, step = torch.randn(1, tokens, WIDTH), torch.randn(1, 1, WIDTH)
-    ahead: Jobs = {}
+    prefill: Jobs = {}
     back: Jobs = {}
     decode: Jobs = {}
     for name in sorted(MIXERS, key=lambda name: name != "attention"):
         layer = Layer(mixer=name, heads=HEADS, kv_heads=HEADS, window=WINDOW if name == "sliding" else 0)
         shapes = mixer_shapes(name, WIDTH, HEADS, HEADS, model_config)
-        weights = {part: initial(part, shape, generator) for part, shape in shapes.items()}
+        weights = {part: initial(part, shape, generator, mixer=name) for part, shape in shapes.items()}
         learnt = {part: weight.clone() for part, weight in weights.items()}
         source = x.clone()
-        ahead[name] = forward(mixer, weights, x, layer, model_config)
+        prefill[name] = forward(mixer, weights, x, layer, model_config)
         back[name] = backward(
             lambda layer=layer, learnt=learnt, source=source: mixer(learnt, source, layer, model_config)[0],
             (source, *learnt.values()),
@@ -233,14 +234,14 @@ def blocks(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
             _, state = mixer(weights, x, layer, model_config)
         decode[name] = forward(mixer, weights, step, layer, model_config, tokens, state)
     return {
-        "forward": timed(ahead, rounds),
+        "forward": timed(prefill, rounds),
         "forward_backward": timed(back, max(3, rounds // 2)),
         "decode": timed(decode, rounds),
     }
 
 
 def table(title: str, found: dict[int, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """Ratios by name, for each length and kind of pass; the first line in milliseconds."""
+    """Return a text table of ratios by name, length and pass; the first row is in milliseconds."""
     columns = [(tokens, kind) for tokens, kinds in found.items() for kind in kinds]
     short = {"forward": "fwd", "forward_backward": "f+b", "decode": "dec"}
     names = dict.fromkeys(name for kinds in found.values() for jobs in kinds.values() for name in jobs)
@@ -258,12 +259,12 @@ def main() -> int:
     arguments = outcome.options(__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.empty(7_000_000).fill_(0)  # 28 MB taken and given back: the allocator keeps its pages from here on
+    torch.empty(7_000_000).fill_(0)  # 28 MB allocated and freed: the allocator keeps these pages
     lengths = {256: 3, 1024: 3} if arguments.quick else ROUNDS
     began = time.monotonic()
-    alone = {tokens: recurrences(tokens, rounds) for tokens, rounds in lengths.items()}
+    bare = {tokens: recurrences(tokens, rounds) for tokens, rounds in lengths.items()}
     whole = {tokens: blocks(tokens, rounds) for tokens, rounds in lengths.items()}
-    shares = alone[1024]["forward"]
+    shares = bare[1024]["forward"]
     checks = {
         f"{name}: {shares[name]['ratio']:.3f} of SDPA's time <= {goal}": shares[name]["ratio"] <= goal
         for name, (_, _, goal, _) in RECURRENCES.items()
@@ -273,12 +274,12 @@ def main() -> int:
         sliding <= SLIDING_GOAL
     )
     if not arguments.json:
-        sys.stdout.write(table("recurrence alone, share of SDPA", alone))
-        sys.stdout.write(table("mixer block, share of attention's", whole))
+        sys.stdout.write(table("recurrence, ratio to SDPA", bare))
+        sys.stdout.write(table("mixer block, ratio to attention", whole))
     body = {
         "seconds": round(time.monotonic() - began, 1),
         "setting": {"threads": 1, "batch": 1, "heads": HEADS, "head_dim": DIM, "width": WIDTH},
-        "recurrences": alone,
+        "recurrences": bare,
         "blocks": whole,
     }
     return outcome.write("mixers", arguments, body, checks)

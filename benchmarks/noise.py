@@ -1,8 +1,9 @@
-"""Claim: a second process that loads a core moves the ratio of two ops by less than 5%.
+"""Claim: a second process that loads a core shifts the ratio of two ops by less than 5%.
 
-Two ops that a neighbour slows unlike (a prefill that computes, a decode that reads its weights) are timed
-by the timer on this machine, alone and while another process keeps the other core busy, in turn. What counts
-is their ratio, since a predictor compares ops; the same ratio by the clock's median stands beside it.
+Two ops that a second process slows down differently (a prefill bound by computation, a decode bound by
+reading weights) are timed with formfit's timer, alternately undisturbed and while another process loads the
+other core. The result is the ratio of the two ops, since a predictor compares ops; the ratio by the wall
+clock's median is reported for comparison.
 """
 
 import subprocess
@@ -15,7 +16,7 @@ from latency import OnnxRuntime
 from latency.device_runner.timer import TimerConfig, measure, pinned
 from latency.runtimes.reference import FRAME, OP, STACKS
 
-NEIGHBOURS = {  # what the other process does
+DISTURBANCES = {  # programs of the second process
     "computes": "import numpy as np\na = np.ones((500, 500), np.float32)\nwhile True: a @ a",
     "moves memory": "import numpy as np\na = np.ones(16_000_000, np.float32)\nwhile True: a[:] = a[::-1]",
 }
@@ -23,7 +24,7 @@ TURNS = 4
 
 
 def ratios(rounds: int) -> tuple[float, float]:
-    """The ratio of the two ops: by the timer, and by the clock's median."""
+    """Return the ratio of the two ops by the timer, and by the wall clock's median."""
     runtime = OnnxRuntime(1)
     with pinned(1):
         items = {
@@ -38,33 +39,37 @@ def ratios(rounds: int) -> tuple[float, float]:
 def main() -> int:
     arguments = outcome.options(__doc__).parse_args()
     rounds, turns = (20, 1) if arguments.quick else (120, TURNS)
-    alone, beside = [], {name: [] for name in NEIGHBOURS}
+    undisturbed, disturbed = [], {name: [] for name in DISTURBANCES}
     for _ in range(turns):
-        alone.append(ratios(rounds))
-        for name, program in NEIGHBOURS.items():
-            neighbour = subprocess.Popen([sys.executable, "-c", program])
+        undisturbed.append(ratios(rounds))
+        for name, program in DISTURBANCES.items():
+            process = subprocess.Popen([sys.executable, "-c", program])
             try:
-                beside[name].append(ratios(rounds))
+                disturbed[name].append(ratios(rounds))
             finally:
-                neighbour.kill()
-                neighbour.wait()
-    alone.append(ratios(rounds))
-    still = np.median(alone, axis=0)
-    moved = {name: np.median(found, axis=0) / still - 1 for name, found in beside.items()}
+                process.kill()
+                process.wait()
+    undisturbed.append(ratios(rounds))
+    base = np.median(undisturbed, axis=0)
+    shifts = {name: np.median(found, axis=0) / base - 1 for name, found in disturbed.items()}
     body = {
-        "ratio_alone": {"timer": [a for a, _ in alone], "clock_median": [b for _, b in alone]},
-        "ratio_beside": {
+        "ratio_undisturbed": {
+            "timer": [a for a, _ in undisturbed],
+            "clock_median": [b for _, b in undisturbed],
+        },
+        "ratio_disturbed": {
             name: {"timer": [a for a, _ in found], "clock_median": [b for _, b in found]}
-            for name, found in beside.items()
+            for name, found in disturbed.items()
         },
-        "moved_percent": {
-            name: {"timer": 100 * float(m[0]), "clock_median": 100 * float(m[1])} for name, m in moved.items()
+        "shift_percent": {
+            name: {"timer": 100 * float(m[0]), "clock_median": 100 * float(m[1])}
+            for name, m in shifts.items()
         },
-        "alone_varies_percent": 100 * float(np.ptp([a for a, _ in alone]) / still[0]),
+        "undisturbed_range_percent": 100 * float(np.ptp([a for a, _ in undisturbed]) / base[0]),
     }
     checks = {
-        f"a neighbour that {name} moves the ratio by {100 * m[0]:+.1f}%, less than 5%": bool(abs(m[0]) < 0.05)
-        for name, m in moved.items()
+        f"a second process that {name} shifts the ratio by {100 * m[0]:+.1f}%, less than 5%": abs(m[0]) < 0.05
+        for name, m in shifts.items()
     }
     return outcome.write("noise", arguments, body, checks)
 

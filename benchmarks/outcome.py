@@ -1,4 +1,4 @@
-"""What every benchmark has in common: its options, and a dated, machine-stamped outcome."""
+"""Shared parts of the benchmarks: command-line options, and result files with date and machine."""
 
 import argparse
 import json
@@ -17,16 +17,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+    """Return a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--quick", action="store_true", help="a small form, to see that it works")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the outcome is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="run a small version, to check that the benchmark works"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     return parser
 
 
 def ended(main: Callable[[], int]) -> int:
-    """The exit code of a benchmark; what is wrong with its input is said in one line, with exit code 2."""
+    """Run a benchmark and return its exit code; bad input gives one line on stderr and exit code 2."""
     try:
         return main()
     except InputError as error:
@@ -35,7 +37,14 @@ def ended(main: Callable[[], int]) -> int:
 
 
 def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks: dict[str, bool]) -> int:
-    """Write and print an outcome; the exit code is 3 where a goal was missed."""
+    """Write the result file and print the goals; return 0, or 3 if a goal was missed.
+
+    Args:
+        name: the benchmark's name, which is the file's name.
+        arguments: the parsed options.
+        body: the results.
+        checks: for each goal, stated with its measured value, whether it was reached.
+    """
     value = {
         "benchmark": name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

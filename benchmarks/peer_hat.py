@@ -1,16 +1,16 @@
-"""Claim: at equal wall-clock, formfit keeps more limits than HAT's method, and hands over better models.
+"""Claim: in equal wall-clock time, formfit keeps more limits than HAT's method and delivers better models.
 
-HAT (Wang et al. 2020) on our space, supernet and device: as many random whole models are measured as there is
-time for, 10 runs each and the mean of the middle 80%; an MLP of three hidden layers of 400 learns their
-latencies; for each limit HAT's evolution (125, of which 25 parents, 50 mutants, 50 crossed) seeks the lowest
-loss among models that the MLP says are quick enough. Kinder than the original: every gene is an input of its
-own instead of averages over layers, and the search goes on as long as there is time.
+HAT (Wang et al. 2020) on formfit's space, supernet and device: as many random whole models are measured as
+time allows, 10 runs each and the mean of the middle 80%; an MLP of three hidden layers of 400 learns their
+latencies; for each limit HAT's evolution (125, of which 25 parents, 50 mutations, 50 crossovers) minimises
+the loss among models that the MLP predicts to keep the limit. Two changes favour HAT: every gene is a
+separate input instead of averages over layers, and the search runs for as long as time allows.
 
-Ours: `formfit profile`, then `formfit search --verify` for each limit. HAT's measuring takes as long as our
-profile, each of its searches as long as ours for that limit, with as many workers. Both models are measured
-afterwards, alike. Used is the measured latency over the limit.
+formfit: `formfit profile`, then `formfit search --verify` for each limit. HAT's measurements take as long as
+the profile, and each of its searches as long as formfit's for that limit, with the same number of workers.
+Both models are measured afterwards in the same way. `used` is the measured latency divided by the limit.
 
-It takes a trained run and goes on where it was stopped (an hour on two cores):
+It needs a trained run, and resumes after an interruption (an hour on two cores):
 
     formfit train configs/small.yaml --out RUN
     python benchmarks/peer_hat.py --run RUN --runs runs/peer_hat
@@ -35,7 +35,7 @@ from scipy.stats import trim_mean
 from latency import load_card, load_predictor
 from latency.runtimes.onnxruntime import OnnxRuntime
 from search.config import VerifyConfig
-from search.engine.evaluator import evaluator
+from search.engine.supernet_evaluator import evaluator
 from search.submodel.export import export
 from search.submodel.verify import measure_submodel
 from search.workspace import open_run, open_supernet
@@ -48,18 +48,18 @@ from supernet.training.train import load_supernet
 from supernet.training.trials import one_thread
 
 WORKLOADS = tuple(Workload.parse(text) for text in ("prefill@1024", "decode@2048"))
-PLACES = (0.35, 0.65)  # of the way from the least latency there is to the largest model's, in its log
-RUNS, TRIMMED = 10, 0.1  # of a model, and the share of them that is left out at either end
-HELD_OUT = 0.1  # of the measured models; they tell the MLP's error
-POPULATION, POOL = 125, 50_000  # and how many are drawn for the first ones that are quick enough
-WINDOWS = {"search": 24, "front": 96}  # as formfit search has them
+LIMIT_POSITIONS = (0.35, 0.65)  # between the smallest latency and the largest model's, on a log scale
+RUNS, TRIMMED_SHARE = 10, 0.1  # runs of a model, and the share discarded at either end
+HELD_OUT = 0.1  # share of the measured models, for the MLP's error
+POPULATION, POOL = 125, 50_000  # POOL: samples from which the initial population is selected
+WINDOWS = {"search": 24, "front": 96}  # as in formfit search
 WORKERS = 2
 
 Array = np.ndarray
 
 
 def measure_models(space: Space, seconds: float, path: Path) -> list[dict[str, Any]]:
-    """Random models and their latencies in seconds by workload, measured for so long in all."""
+    """Measure random models for a total time; return their latencies in seconds by workload."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     spent = rows[-1]["spent"] if rows else 0.0
     runtime = OnnxRuntime()
@@ -79,25 +79,25 @@ def measure_models(space: Space, seconds: float, path: Path) -> list[dict[str, A
 
 
 def mean_latency(run: Callable[[int], None]) -> float:
-    """Seconds of one call, as HAT measures it: the mean of the middle 80%."""
+    """Return the seconds of one call, as HAT measures it: the mean of the middle 80%."""
     run(3)
     times = []
     for _ in range(RUNS):
         began = time.perf_counter()
         run(1)
         times.append(time.perf_counter() - began)
-    return float(trim_mean(times, TRIMMED))
+    return float(trim_mean(times, TRIMMED_SHARE))
 
 
 def one_hot(space: Space, rows: Array) -> torch.Tensor:
-    """Genomes [N, G] as [N, choices of all genes]; the columns are those of all the space's values."""
+    """Return genomes [N, G] in one-hot encoding [N, choices of all genes]."""
     values = np.arange(int(variation.sample(space, np.random.default_rng(2), 5000).max()) + 2)
     wide = (rows[:, :, None] == values).reshape(len(rows), -1)
     return torch.tensor(wide, dtype=torch.float32)
 
 
 def fit_mlp(x: torch.Tensor, y: Array) -> tuple[Callable[[torch.Tensor], Array], float]:
-    """HAT's predictor, and its error on held-out models in percent."""
+    """Fit HAT's predictor; return it and its error on held-out models in percent."""
     torch.manual_seed(0)
     scale = float(y.mean())
     target = torch.tensor(y / scale, dtype=torch.float32)
@@ -125,7 +125,7 @@ def fit_mlp(x: torch.Tensor, y: Array) -> tuple[Callable[[torch.Tensor], Array],
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What a file keeps; made where it is not there."""
+    """Return a file's JSON value; compute and write it if the file does not exist."""
     if not path.exists():
         write_text(path, json.dumps(make(), indent=1))
     return json.loads(path.read_text())
@@ -134,12 +134,16 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 def main() -> int:
     parser = outcome.options(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="a trained run of configs/small.yaml")
-    parser.add_argument("--runs", type=Path, default=Path("runs/peer_hat"), help="what is kept")
-    parser.add_argument("--devices", type=Path, help="with a card of this device [default: profiled afresh]")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/peer_hat"), help="folder of intermediate results"
+    )
+    parser.add_argument(
+        "--devices", type=Path, help="folder with a card of this device [default: a new profile]"
+    )
     parser.add_argument("--device", default="here")
-    parser.add_argument("--minutes", type=float, help="that the profile of the card in --devices took")
-    parser.add_argument("--max-noise", type=float, default=10.0, help="as of formfit search")
-    parser.add_argument("--done", action="store_true", help="only the limits that are measured already")
+    parser.add_argument("--minutes", type=float, help="duration of the profile of the card in --devices")
+    parser.add_argument("--max-noise", type=float, default=10.0, help="as for formfit search")
+    parser.add_argument("--done", action="store_true", help="only limits that are already measured")
     arguments = parser.parse_args()
     if (arguments.devices is None) != (arguments.minutes is None):
         raise SystemExit("--devices and --minutes: give both or none")
@@ -148,10 +152,10 @@ def main() -> int:
     devices = arguments.devices or runs / "devices"
     run = open_run(arguments.run, devices)
     space = run.space
-    program = Program(run.folder, devices, arguments.device, arguments.noise)
+    program = Program(run.folder, devices, arguments.device, arguments.max_noise)
 
     def profile() -> float:
-        """Seconds that our profile takes."""
+        """Profile, and return the seconds that it took."""
         began = time.monotonic()
         program.profile(space, runs, WORKLOADS, *(("--budget", "1m") if quick else ()))
         return time.monotonic() - began
@@ -171,7 +175,7 @@ def main() -> int:
 
     @cache
     def fitted(workload: Workload) -> tuple[Callable[[torch.Tensor], Array], float]:
-        """HAT's predictor of a workload and its error, which is kept."""
+        """Return HAT's predictor of a workload and its error; the error is stored."""
         with one_thread():
             latencies = np.array([m["seconds"][str(workload)] for m in models])
             predict, error = fit_mlp(one_hot(space, rows), latencies)
@@ -179,7 +183,7 @@ def main() -> int:
         return predict, error
 
     def ours(workload: Workload, bound: float) -> dict[str, Any]:
-        """What formfit hands over, and how long it took."""
+        """Return formfit's delivered model and the duration of its search."""
         limit = f"{workload}<={1e3 * bound:.5g}ms"
         few = ("--generations", 2, "--population", 8) if quick else ()
         began = time.monotonic()
@@ -189,8 +193,8 @@ def main() -> int:
         return {"architecture": chosen["architecture"], "search_seconds": time.monotonic() - began}
 
     def theirs(workload: Workload, bound: float, seconds: float) -> dict[str, Any]:
-        """What HAT's evolution finds in that time."""
-        predict, _ = fitted(workload)  # learning takes minutes, which are not held against it
+        """Return the best model of HAT's evolution within that time."""
+        predict, _ = fitted(workload)  # the minutes of training are not counted
         drawn = variation.sample(space, np.random.default_rng(3), POOL)
         pool = drawn[np.argsort(predict(one_hot(space, drawn)))[:POPULATION]]
         began, evaluations = time.monotonic(), 0
@@ -217,18 +221,20 @@ def main() -> int:
         }
 
     def judged(found: dict[str, Any], workload: Workload, bound: float) -> dict[str, Any]:
-        """What a model takes when it is measured, and its loss in the supernet."""
+        """Return a model's measured latency and its loss in the supernet."""
         architecture = Architecture.from_json(found["architecture"])
         submodel = write_submodel(runs / "submodels" / architecture.key, supernet, architecture, {}, {})
         export(submodel, ["onnx"])
-        config = VerifyConfig(max_noise=arguments.noise / 100)
-        timed = measure_submodel(submodel, card, [workload], config)[str(workload)]["latency_ms"]
+        config = VerifyConfig(max_noise=arguments.max_noise / 100)
+        timed = measure_submodel(submodel, card, [workload], config)[str(workload)].latency_ms
         with evaluator(supernet, sets, 0, None, sys.stderr.write) as evaluate_all:
             quality = next(iter(evaluate_all([architecture], "front")))
         return {"measured_ms": timed, "used": timed / 1e3 / bound, "loss_nats": quality.loss_nats}
 
     asked = [
-        (w, place) for place in PLACES[: 1 if quick else None] for w in WORKLOADS[: 1 if quick else None]
+        (w, place)
+        for place in LIMIT_POSITIONS[: 1 if quick else None]
+        for w in WORKLOADS[: 1 if quick else None]
     ]
     table = []
     for workload, place in asked:
@@ -251,13 +257,13 @@ def main() -> int:
     worst = {who: 100 * (max(row[who]["used"] for row in table) - 1) for who in count}
     both = [row for row in table if max(row[who]["used"] for who in count) <= 1]
     checks = {
-        f"{len(asked)} limits, of which {len(table)} are measured": len(table) == len(asked),
+        f"measured {len(table)} of {len(asked)} limits": len(table) == len(asked),
         f"formfit keeps {count['formfit']} of {len(table)} limits, HAT {count['HAT']}":
             count["formfit"] >= count["HAT"],
-        f"worst over its limit by {max(worst['formfit'], 0):.1f}% <= 3, HAT by {worst['HAT']:.1f}%":
+        f"largest excess over a limit {max(worst['formfit'], 0):.1f}% <= 3%, HAT {worst['HAT']:.1f}%":
             worst["formfit"] <= 3,
     }  # fmt: skip
-    if both:  # of others the losses are no rivals
+    if both:  # losses are comparable only if both models keep the limit
         lower = sum(row["formfit"]["loss_nats"] < row["HAT"]["loss_nats"] for row in both)
         text = f"lower loss than HAT in {lower} of the {len(both)} limits that both keep"
         checks[text] = 2 * lower >= len(both)

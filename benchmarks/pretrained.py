@@ -1,13 +1,13 @@
-"""Claim: a supernet started from a trained Llama is ahead of one started from nothing.
+"""Claim: a supernet that starts from a trained Llama needs fewer tokens than one from random weights.
 
-Trains a small Llama with transformers, of the largest shape of configs/spaces/quickstart.yaml, and loads
-it twice, with heads, channels and residual ordered by importance and without. Two things are held: small
-sub-networks (fixed ones with attention alone, so that only the order differs) lose less when ordered; and the
-supernet reaches the mean loss over fixed sub-networks that training from nothing ends with after fewer
-tokens of its own (the Llama's are not counted; they are shown, as are the losses of the largest). All on one
+Trains a small Llama with transformers, of the largest shape of configs/spaces/quickstart.yaml, and loads it
+twice: with heads, channels and residual ordered by importance, and unordered. Two goals: small sub-networks
+(fixed ones with attention only, so that only the order differs) have a lower loss if ordered; and the
+supernet reaches the final mean loss of training from random weights, over fixed sub-networks, after fewer
+tokens (the Llama's tokens are not counted; they are reported, as are the losses of the largest). All on one
 thread.
 
-Resumable: the Llama and what each phase found are kept under --runs.
+Resumable: the Llama and the results of each phase are stored under --runs.
 """
 
 import json
@@ -37,7 +37,7 @@ LENGTH, BATCH = 128, 8
 
 
 def train_llama(folder: Path, space: Space, corpus: Corpus, steps: int) -> dict[str, float]:
-    """Train a Llama of the space's largest shape; its held-out loss stands in the outcome."""
+    """Train a Llama of the space's largest shape; return its tokens and seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     largest = genome.largest(space)
@@ -80,17 +80,17 @@ def mean_loss(supernet: Supernet, architectures: list[Architecture], data: Evalu
 
 
 def small_members(space: Space, count: int) -> list[Architecture]:
-    """Fixed architectures below the largest, with attention alone."""
+    """Return fixed architectures smaller than the largest, with attention only."""
     value = space.model_dump(mode="json")
     value["layer"] |= {"mixer": ["attention"], "window": []}
     value["hybrid"] |= {"ratios": ["full"], "max_linear_kinds": None}
-    value["depth"] = value["depth"][-2:]  # fewer layers would hide what the order does
+    value["depth"] = value["depth"][-2:]  # fewer layers would hide the effect of the order
     only = Space.model_validate(value)
     return genome.decode(only, variation.sample(only, np.random.default_rng(24), count))
 
 
 def starts(space: Space, folder: Path, corpus: Corpus, data: EvaluationSet, count: int) -> dict[str, Any]:
-    """Losses at the start, ordered and not."""
+    """Return losses before training, ordered and unordered."""
     drawn, _ = train_batch(corpus, np.random.default_rng(5), 16, LENGTH)
     small, mixed = small_members(space, count), fixed_members(space, count)
     value: dict[str, Any] = {}
@@ -121,11 +121,11 @@ def fixed_members(space: Space, count: int) -> list[Architecture]:
 def curve(
     space: Space, config: TrainConfig, corpus: Corpus, data: EvaluationSet, count: int, goal: float
 ) -> list[dict[str, float]]:
-    """The mean loss over fixed architectures as the supernet trains, until it is at most the goal."""
+    """Train, and return the mean loss over fixed architectures by tokens, until it reaches the goal."""
     trainer = Trainer(space, config, corpus)
     trainer.prepare()
     if not isinstance(trainer.module, Supernet):
-        raise TypeError("a trainer of a space trains a supernet")
+        raise TypeError("the trainer's module is not a supernet")
     rows: list[dict[str, float]] = []
     every = max(1, config.steps // 16)
     for step in range(config.steps + 1):
@@ -142,7 +142,7 @@ def curve(
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What a phase found, from the file that it left if there is one."""
+    """Return a phase's stored result; compute and write it if the file does not exist."""
     if not path.exists():
         write_text(path, json.dumps(make()))
         sys.stderr.write(f"done: {path.stem}\n")
@@ -152,7 +152,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 def main() -> int:
     parser = outcome.options(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/pretrained"), help="where phases are kept")
-    parser.add_argument("--steps", type=int, default=160, help="of the supernet, from nothing")
+    parser.add_argument("--steps", type=int, default=160, help="of the supernet, from random weights")
     parser.add_argument("--llama-steps", type=int, default=1500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,9 +176,9 @@ def main() -> int:
     ordered, unordered = (start[name]["small_loss_nats"] for name in ("ordered", "unordered"))
     checks = {
         f"small sub-networks start at {ordered:.3f} nats, unordered at {unordered:.3f}": ordered < unordered,
-        f"{goal:.3f} nats reached in {spent} tokens (at {reached:.3f}), from nothing in {needed}": reached
-        <= goal
-        and spent < needed,
+        f"{goal:.3f} nats reached in {spent} tokens (at {reached:.3f}), from random weights in {needed}": (
+            reached <= goal and spent < needed
+        ),
     }
     body = {
         "llama": llama,

@@ -1,8 +1,7 @@
 """Claim: from a fresh clone to a verified model within 15 minutes on two cores.
 
-Clones this repository's HEAD, makes a fresh virtual environment, runs the README's first command
-word by word, checks what it left, and runs it again. ``--quick`` runs the smoke form in the present
-environment instead.
+Clones this repository's HEAD, creates a new virtual environment, runs the README's first command verbatim,
+checks its results, and repeats it. ``--quick`` runs the smoke version in the current environment instead.
 """
 
 import json
@@ -20,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def first_command() -> str:
-    """The README's first command."""
+    """Return the README's first command."""
     block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     if block is None:
         raise SystemExit("README.md shows no command")
@@ -28,7 +27,7 @@ def first_command() -> str:
 
 
 def patterns(front: list[dict[str, Any]]) -> tuple[int, int, float]:
-    """Distinct (width, depth) pairs, distinct mixer patterns, and slowest over fastest."""
+    """Return the numbers of distinct (width, depth) pairs and mixer patterns, and slowest over fastest."""
     pairs, mixers, latencies = set(), set(), []
     for member in front:
         layers = [la for la in member["architecture"]["layers"] if la["mixer"] != "none" or la["ffn"]]
@@ -52,10 +51,10 @@ def main() -> int:
         seconds = []
         for _ in range(2):
             began = time.monotonic()
-            # Stdout is this benchmark's own; what the command prints goes to stderr.
+            # The command's output goes to stderr; stdout is for the benchmark's result.
             done = subprocess.run(["bash", "-c", command], cwd=clone, stdout=sys.stderr, check=False)
             seconds.append(time.monotonic() - began)
-            command = re.sub(r".*&& ", "", command)  # the second time, only the run itself
+            command = re.sub(r".*&& ", "", command)  # the second time without the installation
         run = clone / "runs" / "quickstart"
         summary = json.loads((run / "summary.json").read_text())
         stages = [json.loads(line) for line in (run / "supernet" / "metrics.jsonl").read_text().splitlines()]
@@ -66,7 +65,7 @@ def main() -> int:
     checks = {
         "exit code 0": done.returncode == 0,
         f"{seconds[0]:.0f} s from the clone to the end <= 900 s": seconds[0] <= 900,
-        f"{seconds[1]:.1f} s when run again < 20 s": seconds[1] < 20,
+        f"{seconds[1]:.1f} s when repeated < 20 s": seconds[1] < 20,
         f"parity {parity:.1e} <= 1e-5": parity <= 1e-5,
         "every limit kept": all(item["status"] == "kept" for item in summary["limits"]),
         f"largest {largest:.3f} bits per byte < order-2's {order2:.3f}": largest < order2,

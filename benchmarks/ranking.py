@@ -1,9 +1,8 @@
-"""Claim: trained for 40 minutes on two cores, the small supernet ranks architectures as training alone does.
+"""Claim: after 40 minutes on two cores, the small supernet ranks architectures as stand-alone training does.
 
-Runs the three commands that a person would run: ``formfit train configs/small.yaml``, ``formfit
-profile`` for its space, ``formfit audit``. The largest sub-network's bits per byte stand beside those
-of gzip -9 on the same held-out windows. Resumable, as the commands are: what they make is kept under
---runs.
+Runs three commands: ``formfit train configs/small.yaml``, ``formfit profile`` for its space, ``formfit
+audit``. The largest sub-network's bits per byte are compared with those of gzip -9 on the same held-out
+windows. Resumable, as the commands are: their results are stored under --runs.
 """
 
 import json
@@ -30,13 +29,13 @@ MINUTES, BITS_PER_BYTE, TAU = 40, 2.1, 0.75
 
 
 def formfit(devices: Path, *options: str) -> None:
-    """Run a command; what it prints goes to stderr, since stdout is this benchmark's own."""
+    """Run a command; its output goes to stderr, since stdout is for the benchmark's result."""
     program = Path(sys.executable).with_name("formfit")
     subprocess.run([program, "--devices", devices, *options], stdout=sys.stderr, check=True)
 
 
 def training_seconds(log: Path) -> float:
-    """What the steps took, from the metrics: those of a resumed training are counted once."""
+    """Return the duration of the training steps from the metrics; repeated steps are counted once."""
     seconds, before = 0.0, 0
     for line in log.read_text().splitlines():
         row = json.loads(line)
@@ -46,7 +45,7 @@ def training_seconds(log: Path) -> float:
 
 
 def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
-    """Bits per byte of the largest sub-network and of two classical models, on the same windows."""
+    """Return bits per byte of the largest sub-network and of two classical models, on the same windows."""
     config = load_run_config(config_file)
     space, corpus = config.space, load_corpus(config.train.data)
     checkpoint = latest_checkpoint(run / "supernet", training_inputs(space, config.train, corpus))
@@ -70,9 +69,9 @@ def text_quality(run: Path, config_file: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = outcome.options(__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/ranking"), help="where it is trained")
-    parser.add_argument("--steps", type=int, default=600, help="of each training alone")
-    parser.add_argument("--batch", type=int, default=4, help="rows of a step of each training alone")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ranking"), help="folder of the run")
+    parser.add_argument("--steps", type=int, default=600, help="of each stand-alone training")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step of each stand-alone training")
     arguments = parser.parse_args()
     run, devices, config = arguments.runs / "run", arguments.runs / "devices", CONFIG
     size = 12
@@ -84,7 +83,9 @@ def main() -> int:
             f"space: {SPACE}\ntrain: {{steps: 2, batch: 2, length: 64}}\nsearch: {{front_windows: 4}}\n"
         )
     formfit(devices, "train", str(config), "--out", str(run))
-    if not (devices / "here" / "predictors").exists():  # profiling again would choose another second set
+    if not (
+        devices / "here" / "predictors"
+    ).exists():  # a new profile would select a different set of equal latency
         formfit(devices, "profile", "--space", str(SPACE), "--device", "here", "--workload", WORKLOAD)
     options = ["--workload", WORKLOAD, "--size", str(size)]
     options += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
@@ -101,9 +102,9 @@ def main() -> int:
     checks = {
         f"{len(mixers)} mixers >= 7": len(mixers) >= 7,
         f"{sizes} widths or FFN sizes >= 4": sizes >= 4,
-        f"depths {depths[0]} to {depths[1]}, 2 to 8 asked": depths == (2, 8),
+        f"depths {depths[0]} to {depths[1]} (required: 2 to 8)": depths == (2, 8),
         f"{count:.1e} architectures > 1e15": count > 1e15,
-        f"its steps took {minutes:.1f} minutes <= {MINUTES}": minutes <= MINUTES,
+        f"training steps took {minutes:.1f} minutes <= {MINUTES}": minutes <= MINUTES,
         f"largest {text['largest']:.3f} bits per byte <= {BITS_PER_BYTE} (gzip -9: {text['gzip']:.3f})": text[
             "largest"
         ]

@@ -1,9 +1,9 @@
-"""Write the tables of the README and of docs/headline.md from the outcomes in benchmarks/results.
+"""Generate the tables of README.md and docs/headline.md from the result files in benchmarks/results.
 
     python benchmarks/readme.py
 
-A table stands between ``<!-- from results: NAME -->`` and ``<!-- end -->``; everything else is left as it is.
-A test holds the pages against the outcomes.
+Tables are replaced between ``<!-- from results: NAME -->`` and ``<!-- end -->``; other text is not changed.
+tests/test_readme.py compares the pages with the result files.
 """
 
 import argparse
@@ -33,31 +33,31 @@ COLUMNS = (
 )
 Outcome = Mapping[str, Any]
 
-# What is claimed, the benchmark and its options, and how the goals that are shown begin.
+# Claim, benchmark, its options, and patterns that the displayed goals start with.
 CLAIMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("Better than hand-made models", "headline", "--run RUN", ("lower in both",)),
-    ("Limits kept, measured in a new process", "limits", "--run RUN", ("[0-9]+ of", "worst", "[0-9.]+%")),
-    ("Against HAT's method in equal time", "peer_hat", "--run RUN", ("formfit keeps", "worst", "lower loss")),
+    ("Better than baselines", "headline", "--run RUN", ("lower in both",)),
+    ("Limits kept, measured in a new process", "limits", "--run RUN", ("[0-9]+ of", "largest", "[0-9.]+%")),
+    ("HAT's method in equal time", "peer_hat", "--run RUN", ("formfit keeps", "largest", "lower loss")),
     (
-        "Latency of models that no fit saw",
+        "Latency prediction on held-out models",
         "latency_self",
         "",
-        ("MAPE in a later", "within 10%", "at most half"),
+        ("MAPE in a later", "within 10%", "MAPE at most"),
     ),
-    ("HAT's own measurements, 50 to train", "latency_hat", "--data DIR", ("n 50",)),
-    ("The supernet's ranking", "ranking", "", ("tau over", "equal_latency")),
-    ("Search in an enumerated space", "search_quality", "", ("99", "ahead")),
-    ("Predictions", "throughput", "", ("",)),
-    ("Exported graphs equal the plain model", "parity", "", ("[0-9]+ of [0-9]+ within", "worst")),
-    ("Decoding, exported", "decode", "", ("large (full|all).* at 4096",)),
+    ("Latency prediction on HAT's data, 50 training models", "latency_hat", "--data DIR", ("n 50",)),
+    ("Ranking by the supernet", "ranking", "", ("tau over", "equal_latency")),
+    ("Search in an enumerated space", "search_quality", "", ("99", "better")),
+    ("Prediction throughput", "throughput", "", ("",)),
+    ("Parity of exported graphs", "parity", "", ("[0-9]+ of [0-9]+ within", "largest")),
+    ("Decoding speed, exported", "decode", "", ("large (full|all).* at 4096",)),
     ("int8", "shipping", "--run RUN", ("int8: ",)),
-    ("From a clone to a verified model", "quickstart", "", ("[0-9]+ s from", "every limit")),
-    ("Workers", "scale", "", ("at least",)),
+    ("Clone to verified model", "quickstart", "", ("[0-9]+ s from", "every limit")),
+    ("Parallel evaluation", "scale", "", ("parallel",)),
 )
 
 
 def goals(found: Outcome, patterns: tuple[str, ...]) -> str:
-    """The goals that begin as a pattern says, with their numbers; those that were missed say so."""
+    """Return the goals that match a pattern, with their numbers; missed goals are marked."""
     shown = [(g, ok) for g, ok in found["goals"].items() if any(re.match(p, g) for p in patterns)]
     if not shown:
         raise SystemExit(f"{found['benchmark']}: no goal begins with {' or '.join(patterns)}")
@@ -65,8 +65,8 @@ def goals(found: Outcome, patterns: tuple[str, ...]) -> str:
 
 
 def claims(results: Callable[[str], Outcome]) -> list[str]:
-    """The table of all claims: what was found against what was wanted."""
-    rows = ["| claim | found, and the goal | command | when, on |", "|---|---|---|---|"]
+    """Return the table of all claims with results and goals."""
+    rows = ["| claim | result and goal | command | date, machine |", "|---|---|---|---|"]
     for what, benchmark, options, patterns in CLAIMS:
         found = results(benchmark)
         command = f"python benchmarks/{benchmark}.py {options}".strip()
@@ -81,12 +81,12 @@ def title(setting: Outcome) -> str:
 
 
 def apart(row: Outcome, figure: str) -> str:
-    """By how much a model is worse than the searched one, with the standard error."""
+    """Return the difference from the searched model, with the standard error."""
     return f"{row['worse_by'][figure]['mean']:+.3f} ± {row['worse_by'][figure]['standard_error']:.3f}"
 
 
 def headline(results: Callable[[str], Outcome]) -> list[str]:
-    """The searched model, and by how much each other is worse: loss, recall loss, measured latency."""
+    """Return the table of losses, relative to the searched model's, and measured latencies."""
     settings = results("headline")["settings"]
     rows = [f"| | {' | '.join(map(title, settings))} |", "|---|" + "---|" * len(settings)]
     for name in settings[0]["models"]:
@@ -104,12 +104,10 @@ def headline(results: Callable[[str], Outcome]) -> list[str]:
 
 
 def details(results: Callable[[str], Outcome]) -> list[str]:
-    """All that was found of each model of each setting."""
+    """Return a table of all results for each setting."""
     rows = []
     for setting in results("headline")["settings"]:
-        said = (
-            "lower in both losses than every hand-made one" if setting["won"] else "not lower in both losses"
-        )
+        said = "lower in both losses than every baseline" if setting["won"] else "not lower in both losses"
         rows += [
             f"### {title(setting)}: {said}",
             "",
@@ -117,9 +115,9 @@ def details(results: Callable[[str], Outcome]) -> list[str]:
             "|---" * len(COLUMNS) + "|",
         ]
         for name, row in setting["models"].items():
-            hand = " (hand-made)" if name in FULL else ""
+            baseline = " (baseline)" if name in FULL else ""
             rows.append(
-                f"| {name}{hand} | {row['params']:,} | {row['latency_ms']:.3g} "
+                f"| {name}{baseline} | {row['params']:,} | {row['latency_ms']:.3g} "
                 f"| {row['memory_bytes'] / 2**20:.1f} | {row['rss_bytes'] / 2**20:.1f} "
                 f"| {row['loss_nats']:.3f} | {row['recall_loss_nats']:.3f} "
                 f"| {row['mqar_accuracy']:.2f} | {row['described']} |"
@@ -132,7 +130,7 @@ TABLES = {"claims": claims, "headline": headline, "details": details}
 
 
 def written(page: str, results: Callable[[str], Outcome]) -> str:
-    """A page with its tables made anew."""
+    """Return a page with regenerated tables."""
 
     def table(found: re.Match[str]) -> str:
         lines = "\n".join(TABLES[found[1]](results)).strip()
@@ -145,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the outcomes")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     arguments = parser.parse_args()
 
     def results(name: str) -> Outcome:

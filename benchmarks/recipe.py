@@ -1,12 +1,12 @@
-"""Claim: the training recipe beats random sampling at equal time, and which of its parts pay.
+"""Claim: the training recipe is better than random sampling at equal time; the effect of each of its parts.
 
-Each variant trains the supernet of configs/spaces/small.yaml for the same number of seconds of one
-core, side by side where there are several; how many steps that makes is found by timing some of its
-own steps, spread over its schedule, and what it took stands beside its loss. It is scored by the mean
-loss of 24 fixed architectures spread over the space, on the same held-out text, and, where an audit of
-the same space has trained architectures from scratch (--audit), by the rank correlation with those.
+Each variant trains the supernet of configs/spaces/small.yaml for the same number of seconds of one core,
+several variants in parallel if there are more cores. The number of steps is derived from timing some of the
+variant's steps, spread over its schedule; the actual duration is reported. The score is the mean loss of 24
+fixed architectures spread over the space, on the same held-out text, and, with an audit of the same space
+(--audit), the rank correlation with its stand-alone losses.
 
-Resumable: what is trained is kept under --runs.
+Resumable: trained variants are stored under --runs.
 """
 
 import argparse
@@ -71,9 +71,9 @@ def settings(name: str, arguments: argparse.Namespace, steps: int) -> TrainConfi
 
 
 def plan(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """How many steps of a variant fit in its time, found once and then kept.
+    """Return the number of steps of a variant that fit in its time; stored after the first call.
 
-    The middles of equal parts of its schedule are timed, as many as make a hundred sub-networks:
+    Steps in the middle of equal parts of the schedule are timed, about a hundred sub-networks in total:
     architectures differ in cost by a factor of ten.
     """
     path = runs(arguments) / name / "plan.json"
@@ -95,7 +95,7 @@ def plan(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def runs(arguments: argparse.Namespace) -> Path:
-    """Where variants of this length are kept."""
+    """Return the folder of variants of this duration."""
     folder: Path = arguments.runs / (
         f"{arguments.seconds:g}-quick" if arguments.quick else f"{arguments.seconds:g}"
     )
@@ -103,7 +103,7 @@ def runs(arguments: argparse.Namespace) -> Path:
 
 
 def run_variant(name: str, arguments: argparse.Namespace) -> None:
-    """Train one variant in this process, on one thread; keeps the seconds that all tries took."""
+    """Train one variant in this process, on one thread; the CPU seconds of all attempts are stored."""
     torch.set_num_threads(1)
     folder = runs(arguments) / name
     if (folder / "spent.json").exists():
@@ -121,12 +121,12 @@ def run_variant(name: str, arguments: argparse.Namespace) -> None:
 
 
 def fixed_architectures(space: Space, count: int) -> list[Architecture]:
-    """Architectures spread over the space's axes."""
+    """Return architectures spread over the space's axes."""
     return genome.decode(space, choose_spread(space, sample_pool(space, 24), count))
 
 
 def shipped() -> str:
-    """The variant that is the configuration's default."""
+    """Return the variant that is the configuration's default."""
     default = TrainConfig().model_dump()
     found = [
         name
@@ -139,7 +139,7 @@ def shipped() -> str:
 
 
 def audited_rows(path: Path | None) -> dict[str, list[tuple[dict[str, Any], float]]]:
-    """The architectures of each set of an audit, and their mean losses when trained alone."""
+    """Return the architectures of each set of an audit and their mean stand-alone losses."""
     rows = json.loads(path.read_text())["architectures"] if path else []
     found: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for row in rows:
@@ -152,7 +152,7 @@ def audited_rows(path: Path | None) -> dict[str, list[tuple[dict[str, Any], floa
 def score(
     name: str, arguments: argparse.Namespace, audited: dict[str, list[tuple[dict[str, Any], float]]]
 ) -> dict[str, Any]:
-    """The mean loss of the fixed architectures, and how the audited ones are ranked."""
+    """Return the mean loss of the fixed architectures, and the rank correlation of the audited ones."""
     folder = runs(arguments) / name
     space = variant_space(name)
     config = settings(name, arguments, plan(name, arguments)["steps"])
@@ -185,13 +185,15 @@ def score(
 
 def main() -> int:
     parser = outcome.options(__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where variants are trained")
-    parser.add_argument("--seconds", type=float, default=480.0, help="of one core, for each variant")
-    parser.add_argument("--jobs", type=int, default=2, help="variants trained side by side, one core each")
     parser.add_argument(
-        "--audit", type=Path, help="an audit.json of the same space, or what ranking.py wrote"
+        "--runs", type=Path, default=Path("runs/recipe"), help="folder of the trained variants"
     )
-    parser.add_argument("--variant", choices=list(VARIANTS), help="train this one only, and do not score")
+    parser.add_argument("--seconds", type=float, default=480.0, help="of one core, per variant")
+    parser.add_argument("--jobs", type=int, default=2, help="variants trained in parallel, one core each")
+    parser.add_argument(
+        "--audit", type=Path, help="audit.json of the same space, or the result file of ranking.py"
+    )
+    parser.add_argument("--variant", choices=list(VARIANTS), help="train this variant only, without scoring")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seconds = min(arguments.seconds, 5.0)
@@ -223,7 +225,7 @@ def main() -> int:
                 f"{name:36s} mean {row['mean_loss_nats']:.4f}  largest {row['largest_loss_nats']:.4f}  "
                 f"smallest {row['smallest_loss_nats']:.4f}  {row['steps']} steps{taus}\n"
             )
-    body = {"seconds_of_one_core": arguments.seconds, "side_by_side": arguments.jobs, "variants": rows}
+    body = {"seconds_of_one_core": arguments.seconds, "parallel_jobs": arguments.jobs, "variants": rows}
     return outcome.write("recipe", arguments, body, checks)
 
 

@@ -1,9 +1,9 @@
-"""Claim: sub-models leave within seconds, run without torch, keep their loss in int8, and draft.
+"""Claim: sub-models are exported within seconds, run without torch, and keep their loss in int8.
 
-From a trained run (`formfit train configs/small.yaml --out RUN`): the time to extract and export its
-largest sub-network, of eight layers; the exported file in a new environment that has only numpy and
-onnxruntime; size, loss and latency in every precision; and speculative decoding of the largest with small
-members of the same supernet as drafts, on prompts of held-out text.
+From a trained run (`formfit train configs/small.yaml --out RUN`): the time to extract and export its largest
+sub-network, of eight layers; the exported file in a new environment that has only numpy and onnxruntime;
+size, loss and latency in every precision; and speculative decoding of the largest with small members of the
+same supernet as drafts, on prompts of held-out text.
 """
 
 import json
@@ -55,7 +55,7 @@ print(time.perf_counter() - began)
 
 
 def interleaved(items: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each item measures, all in turns."""
+    """Return the median of each item's measurements, taken alternately."""
     found: dict[str, list[float]] = {name: [] for name in items}
     for _ in range(rounds):
         for name, run in items.items():
@@ -64,7 +64,7 @@ def interleaved(items: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def precisions(submodel: SubModel, data: EvaluationSet, rounds: int) -> dict[str, Any]:
-    """Bytes, loss and latencies of a sub-model's graphs."""
+    """Return bytes, loss and latencies of a sub-model's graphs by precision."""
     workloads = [Workload.parse(text) for text in ("prefill@256", "decode@256")]
     items: dict[str, Callable[[], float]] = {}
     for p in PRECISIONS:
@@ -100,7 +100,7 @@ def precisions(submodel: SubModel, data: EvaluationSet, rounds: int) -> dict[str
 def small_members(
     supernet: Supernet, data: EvaluationSet, shares: tuple[float, ...], tried: int
 ) -> list[Architecture]:
-    """The best of some random members at each share of the largest's FLOPs in a decode step."""
+    """Return the best of some random architectures at each share of the largest's FLOPs per decode step."""
     space = supernet.space
     table = flops_table(space, Workload.parse("decode@256"))
     pool = variation.sample(space, np.random.default_rng(0), 20_000)
@@ -116,32 +116,32 @@ def small_members(
 
 
 def drafted(
-    target: SubModel, drafts: list[SubModel], prompts: list[list[int]], aheads: tuple[int, ...], most: int
+    target: SubModel, drafts: list[SubModel], prompts: list[list[int]], lengths: tuple[int, ...], tokens: int
 ) -> list[dict[str, Any]]:
-    """Acceptance and speed-up of each draft, each with the model alone in turn."""
+    """Return acceptance rate and speed-up of each draft against decoding without a draft."""
     rows = []
     for draft in drafts:
-        for ahead in aheads:
-            alone, both, same = 0.0, 0.0, 0
+        for num_draft_tokens in lengths:
+            plain_seconds, draft_seconds, same = 0.0, 0.0, 0
             counts = DraftStatistics()
             for prompt in prompts:
                 decoder = Decoder(target.folder / "model.onnx")
-                small = Decoder(draft.folder / "model.onnx", num_kept_states=ahead + 1)
+                small = Decoder(draft.folder / "model.onnx", num_kept_states=num_draft_tokens + 1)
                 began = time.perf_counter()
-                plain = list(generate(decoder, prompt, most, Sampling(), None))
+                plain = list(generate(decoder, prompt, tokens, Sampling(), None))
                 middle = time.perf_counter()
-                found = list(speculate(decoder, small, prompt, most, None, ahead, counts))
-                both += time.perf_counter() - middle
-                alone += middle - began
+                found = list(speculate(decoder, small, prompt, tokens, None, num_draft_tokens, counts))
+                draft_seconds += time.perf_counter() - middle
+                plain_seconds += middle - began
                 same += found == plain
             rows.append(
                 {
                     "draft": draft.architecture.describe(),
                     "draft_params": params(draft.architecture, draft.model_config),
-                    "ahead": ahead,
+                    "num_draft_tokens": num_draft_tokens,
                     "acceptance": counts.accepted / counts.proposed,
-                    "tokens_a_round": most * len(prompts) / max(1, counts.rounds),
-                    "speed_up": alone / both,
+                    "tokens_per_round": tokens * len(prompts) / max(1, counts.rounds),
+                    "speed_up": plain_seconds / draft_seconds,
                     "same": same,
                     "near_ties": counts.near_ties,
                 }
@@ -175,7 +175,7 @@ def main() -> int:
         began = time.perf_counter()
         target = write_submodel(folder / "largest", supernet, largest, {}, {}, run.text)
         export(target, ["onnx"])
-        alone = time.perf_counter() - began
+        export_seconds = time.perf_counter() - began
         python = bare(folder / "environment")
         done = subprocess.run(
             [python, "-I", "-c", RUN_BARE, target.folder / "model.onnx"],
@@ -195,11 +195,11 @@ def main() -> int:
             }
         rows = data.tokens[:: max(1, len(data.tokens) // (2 if quick else 12))]
         prompts = [row[:128].tolist() for row in rows]
-        ahead = (4,) if quick else (2, 4, 6)
-        speculative = drafted(target, drafts, prompts, ahead, 32 if quick else 128)
+        lengths = (4,) if quick else (2, 4, 6)
+        speculative = drafted(target, drafts, prompts, lengths, 32 if quick else 128)
     checks = {
         f"extract and export of {largest.depth} layers in {whole:.1f} s <= {SECONDS:.0f}": whole <= SECONDS,
-        "runs in an environment of numpy and onnxruntime alone": True,
+        "runs in an environment with numpy and onnxruntime only": True,
     }
     for p in PRECISIONS[1:]:
         size = max(of[p]["size_of_fp32"] for of in models.values())
@@ -212,7 +212,7 @@ def main() -> int:
     checks[f"speculative decoding: {best['speed_up']:.2f} times as fast > 1"] = best["speed_up"] > 1
     body = {
         "extract_seconds": whole,
-        "export_seconds": alone,
+        "export_seconds": export_seconds,
         "load_and_run_bare_seconds": float(done.stdout),
         "windows": len(data.tokens),
         "models": models,
