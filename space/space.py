@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
-from space.architecture import FULL_MIXERS, LOCAL_MIXERS, MIXERS, WINDOWED_MIXERS, ModelConfig
+from space.architecture import ModelConfig, is_windowed
 from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
+from space.mixers import MIXERS, MixerClass, mixers_of_class
 
 MOST = 2**31 - 1
 Positive = Annotated[int, Field(strict=True, gt=0, le=MOST)]
@@ -29,6 +30,10 @@ def _ratio(value: Any) -> Any:
 
 
 Ratio = Annotated[Literal["full", "linear"] | int, BeforeValidator(_ratio)]
+
+
+def _full() -> str:
+    return ", ".join(mixers_of_class("full"))
 
 
 class LayerChoices(BaseModel):
@@ -130,24 +135,31 @@ class Space(BaseModel):
                 yield f"layer.heads[{i}]: {value} is not a multiple of any of kv_heads {list(kv)}"
 
     def _mixer_errors(self) -> Iterator[str]:
-        mixers, hybrid = self.layer.mixer, self.hybrid
-        for i, mixer in enumerate(mixers):
-            if mixer not in (*MIXERS, "none"):
-                yield f"layer.mixer[{i}]: {mixer!r} is not one of {', '.join(MIXERS)}, none"
+        mixers = self.layer.mixer
+        unknown = [i for i, mixer in enumerate(mixers) if mixer != "none" and mixer not in MIXERS]
+        if unknown:
+            for i in unknown:
+                yield f"layer.mixer[{i}]: {mixers[i]!r} is not one of {', '.join(MIXERS)}, none"
+            return
         if len(set(mixers)) < len(mixers):
             yield f"layer.mixer: {list(mixers)} names a mixer twice"
         if not set(mixers) - {"none"}:
             yield "layer.mixer: no mixer but none is given"
-        windowed = [m for m in mixers if m in WINDOWED_MIXERS]
+        windowed = [m for m in mixers if is_windowed(m)]
         if windowed and not self.layer.window:
             yield f"layer.window: mixer {windowed[0]} needs at least one window"
         if self.layer.window and not windowed:
-            yield f"layer.window: no mixer has a window; only {', '.join(WINDOWED_MIXERS)} has one"
+            known = ", ".join(name for name in MIXERS if is_windowed(name))
+            yield f"layer.window: no mixer has a window; only {known} has one"
         for i, window in enumerate(self.layer.window):
             if window > self.max_seq_len:
                 yield f"layer.window[{i}]: {window} is more than max_seq_len {self.max_seq_len}"
-        full = [m for m in mixers if m in FULL_MIXERS]
-        linear = [m for m in mixers if m != "none" and self.mixer_class(m) == "linear"]
+        yield from self._hybrid_errors()
+
+    def _hybrid_errors(self) -> Iterator[str]:
+        hybrid, mixers = self.hybrid, [m for m in self.layer.mixer if m != "none"]
+        full = [m for m in mixers if self.mixer_class(m) == "full"]
+        linear = [m for m in mixers if self.mixer_class(m) == "linear"]
         if not hybrid.ratios:
             yield "hybrid.ratios: no choice is given"
         if len(set(hybrid.ratios)) < len(hybrid.ratios):
@@ -156,29 +168,37 @@ class Space(BaseModel):
             if ratio != "full" and not linear:
                 yield f"hybrid.ratios[{i}]: {ratio} needs a linear mixer, and layer.mixer has none"
             if ratio != "linear" and not full:
-                yield f"hybrid.ratios[{i}]: {ratio} needs the mixer attention, and layer.mixer lacks it"
+                yield f"hybrid.ratios[{i}]: {ratio} needs a full mixer, and layer.mixer has none of {_full()}"
         if linear and set(hybrid.ratios) == {"full"}:
             yield f"hybrid.ratios: only full is allowed, so that {', '.join(linear)} can never appear"
         if full and set(hybrid.ratios) == {"linear"}:
-            yield "hybrid.ratios: only linear is allowed, so that attention can never appear"
+            yield f"hybrid.ratios: only linear is allowed, so that {', '.join(full)} can never appear"
         if hybrid.max_linear_kinds is not None and hybrid.max_linear_kinds > len(linear):
             count = f"the {len(linear)} linear mixers"
             yield f"hybrid.max_linear_kinds: {hybrid.max_linear_kinds} is more than {count}"
-        if hybrid.local == "separate" and not set(mixers) & set(LOCAL_MIXERS):
-            yield f"hybrid.local: separate, but layer.mixer has none of {', '.join(LOCAL_MIXERS)}"
+        local = mixers_of_class("local")
+        if hybrid.local == "separate" and not set(mixers) & set(local):
+            yield f"hybrid.local: separate, but layer.mixer has none of {', '.join(local)}"
         if hybrid.full_layers:
-            if "attention" not in mixers:
-                yield "hybrid.full_layers: layer.mixer lacks attention"
-            if self.depth and max(hybrid.full_layers) >= self.slots:
-                yield f"hybrid.full_layers: {max(hybrid.full_layers)} is past the last layer {self.slots - 1}"
-            if len(set(hybrid.full_layers)) < len(hybrid.full_layers):
-                yield "hybrid.full_layers: a layer is named twice"
+            yield from self._full_layer_errors(bool(full))
 
-    def mixer_class(self, mixer: str) -> str:
-        """``full``, ``linear`` or ``local``: how the hybrid rule counts a mixer."""
-        if mixer in FULL_MIXERS:
-            return "full"
-        return "local" if mixer in LOCAL_MIXERS and self.hybrid.local == "separate" else "linear"
+    def _full_layer_errors(self, has_full: bool) -> Iterator[str]:
+        places = self.hybrid.full_layers
+        if not has_full:
+            yield f"hybrid.full_layers: layer.mixer has none of {_full()}"
+        if self.depth and max(places) >= self.slots:
+            yield f"hybrid.full_layers: {max(places)} is past the last layer {self.slots - 1}"
+        if len(set(places)) < len(places):
+            yield "hybrid.full_layers: a layer is named twice"
+
+    def mixer_class(self, mixer: str) -> MixerClass:
+        """The class that the hybrid rule counts a mixer in, ``full``, ``linear`` or ``local``.
+
+        Args:
+            mixer: name of a registered mixer. Local ones count as linear unless ``hybrid.local`` is separate.
+        """
+        known = MIXERS.get(mixer).mixer_class
+        return "linear" if known == "local" and self.hybrid.local == "linear" else known
 
     @property
     def slots(self) -> int:
@@ -201,7 +221,7 @@ class Space(BaseModel):
         """Distinct (mixer, window) choices; the first is always (none, 0)."""
         options: list[tuple[str, int]] = [("none", 0)]
         for mixer in self.layer.mixer:
-            if mixer in WINDOWED_MIXERS:
+            if is_windowed(mixer):
                 options += [(mixer, window) for window in self.layer.window]
             elif mixer != "none":
                 options.append((mixer, 0))
@@ -262,10 +282,13 @@ class Space(BaseModel):
         return digest(canonical_json(self.model_dump(mode="json", exclude={"name"})))
 
 
-def load_space(path: Path) -> Space:
+def load_space(path: str | Path) -> Space:
     """Read a space from YAML.
+
+    Args:
+        path: of the file.
 
     Raises:
         InputError: names every unknown key, wrong type and contradiction, with its path.
     """
-    return parse(Space, load_yaml(path), str(path))
+    return parse(Space, load_yaml(Path(path)), str(path))
