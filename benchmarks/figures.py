@@ -139,7 +139,7 @@ def layers_figure(found: Outcome) -> Figure:
             layer_strip(panel, row, architecture, greatest)
             labels.append(f"{name}, width {architecture.width}, {model['latency_ms']:.3g} ms")
         panel.set(xlim=(0, 8), ylim=(len(names), -0.1), xticks=[])
-        panel.set_title(f"{setting['workload']} <= {setting['limit_ms']:.3g} ms", loc="left")
+        panel.set_title(f"{setting['workload']} <= {setting['limit_ms']:.3g} ms", loc="left", fontsize=10)
         panel.set_yticks(np.arange(len(names)) + 0.4, labels)
         panel.tick_params(length=0)
         panel.grid(visible=False)
