@@ -1,7 +1,7 @@
 """The configuration of a run, read without torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -171,6 +171,24 @@ def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
     return required_precision(limits, objectives, device, first)
 
 
+def require_objectives(config: SearchConfig, objectives: Sequence[Objective]) -> None:
+    """Refuse objectives that the strategy of a search cannot minimise.
+
+    Args:
+        config: of the search.
+        objectives: of its problem.
+
+    Raises:
+        InputError: there are too many for the strategy, one is given twice, or none is a quality.
+    """
+    most = config.strategy_entry.max_objectives
+    if most is not None and len(objectives) > most:
+        word = "one objective" if most == 1 else f"at most {most} objectives"
+        texts = ", ".join(objective.text for objective in objectives)
+        raise InputError(f"strategy {config.strategy}: it has {word}, not {texts}")
+    check_objectives(objectives)
+
+
 def make_problem(
     space: Space,
     predictors: "Mapping[str, Predictor]",
@@ -188,21 +206,18 @@ def make_problem(
     Raises:
         InputError: a malformed or contradictory limit, an unknown objective or workload.
     """
-    most = config.strategy_entry.max_objectives
     texts = config.objectives
     if not texts:
         if not predictors:
             raise InputError("objectives: none are given, and there is no device whose latency is minimised")
         workload = next(iter(next(iter(predictors.values())).models))
-        texts = ("loss", f"latency:{workload}")[:most]
-    if most is not None and len(texts) > most:
-        word = "one objective" if most == 1 else f"at most {most} objectives"
-        raise InputError(f"strategy {config.strategy}: it has {word}, not {', '.join(texts)}")
+        texts = ("loss", f"latency:{workload}")[: config.strategy_entry.max_objectives]
     limits = tuple(map(Limit.parse, config.limits))
-    check_objectives(map(Objective.parse, texts))
+    objectives = tuple(map(Objective.parse, texts))
+    require_objectives(config, objectives)
     problem = Problem(
         space,
-        objectives=texts,
+        objectives=objectives,
         limits=limits,
         predictors=predictors,
         confidence=config.confidence,

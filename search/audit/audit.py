@@ -22,7 +22,8 @@ from search.audit.rank_correlation import agreement, verdict
 from search.audit.stratified import choose_equal, choose_spread, sample_pool
 from search.audit.trials import Trial, train_trials
 from search.engine.devices import open_predictor
-from search.engine.evaluator import Failed, evaluator
+from search.engine.evaluator import Failed
+from search.engine.supernet_evaluator import evaluator
 from search.workspace import Run, open_supernet
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params

@@ -323,7 +323,7 @@ class Front:
             limits=self.limits,
             confidence=self.confidence,
             predicted=member.predicted,
-            loss_nats=member.loss_nats,
+            loss_nats=member.qualities.get("loss"),
         )
 
 

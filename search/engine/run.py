@@ -1,61 +1,132 @@
-"""A search's folder: its front, made where it is not there, and the members that are taken from it."""
+"""Searches in a folder: run to the end, or read if they are there.
+
+:func:`run_search` takes the caller's own evaluator; :func:`search_supernet` evaluates a trained supernet.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from latency import Predictor
-from search.config import SearchConfig, make_problem
-from search.engine.evaluator import Evaluator, evaluator
+from search.config import SearchConfig, make_problem, require_objectives
+from search.engine.evaluator import EvaluateArchitecture, Evaluator, FunctionEvaluate
 from search.engine.front import FRONT, Front
-from search.engine.search import Known, Search
+from search.engine.search import Known, Report, Search
+from search.engine.supernet_evaluator import evaluator
+from search.engine.workers import pool
 from search.problem.problem import Problem
 from space import InputError
 from space.io.artefact import canonical_json, digest
+from space.io.config import parse
 from space.io.progress import Reporter
 from supernet.evaluate import evaluation_set
 from supernet.training.train import Trained, load_supernet
+
+if TYPE_CHECKING:
+    from latency import Predictor
+
+
+def run_search(
+    problem: Problem,
+    evaluate: EvaluateArchitecture,
+    folder: Path | str,
+    strategy: str = "nsga2",
+    population: int | None = None,
+    generations: int | None = None,
+    seed: int = 0,
+    *,
+    surrogate: bool = True,
+    workers: int = 0,
+    inputs: Mapping[str, str] | None = None,
+    report: Report | None = None,
+) -> Front:
+    """Search with an evaluator of one's own; a search that was interrupted continues in its folder.
+
+    Example::
+
+        space = load_space("configs/spaces/small.yaml")
+        problem = Problem(space, objectives=["loss", "params"], limits=["params<=60%"])
+        front = run_search(problem, lambda a: 3 - 0.1 * a.depth - a.width / 1000, "out")
+        print(front.member("knee").architecture.describe())
+
+    Args:
+        problem: the space, objectives and limits.
+        evaluate: ``evaluate(architecture)`` gives a value of the first objective that is a quality, or values
+            by the names of qualities; lower is better. Where it raises, the architecture counts as failed.
+        folder: keeps evaluations and ``front.json``; a search of something else is refused.
+        strategy: the name of a registered strategy.
+        population: architectures of a generation; None: the strategy's own number.
+        generations: None: the strategy's own number.
+        seed: of the search.
+        surrogate: candidates are screened by predicted quality, where the strategy does that.
+        workers: Ray actors of one CPU each that call ``evaluate``, which is pickled; 0: this process does.
+        inputs: what ``evaluate`` depends on, by name, such as a checkpoint's sha256; a folder that was made
+            from others is refused.
+        report: ``report(done, total, text)`` is called after every evaluation.
+
+    Returns:
+        The front: the evaluated architectures that no other one dominates.
+
+    Raises:
+        InfeasibleError: no architecture keeps the limits.
+        InputError: no objective is a quality, the strategy is unknown, every evaluation failed, or the folder
+            belongs to another search.
+    """
+    settings = {
+        "limits": [limit.text for limit in problem.limits],
+        "objectives": problem.names,
+        "strategy": strategy,
+        "surrogate": surrogate,
+        "population": population,
+        "generations": generations,
+        "confidence": problem.confidence,
+        "seed": seed,
+    }
+    config = parse(SearchConfig, settings, "search")
+    require_objectives(config, problem.objectives)
+    qualities = [objective.text for objective in problem.objectives if objective.is_quality]
+    search = Search(problem, config, Path(folder), _inputs(problem, inputs or {}), rescored={})
+    path = search.folder / "front.json"
+    if FRONT.made_from(path, search.inputs):
+        return Front.read(path)
+    search.check()
+    with pool(FunctionEvaluate, (evaluate, qualities), workers, required=qualities) as evaluate_all:
+        return search.run(evaluate_all, report)
 
 
 def search_supernet(
     folder: Path,
     trained: Trained,
-    predictors: Mapping[str, Predictor],
+    predictors: "Mapping[str, Predictor]",
     config: SearchConfig,
     reporter: Reporter,
     known: Known | None = None,
-    units: Mapping[str, Predictor] | None = None,
+    units: "Mapping[str, Predictor] | None" = None,
     before: Sequence[Path] = (),
 ) -> Front:
     """Search a supernet, or read the front that is there already.
 
     Args:
         folder: the search's.
-        trained: what is searched.
-        predictors: by device; the first is meant where none is named.
-        config: how.
-        reporter: told how far it is.
-        known: outcomes that need not be found again; those found are added.
-        units: predictors whose predictions percentages are of, where they are others.
+        trained: the supernet and its text.
+        predictors: by device; the first is meant where a limit or objective names none.
+        config: of the search.
+        reporter: shows progress.
+        known: outcomes that need not be evaluated again; new ones are added.
+        units: predictors by device that relative limits refer to; None: ``predictors``.
         before: folders of finished searches of the same supernet whose evaluations this one starts from.
 
     Raises:
         InfeasibleError: the limits cannot be met.
-        InputError: an objective or a limit is not understood, or the folder is another search's.
+        InputError: an objective or a limit is not understood, or the folder belongs to another search.
     """
     problem = make_problem(trained.space, predictors, config, units)
-    inputs = {
-        "space": trained.space.hash,
-        "supernet": trained.checkpoint.digest,
-        "predictors": predictors_digest(predictors),
-        **({"units": predictors_digest(units)} if units and units != predictors else {}),
-    }
+    inputs = _inputs(problem, {"supernet": trained.checkpoint.digest})
     path = folder / "front.json"
     search = Search(problem, config, folder, inputs, known, before)
-    rival = _rival(search) if config.baseline == "random" else None
+    baseline = _baseline(search) if config.baseline == "random" else None
     done = FRONT.made_from(path, search.inputs)
-    if done and (rival is None or rival.complete):
+    if done and (baseline is None or baseline.complete):
         reporter.skipped("search")
         return Front.read(path)
     search.check()
@@ -64,8 +135,8 @@ def search_supernet(
         with search_evaluator(problem, config, trained, reporter) as evaluate_all:
             if not done:
                 search.run(evaluate_all, lambda done, total, text: stage(done / total, text))
-            if rival:
-                rival.evolve(
+            if baseline:
+                baseline.evolve(
                     evaluate_all, lambda done, total, text: stage(done / total, f"random search, {text}")
                 )
     return Front.read(path)
@@ -77,13 +148,27 @@ def search_front(*args: Any, **kwargs: Any) -> dict[str, Any]:
     return FRONT.read(args[0] / "front.json")
 
 
-def predictors_digest(predictors: Mapping[str, Predictor]) -> str:
-    """The hash of what predictors say."""
+def _inputs(problem: Problem, evaluated: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of a search's space, of what is evaluated, and of its predictors, by name."""
+    inputs = {"space": problem.space.hash, **evaluated}
+    if problem.predictors:
+        inputs["predictors"] = predictors_digest(problem.predictors)
+    if problem.units != problem.predictors:
+        inputs["units"] = predictors_digest(problem.units)
+    return inputs
+
+
+def predictors_digest(predictors: "Mapping[str, Predictor]") -> str:
+    """The hash of the predictions of some devices.
+
+    Args:
+        predictors: by device.
+    """
     return digest(canonical_json({device: p.identity() for device, p in predictors.items()}))
 
 
-def _rival(search: Search) -> Search:
-    """Random search for the same, at as many evaluations; what the other evaluates is known to it."""
+def _baseline(search: Search) -> Search:
+    """A random search of the same problem with as many evaluations; it knows the other's outcomes."""
     population, generations = search.config.size
     generations = 1 + round((generations - 1) * search.config.strategy_entry.offspring)
     update = {"strategy": "random", "population": population, "generations": generations}
@@ -95,10 +180,16 @@ def _rival(search: Search) -> Search:
 def search_evaluator(
     problem: Problem, config: SearchConfig, trained: Trained, reporter: Reporter
 ) -> AbstractContextManager[Evaluator]:
-    """What evaluates the architectures of a search.
+    """The evaluator of a supernet's search.
+
+    Args:
+        problem: its objectives decide what is evaluated.
+        config: the windows and workers.
+        trained: the supernet and its text.
+        reporter: shows warnings.
 
     Raises:
-        InputError: an objective asks for what the evaluation windows do not have.
+        InputError: an objective cannot be evaluated on these windows, or has no function.
     """
     sets = {
         name: evaluation_set(trained.corpus, windows, trained.length)
@@ -107,4 +198,6 @@ def search_evaluator(
     if "recall_loss" in problem.names and not sets["search"].recall_share:
         raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")
     supernet = load_supernet(trained.space, trained.checkpoint)
-    return evaluator(supernet, sets, config.workers, config.ray_address, reporter.warn)
+    return evaluator(
+        supernet, sets, config.workers, config.ray_address, reporter.warn, problem.registered_qualities
+    )

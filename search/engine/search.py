@@ -1,8 +1,8 @@
-"""The search: from a supernet, predictors and limits to a front of architectures.
+"""The search loop: from a problem and an evaluator to a front of architectures.
 
-The driver owns the algorithm. What generation g evaluates is a function of the seed, g and
-the record so far, so that a search that was killed goes on as if it had not been, and gives
-the same ``front.json``, byte for byte, with any number of workers.
+This process runs the strategy. The genomes of generation g are a function of the seed, g and the evaluations
+before it, so a search that was interrupted continues as if it had not been, and gives the same
+``front.json``, byte for byte, with any number of workers.
 """
 
 import math
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from search.config import SearchConfig
 from search.engine.evaluations import EVALUATIONS, Record, genomes_of
-from search.engine.evaluator import Evaluator, Failed, Machine, Outcome
+from search.engine.evaluator import Evaluator, Failed, Machine, Outcome, make_quality, quality_value
 from search.engine.front import Front
 from search.engine.make_front import make_front
 from search.engine.optuna_study import open_study
 from search.problem.feasibility import check_feasible
-from search.problem.milp import ROUNDING_TOLERANCE, feasible
+from search.problem.limit import ROUNDING_TOLERANCE
+from search.problem.milp import feasible
 from search.problem.problem import Problem
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.registry import make_strategy
@@ -31,16 +32,25 @@ from space import InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
-from supernet.evaluate import Quality
 from supernet.training.checkpoint import sole_writer
 
-RESCORED = {"middle": 64, "front": 32}  # how many are evaluated again, on more and more tokens
-Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, what is known
+RESCORED = {"middle": 64, "front": 32}  # candidates evaluated again, on more and more windows
+Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, a text
 Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
 
 
 class Search:
-    """One search over a problem, kept in a folder."""
+    """One search of a problem, kept in a folder.
+
+    Args:
+        problem: what is searched.
+        config: the strategy, its size and its seed.
+        folder: the search's.
+        inputs: sha256 of what evaluations depend on, by name; a folder made from others is refused.
+        known: outcomes that need not be evaluated again; new ones are added.
+        before: folders of finished searches of the same supernet, whose evaluations this one starts from.
+        rescored: the number of candidates for the front that are evaluated again, by the name of the windows.
+    """
 
     def __init__(
         self,
@@ -50,58 +60,67 @@ class Search:
         inputs: Mapping[str, str],
         known: Known | None = None,
         before: Sequence[Path] = (),
+        rescored: Mapping[str, int] = RESCORED,
     ) -> None:
-        """A search in a folder.
-
-        ``known`` are outcomes that need not be found again; those found here are added to it. ``before`` are
-        folders of finished searches of the same supernet, whose evaluations this one starts from.
-        """
         self.problem, self.config, self.folder = problem, config, folder
         self.inputs = {**inputs, "search": search_digest(problem, config)}
         self.record = Record(folder, self.inputs)
         self.constraints = problem.constraints()
         self.costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.known = {} if known is None else known
-        self.before = tuple(before)
-        self.failed: list[pd.DataFrame] = []  # when the front was evaluated again
-        # What says of each device whether it runs an architecture at all.
-        self.runs = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
+        self.before, self.rescored = tuple(before), dict(rescored)
+        self.failed: list[pd.DataFrame] = []  # evaluations that failed when the front was evaluated again
+        # A latency of every device: infinite where it cannot run an architecture.
+        self.latencies = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
         self.population, self.generations = config.size
 
     def constraint_violation(self, genomes: Genomes) -> NDArray[np.float64]:
-        """By how much genomes break the limits, as a sum of shares of the bounds: [N]."""
+        """The sum [N] of the relative excess over each limit; inf where a device cannot run a genome.
+
+        Args:
+            genomes: [N, G].
+        """
         total = np.zeros(len(genomes))
         for item in self.constraints:
             total += np.maximum(0.0, item.cost(genomes) / item.bound - 1 - ROUNDING_TOLERANCE)
-        for runs in self.runs:
-            total[~np.isfinite(runs(genomes))] = np.inf
+        for latency in self.latencies:
+            total[~np.isfinite(latency(genomes))] = np.inf
         return total
 
     def check(self) -> None:
-        """Refuse limits that cannot be met.
+        """Refuse limits that no architecture keeps.
 
         Raises:
-            InfeasibleError: names them, with the least that is possible and the architecture that has it.
+            InfeasibleError: names them, with the least possible value and the architecture that has it.
         """
         check_feasible(self.problem.space, self.constraints)
 
     def run(self, evaluate: Evaluator, report: Report | None = None) -> Front:
         """Search to the last generation, from the record if there is one, and write ``front.json``.
 
+        Args:
+            evaluate: gives the qualities of architectures.
+            report: called after every evaluation.
+
         Raises:
-            InfeasibleError: the limits cannot be met; names them, with what is possible.
-            InputError: the record belongs to a search with other inputs.
+            InfeasibleError: the limits cannot be met.
+            InputError: the record belongs to a search with other inputs, or every evaluation failed.
         """
         self.check()
         table = self.evolve(evaluate, report)
-        front_table = self._rescore(table, evaluate, report)
+        members = self._members(table, evaluate, report)
         failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
-        front = make_front(self.problem, self.config, front_table, table, failed, self.inputs)
+        front = make_front(self.problem, self.config, members, table, failed, self.inputs)
         front.write(self.folder / "front.json")
         return front
 
     def evolve(self, evaluate: Evaluator, report: Report | None = None) -> pd.DataFrame:
-        """All that is evaluated on the windows of the search, a row each, in order."""
+        """All evaluations on the windows of the search, a row each, in order.
+
+        Args:
+            evaluate: gives the qualities of architectures.
+            report: called after every evaluation.
+        """
         with sole_writer(self.folder):
             return self._evolve(evaluate, report)
 
@@ -111,7 +130,7 @@ class Search:
         study = open_study(path, self.folder.name, problem.names, problem.space.hash)
         strategy = make_strategy(self.config.strategy, self._task())
         earlier = self._earlier()
-        if strategy.starts_from_others:
+        if strategy.accepts_foreign_evaluations:
             for part in earlier:
                 strategy.tell(genomes_of(part), self._objectives(part))
         parts: list[pd.DataFrame] = []
@@ -121,7 +140,7 @@ class Search:
             if known is None:
                 self.record.write(f"{generation:04d}", part)
             self._remember(part, "search")
-            if not len(part):  # the space has no more that keep the limits
+            if not len(part):  # no further architecture keeps the limits
                 break
             strategy.tell(genomes_of(part), self._objectives(part))
             study.add(problem.space, part, problem.names, sum(map(len, parts)))
@@ -131,7 +150,7 @@ class Search:
     def _generation(
         self, generation: int, strategy: Strategy, evaluate: Evaluator, report: Report | None
     ) -> pd.DataFrame:
-        """What a strategy proposes, evaluated, beside what it predicted."""
+        """The evaluations of a strategy's proposals, with its predictions."""
         genomes = strategy.ask()
         part = self._evaluate(genomes, evaluate, "search", generation, report)
         predicted = strategy.predicted(genomes)
@@ -142,7 +161,7 @@ class Search:
 
     @property
     def complete(self) -> bool:
-        """Whether the last generation is in the record, or the one after which there was nothing left."""
+        """True if the record has the last generation, or one after which no architecture was left."""
         parts = sorted(self.record.folder.glob("part-[0-9]*.parquet"))
         if not parts:
             return False
@@ -150,7 +169,7 @@ class Search:
         return len(parts) == self.generations or (last is not None and last.empty)
 
     def _earlier(self) -> list[pd.DataFrame]:
-        """What earlier searches evaluated and these limits allow, with the costs of today."""
+        """Evaluations of earlier searches that keep these limits, with costs by today's predictors."""
         found = []
         for folder in self.before:
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
@@ -166,12 +185,13 @@ class Search:
         return [part for part in found if len(part)]
 
     def _task(self) -> Task:
-        """What the strategy is to solve."""
+        """The problem as a strategy sees it; one seed keeps the limits if any architecture does."""
         space = self.problem.space
         seeds = [genome.smallest(space), genome.largest(space)]
         costs, bounds = [b.cost for b in self.constraints], [b.bound for b in self.constraints]
-        if costs or self.runs:
-            witness = feasible(space, [*costs, *self.runs], [*bounds, *[math.inf] * len(self.runs)])
+        if costs or self.latencies:
+            within = [*bounds, *[math.inf] * len(self.latencies)]
+            witness = feasible(space, [*costs, *self.latencies], within)
             if witness is None:
                 raise InputError(f"space {space.name}: no architecture runs on the device within the limits")
             seeds.append(witness)
@@ -192,7 +212,7 @@ class Search:
     def _evaluate(
         self, genomes: Genomes, evaluate: Evaluator, data: str, generation: int, report: Report | None
     ) -> pd.DataFrame:
-        """Evaluate genomes on a set of windows: one row each."""
+        """The evaluations of genomes [N, G] on a set of windows, a row each."""
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
         before, total = generation * self.population, self.generations * self.population
@@ -204,59 +224,72 @@ class Search:
             self.known[data, one.key] = outcome
             if report:
                 report(min(before + done, total), total, title)
-        outcomes = [self.known[data, key] for key in keys]
         columns: dict[str, Any] = {
             "generation": generation,
             "key": keys,
             "architecture": [a.text for a in architectures],
             "genome": list(genomes),
-            "loss": [math.nan if isinstance(o, Failed) else o.loss_nats for o in outcomes],
-            "recall_loss": [math.nan if isinstance(o, Failed) else o.recall_loss_nats for o in outcomes],
-            "failed": [o.reason if isinstance(o, Failed) else "" for o in outcomes],
+            **self._outcome_columns([self.known[data, key] for key in keys]),
             **asdict(Machine.here()),
         }
-        for name, cost in self.costs.items():
-            if cost is not None:
-                columns[name] = cost(genomes)
+        columns |= {name: cost(genomes) for name, cost in self.costs.items() if cost is not None}
         return pd.DataFrame(columns)
+
+    def _outcome_columns(self, outcomes: Sequence[Outcome]) -> dict[str, list[float] | list[str]]:
+        """The qualities of outcomes and the reasons of failures, by column."""
+        columns: dict[str, list[float] | list[str]] = {
+            name: [math.nan if isinstance(o, Failed) else quality_value(o, name) for o in outcomes]
+            for name in self.problem.qualities
+        }
+        columns["failed"] = [o.reason if isinstance(o, Failed) else "" for o in outcomes]
+        return columns
 
     def _remember(self, part: pd.DataFrame, data: str) -> None:
         """Take over the outcomes of a part of the record."""
-        for key, loss, recall, failed in zip(
-            part["key"], part["loss"], part["recall_loss"], part["failed"], strict=True
-        ):
-            self.known[data, key] = (
-                Failed(failed) if failed else Quality(loss_nats=loss, recall_loss_nats=recall)
-            )
+        for row in part[["key", "failed", *self.problem.qualities]].to_dict("records"):
+            values = {name: row[name] for name in self.problem.qualities}
+            self.known[data, row["key"]] = Failed(row["failed"]) if row["failed"] else make_quality(values)
 
-    def _rescore(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
-        """The front, after its candidates were evaluated again on more and more tokens."""
+    def _members(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+        """The front, sorted by the objectives, after its candidates were evaluated on more windows."""
         last = self.generations - 1
-        for data, count in RESCORED.items():
+        for data, count in self.rescored.items():
             part = self.record.read(data)
             if part is None:
-                objectives = self._objectives(table)
-                failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
-                best = survivors(objectives, failed, count)
-                best = best[failed[best] == 0]
-                if not len(best):
-                    raise InputError(
-                        f"search: every evaluation failed; the first with {table['failed'].iloc[0]}"
-                    )
-                part = self._evaluate(genomes_of(table)[best], evaluate, data, last, report)
+                part = self._evaluate(self._candidates(table, count), evaluate, data, last, report)
                 if not np.isfinite(self._objectives(part)).all(axis=1).any():
                     reason = part["failed"].iloc[0]
                     raise InputError(f"search: every evaluation of the front failed: {reason}")
                 self.record.write(data, part)
             table = part
             self.failed += [part[part["failed"] != ""]]
+        self._candidates(table, 1)  # refuses a table without any
         finite = table.iloc[np.flatnonzero(np.isfinite(self._objectives(table)).all(axis=1))]
         kept = np.flatnonzero(non_dominated(self._objectives(finite)))
         return finite.iloc[kept].sort_values([*self.problem.names, "key"], ignore_index=True)
 
+    def _candidates(self, table: pd.DataFrame, count: int) -> Genomes:
+        """The genomes [at most count, G] of the best evaluations.
+
+        Raises:
+            InputError: every evaluation failed.
+        """
+        objectives = self._objectives(table)
+        failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
+        best = survivors(objectives, failed, count)
+        best = best[failed[best] == 0]
+        if not len(best):
+            raise InputError(f"search: every evaluation failed; the first with {table['failed'].iloc[0]}")
+        return genomes_of(table.iloc[best])
+
 
 def search_digest(problem: Problem, config: SearchConfig) -> str:
-    """The hash of what determines a search's result, beside its space, supernet and predictors."""
+    """The hash of what determines a search's result, beside its space, supernet and predictors.
+
+    Args:
+        problem: its objectives and devices count.
+        config: all of it counts but what only decides who evaluates, and the baseline.
+    """
     settings = config.model_dump(mode="json", exclude={"workers", "ray_address", "baseline"})
     settings["population"], settings["generations"] = config.size
     return digest(canonical_json([settings, list(problem.names), list(problem.predictors)]))

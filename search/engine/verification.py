@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from search.engine.front import BoundedLimit, LatencyPrediction
@@ -245,6 +246,18 @@ class Verification:
     def document(self) -> JsonObject:
         """The JSON object with its header, as ``verify.json`` holds it."""
         return {"header": VERIFICATION.header(self.inputs), **self.to_json()}
+
+    @staticmethod
+    def read(path: Path) -> "Verification":
+        """Read a ``verify.json``.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: the file is missing, not whole, or of another kind or schema version.
+        """
+        return Verification.from_json(VERIFICATION.read(path))
 
     @staticmethod
     def from_json(value: JsonObject) -> "Verification":

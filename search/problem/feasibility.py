@@ -24,7 +24,7 @@ from itertools import combinations
 
 import numpy as np
 
-from search.problem.limit import Constraint
+from search.problem.limit import Constraint, within
 from search.problem.milp import (
     alternatives,
     feasible,
@@ -33,7 +33,6 @@ from search.problem.milp import (
     most_room,
     optimum,
     split_maxima,
-    within,
 )
 from space import Architecture, InfeasibleError, Space
 from space.genome import Genomes, decode, encode

@@ -17,6 +17,7 @@ from space import InputError, Workload
 from space.ops import Cost
 from space.precision import PRECISIONS
 
+ROUNDING_TOLERANCE = 1e-9  # relative: the order in which a sum is taken changes its last digits
 _NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 
 
@@ -198,6 +199,16 @@ def check_limits(limits: Iterable[Limit]) -> None:
             raise InputError(
                 f"limits {other.text!r} and {limit.text!r}: both limit {limit.subject}; keep one"
             )
+
+
+def within(value: float, bound: float) -> bool:
+    """True if a cost keeps a bound (above 0), but for rounding.
+
+    Args:
+        value: of the cost.
+        bound: in the same unit.
+    """
+    return value <= bound * (1 + ROUNDING_TOLERANCE)
 
 
 @dataclass(frozen=True)

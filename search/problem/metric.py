@@ -17,6 +17,7 @@ from space import Architecture, ModelConfig, Space, Workload
 from space.cost import memory_bytes, memory_cost, params, params_cost
 from space.ops import Cost
 from space.registry import Registry
+from space.workload import PHASES
 
 if TYPE_CHECKING:  # the predictor's libraries take seconds to load
     from latency import Predictor
@@ -77,7 +78,7 @@ PARAMETERS = Unit(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Metric:
     """A cost of an architecture that can be limited or minimised.
 
@@ -92,7 +93,7 @@ class Metric:
         options: of the workload that limits may give: ``batch``, ``threads``, ``precision``.
         needs_device: the cost depends on a device's predictor, and is known for certain only when measured.
         measured_by: the measurement at verification: ``latency`` or ``rss`` on the device, or
-            ``measured_by(architecture, model_config, workload)``, in base units; None: limits stay unmeasured.
+            ``measured_by(architecture, model_config, workload)`` in base units; None: limits stay unmeasured.
         quantity: the name in objectives of the form ``QUANTITY:WORKLOAD``; the metric's name where it is "".
     """
 
@@ -164,58 +165,67 @@ def format_quantity(metric: Metric | str, value: float, digits: int = 3) -> str:
     return found.unit.format(value, digits)
 
 
-def given(value: Value | None) -> Value:
-    """A predictor or workload that a metric's declaration promises.
-
-    Raises:
-        TypeError: it is None.
-    """
+def _given(value: Value | None) -> Value:
     if value is None:
-        raise TypeError("the metric needs a predictor and a workload")
+        raise TypeError("the metric needs a predictor or a workload")  # its declaration promises it
     return value
 
 
-for _metric in (
-    *(
+def _latency_cost(
+    _space: Space, predictor: "Predictor | None", workload: Workload | None, confidence: float | None
+) -> Cost:
+    return _given(predictor).cost(_given(workload), confidence)
+
+
+def _rss_cost(
+    _space: Space, predictor: "Predictor | None", workload: Workload | None, confidence: float | None
+) -> Cost:
+    return _given(predictor).memory_cost(_given(workload), confidence)
+
+
+def _memory_cost(
+    space: Space, _predictor: "Predictor | None", workload: Workload | None, _confidence: float | None
+) -> Cost:
+    return memory_cost(space, _given(workload))
+
+
+def _memory_bytes(architecture: Architecture, config: ModelConfig, workload: Workload | None) -> float:
+    return memory_bytes(architecture, _given(workload), config)
+
+
+def _params_cost(
+    space: Space, _predictor: "Predictor | None", _workload: Workload | None, _confidence: float | None
+) -> Cost:
+    return params_cost(space)
+
+
+def _params(architecture: Architecture, config: ModelConfig, _workload: Workload | None) -> float:
+    return params(architecture, config)
+
+
+for _phase in PHASES:
+    register_metric(
         Metric(
-            name=phase,
+            name=_phase,
             quantity="latency",
             unit=SECONDS,
-            phase=phase,
+            phase=_phase,
             needs_device=True,
+            cost=_latency_cost,
             measured_by="latency",
-            cost=lambda _space, predictor, workload, confidence: given(predictor).cost(
-                given(workload), confidence
-            ),
         )
-        for phase in ("prefill", "decode")
-    ),
+    )
+register_metric(
     Metric(
         name="memory",
         unit=BYTES,
-        phase="prefill",  # of reading N tokens at once
+        phase="prefill",  # of N tokens at once
         options=("batch", "precision"),
-        measured_by=lambda architecture, config, workload: memory_bytes(
-            architecture, given(workload), config
-        ),
-        cost=lambda space, _predictor, workload, _confidence: memory_cost(space, given(workload)),
-    ),
-    Metric(
-        name="rss",
-        unit=BYTES,
-        phase="prefill",
-        needs_device=True,
-        measured_by="rss",
-        cost=lambda _space, predictor, workload, confidence: given(predictor).memory_cost(
-            given(workload), confidence
-        ),
-    ),
-    Metric(
-        name="params",
-        unit=PARAMETERS,
-        options=(),
-        measured_by=lambda architecture, config, _workload: params(architecture, config),
-        cost=lambda space, _predictor, _workload, _confidence: params_cost(space),
-    ),
-):
-    register_metric(_metric)
+        cost=_memory_cost,
+        measured_by=_memory_bytes,
+    )
+)
+register_metric(
+    Metric(name="rss", unit=BYTES, phase="prefill", needs_device=True, cost=_rss_cost, measured_by="rss")
+)
+register_metric(Metric(name="params", unit=PARAMETERS, options=(), cost=_params_cost, measured_by=_params))

@@ -1,133 +1,40 @@
-"""Exact minima and feasible architectures under bounds, by dynamic and integer programming."""
+"""Exact minima and feasible architectures under several bounds, by integer programming.
+
+Several costs together are one integer programme a width over the counts of
+:mod:`search.problem.dynamic_program`. The solver (HiGHS, by scipy) works to 1e-6 of its numbers, so rows are
+scaled, and each solution is priced again, exactly. A solution that breaks a bound after all is cut away, and
+the rest is searched on. A maximum of sums is bounded by bounding each sum; a minimum of two costs is bounded
+if either is, so both are tried.
+
+Shapes: O mixer options, F FFN options, P patterns; see :mod:`search.problem.dynamic_program`.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from search.problem.dynamic_program import (
+    Floats,
+    Ints,
+    Prices,
+    assemble,
+    cheapest,
+    least_sum,
+    options_of,
+    prices_at,
+)
+from search.problem.limit import ROUNDING_TOLERANCE, within
 from space import Architecture, Space
-from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, encode, encoding, smallest
+from space.genome import FULL, LINEAR, LOCAL, Genomes, decode, encode, encoding
 from space.ops import Cost
 
-Floats = NDArray[np.float64]
-
-
-Ints = NDArray[np.int64]
-
-
-ROUNDING_TOLERANCE = 1e-9  # relative: the order in which a sum is taken changes its last digits
-
-
-_SCALE = 1e4  # of costs over bounds: what the solver's tolerances of 1e-6 are small against
-
-
-_HALVED = 1e-6  # relative: how near the least greatest of sums is come
-
-
-_INFEASIBLE = 2  # milp's status
-
-
-def within(value: float, bound: float) -> bool:
-    """Whether a cost keeps a bound (above 0), but for rounding."""
-    return value <= bound * (1 + ROUNDING_TOLERANCE)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The distinct (mixer, heads) options of a space: four arrays [O]."""
-
-    mixer: Ints
-    heads: Ints
-    classes: Ints
-    kinds: Ints
-
-
-@lru_cache(maxsize=64)
-def _options(space: Space) -> _Options:
-    enc = encoding(space)
-    heads = [1 if enc.headless[m] else len(space.head_options) for m in range(len(enc.max_linear_kinds))]
-    mixer, head = np.array([(m, h) for m in range(1, len(enc.max_linear_kinds)) for h in range(heads[m])]).T
-    return _Options(mixer, head, enc.classes[mixer], enc.max_linear_kinds[mixer])
-
-
-@dataclass(frozen=True)
-class _Prices:
-    """One cost at one width: of the ends, of a layer, of each mixer option [O] and FFN option [F]."""
-
-    fixed: float
-    per_layer: float
-    attention_constant: float
-    mixer: Floats
-    ffn: Floats
-    mixer_peak: Floats
-    ffn_peak: Floats
-
-
-def _prices(space: Space, cost: Cost, width: int) -> _Prices:
-    """Prices; a peak below that of the ends is theirs, and without a peak all are 0."""
-    at = _options(space)
-    table, peak = cost.table, cost.max_op
-    mixer, ffn = table.mixer[width, at.mixer, at.heads], table.ffn[width]
-    fixed = cost.constant + float(table.ends[width].sum())
-    if peak is None:
-        zero = np.zeros_like(mixer), np.zeros_like(ffn)
-        return _Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, *zero)
-    ends = peak.ends[width].max()
-    mixer_peak = np.maximum(ends, peak.mixer[width, at.mixer, at.heads])
-    ffn_peak = np.maximum(ends, peak.ffn[width])
-    return _Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, mixer_peak, ffn_peak)
-
-
-def _cheapest(space: Space, prices: _Prices) -> tuple[Floats, Ints, Ints]:
-    """The least totals [T, P] by level of the peak and pattern, and the options that have them.
-
-    A level T allows only options whose peak is at most it, and charges it in full: the least
-    over the levels is the least total with the peak at its own value. The options are [T, 4]
-    indices by class: of mixers (without meaning for FFN_ONLY) and of FFNs.
-    """
-    enc, at = encoding(space), _options(space)
-    levels = np.unique(np.concatenate([prices.mixer_peak, prices.ffn_peak]))
-    mixer = np.where(prices.mixer_peak <= levels[:, None], prices.mixer, np.inf)  # [T, O]
-    ffn = np.where(prices.ffn_peak <= levels[:, None], prices.ffn, np.inf)  # [T, F]
-    place = np.arange(len(prices.ffn))
-    apart = prices.per_layer * enc.patterns.sum(axis=1) + prices.attention_constant * (enc.patterns[:, 1] > 0)
-    totals = prices.fixed + apart + levels[:, None]  # [T, P]
-    chosen = np.zeros((2, len(levels), 4), np.int64)
-    for column, kind in enumerate((FFN_ONLY, FULL, LINEAR, LOCAL)):
-        beside = np.where(place >= (1 if kind == FFN_ONLY else enc.least_ffn), ffn, np.inf)
-        chosen[1, :, column] = beside.argmin(axis=1)
-        layer = beside.min(axis=1)
-        if kind != FFN_ONLY:
-            of_kind = np.where(at.classes == kind, mixer, np.inf)
-            chosen[0, :, column] = of_kind.argmin(axis=1)
-            layer = layer + of_kind.min(axis=1)
-        count = enc.patterns[:, column]
-        with np.errstate(invalid="ignore"):  # 0 layers of infinite cost
-            totals += np.where(count == 0, 0.0, count * layer[:, None])
-    return totals, chosen[0], chosen[1]
-
-
-def _assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
-    """A genome [1, G] with so many of each mixer option [O] and FFN option [F]."""
-    enc, at = encoding(space), _options(space)
-    options = np.repeat(np.arange(len(mixers)), mixers)
-    options = options[
-        np.argsort(at.classes[options] != FULL, kind="stable")
-    ]  # full ones to the must_be_full slots
-    sizes = np.repeat(np.arange(len(ffns)), ffns)  # rising: the layers without a mixer get the last ones
-    slots = np.concatenate([np.flatnonzero(enc.must_be_full), np.flatnonzero(~enc.must_be_full)])[
-        : len(sizes)
-    ]
-    genome = np.zeros((1, enc.genes), np.int16)
-    genome[0, 0] = width
-    genome[0, 1 + 3 * slots[: len(options)]] = at.mixer[options]
-    genome[0, 2 + 3 * slots[: len(options)]] = at.heads[options]
-    genome[0, 3 + 3 * slots] = sizes
-    return genome
+SCALE = 1e4  # of costs over bounds, so that the solver's tolerances of 1e-6 are small beside them
+BISECTION_TOLERANCE = 1e-6  # relative: distance from the least maximum of sums at which the search stops
+INFEASIBLE = 2  # milp's status
 
 
 def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
@@ -142,7 +49,7 @@ def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
 
 def _least_greatest(space: Space, cost: Cost) -> tuple[float, Architecture]:
     """The least of a sum, or of the greatest of several."""
-    value, architecture = _least_sum(space, replace(cost, max_with=()))
+    value, architecture = least_sum(space, replace(cost, max_with=()))
     if not cost.max_with or not np.isfinite(value):
         return value, architecture
     best = lowered(space, cost, encode(space, [architecture]), [], [])
@@ -162,7 +69,7 @@ def lowered(
 ) -> Genomes:
     """The genome [1, G] of the least greatest of sums, by halving; ``best`` has the least first sum."""
     low, high = float(replace(cost, max_with=())(best)[0]), float(cost(best)[0])
-    while high > low * (1 + _HALVED):
+    while high > low * (1 + BISECTION_TOLERANCE):
         middle = (low + high) / 2
         costs, limits = split_maxima([cost, *others], [middle, *bounds])
         found = optimum(space, costs, limits, [1.0] + [0.0] * (len(costs) - 1))
@@ -181,23 +88,6 @@ def split_maxima(costs: Sequence[Cost], bounds: Sequence[float]) -> tuple[list[C
         for part in (replace(cost, max_with=()), *cost.max_with)
     ]
     return [part for part, _ in pairs], [bound for _, bound in pairs]
-
-
-def _least_sum(space: Space, cost: Cost) -> tuple[float, Architecture]:
-    """The least value of a sum in a space, exactly, and an architecture that has it."""
-    tables = [_cheapest(space, _prices(space, cost, width)) for width in range(len(space.width))]
-    width = int(np.argmin([totals.min() for totals, _, _ in tables]))
-    totals, mixer_at, ffn_at = tables[width]
-    level, row = np.unravel_index(np.argmin(totals), totals.shape)
-    if not np.isfinite(totals[level, row]):
-        return np.inf, smallest(space)
-    pattern = encoding(space).patterns[row]
-    mixers = np.zeros(len(_options(space).mixer), np.int64)
-    np.add.at(mixers, mixer_at[level, 1:], pattern[1:])
-    ffns = np.zeros(len(space.ffn_options), np.int64)
-    np.add.at(ffns, ffn_at[level], pattern)
-    genome = _assemble(space, width, mixers, ffns)
-    return float(cost(genome)[0]), decode(space, genome)[0]
 
 
 def _undominated(values: Floats, groups: Ints) -> Ints:
@@ -219,15 +109,13 @@ class _Program:
     ffns: Ints  # the FFN option of each of the following
 
 
-def _program(
-    space: Space, prices: list[_Prices], bounds: Floats, weights: Floats, patterns: Ints
-) -> _Program:
+def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats, patterns: Ints) -> _Program:
     """The programme: least weighted sum of costs, each at most its bound; one of the patterns [P, 4].
 
     Columns: counts of mixers and FFNs, then 0 or 1 for each pattern, for each linear kind where
     their number is limited, and for each level of each cost's peak.
     """
-    enc, at = encoding(space), _options(space)
+    enc, at = encoding(space), options_of(space)
     few = space.max_linear_kinds < enc.kind_count
     values = [np.stack([p.mixer, p.mixer_peak], axis=1) for p in prices]
     groups = np.where(few & (at.classes == LINEAR), LOCAL + 1 + at.kinds, at.classes)
@@ -272,13 +160,13 @@ def _program(
         cost[x], cost[u] = price.mixer[mixers], price.ffn[ffns]
         cost[p] = price.per_layer * patterns.sum(axis=1) + price.attention_constant * (patterns[:, 1] > 0)
         cost[part] = level
-        objective += _SCALE * weight * cost
+        objective += SCALE * weight * cost
         if np.isfinite(bound):
             rows.append(
                 (
-                    _SCALE * cost / bound,
+                    SCALE * cost / bound,
                     -np.inf,
-                    _SCALE * ((bound - price.fixed) / bound + ROUNDING_TOLERANCE),
+                    SCALE * ((bound - price.fixed) / bound + ROUNDING_TOLERANCE),
                 )
             )
     matrix, lows, highs = zip(*rows, strict=True)
@@ -301,16 +189,16 @@ def _solve(
             # Presolve gains nothing here, and with it HiGHS prints a line on stdout now and then.
             options={"mip_rel_gap": 0.0, "presolve": False},
         )
-        if result.status == _INFEASIBLE:
+        if result.status == INFEASIBLE:
             continue
         if result.x is None:
             raise RuntimeError(f"the integer programme was not solved: {result.message}")
         found = np.rint(result.x)
-        mixers = np.zeros(len(_options(space).mixer), np.int64)
+        mixers = np.zeros(len(options_of(space).mixer), np.int64)
         mixers[program.mixers] = found[: len(program.mixers)]
         ffns = np.zeros(len(space.ffn_options), np.int64)
         ffns[program.ffns] = found[len(program.mixers) :][: len(program.ffns)]
-        genome = _assemble(space, width, mixers, ffns)
+        genome = assemble(space, width, mixers, ffns)
         values = np.array([cost(genome)[0] for cost in costs])
         if all(within(value, bound) for value, bound in zip(values, bounds, strict=True)):
             total = float(weights @ values)
@@ -337,8 +225,8 @@ def optimum(
     best: tuple[float, Genomes] | None = None
     ready = []
     for width in range(len(space.width)):
-        prices = [_prices(space, cost, width) for cost in costs]
-        floors = np.stack([_cheapest(space, price)[0].min(axis=0) for price in prices])  # [costs, P]
+        prices = [prices_at(space, cost, width) for cost in costs]
+        floors = np.stack([cheapest(space, price)[0].min(axis=0) for price in prices])  # [costs, P]
         keep = ((floors <= limits[:, None] * (1 + ROUNDING_TOLERANCE)) & np.isfinite(floors)).all(axis=0)
         if keep.any():
             floor = float((factors @ floors[:, keep]).min())

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from search.problem.limit import parse_subject
+from search.problem.limit import Subject, parse_subject
 from search.problem.metric import METRICS, Metric, metric_named
 from space import InputError, Workload
 from space.registry import Registry
@@ -97,20 +97,26 @@ class Objective:
         text = text.strip()
         if text in QUALITIES:
             return Objective(text=text)
-        *device, quantity, workload = text.split(":") if ":" in text else (text, "")
-        if any(quantity in (m.quantity or m.name, m.name) for m in map(METRICS.get, METRICS)) and workload:
-            parsed = Workload.parse(workload)
-            metric = metric_named(quantity, parsed.phase)
-            if metric is None or len(device) > 1 or (device and not metric.needs_device):
-                raise InputError(f"objective {text!r}: not one of {objective_forms()}")
-            return Objective(text=text, metric=metric, device=device[0] if device else None, workload=parsed)
-        head = re.match(r"(?:[^:]*:)?\s*(\w+)", text)
-        if not head or head[1] not in METRICS:
+        subject = _quantity_of_workload(text) or _subject(text)
+        if subject is None or (subject.device and not subject.metric.needs_device):
             raise InputError(f"objective {text!r}: not one of {objective_forms()}")
-        subject = parse_subject(text, f"objective {text!r}")
-        if subject.device and not subject.metric.needs_device:
-            raise InputError(f"objective {text!r}: {subject.metric.form} is the same on every device")
         return Objective(text=text, metric=subject.metric, device=subject.device, workload=subject.workload)
+
+
+def _quantity_of_workload(text: str) -> Subject | None:
+    """The cost of ``[DEVICE:]QUANTITY:WORKLOAD``; None where the text has another form."""
+    match = re.fullmatch(r"(?:([^:]*):)?(\w+):([^:]+)", text)
+    if not match or not any(match[2] == (m.quantity or m.name) for m in map(METRICS.get, METRICS)):
+        return None
+    workload = Workload.parse(match[3])
+    metric = metric_named(match[2], workload.phase)
+    return Subject(device=match[1], metric=metric, workload=workload) if metric else None
+
+
+def _subject(text: str) -> Subject | None:
+    """The cost of a text as limits name it, ``[DEVICE:]METRIC[@N]``; None where it names no metric."""
+    match = re.match(r"(?:[^:]*:)?\s*(\w+)", text)
+    return parse_subject(text, f"objective {text!r}") if match and match[1] in METRICS else None
 
 
 def objective_forms() -> str:

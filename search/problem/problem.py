@@ -80,9 +80,13 @@ class Problem:
 
     @property
     def qualities(self) -> tuple[str, ...]:
-        """The qualities of every evaluation: the built-in ones, then the objectives' own."""
-        own = [o.text for o in self.objectives if o.is_quality and o.text not in BUILTIN_QUALITIES]
-        return (*BUILTIN_QUALITIES, *own)
+        """The qualities of every evaluation: the built-in ones, then the registered objectives."""
+        return (*BUILTIN_QUALITIES, *self.registered_qualities)
+
+    @property
+    def registered_qualities(self) -> tuple[str, ...]:
+        """The objectives that are qualities other than the built-in ones."""
+        return tuple(o.text for o in self.objectives if o.is_quality and o.text not in BUILTIN_QUALITIES)
 
     def device(self, name: str | None) -> str:
         """The name of a device; the first where None is given.
@@ -94,10 +98,10 @@ class Problem:
             InputError: the problem has no such device.
         """
         known = ", ".join(self.predictors) or "none"
-        name = name or next(iter(self.predictors), None)
-        if name not in self.predictors:
-            raise InputError(f"device {name}: not among those given ({known})")
-        return name
+        found = name or next(iter(self.predictors), "")
+        if found not in self.predictors:
+            raise InputError(f"device {found or 'is missing'}: not among those given ({known})")
+        return found
 
     def timed(self, limit: Limit) -> str | None:
         """The device whose latency a limit bounds; None for a limit on another metric."""

@@ -1,15 +1,14 @@
-"""A sub-network for a latency or a size, without a search: Mix'n'Match (MatFormer, Devvrit et al. 2023).
+"""Mix'n'Match: a sub-network for a limit without a search (MatFormer, Devvrit et al. 2023).
 
-FFN sizes are nested in every layer, so whoever keeps an architecture and changes only these has a whole
-family at hand. The paper's rule picks its members: sizes never fall with depth, and change as little as
-they can from layer to layer (its "least slope"). That leaves the first layers with one size and the rest
-with the next larger one, a family in which each member holds the one before. The largest that keeps the
-limit is taken. Footgun: a predicted latency need not rise along the family, so all members are priced.
+FFN sizes are nested in every layer, so changing only these turns one architecture into a family. The paper's
+rule picks its members: sizes never decrease with depth and change as little as possible from layer to layer
+(its "least slope"). The first layers then have one size and the others the next larger one, and each member
+of the family contains the one before. The largest member that keeps the limit is selected. A predicted
+latency need not increase along the family, so the cost of every member is computed.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,65 +16,74 @@ from numpy.typing import NDArray
 from latency import Predictor
 from search.config import SearchConfig
 from search.engine.devices import open_targets
+from search.engine.front import BoundedLimit, Choice, FamilyPick
 from search.engine.make_front import predictions
-from search.problem.limit import Constraint, Limit
-from search.problem.milp import ROUNDING_TOLERANCE
+from search.problem.limit import ROUNDING_TOLERANCE, Constraint, Limit
 from search.problem.problem import Problem
-from search.select.picks import chosen_architecture
+from search.select.picks import Selection, select_member
 from search.workspace import Run
 from space import Architecture, InfeasibleError, Space, genome
 from space.genome import Genomes
 from space.io.progress import Reporter
 
-HOW = "mix'n'match"
+RULE = "mix'n'match"
 
 
-def mixed(
-    run: Run, search: str | None, pick: str, device: str | None, reporter: Reporter
-) -> tuple[dict[str, Any], Architecture]:
-    """What a limit given as a pick takes out of a run: as :func:`mix_and_match`, with the run's confidence.
+def select_by_limit(
+    run: Run, search: str | None, text: str, device: str | None, reporter: Reporter
+) -> Selection:
+    """The selection of :func:`mix_and_match` for a limit, at the confidence of the run's search.
 
     Args:
         run: that was trained.
-        search: of the run, whose first pick is the base; None takes the space's largest architecture.
-        pick: the limit.
-        device: whose card predicts; None is the one that the limit names, or else the run's. Limits on
+        search: of the run, whose first pick is the base; None for the space's largest architecture.
+        text: the limit.
+        device: whose card predicts; None for the one that the limit names, or else the run's. Limits on
             parameters and memory need no card.
-        reporter: told of a card that no longer fits its machine.
-
-    Returns:
-        What the architecture was chosen under, and the architecture.
+        reporter: warned of a card that does not fit its machine any more.
 
     Raises:
-        InputError: no such limit, search or card, or the card was not measured for it.
+        InputError: there is no such limit, search or card, or the card was not profiled for the workload.
         InfeasibleError: no architecture of the space keeps the limit, or none of the family.
     """
-    limit = Limit.parse(pick)
-    base = chosen_architecture(run, search, None, None)[1] if search else genome.largest(run.space)
-    config = SearchConfig(limits=(pick,), confidence=run.config.search.confidence)
+    limit = Limit.parse(text)
+    base = select_member(run, search, None).architecture if search else genome.largest(run.space)
+    config = SearchConfig(limits=(text,), confidence=run.config.search.confidence)
     name = device or limit.device or (run.config.device if limit.metric.needs_device else None)
     predictors = open_targets(run.devices, [name], run.config, config, reporter)[1] if name else {}
-    found, choice = mix_and_match(base, mix_problem(run.space, predictors, config.confidence), limit)
-    return choice, found
+    return mix_and_match(base, mix_problem(run.space, predictors, config.confidence), limit)
 
 
 def mix_problem(space: Space, predictors: Mapping[str, Predictor], confidence: float) -> Problem:
-    """A problem for :func:`mix_and_match`; without predictors its limits are on parameters and memory."""
+    """A problem for :func:`mix_and_match`.
+
+    Args:
+        space: of the architectures.
+        predictors: by device; without any, limits can be on parameters and memory only.
+        confidence: at which predicted costs are held against the limit.
+    """
     return Problem(space, predictors=predictors, confidence=confidence)
 
 
 def family(space: Space, base: Architecture) -> Genomes:
-    """The genomes [M, G] of an architecture's family, the smallest first.
+    """The family of an architecture, smallest first.
 
     With k layers that have an FFN and s sizes above 0, M = k * (s - 1) + 1: from one member to the next, one
     layer takes the next larger size, the last layer first. Layers without an FFN stay without.
+
+    Args:
+        space: of the architecture.
+        base: the architecture.
+
+    Returns:
+        Genomes [M, G].
 
     Raises:
         InputError: the architecture has a value that the space does not list.
     """
     row = genome.encode(space, [base])
     slots = np.flatnonzero(genome.split(row)[3][0])
-    sizes = len(space.ffn_options) - 1  # that at index 0 is none
+    sizes = len(space.ffn_options) - 1  # index 0 is no FFN
     steps = np.arange(len(slots) * (sizes - 1) + 1)
     low, grown = np.divmod(steps[:, None], max(1, len(slots)))
     rows = np.repeat(row, len(steps), axis=0)
@@ -83,54 +91,55 @@ def family(space: Space, base: Architecture) -> Genomes:
     return rows
 
 
-def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> tuple[Architecture, dict[str, Any]]:
+def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> Selection:
     """The largest member of an architecture's family that keeps a limit.
 
     Args:
-        base: a member of the problem's space, of which all is kept but the sizes of its FFNs.
-        problem: the space and what predicts; its own limits and objectives do not matter.
-        limit: latency and rss are held against the upper bound at the problem's confidence; percentages are
+        base: a member of the problem's space; only the sizes of its FFNs change.
+        problem: the space and the predictors; its own limits and objectives are ignored.
+        limit: costs on a device are held against the upper bound at the problem's confidence; percentages are
             of the space's largest architecture.
 
     Returns:
-        The architecture, and what it was chosen under, as :func:`search.engine.front.member_choice` says it
-        of a front's member. It has no ``loss_nats``, since nothing was evaluated, but ``picked``: ``how``,
-        the key of the ``base``, and how many members the ``family`` has.
+        The architecture with its choice, which has ``picked`` and no ``loss_nats``, since nothing was
+        evaluated.
 
     Raises:
-        InputError: the limit is on a device that is not given, or outside what was measured there.
-        InfeasibleError: no member keeps it; says what the least is, and which has it.
+        InputError: the limit is on a device that is not given, or outside the profiled workloads.
+        InfeasibleError: no member keeps it; names the smallest cost and the member that has it.
     """
     space = problem.space
     problem = replace(problem, limits=(limit,))
-    asked = problem.constraints()[0]
+    constraint = problem.constraints()[0]
     rows = family(space, base)
-    values = asked.cost(rows)
-    for predictor in problem.predictors.values():  # what a device cannot run has no latency to be told
-        values[~np.isfinite(predictor.cost(next(iter(predictor.models)))(rows))] = np.inf
-    kept = np.flatnonzero(values <= asked.bound * (1 + ROUNDING_TOLERANCE))
+    costs = constraint.cost(rows)
+    for (
+        predictor
+    ) in problem.predictors.values():  # without a predicted latency, the device cannot run a member
+        costs[~np.isfinite(predictor.cost(next(iter(predictor.models)))(rows))] = np.inf
+    kept = np.flatnonzero(costs <= constraint.bound * (1 + ROUNDING_TOLERANCE))
     if not len(kept):
-        raise InfeasibleError(_why_not(space, base, asked, rows, values))
-    found = genome.decode(space, rows[kept[-1:]])[0]
-    choice = {
-        "limits": [{"limit": limit.text, "bound": asked.bound, "unit": limit.metric.unit.name}],
-        "confidence": problem.confidence,
-        "predicted": predictions(problem, found).to_json(),
-        "picked": {"how": HOW, "base": base.key, "family": len(rows)},
-    }
-    return found, choice
+        raise InfeasibleError(_why_not(space, base, constraint, rows, costs))
+    architecture = genome.decode(space, rows[kept[-1:]])[0]
+    choice = Choice(
+        limits=(BoundedLimit(limit=limit.text, bound=constraint.bound, unit=limit.metric.unit.name),),
+        confidence=problem.confidence,
+        predicted=predictions(problem, architecture),
+        picked=FamilyPick(how=RULE, base=base.key, family=len(rows)),
+    )
+    return Selection(architecture=architecture, choice=choice)
 
 
 def _why_not(
-    space: Space, base: Architecture, asked: Constraint, rows: Genomes, values: NDArray[np.float64]
+    space: Space, base: Architecture, constraint: Constraint, rows: Genomes, costs: NDArray[np.float64]
 ) -> str:
-    """Why no member of a family [M, G] keeps a limit, from what they cost [M]."""
-    least = int(values.argmin())
+    """The reason why no member of a family [M, G] with costs [M] keeps a limit."""
+    least = int(costs.argmin())
     reason = f"all of {base.key} need an op that the device lacks"
-    if np.isfinite(values[least]):
+    if np.isfinite(costs[least]):
         member = genome.decode(space, rows[least : least + 1])[0]
-        reason = f"the least is {asked.show(float(values[least]))}, of {member.key} ({member.describe()})"
+        reason = f"the least is {constraint.show(float(costs[least]))}, of {member.key} ({member.describe()})"
     return (
-        f"space {space.name}: {asked.text} cannot be met by other FFN sizes of {base.key}: {reason}; "
+        f"space {space.name}: {constraint.text} cannot be met by other FFN sizes of {base.key}: {reason}; "
         "`formfit search` may change more than these"
     )

@@ -27,7 +27,7 @@ TRIES = 8  # draws for each architecture that is wanted
 class OptunaStrategy(Strategy):
     """One of Optuna's samplers."""
 
-    starts_from_others = False
+    accepts_foreign_evaluations = False
 
     def __init__(self, task: Task, sampler: BaseSampler) -> None:
         super().__init__(task)

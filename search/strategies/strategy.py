@@ -44,7 +44,7 @@ class Task:
 class Strategy(ABC):
     """What all strategies have in common: the generations told, and what was proposed."""
 
-    starts_from_others = True  # it may be told what it would not have asked for
+    accepts_foreign_evaluations = True  # it may be told what it would not have asked for
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.engine.evaluator import Failed, Outcome, attempt, pool
+from search.config import SearchConfig
+from search.engine.evaluator import Failed, Outcome, attempt
 from search.engine.optuna_study import open_study
 from search.engine.search import Search
-from search.config import SearchConfig
+from search.engine.workers import pool
 from search.problem.problem import Problem
 from space import Architecture, InputError, genome, variation
 from supernet.evaluate import Quality
@@ -62,9 +63,9 @@ def test_one_that_cannot_be_evaluated_is_recorded_and_the_search_goes_on(tmp_pat
         return (attempt(Synthetic(bad), a, data) for a in architectures)
 
     front = Search(problem, config, tmp_path, {}).run(evaluate)
-    assert [item["key"] for item in front["failed"]] == [genome.largest(space).key]
-    assert front["failed"][0]["reason"].startswith("ValueError: no weights")
-    assert front["evaluations"] == 18
+    assert [item.key for item in front.failed] == [genome.largest(space).key]
+    assert front.failed[0].reason.startswith("ValueError: no weights")
+    assert front.evaluations == 18
     study = open_study(tmp_path / "study.log", tmp_path.name, ["loss", "params"], space.hash).study
     states = [trial.state for trial in study.get_trials()]
     assert states.count(optuna.trial.TrialState.FAIL) == 1

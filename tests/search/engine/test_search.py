@@ -28,14 +28,19 @@ def command(folder: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def call(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def new_process(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(folder, *options), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
 
 
-def search(folder: Path, name: str, *options: str) -> bytes:
-    done = call(folder, "--name", name, *options)
+@pytest.fixture
+def call(formfit: Program) -> Program:
+    """The same command as :func:`new_process` runs, within this process."""
+    return lambda folder, *options: formfit(*command(folder, *options)[3:])
+
+
+def front_of(done: subprocess.CompletedProcess[str], folder: Path, name: str) -> bytes:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["members"]
     return (folder / "run" / "searches" / name / "front.json").read_bytes()
@@ -47,12 +52,15 @@ def expected(finished_run: Path) -> bytes:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_change_no_byte(run_folder: Path, expected: bytes, workers: int) -> None:
-    assert search(run_folder, f"with{workers}", "--workers", str(workers)) == expected
+def test_workers_change_no_byte(run_folder: Path, expected: bytes, workers: int, call: Program) -> None:
+    name = f"with{workers}"
+    done = call(run_folder, "--name", name, "--workers", str(workers))
+    assert front_of(done, run_folder, name) == expected
 
 
-def test_another_seed_is_another_search(run_folder: Path, expected: bytes) -> None:
-    assert search(run_folder, "other", "--workers", "0", "--seed", "1") != expected
+def test_another_seed_is_another_search(run_folder: Path, expected: bytes, call: Program) -> None:
+    done = call(run_folder, "--name", "other", "--workers", "0", "--seed", "1")
+    assert front_of(done, run_folder, "other") != expected
 
 
 def descendants(root: int) -> set[int]:
@@ -101,7 +109,8 @@ def test_a_killed_search_goes_on_to_the_same_front(run_folder: Path, expected: b
     with (folder / "study.log").open("ab") as file:
         file.write(b'{"op_code": 4, "wor')  # what a kill in the middle of a write leaves
     (folder / "study.log.lock").touch()
-    assert search(run_folder, "killed", "--workers", "2") == expected
+    done = new_process(run_folder, "--name", "killed", "--workers", "2")
+    assert front_of(done, run_folder, "killed") == expected
 
 
 def test_a_cluster_that_loses_a_node_gives_the_same_front(run_folder: Path, expected: bytes) -> None:
@@ -210,7 +219,7 @@ def test_a_journal_is_mended_wherever_its_last_line_was_cut(tmp_path: Path, lock
         assert open_study(path, "s", ["loss"], "space").count == 2
 
 
-def test_a_record_of_another_search_is_refused(run_folder: Path) -> None:
+def test_a_record_of_another_search_is_refused(run_folder: Path, call: Program) -> None:
     front = run_folder / "run" / "searches" / "desk" / "front.json"
     front.unlink()
     done = call(run_folder, "--seed", "9", "--workers", "0")
@@ -223,7 +232,7 @@ def test_a_record_of_another_search_is_refused(run_folder: Path) -> None:
     assert "part-0001.parquet: not a whole evaluations file" in done.stderr
 
 
-def test_an_impossible_limit_is_refused_with_what_is_possible(run_folder: Path) -> None:
+def test_an_impossible_limit_is_refused_with_what_is_possible(run_folder: Path, call: Program) -> None:
     done = call(run_folder, "--name", "no", "--limit", "prefill@64<=1ns")
     assert done.returncode == 3
     assert "prefill@64<=1ns" in done.stderr
@@ -379,7 +388,9 @@ def test_a_card_of_another_onnxruntime_is_warned_of(run_folder: Path, formfit: P
     assert f"formfit profile --space SPACE --device desk-{version}" in done.stderr
 
 
-def test_limits_between_the_profiled_lengths_are_predicted_and_so_verified(run_folder: Path) -> None:
+def test_limits_between_the_profiled_lengths_are_predicted_and_so_verified(
+    run_folder: Path, call: Program
+) -> None:
     """What a limit asks for stands among the predictions, which are what verification measures."""
     path = card_file(run_folder)
     value = json.loads(path.read_text())

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import milp
 
-from search.problem import feasibility
+import search.problem.milp as integer
 from search.problem.feasibility import check_feasible, least_relaxation
-from search.problem.limit import Constraint, Limit
+from search.problem.limit import Constraint, Limit, within
 from search.problem.metric import format_quantity
-from search.problem.milp import feasible, least, within
+from search.problem.milp import feasible, least
 from space import InfeasibleError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost
 from space.genome import Genomes, contains, decode, encode, encoding, size
@@ -295,7 +295,7 @@ def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None
 @pytest.mark.parametrize("name", ["no FFN", "one kind of two, layers may be absent"])
 def test_what_the_solver_takes_for_kept_is_priced_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs about 1e-7 apart, in a solver made too coarse to tell: its finds must be cut away one by one."""
-    monkeypatch.setattr(feasibility, "_SCALE", 1.0)
+    monkeypatch.setattr(integer, "SCALE", 1.0)
     solved = 0
 
     def counting(*arguments: Any, **options: Any) -> Any:
@@ -303,7 +303,7 @@ def test_what_the_solver_takes_for_kept_is_priced_exactly(name: str, monkeypatch
         solved += 1
         return milp(*arguments, **options)
 
-    monkeypatch.setattr(feasibility, "milp", counting)
+    monkeypatch.setattr(integer, "milp", counting)
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(6)
     tables = [random_table(space, rng, "any") for _ in range(2)]

@@ -125,7 +125,12 @@ def test_a_limit_reads_as_written(
     relative: bool,
 ) -> None:
     limit = Limit.parse(text)
-    assert (limit.device, limit.metric, limit.relative, limit.text) == (device, metric, relative, canonical)
+    assert (limit.device, limit.metric.name, limit.relative, limit.text) == (
+        device,
+        metric,
+        relative,
+        canonical,
+    )
     assert limit.bound == pytest.approx(bound, rel=1e-12)
     if workload is None:
         assert limit.workload is None

@@ -11,8 +11,7 @@ import pytest
 from latency import Predictor, load_predictor
 from search.config import load_run_config
 from search.engine.make_front import predictions
-from search.problem.limit import Limit
-from search.problem.milp import within
+from search.problem.limit import Limit, within
 from search.problem.problem import Problem
 from search.select.mix_n_match import family, mix_and_match, mix_problem, mixed
 from search.select.picks import chosen_architecture

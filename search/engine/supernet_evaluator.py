@@ -1,0 +1,89 @@
+"""Evaluation of a supernet's sub-networks, in this process or by Ray actors that hold the supernet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from search.engine.evaluator import Evaluator
+from search.engine.workers import pool
+from search.problem.objective import QUALITIES
+from space import Architecture, InputError, Space
+from supernet.evaluate import EvaluationSet, Quality, QualityFunction, evaluate
+from supernet.supernet import Supernet
+
+
+def _function(objective: str) -> QualityFunction:
+    function = QUALITIES.get(objective).evaluate
+    if function is None:
+        raise InputError(f"objective {objective}: it has no function that evaluates a supernet's members")
+    return function
+
+
+class SupernetEvaluate:
+    """Evaluates sub-networks of a supernet that is rebuilt from arrays.
+
+    Args:
+        space: the space's JSON object.
+        weights: the supernet's, by name.
+        sets: sequences of each evaluation, by its name.
+        objectives: registered qualities to evaluate beside the losses.
+
+    Raises:
+        InputError: an objective is not registered here, or has no function.
+    """
+
+    def __init__(
+        self,
+        space: dict[str, Any],
+        weights: Mapping[str, NDArray[Any]],
+        sets: Mapping[str, EvaluationSet],
+        objectives: Sequence[str] = (),
+    ) -> None:
+        self.extra = {name: _function(name) for name in objectives}
+        torch.use_deterministic_algorithms(True)
+        supernet = Supernet(Space.model_validate(space))
+        supernet.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+        self.supernet, self.sets = supernet.requires_grad_(False).eval(), dict(sets)
+
+    def __call__(self, architecture: Architecture, data: str) -> Quality:
+        """The quality of an architecture on the named set of windows, computed by one thread."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            weights = self.supernet.weights(architecture)
+            config, windows = self.supernet.space.config, self.sets[data]
+            return evaluate(weights, architecture, config, windows, extra=self.extra)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def evaluator(
+    supernet: Supernet,
+    sets: Mapping[str, EvaluationSet],
+    workers: int,
+    address: str | None = None,
+    warn: Callable[[str], None] = lambda _text: None,
+    objectives: Sequence[str] = (),
+) -> AbstractContextManager[Evaluator]:
+    """The :func:`search.engine.workers.pool` that evaluates a supernet's sub-networks.
+
+    Args:
+        supernet: with its weights.
+        sets: sequences of each evaluation, by its name.
+        workers: Ray actors of one CPU each; 0: this process evaluates.
+        address: of a running Ray cluster; None starts one on this machine for as long.
+        warn: called for every worker whose CPU or torch differs from this process's.
+        objectives: registered qualities to evaluate beside the losses.
+
+    Raises:
+        InputError: an objective is not registered, or has no function.
+    """
+    for name in objectives:
+        _function(name)  # refused here rather than in every worker
+    weights = {name: value.numpy() for name, value in supernet.state_dict().items()}
+    space = supernet.space.model_dump(mode="json")
+    arguments = (space, weights, dict(sets), tuple(objectives))
+    return pool(SupernetEvaluate, arguments, workers, address, warn, ("loss", *objectives))

@@ -1,0 +1,136 @@
+"""The exact minimum of one additive cost over a space, by a dynamic programme over slots.
+
+All slots of a space have the same options at the same costs, so the cost of an architecture is a function of
+its counts: the layers with each mixer and heads, and those with each FFN. For each width, number of layers of
+each class (a row of ``encoding(space).patterns``) and level of the largest op, the programme collapses to the
+cheapest option of each class. The limit on linear kinds cannot bind there: the cheapest layer is of one kind.
+
+Shapes: O mixer options (mixer with heads), F FFN options, P patterns, T levels of the largest op. The columns
+of a pattern [4] are the classes FFN_ONLY, FULL, LINEAR, LOCAL. An infinite cost marks an op that the device
+lacks.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from space import Architecture, Space
+from space.genome import FFN_ONLY, FULL, LINEAR, LOCAL, Genomes, decode, encoding, smallest
+from space.ops import Cost
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The distinct (mixer, heads) options of a space: four arrays [O]."""
+
+    mixer: Ints
+    heads: Ints
+    classes: Ints
+    kinds: Ints
+
+
+@lru_cache(maxsize=64)
+def options_of(space: Space) -> Options:
+    """The distinct (mixer, heads) options of a space."""
+    enc = encoding(space)
+    heads = [1 if enc.headless[m] else len(space.head_options) for m in range(len(enc.max_linear_kinds))]
+    mixer, head = np.array([(m, h) for m in range(1, len(enc.max_linear_kinds)) for h in range(heads[m])]).T
+    return Options(mixer, head, enc.classes[mixer], enc.max_linear_kinds[mixer])
+
+
+@dataclass(frozen=True)
+class Prices:
+    """One cost at one width: of the ends, of a layer, of each mixer option [O] and FFN option [F]."""
+
+    fixed: float
+    per_layer: float
+    attention_constant: float
+    mixer: Floats
+    ffn: Floats
+    mixer_peak: Floats
+    ffn_peak: Floats
+
+
+def prices_at(space: Space, cost: Cost, width: int) -> Prices:
+    """Prices; a peak below that of the ends is theirs, and without a peak all are 0."""
+    at = options_of(space)
+    table, peak = cost.table, cost.max_op
+    mixer, ffn = table.mixer[width, at.mixer, at.heads], table.ffn[width]
+    fixed = cost.constant + float(table.ends[width].sum())
+    if peak is None:
+        zero = np.zeros_like(mixer), np.zeros_like(ffn)
+        return Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, *zero)
+    ends = peak.ends[width].max()
+    mixer_peak = np.maximum(ends, peak.mixer[width, at.mixer, at.heads])
+    ffn_peak = np.maximum(ends, peak.ffn[width])
+    return Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, mixer_peak, ffn_peak)
+
+
+def cheapest(space: Space, prices: Prices) -> tuple[Floats, Ints, Ints]:
+    """The least totals [T, P] by level of the peak and pattern, and the options that have them.
+
+    A level T allows only options whose peak is at most it, and charges it in full: the least
+    over the levels is the least total with the peak at its own value. The options are [T, 4]
+    indices by class: of mixers (without meaning for FFN_ONLY) and of FFNs.
+    """
+    enc, at = encoding(space), options_of(space)
+    levels = np.unique(np.concatenate([prices.mixer_peak, prices.ffn_peak]))
+    mixer = np.where(prices.mixer_peak <= levels[:, None], prices.mixer, np.inf)  # [T, O]
+    ffn = np.where(prices.ffn_peak <= levels[:, None], prices.ffn, np.inf)  # [T, F]
+    place = np.arange(len(prices.ffn))
+    apart = prices.per_layer * enc.patterns.sum(axis=1) + prices.attention_constant * (enc.patterns[:, 1] > 0)
+    totals = prices.fixed + apart + levels[:, None]  # [T, P]
+    chosen = np.zeros((2, len(levels), 4), np.int64)
+    for column, kind in enumerate((FFN_ONLY, FULL, LINEAR, LOCAL)):
+        beside = np.where(place >= (1 if kind == FFN_ONLY else enc.least_ffn), ffn, np.inf)
+        chosen[1, :, column] = beside.argmin(axis=1)
+        layer = beside.min(axis=1)
+        if kind != FFN_ONLY:
+            of_kind = np.where(at.classes == kind, mixer, np.inf)
+            chosen[0, :, column] = of_kind.argmin(axis=1)
+            layer = layer + of_kind.min(axis=1)
+        count = enc.patterns[:, column]
+        with np.errstate(invalid="ignore"):  # 0 layers of infinite cost
+            totals += np.where(count == 0, 0.0, count * layer[:, None])
+    return totals, chosen[0], chosen[1]
+
+
+def assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
+    """A genome [1, G] with so many of each mixer option [O] and FFN option [F]."""
+    enc, at = encoding(space), options_of(space)
+    options = np.repeat(np.arange(len(mixers)), mixers)
+    options = options[
+        np.argsort(at.classes[options] != FULL, kind="stable")
+    ]  # full ones to the must_be_full slots
+    sizes = np.repeat(np.arange(len(ffns)), ffns)  # rising: the layers without a mixer get the last ones
+    slots = np.concatenate([np.flatnonzero(enc.must_be_full), np.flatnonzero(~enc.must_be_full)])[
+        : len(sizes)
+    ]
+    genome = np.zeros((1, enc.genes), np.int16)
+    genome[0, 0] = width
+    genome[0, 1 + 3 * slots[: len(options)]] = at.mixer[options]
+    genome[0, 2 + 3 * slots[: len(options)]] = at.heads[options]
+    genome[0, 3 + 3 * slots] = sizes
+    return genome
+
+
+def least_sum(space: Space, cost: Cost) -> tuple[float, Architecture]:
+    """The least value of a sum in a space, exactly, and an architecture that has it."""
+    tables = [cheapest(space, prices_at(space, cost, width)) for width in range(len(space.width))]
+    width = int(np.argmin([totals.min() for totals, _, _ in tables]))
+    totals, mixer_at, ffn_at = tables[width]
+    level, row = np.unravel_index(np.argmin(totals), totals.shape)
+    if not np.isfinite(totals[level, row]):
+        return np.inf, smallest(space)
+    pattern = encoding(space).patterns[row]
+    mixers = np.zeros(len(options_of(space).mixer), np.int64)
+    np.add.at(mixers, mixer_at[level, 1:], pattern[1:])
+    ffns = np.zeros(len(space.ffn_options), np.int64)
+    np.add.at(ffns, ffn_at[level], pattern)
+    genome = assemble(space, width, mixers, ffns)
+    return float(cost(genome)[0]), decode(space, genome)[0]
