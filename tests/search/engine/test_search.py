@@ -322,7 +322,7 @@ def test_a_search_ends_where_the_limits_leave_no_more(run_folder: Path, formfit:
     space = load_space_of(run_folder)
     predictor = load_predictor(card_file(run_folder), space, "formfit profile")
     bound = 1.0001 * least(space, predictor.cost(Workload.parse("prefill@64"), 0.975))[0]
-    limit = ("--limit", f"prefill@64<={1e3 * bound!r}ms", "--compare", "--json")
+    limit = ("--limit", f"prefill@64<={1e3 * bound!r}ms", "--baseline", "random", "--json")
     done = formfit(*words(run_folder), *limit)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["evaluations"] < 32
