@@ -1,4 +1,4 @@
-"""Every command on a page exists and parses, every link leads somewhere, every table has its outcomes."""
+"""The documentation: commands parse, links resolve, tables and figures match benchmarks/results."""
 
 import importlib
 import json
@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 
 def commands(page: Path) -> list[str]:
+    """Commands in the shell blocks of a page."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
     return [part.strip() for line in lines for part in line.split("&&")]
@@ -26,14 +27,14 @@ def commands(page: Path) -> list[str]:
 SHOWN = [(page.name, command) for page in PAGES for command in commands(page)]
 
 
-def test_the_readme_shows_commands() -> None:
+def test_readme_has_run_and_test_commands() -> None:
     shown = [command for name, command in SHOWN if name == "README.md"]
     assert any("formfit run configs/quickstart.yaml" in command for command in shown)
     assert any("-m pytest" in command for command in shown)
 
 
 @pytest.mark.parametrize(("page", "command"), SHOWN)
-def test_commands_parse(page: str, command: str) -> None:
+def test_command_parses(page: str, command: str) -> None:
     words = shlex.split(command, comments=True)
     name = Path(words[0]).name
     if name != "formfit":
@@ -47,7 +48,7 @@ def test_commands_parse(page: str, command: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
@@ -60,17 +61,18 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def outcome(name: str) -> dict[str, object]:
+    """A result file of a benchmark."""
     return dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
 
 
-def test_tables_say_what_the_outcomes_say(tables: ModuleType) -> None:
+def test_tables_equal_results(tables: ModuleType) -> None:
     for page in tables.PAGES:
         text = page.read_text()
         assert "<!-- from results" in text
         assert tables.written(text, outcome) == text, f"{page.name}: run python benchmarks/readme.py"
 
 
-def test_tables_follow_the_outcomes(tables: ModuleType) -> None:
+def test_tables_mark_missed_goals(tables: ModuleType) -> None:
     def missed(name: str) -> dict[str, object]:
         found = outcome(name)
         goals = found["goals"]
@@ -90,7 +92,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize(("page", "command"), sorted(set(SCRIPTS)))
-def test_benchmarks_that_pages_name_exist(page: str, command: str) -> None:
+def test_benchmark_command_has_its_options(page: str, command: str) -> None:
     words = shlex.split(command)
     source = (ROOT / words[1]).read_text() + (ROOT / "benchmarks" / "outcome.py").read_text()
     for word in words[2:]:
@@ -98,13 +100,13 @@ def test_benchmarks_that_pages_name_exist(page: str, command: str) -> None:
             assert f'"{word}"' in source, f"{page}: {command}"
 
 
-DRAWINGS = ("flow", "supernet")  # of no outcome
+DRAWINGS = ("flow", "supernet")  # without data
 
 
 @pytest.mark.parametrize("figure", sorted((ROOT / "docs" / "figures").glob("*.svg")), ids=lambda p: p.stem)
-def test_figures_are_of_the_outcomes(figure: Path) -> None:
+def test_figure_is_drawn_from_current_results(figure: Path) -> None:
     drawn = re.search(r"<dc:description>([a-z_]+)\.json ([0-9a-f]+)</dc:description>", figure.read_text())
     if figure.stem not in DRAWINGS:
-        assert drawn, f"{figure.name}: says nothing of its outcome"
+        assert drawn, f"{figure.name}: does not name its result file"
         text = (ROOT / "benchmarks" / "results" / f"{drawn[1]}.json").read_text()
         assert digest(text) == drawn[2], f"{figure.name}: run python benchmarks/figures.py"

@@ -1,4 +1,4 @@
-"""Every command and every program of the tutorials runs, in order, on a small run of a small quickstart."""
+"""The tutorials: every command and program runs, in order, on a small version of the quickstart's run."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from pydantic import BaseModel, create_model
 import latency
 from search import config as run_config
 from search.config import RunConfig, smoke
-from search.select import searched as search_command
+from search.select import search_run as search_command
 from search.select.finalist import FinalistsConfig
 from tests.conftest import Program
 
@@ -26,7 +26,7 @@ START = "from search.cli import main; main()"
 
 
 def steps(page: Path) -> list[tuple[str, str]]:
-    """The language and the text of each command or program, in their order."""
+    """Return (language, text) of each command or program, in order."""
     found = []
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(), re.DOTALL):
         found += (
@@ -37,7 +37,7 @@ def steps(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's first command leaves in a clone, made small."""
+    """A small version of the result of the README's first command."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "docs"):
         shutil.copytree(ROOT / name, folder / name)
@@ -55,7 +55,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_defaults(model: BaseModel) -> type[BaseModel]:
-    """The class of a configuration, with its values as the defaults."""
+    """Return the class of a configuration with its values as defaults."""
     kind = type(model)
     values = {name: (field.annotation, getattr(model, name)) for name, field in kind.model_fields.items()}
     return create_model(kind.__name__, __base__=kind, **values)  # type: ignore[call-overload, no-any-return]
@@ -63,7 +63,7 @@ def with_defaults(model: BaseModel) -> type[BaseModel]:
 
 @pytest.fixture
 def clone(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to work in, where measuring and distilling are as small as in a smoke run."""
+    """A copy of the quickstart, with measurements and distillation as small as in a smoke run."""
     small = smoke(RunConfig(space=ROOT / "configs/spaces/quickstart.yaml"))
     monkeypatch.setattr(latency, "ProfileConfig", with_defaults(small.profile))
     monkeypatch.setattr(run_config, "VerifyConfig", with_defaults(small.verify))
@@ -74,7 +74,7 @@ def clone(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def first_text(line: str, formfit: Program) -> str:
-    """The text of the first token that a page's `formfit generate` gives."""
+    """Return the text of the first token that a page's `formfit generate` prints."""
     words = shlex.split(line, comments=True)[1:]
     done = formfit(*words, "--tokens", 1, "--ignore-eos", "--json")
     assert done.returncode == 0, (line, done.stderr)
@@ -84,7 +84,7 @@ def first_text(line: str, formfit: Program) -> str:
 
 
 def run_command(text: str, formfit: Program) -> None:
-    """Run a line; what measures must not mind how restless this machine is, or what it finds."""
+    """Run a line; measurements accept any noise, and limits may be missed."""
     words = shlex.split(text, comments=True)
     if words[0] == "python3":
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
@@ -93,25 +93,25 @@ def run_command(text: str, formfit: Program) -> None:
         measures = words[1] in ("verify", "profile") or "--verify" in words
         done = formfit(*words[1:], *(("--max-noise", 900) if measures else ()))
     said = re.search("# exits with ([0-9])", text)
-    loose = "verify" in text or "--pick 'decode" in text  # what is measured this little has a wide bound
+    loose = "verify" in text or "--pick 'decode" in text  # few measurements give a wide bound
     expected = {int(said[1])} if said else {0, 3} if loose else {0}
     assert done.returncode in expected, (text, done.stderr)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_tutorials_run(page: Path, clone: Path, formfit: Program) -> None:
+def test_tutorial_runs(page: Path, clone: Path, formfit: Program) -> None:
     assert clone == Path.cwd()
-    spoken = ""
+    last_generate = ""
     for language, text in steps(page):
         if language == "sh":
             run_command(text, formfit)
-            spoken = text if text.startswith("formfit generate ") else spoken
+            last_generate = text if text.startswith("formfit generate ") else last_generate
             continue
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (text, done.stderr)
         assert done.stdout, text
-        if "onnxruntime" in text:  # the program goes on from the same prompt as the command before it
+        if "onnxruntime" in text:  # the program has the prompt of the command before it
             printed = ast.literal_eval(done.stdout)
             assert isinstance(printed, bytes), done.stdout
             assert len(printed) == 1, done.stdout
-            assert printed.decode(errors="replace") == first_text(spoken, formfit), text
+            assert printed.decode(errors="replace") == first_text(last_generate, formfit), text
