@@ -23,7 +23,7 @@ from latency.predictor.op_latencies import OpLatencies, Point, fit_op_latencies
 from latency.predictor.predictor import Predictor
 from latency.runtimes.onnxruntime import ANCHOR_SIDE
 from space import Architecture, Space, Workload, genome
-from space.architecture import FULL_MIXERS
+from space.mixers import mixers_of_class
 from space.cost import op_flops
 from space.io.artefact import canonical_json
 from space.onnx.graph import version_for
@@ -189,7 +189,7 @@ class Records:
         names = space_ops(self.space)
         seconds = ops.seconds([(op, workload) for op in names])
         rows = self._rows("ops", {"frame": self.model_config, "workload": str(workload)})
-        full = rows["op"].str.split("-").str[0].isin(FULL_MIXERS) if len(rows) else pd.Series(dtype=bool)
+        full = rows["op"].str.split("-").str[0].isin(mixers_of_class("full")) if len(rows) else pd.Series(dtype=bool)
         shared = max(0.0, float(rows["intercept"][full].median())) if full.any() else 0.0
         return OpTimes(workload, {op.key: float(s) for op, s in zip(names, seconds, strict=True)}, shared)
 

@@ -12,49 +12,20 @@ from typing import Any
 
 from space.io.artefact import canonical_json, digest
 from space.io.errors import InputError
+from space.layer import Layer, ModelConfig
+from space.mixers import MIXERS
 
-FULL_MIXERS = ("attention",)
-LOCAL_MIXERS = ("sliding", "short_conv")
-LINEAR_MIXERS = ("linear", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda")
-MIXERS = (*FULL_MIXERS, *LOCAL_MIXERS, *LINEAR_MIXERS)
-WINDOWED_MIXERS = ("sliding",)
-HEADLESS_MIXERS = ("none", "short_conv")
+__all__ = ["Architecture", "Layer", "ModelConfig", "has_heads", "is_windowed"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What a space fixes for all its architectures."""
-
-    vocab_size: int
-    max_seq_len: int
-    head_dim: int
-    tie_embeddings: bool = True
-    qk_norm: bool = False
+def has_heads(mixer: str) -> bool:
+    """Whether a layer with this mixer has heads; ``none`` has not."""
+    return mixer != "none" and MIXERS.get(mixer).has_heads
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A mixer choice and an FFN choice; ``none`` and ``0`` mean absent."""
-
-    mixer: str = "none"
-    heads: int = 0
-    kv_heads: int = 0
-    window: int = 0
-    ffn: int = 0
-
-    @property
-    def present(self) -> bool:
-        """Whether the layer has something in it, and so counts for depth."""
-        return self.mixer != "none" or self.ffn > 0
-
-    def describe(self) -> str:
-        """A short human form, such as ``attention/4:2+ffn256``."""
-        mixer = self.mixer
-        if self.heads:
-            mixer += f"/{self.heads}" + (f":{self.kv_heads}" if self.kv_heads != self.heads else "")
-        if self.window:
-            mixer += f"@{self.window}"
-        return f"{mixer}+ffn{self.ffn}" if self.present else "-"
+def is_windowed(mixer: str) -> bool:
+    """Whether a layer with this mixer has a window; ``none`` has not."""
+    return mixer != "none" and MIXERS.get(mixer).windowed
 
 
 @dataclass(frozen=True)
@@ -124,15 +95,15 @@ def _layer(item: Any, where: str) -> Layer:
             f"{where}: expected an object with mixer, ffn and, where they apply, heads, kv_heads, window"
         )
     layer = Layer(**item)
-    if layer.mixer not in (*MIXERS, "none"):
+    if not isinstance(layer.mixer, str) or (layer.mixer != "none" and layer.mixer not in MIXERS):
         raise InputError(f"{where}.mixer: {layer.mixer!r} is not one of {', '.join(MIXERS)}, none")
     for name in known[1:]:
         if not _is_count(getattr(layer, name)):
             raise InputError(f"{where}.{name}: {getattr(layer, name)!r} is not a whole number >= 0")
-    if (layer.heads == 0) != (layer.mixer in HEADLESS_MIXERS):
+    if (layer.heads > 0) != has_heads(layer.mixer):
         raise InputError(f"{where}.heads: {layer.heads} does not go with mixer {layer.mixer}")
     if bool(layer.heads) != bool(layer.kv_heads) or (layer.heads and layer.heads % layer.kv_heads):
         raise InputError(f"{where}.kv_heads: {layer.kv_heads} does not divide heads {layer.heads}")
-    if (layer.window > 1) != (layer.mixer in WINDOWED_MIXERS) or layer.window == 1:
+    if (layer.window > 1) != is_windowed(layer.mixer) or layer.window == 1:
         raise InputError(f"{where}.window: {layer.window} does not go with mixer {layer.mixer}")
     return layer

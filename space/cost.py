@@ -8,22 +8,14 @@ recurrent form); norms, gates and activations, some percent of the whole, are le
 from math import prod
 
 from space.architecture import Architecture, ModelConfig
+from space.mixers import MIXERS
 from space.ops import Cost, Op, OpTables, count_ops
 from space.precision import FLOAT, matrix_bytes
-from space.shapes import (
-    CONV,
-    FEW,
-    PACKED,
-    RECURRENCES,
-    end_shapes,
-    ffn_shapes,
-    mixer_shapes,
-    state_shapes,
-)
+from space.shapes import end_shapes, ffn_shapes, mixer_shapes, state_shapes
 from space.space import Space
 from space.workload import Workload
 
-MATRICES = (*PACKED, "decay_up", "o", "out", "up", "down")
+FFN_MATRICES = ("gate", "up", "down")
 
 
 def op_params(op: Op, model_config: ModelConfig) -> int:
@@ -48,9 +40,9 @@ def op_weight_bytes(op: Op, model_config: ModelConfig, precision: str = "fp32") 
         return matrix if precision == "int8" else model_config.vocab_size * op.width + FLOAT + 1
     if op.kind == "head":
         return FLOAT * op.width + (0 if model_config.tie_embeddings and precision == "int8" else matrix)
-    shapes = _shapes(op, model_config)
+    shapes, matrices = _shapes(op, model_config), _matrices(op)
     return sum(
-        matrix_bytes(shape[0], shape[1], precision) if name in MATRICES else FLOAT * prod(shape)
+        matrix_bytes(shape[0], shape[1], precision) if name in matrices else FLOAT * prod(shape)
         for name, shape in shapes.items()
     )
 
@@ -61,6 +53,14 @@ def _shapes(op: Op, model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, model_config)
 
 
+def _matrices(op: Op) -> tuple[str, ...]:
+    """The parameters of a mixer or FFN op that are products' matrices."""
+    if op.kind == "ffn":
+        return FFN_MATRICES
+    mixer = MIXERS.get(op.kind)
+    return (*mixer.projections, *mixer.matrices, mixer.output)
+
+
 def op_flops(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     """FLOPs of an op in one run of a workload."""
     tokens = workload.batch * workload.tokens
@@ -69,24 +69,10 @@ def op_flops(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     if op.kind == "head":
         return 2 * tokens * op.width * model_config.vocab_size
     shapes = _shapes(op, model_config)
-    flops = 2 * tokens * sum(prod(shapes[name]) for name in MATRICES if name in shapes)
+    flops = 2 * tokens * sum(prod(shapes[name]) for name in _matrices(op))
     if op.kind == "ffn":
         return flops
-    flops += 2 * tokens * sum(prod(shape) for name, shape in shapes.items() if name.startswith("conv_"))
-    d = model_config.head_dim
-    if op.kind in RECURRENCES:
-        # S += k v^T for each kv head, S^T q for each query head; the delta rule first reads S^T k.
-        reads = op.heads + (2 if RECURRENCES[op.kind].delta else 1) * op.kv_heads
-        return flops + 2 * tokens * reads * d * d
-    window = op.window or workload.length
-    pairs = _pairs(workload.length, window) - _pairs(workload.past, window)
-    return flops + workload.batch * 4 * pairs * op.heads * d
-
-
-def _pairs(tokens: int, window: int) -> int:
-    """How many (query, key) pairs the first tokens of a sequence make, each seeing at most a window."""
-    full = min(tokens, window)
-    return full * (full + 1) // 2 + (tokens - full) * window
+    return flops + MIXERS.get(op.kind).flops(op.layer, op.width, workload, model_config)
 
 
 def op_state_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
@@ -116,28 +102,9 @@ def op_activation_bytes(op: Op, workload: Workload, model_config: ModelConfig) -
     if op.kind == "ffn":
         # x and, in turn: pre-norm with packed gate and up; both packed and split; silu with its parts.
         return FLOAT * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 4 * w)
-    d = model_config.head_dim
-    q, kv = op.heads * d, op.kv_heads * d
-    shapes = mixer_shapes(op.kind, w, op.heads, op.kv_heads, model_config)
-    packed = sum(shapes[name][0] for name in PACKED if name in shapes)
-    if op.kind in ("attention", "sliding"):
-        widest = max(2 * w + packed, w + (2 * packed if model_config.qk_norm else packed + q), 4 * w)
-        if op.kind == "attention":
-            return FLOAT * tokens * widest
-        # The keys and values of state and input side by side, before they are cut to the window.
-        caches = 2 * kv * workload.batch * (min(workload.past, op.window - 1) + workload.tokens)
-        return FLOAT * max(tokens * widest, tokens * (w + packed + q) + caches)
-    widest = max(2 * w + packed, w + 2 * packed, 4 * w)
-    if op.kind == "hgrn2":
-        widest = max(widest, w + 3 * q + 2 * kv)  # silu of the queries with its parts
-    if op.kind not in RECURRENCES or not RECURRENCES[op.kind].conv:
-        return FLOAT * tokens * widest
-    # Beside the gates: what is convolved, joined with its past where it is long, with what it becomes; the
-    # silu of that with its parts.
-    mixed = q + 2 * kv
-    past = workload.batch * (CONV - 1) * mixed if workload.tokens > FEW else 0
-    convolving = tokens * (w + packed + mixed) + past
-    return FLOAT * max(tokens * max(widest, w + packed + 2 * mixed), convolving)
+    mixer, shapes = MIXERS.get(op.kind), _shapes(op, model_config)
+    packed = sum(shapes[name][0] for name in mixer.projections)
+    return FLOAT * mixer.activations(op.layer, w, packed, workload, model_config)
 
 
 def params(architecture: Architecture, model_config: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from space.architecture import HEADLESS_MIXERS, Architecture, Layer
+from space.architecture import Architecture, Layer, has_heads
 from space.io.errors import InputError
 from space.space import Space
 
@@ -58,7 +58,7 @@ def encoding(space: Space) -> Encoding:
         cardinalities=np.array([len(space.width), *per_slot * space.slots]),
         classes=np.array([EMPTY] + [_CLASS[space.mixer_class(m)] for m, _ in options[1:]]),
         max_linear_kinds=np.array([names.index(m) if m in names else -1 for m, _ in options]),
-        headless=np.array([m in HEADLESS_MIXERS for m, _ in options]),
+        headless=np.array([not has_heads(m) for m, _ in options]),
         kind_count=len(names),
         must_be_full=must_be_full,
         patterns=np.array(space.all_patterns),
@@ -86,7 +86,7 @@ def encode(space: Space, architectures: Sequence[Architecture]) -> Genomes:
             for slot, layer in enumerate(architecture.layers):
                 where = f"layers[{slot}]"
                 heads = (layer.heads, layer.kv_heads)
-                head_options = ((0, 0),) if layer.mixer in HEADLESS_MIXERS else space.head_options
+                head_options = space.head_options if has_heads(layer.mixer) else ((0, 0),)
                 row[1 + 3 * slot] = _index(space.mixer_options, (layer.mixer, layer.window), where)
                 row[2 + 3 * slot] = _index(head_options, heads, f"{where} (heads, kv_heads)")
                 row[3 + 3 * slot] = _index(space.ffn_options, layer.ffn, f"{where}.ffn")
@@ -112,7 +112,7 @@ def _decode(space: Space, genome: tuple[int, ...]) -> Architecture:
     layers = []
     for mixer_gene, head_gene, ffn_gene in zip(genome[1::3], genome[2::3], genome[3::3], strict=True):
         mixer, window = space.mixer_options[mixer_gene]
-        heads, kv_heads = (0, 0) if mixer in HEADLESS_MIXERS else space.head_options[head_gene]
+        heads, kv_heads = space.head_options[head_gene] if has_heads(mixer) else (0, 0)
         layers.append(
             Layer(mixer=mixer, heads=heads, kv_heads=kv_heads, window=window, ffn=space.ffn_options[ffn_gene])
         )

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from space.architecture import HEADLESS_MIXERS, Architecture, Layer
+from space.architecture import Architecture, Layer, has_heads
 from space.genome import FULL, Genomes, encoding, split
 from space.space import Space
 
@@ -81,7 +81,7 @@ def space_ops(space: Space) -> tuple[Op, ...]:
         ops |= {Op(kind="embedding", width=width), Op(kind="head", width=width)}
         ops |= {Op(kind="ffn", width=width, ffn=ffn) for ffn in space.ffn_options if ffn}
         for mixer, window in space.mixer_options[1:]:
-            heads = ((0, 0),) if mixer in HEADLESS_MIXERS else space.head_options
+            heads = space.head_options if has_heads(mixer) else ((0, 0),)
             ops |= {Op(kind=mixer, width=width, heads=h, kv_heads=k, window=window) for h, k in heads}
     return tuple(sorted(ops))
 
@@ -111,7 +111,7 @@ class OpTables:
         for i, width in enumerate(widths):
             for j, (mixer, window) in enumerate(space.mixer_options[1:], 1):
                 for k, (heads, kv) in enumerate(space.head_options):
-                    headless = mixer in HEADLESS_MIXERS
+                    headless = not has_heads(mixer)
                     layer = Layer(
                         mixer=mixer,
                         window=window,

@@ -67,6 +67,9 @@ class Registry(Generic[Value]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
+    def __len__(self) -> int:
+        return len(self.names())
+
     def names(self) -> tuple[str, ...]:
         """All names: the built-in ones first, then those of plug-ins."""
         load_plugins()

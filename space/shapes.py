@@ -1,108 +1,49 @@
-"""The shape of every parameter: the one table from which all else is made.
+"""The shape of every parameter and state: the one table from which everything else is made.
 
 The plain modules allocate these shapes, the supernet allocates the largest of them and
 slices prefixes to them, extraction copies those slices, the graphs name their weights
 by them, and the parameter count is their sum.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_left
 
 from space.architecture import Architecture, Layer, ModelConfig
+from space.mixers import MIXERS, Shapes
 
-Shapes = dict[str, tuple[int, ...]]
+__all__ = [
+    "SHARED",
+    "Shapes",
+    "end_shapes",
+    "ffn_shapes",
+    "fixed_shapes_from",
+    "is_half_precision",
+    "layer_shapes",
+    "mixer_shapes",
+    "model_shapes",
+    "parameter_mixer",
+    "state_shapes",
+]
 
-CONV = 4  # taps of the causal depthwise convolution before a recurrence (Yang et al. 2024)
-SHORT_CONV = 3  # taps of the mixer short_conv
-GLA_RANK = 16  # of the product that makes gla's decays (Yang et al. 2023)
 SHARED = ("q", "k", "v", "o")  # shared by the mixers of a layer unless the space says otherwise
-# The projections of a mixer's input, in the order in which a graph packs them into one product.
-PACKED = ("q", "k", "v", "gate", "beta", "decay", "decay_down", "in_b", "in_c", "in_x")
-FEW = 32  # tokens up to which a graph's convolution before a recurrence is the one for few
-NORM_EPS = 1e-5
-ROPE_BASE = 10000.0
-MIN_LOG_DECAY = -20.0  # e^-20 forgets everything within fp32; the chunked form is exact down to here
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recurrence:
-    """What a mixer adds to the linear recurrence that it runs on; see :mod:`space.attention.linear`.
-
-    The delta rules take unit queries and keys, and a write strength ``beta`` for each kv head.
-    """
-
-    rule: str
-    decay: str = ""  # "" none, "fixed", "head" a learned one per kv head, "channel" one per key channel
-    conv: bool = False  # q, k and v pass a causal depthwise convolution and silu first
-    gate: str = ""  # the activation of the output gate: "", "silu" or "sigmoid"
-    gate_first: bool = False  # the gate comes before the norm
-
-    @property
-    def delta(self) -> bool:
-        """Whether a write first takes away what the state holds under its key."""
-        return "delta" in self.rule
-
-
-RECURRENCES = {
-    "linear": Recurrence(rule="linear"),  # Katharopoulos et al. 2020
-    "retnet": Recurrence(rule="gated", decay="fixed", gate="silu"),  # Sun et al. 2023
-    # Dao and Gu 2024
-    "mamba2": Recurrence(rule="gated", decay="head", conv=True, gate="silu", gate_first=True),
-    "gla": Recurrence(rule="gated", decay="channel", gate="silu"),  # Yang et al. 2023
-    "hgrn2": Recurrence(rule="gated", decay="channel"),  # Qin et al. 2024
-    "deltanet": Recurrence(rule="delta", conv=True),  # Yang et al. 2024
-    # Yang, Kautz and Hatamizadeh 2024
-    "gated_deltanet": Recurrence(rule="gated_delta", decay="head", conv=True, gate="silu"),
-    "kda": Recurrence(rule="gated_delta", decay="channel", conv=True, gate="sigmoid"),  # Kimi Linear, 2025
-}
 
 
 def mixer_shapes(mixer: str, width: int, heads: int, kv_heads: int, model_config: ModelConfig) -> Shapes:
-    """Parameters of one mixer block: its pre-norm, projections and private parts.
+    """The parameters of one mixer block by name: its pre-norm, projections and private parts.
 
-    Matrices are [out, in], as in ``torch.nn.functional.linear``. What belongs to the state (decays,
-    write strengths, mamba2's D) has one row for each kv head, or one for each of its channels.
+    Matrices are [out, in], as in ``torch.nn.functional.linear``. The parameters of the state (decays,
+    write strengths, mamba2's D) have one row for each kv head, or one for each of its channels.
+
+    Args:
+        mixer: name of a registered mixer.
+        width: of the residual stream.
+        heads: query heads; 0 for a mixer without heads.
+        kv_heads: key and value heads.
+        model_config: the settings of the space.
 
     Raises:
-        ValueError: there is no such mixer.
+        InputError: there is no such mixer.
     """
-    if mixer == "short_conv":
-        square = (width, width)
-        inner: Shapes = {"in_b": square, "in_c": square, "in_x": square, "conv_x": (width, SHORT_CONV)}
-        return {"pre_norm": (width,)} | inner | {"out": square}
-    d = model_config.head_dim
-    q, kv = heads * d, kv_heads * d
-    shapes: Shapes = {
-        "pre_norm": (width,),
-        "q": (q, width),
-        "k": (kv, width),
-        "v": (kv, width),
-        "o": (width, q),
-    }
-    if mixer in ("attention", "sliding"):
-        if model_config.qk_norm:
-            shapes |= {"q_norm": (d,), "k_norm": (d,)}
-        return shapes
-    if mixer not in RECURRENCES:
-        raise ValueError(f"there is no mixer {mixer!r}")
-    recurrence = RECURRENCES[mixer]
-    shapes["norm"] = (d,)
-    if recurrence.gate:
-        shapes["gate"] = (q, width)
-    if recurrence.delta:
-        shapes["beta"] = (kv_heads, width)
-    if recurrence.decay == "head":
-        shapes |= {"decay": (kv_heads, width), "A_log": (kv_heads,), "dt_bias": (kv_heads,)}
-    if mixer == "mamba2":
-        shapes["D"] = (kv_heads,)
-    elif mixer == "gla":
-        shapes |= {"decay_down": (GLA_RANK, width), "decay_up": (kv, GLA_RANK), "decay_bias": (kv,)}
-    elif mixer == "hgrn2":
-        shapes["lower_bound"] = (kv,)
-    elif mixer == "kda":
-        shapes |= {"decay_down": (d, width), "decay_up": (kv, d), "slope_log": (kv_heads,), "dt_bias": (kv,)}
-    if recurrence.conv:
-        shapes |= {"conv_q": (q, CONV), "conv_k": (kv, CONV), "conv_v": (kv, CONV)}
-    return shapes
+    return MIXERS.get(mixer).shapes(width, heads, kv_heads, model_config)
 
 
 def ffn_shapes(width: int, ffn: int) -> Shapes:
@@ -139,19 +80,67 @@ def model_shapes(architecture: Architecture, model_config: ModelConfig) -> Shape
 
 
 def state_shapes(layer: Layer, width: int, model_config: ModelConfig, batch: int, past: int) -> Shapes:
-    """What a layer of a model of this width carries from one call to the next, after ``past`` tokens.
+    """The states that a layer carries from one call to the next, by name; empty without a mixer.
 
-    ``key``, ``value`` [B, Hkv, tokens held, D]; ``s`` [B, Hkv, D, D]; ``conv`` [B, channels, taps - 1].
+    Args:
+        layer: the layer.
+        width: of the residual stream.
+        model_config: the settings of the space.
+        batch: number of sequences.
+        past: tokens read so far.
     """
-    d, kv = model_config.head_dim, layer.kv_heads
-    if layer.mixer in ("attention", "sliding"):
-        held = min(past, layer.window - 1) if layer.mixer == "sliding" else past
-        return {"key": (batch, kv, held, d), "value": (batch, kv, held, d)}
-    if layer.mixer == "short_conv":
-        return {"conv": (batch, width, SHORT_CONV - 1)}
-    if layer.mixer not in RECURRENCES:
+    if layer.mixer == "none":
         return {}
-    shapes: Shapes = {"s": (batch, kv, d, d)}
-    if RECURRENCES[layer.mixer].conv:
-        shapes["conv"] = (batch, (layer.heads + 2 * kv) * d, CONV - 1)
-    return shapes
+    return MIXERS.get(layer.mixer).state_shapes(layer, width, model_config, batch, past)
+
+
+def fixed_shapes_from(layer: Layer, width: int, model_config: ModelConfig) -> int:
+    """The number of past tokens from which the states of a layer keep their shapes.
+
+    It is ``max_seq_len`` for a cache of all tokens, and 0 for a state of fixed size.
+
+    Args:
+        layer: the layer.
+        width: of the residual stream.
+        model_config: the settings of the space.
+    """
+    final = state_shapes(layer, width, model_config, 1, model_config.max_seq_len)
+    return bisect_left(
+        range(model_config.max_seq_len),
+        True,
+        key=lambda past: state_shapes(layer, width, model_config, 1, past) == final,
+    )
+
+
+def parameter_mixer(name: str, architecture: Architecture | None = None) -> str:
+    """The mixer that a parameter is private to; empty for the ends, FFNs and shared projections.
+
+    Args:
+        name: of a parameter of a sub-model (``layers.SLOT.mixer.NAME``) or of a supernet
+            (``layers.SLOT.MIXER.NAME``).
+        architecture: of the sub-model; None for a supernet.
+    """
+    if not name.startswith("layers."):
+        return ""
+    _, slot, part, _ = name.split(".")
+    if part == "mixer":
+        if architecture is None:
+            raise ValueError(f"{name}: a parameter of a sub-model needs its architecture")
+        return architecture.layers[int(slot)].mixer
+    return "" if part in ("shared", "ffn") else part
+
+
+def is_half_precision(name: str, shape: tuple[int, ...], architecture: Architecture | None = None) -> bool:
+    """Whether a parameter may be bf16 where others are fp32: matrices may, gates of a recurrence may not.
+
+    Args:
+        name: of a parameter; see :func:`parameter_mixer`.
+        shape: of the parameter.
+        architecture: of the sub-model; None for a supernet.
+    """
+    owner = parameter_mixer(name, architecture)
+    if len(shape) != 2 or not owner:
+        return len(shape) == 2
+    mixer, leaf = MIXERS.get(owner), name.rsplit(".", 1)[-1]
+    matrices = (*mixer.projections, *mixer.matrices, mixer.output)
+    return leaf in matrices and leaf not in mixer.full_precision

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
@@ -13,6 +14,7 @@ from space.architecture import Architecture, Layer
 from space.genome import Genomes, decode
 from space.io.config import parse
 from space.io.errors import InputError
+from space.mixers import MIXERS
 from space.space import LayerChoices, Space
 
 T = TypeVar("T")
@@ -203,9 +205,14 @@ def every_genome(space: Space) -> Genomes:
     return genomes
 
 
+def change_mixer(monkeypatch: Any, name: str, **changes: Any) -> None:
+    """Replace fields of a registered mixer until the test ends."""
+    monkeypatch.setitem(MIXERS._values, name, replace(MIXERS.get(name), **changes))
+
+
 def unknown_operator(block: Any) -> tuple[str, dict[str, str]]:
-    """How a mixer would be written whose operator no runtime has."""
-    out = block.graph.add("Nowhere", block.joined, domain="com.microsoft")
+    """An ONNX writer whose operator no runtime has."""
+    out = block.graph.add("Nowhere", block.packed(), domain="com.microsoft")
     return out, {name: block.graph.add("Identity", value) for name, value in block.state.items()}
 
 

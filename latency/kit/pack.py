@@ -37,7 +37,8 @@ from space.onnx.graph import VERSION
 from space.onnx.model import model_graph
 from space.onnx.quantise import quantise
 from space.ops import Op, space_ops
-from space.shapes import RECURRENCES, model_shapes
+from space.mixers import MIXERS
+from space.shapes import model_shapes
 
 PARTS = (probe, binding, timer, timing)  # modules of this package that run on the device as they are
 MAIN = "import sys\n\nfrom latency.device_runner.main import main\n\nsys.exit(main())\n"
@@ -147,7 +148,8 @@ def _models(
     ]
 
     def plain(architecture: Architecture) -> bool:
-        return not any(layer.mixer in RECURRENCES for layer in architecture.layers)
+        mixers = {layer.mixer for layer in architecture.layers} - {"none"}
+        return all(MIXERS.get(name).runs_everywhere for name in mixers)
 
     if not all(plain(a) for _, _, a in found):
         known = {a.key for _, _, a in found}

@@ -20,9 +20,9 @@ from latency.device_runner.main import fingerprint
 from latency.runtimes.protocol import random_weights
 from latency.runtimes.rss import session_rss
 from space import Architecture, InputError, Layer, ModelConfig, Workload
+from space.mixers import MIXERS
 from space.onnx.graph import Graph
-from space.onnx.mixers import add_mixer
-from space.onnx.model import add_embedding, add_ffn, add_head, model_graph
+from space.onnx.model import add_embedding, add_ffn, add_head, add_mixer, model_graph
 from space.onnx.quantise import quantise
 from space.ops import Op, mixer_op
 from space.shapes import end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
@@ -209,7 +209,7 @@ def workload_binding(
     after: dict[str, Feed] = {}
     for slot, layer in enumerate(layers):
         # A softmax cache has room for the whole workload and is bound to both ends.
-        grows = layer.mixer == "attention"
+        grows = layer.mixer != "none" and MIXERS.get(layer.mixer).cache_in_place
         before = state_shapes(layer, width, model_config, batch, workload.length if grows else workload.past)
         for name, shape in state_shapes(layer, width, model_config, batch, workload.length).items():
             state = f"state.{slot}.{name}"

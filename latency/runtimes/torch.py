@@ -19,7 +19,8 @@ from latency.device_runner.main import cpu_model
 from latency.runtimes.onnxruntime import ANCHOR_SIDE
 from latency.runtimes.protocol import random_weights
 from space import Architecture, InputError, Layer, ModelConfig, Workload
-from space.blocks import ffn, forward, mixer, project, rms_norm
+from space.attention.projection import project, rms_norm
+from space.blocks import ffn, forward, mixer
 from space.ops import Op
 from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 

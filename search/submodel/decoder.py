@@ -17,8 +17,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from latency.device_runner.io_binding import session_options
-from space import Architecture, InputError, ModelConfig
-from space.shapes import state_shapes
+from space import Architecture, InputError, Layer, ModelConfig
+from space.mixers import MIXERS
+from space.shapes import fixed_shapes_from, state_shapes
 
 CHUNK = 256  # tokens per call in prefill: bounds the memory of logits and attention scores
 Tokens = NDArray[np.int64]
@@ -73,9 +74,13 @@ class Decoder:
         self.inputs = {item.name for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
         layers = self.architecture.layers
-        self.caches = {name for name in self.inputs if _mixer(name, layers) == "attention"}
-        # From this position on, the state of every window has its final shape, so that buffers can be reused.
-        self.fixed_shapes_from = max((layer.window - 1 for layer in layers if layer.window), default=0)
+        in_place = {slot for slot, layer in enumerate(layers) if _cache_in_place(layer)}
+        self.caches = {name for name in self.inputs if _slot(name) in in_place}
+        # From this position on, all other states have their final shapes, so that buffers can be reused.
+        width, others = self.architecture.width, [x for i, x in enumerate(layers) if i not in in_place]
+        self.fixed_shapes_from = max(
+            (fixed_shapes_from(layer, width, self.model_config) for layer in others), default=0
+        )
         self.ring = [_RingSlot(i) for i in range(num_kept_states + 1)]
         self.steps: dict[tuple[int, int], _Step] = {}  # by the slots of the states before and after
         self.sequence = 0
@@ -108,7 +113,7 @@ class Decoder:
         """
         values = {}
         for slot, layer in enumerate(self.architecture.layers):
-            past = capacity if layer.mixer == "attention" else 0
+            past = capacity if _cache_in_place(layer) else 0
             shapes = state_shapes(layer, self.architecture.width, self.model_config, batch, past)
             for name, shape in shapes.items():
                 zeros = np.zeros(shape, np.float32)
@@ -261,9 +266,13 @@ class _Step:
     values: Values
 
 
-def _mixer(name: str, layers: Sequence[Any]) -> str:
-    """The mixer whose state an input is; empty for other inputs."""
-    return str(layers[int(name.split(".")[1])].mixer) if name.startswith("state.") else ""
+def _slot(name: str) -> int:
+    """The slot that an input is a state of; -1 for other inputs."""
+    return int(name.split(".")[1]) if name.startswith("state.") else -1
+
+
+def _cache_in_place(layer: Layer) -> bool:
+    return layer.mixer != "none" and MIXERS.get(layer.mixer).cache_in_place
 
 
 def _session(path: Path, threads: int) -> ort.InferenceSession:

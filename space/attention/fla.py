@@ -27,7 +27,7 @@ FAMILIES = {
 }
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def fla_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these go to the kernels: on a GPU, of half precision in part, and the kernels are there."""
     return q.is_cuda and _half(q, k, v) is not None and installed()
 
@@ -38,7 +38,7 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
 
 
-def linear_attention(
+def fla_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from space.attention import fla as cuda
 from space.attention.chunks import LOG2_E, Carry, Doubling
+from space.attention.fla import fla_linear_attention, fla_takes
 
 RULES = ("linear", "gated", "delta", "gated_delta")
 CHUNK = 32  # a power of two; 16 and 64 are slower
@@ -86,8 +86,8 @@ def linear_attention(
     if state is None:
         state = q.new_zeros(batch, kv_heads, width, width)
     state = state.to(torch.promote_types(q.dtype, torch.float32))
-    if cuda.takes(q, k, v):
-        return cuda.linear_attention(q, k, v, rule, decay, beta, state, scale)
+    if fla_takes(q, k, v):
+        return fla_linear_attention(q, k, v, rule, decay, beta, state, scale)
     state = state.flatten(0, 1)  # [B*Hkv, D, D]
     cached = CACHED // (batch * heads * width) // CHUNK * CHUNK
     span = max(CHUNK, cached) if q.device.type == "cpu" else tokens  # tokens worked on at a time

@@ -9,8 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from space.architecture import ModelConfig
-from space.shapes import NORM_EPS, ROPE_BASE
+from space.layer import NORM_EPS, ROPE_BASE, ModelConfig
 
 Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]

@@ -13,10 +13,64 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from space.architecture import Architecture, ModelConfig
+from space.architecture import Architecture, Layer, ModelConfig
+from space.io.errors import InputError
+from space.mixers import MIXERS
+from space.onnx.block import Block
 from space.onnx.graph import Arrays, Graph
-from space.onnx.mixers import add_mixer
-from space.shapes import ffn_shapes, mixer_shapes
+from space.shapes import ffn_shapes, mixer_shapes, state_shapes
+
+
+def add_mixer(graph: Graph, x: str, slot: int, layer: Layer, weights: Arrays, source: str) -> str:
+    """Append one mixer block with its state inputs and outputs.
+
+    Args:
+        graph: the graph.
+        x: the residual stream [B, T, width].
+        slot: in the names of its weights and states.
+        layer: the layer, of which only the mixer is appended.
+        weights: every parameter of the block by name.
+        source: a value [B, T, ...] whose first two dimensions are batch and length.
+
+    Returns:
+        The residual stream after the block.
+
+    Raises:
+        InputError: no graph of this mixer can be written.
+    """
+    mixer = MIXERS.get(layer.mixer)
+    if mixer.write is None:
+        others = ", ".join(name for name in MIXERS if MIXERS.get(name).write is not None)
+        raise InputError(f"mixer {layer.mixer}: no ONNX graph of it can be written; there are {others}")
+    width, place = len(weights["pre_norm"]), f"layers.{slot}.mixer."
+    inputs = _states(layer, width, graph.model_config, f"past.{slot}")
+    state = {
+        name: graph.input(f"state.{slot}.{name}", TensorProto.FLOAT, dims) for name, dims in inputs.items()
+    }
+    block = Block(
+        graph=graph,
+        layer=layer,
+        weights=weights,
+        state=state,
+        place=place,
+        source=source,
+        hidden=graph.norm(x, place + "pre_norm", weights["pre_norm"]),
+        projections=mixer.projections,
+    )
+    out, after = mixer.write(block)
+    for name, dims in _states(layer, width, graph.model_config, f"next.{slot}").items():
+        graph.output(f"state.{slot}.{name}.next", after[name], TensorProto.FLOAT, dims)
+    return graph.residual(x, block.product(out, mixer.output, weights[mixer.output]))
+
+
+def _states(layer: Layer, width: int, model_config: ModelConfig, held: str) -> dict[str, list[int | str]]:
+    """The dimensions of a layer's states; batch is dynamic, and so is ``held``, the length of a cache."""
+    ends = (0, model_config.max_seq_len)
+    first, last = (state_shapes(layer, width, model_config, 1, past) for past in ends)
+    return {
+        name: ["batch", *(a if a == b else held for a, b in zip(shape[1:], last[name][1:], strict=True))]
+        for name, shape in first.items()
+    }
 
 
 def add_ffn(graph: Graph, x: str, slot: int, weights: Arrays) -> str:

@@ -273,10 +273,11 @@ def _max_size_subnet(space: Space, seed: int, turn: int, rng: np.random.Generato
     cycle = np.random.default_rng([seed, turn // len(pairs), 2]).permutation(len(pairs))
     ratio, option = pairs[cycle[turn % len(pairs)]]
     genomes = genome.encode(space, [genome.largest(space)])
-    attention = next((i for i, (m, _) in enumerate(space.mixer_options) if m == "attention"), option)
+    classes = genome.encoding(space).classes
+    full_option = int((classes == genome.FULL).argmax()) if genome.FULL in classes else option
     full = rng.permutation(space.slots) < space.full_count(ratio, space.slots)
     full |= genome.encoding(space).must_be_full
-    genomes[0, 1::3] = np.where(full, attention, option)
+    genomes[0, 1::3] = np.where(full, full_option, option)
     genomes[0, 2::3] = len(space.head_options) - 1
     return genome.decode(space, variation.repair(space, genomes, rng))[0]
 

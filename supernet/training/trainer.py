@@ -18,6 +18,7 @@ from torch import Tensor
 
 from space import Architecture, InputError, Space, genome
 from space.blocks import Model, forward
+from space.shapes import is_half_precision
 from supernet.data.corpus import Corpus, require_fits, train_batch, train_windows
 from supernet.hf.pretrained import load_pretrained
 from supernet.supernet import Sources, Supernet, add_gradients, leaves, prefix, sources
@@ -26,7 +27,6 @@ from supernet.training.optimiser import PrefixAdamW
 from supernet.training.recipe import TrainConfig, step_rate, step_subnets, subnet_count
 
 Weights = Mapping[str, Tensor]
-FULL_PRECISION = ("beta", "decay", "decay_down", "decay_up")  # projections to recurrence gates stay fp32
 PRETRAINED_WINDOWS = 16  # of training text, by which a pretrained start orders and aligns weights
 
 
@@ -49,20 +49,20 @@ def distillation_loss(
     return (1 - distillation) * text + distillation * (soft * (flat_targets >= 0)).sum()
 
 
-def cast_matrices(parameters: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_matrices(
+    parameters: Weights, dtype: torch.dtype, architecture: Architecture | None = None
+) -> dict[str, Tensor]:
     """Detach parameters and cast large matrices; done once a step, before any slicing.
 
     Args:
         parameters: parameters by name.
         dtype: type of the matrices.
+        architecture: of a sub-model; None for the parameters of a supernet.
     """
-
-    def type_of(name: str, parameter: Tensor) -> torch.dtype:
-        leaf = name.rsplit(".", 1)[-1]
-        keep = parameter.ndim != 2 or leaf in FULL_PRECISION or leaf.startswith("conv")
-        return parameter.dtype if keep else dtype
-
-    return {name: p.detach().to(type_of(name, p)) for name, p in parameters.items()}
+    return {
+        name: p.detach().to(dtype if is_half_precision(name, p.shape, architecture) else p.dtype)
+        for name, p in parameters.items()
+    }
 
 
 def matrix_type(config: TrainConfig) -> torch.dtype:
@@ -178,7 +178,8 @@ class Trainer:
         self.dtype = matrix_type(config)
         self.teacher = None
         if teacher and config.distillation:
-            self.teacher = Teacher(teacher.architecture, cast_matrices(teacher.weights, self.dtype))
+            weights = cast_matrices(teacher.weights, self.dtype, teacher.architecture)
+            self.teacher = Teacher(teacher.architecture, weights)
 
     def prepare(self) -> None:
         """Load initial weights before the first step, if ``start`` or ``config.init`` gives any."""
@@ -225,7 +226,7 @@ class Trainer:
         Raises:
             InputError: a loss or gradient is not finite; the message names the step and the architecture.
         """
-        weights = cast_matrices(self.parameters, self.dtype)
+        weights = cast_matrices(self.parameters, self.dtype, self.architecture)
         subnets = [self.architecture] if self.architecture else step_subnets(self.space, self.config, step)
         sandwich = self.config.rule == "sandwich" and len(subnets) > 1
         teacher = self._step_teacher(subnets) if sandwich else None

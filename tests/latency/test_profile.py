@@ -14,13 +14,13 @@ from latency.profile import load_prior, profile
 from latency.runtimes.onnxruntime import bind_workload, stack_graph
 from latency.runtimes.protocol import random_weights
 from space import Architecture, InputError, Layer, Space, Workload, genome, variation
-from space.architecture import HEADLESS_MIXERS, MIXERS
+from space.architecture import has_heads
 from space.cost import params_cost
-from space.onnx import mixers as mixer_graphs
+from space.mixers import MIXERS
 from space.onnx.model import model_graph
 from space.ops import Op, mixer_op, space_ops
 from space.shapes import model_shapes
-from tests.contracts import tiny_space, unknown_operator
+from tests.contracts import change_mixer, tiny_space, unknown_operator
 from tests.numerics import TOLERANCE, assert_close
 
 QUICK = ProfileConfig(
@@ -129,7 +129,7 @@ def test_workloads_must_fit_the_space() -> None:
 
 
 def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(mixer_graphs.WRITERS, "kda", unknown_operator)
+    change_mixer(monkeypatch, "kda", write=unknown_operator)
     runtime, model_config, workload = (
         OnnxRuntime(),
         tiny_space().model_config,
@@ -151,7 +151,7 @@ def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
     model_config = tiny_space().model_config
     if kind == "ffn":
         op = Op(kind="ffn", width=32, ffn=48)
-    elif kind in HEADLESS_MIXERS:
+    elif not has_heads(kind):
         op = Op(kind=kind, width=32)
     else:
         op = Op(kind=kind, width=32, heads=2, kv_heads=1, window=8 if kind == "sliding" else 0)

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from space import Architecture, Layer, ModelConfig, Space, Workload, blocks
+from space.attention import convolution, projection
 from space.attention.convolution import causal_conv
 from space.cost import (
     flops,
@@ -29,11 +30,12 @@ from space.cost import (
     params_cost,
 )
 from space.genome import decode, encode
+from space.mixers import recurrent_torch, softmax_torch
+from space.mixers.recurrent import FEW
 from space.onnx.graph import Graph
-from space.onnx.mixers import add_mixer
-from space.onnx.model import add_embedding, add_ffn, add_head, model_graph
+from space.onnx.model import add_embedding, add_ffn, add_head, add_mixer, model_graph
 from space.ops import Cost, Op, OpTables, count_ops, depths, op_kinds, space_ops
-from space.shapes import FEW, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
+from space.shapes import end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 from space.variation import sample
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
 
@@ -271,8 +273,11 @@ def test_flops_are_the_counted_products_and_the_mixing(
 
     with torch.no_grad():
         states = model(tokens[:, : workload.past])[1] if workload.past else None
-        monkeypatch.setattr(blocks, "project", counting(blocks.project))
-        monkeypatch.setattr(blocks, "causal_conv", convolving)
+        counted_project = counting(projection.project)
+        for module in (blocks, projection, recurrent_torch, softmax_torch):
+            monkeypatch.setattr(module, "project", counted_project)
+        for module in (convolution, recurrent_torch):
+            monkeypatch.setattr(module, "causal_conv", convolving)
         model(tokens[:, workload.past :], workload.past, states)
     assert min(counted) > 0
     assert flops(only(layer), workload, model_config) == sum(counted) + mixing_flops(

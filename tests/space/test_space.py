@@ -118,7 +118,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"mixer": ["linear"], "ratios": ["linear", 3]},
-        "hybrid.ratios[1]: 3 needs the mixer attention, and layer.mixer lacks it",
+        "hybrid.ratios[1]: 3 needs a full mixer, and layer.mixer has none of attention",
     ),
     (
         {"mixer": ["attention", "linear", "retnet"], "ratios": ["full"]},
@@ -133,7 +133,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"mixer": ["linear"], "ratios": ["linear"], "full_layers": [0]},
-        "hybrid.full_layers: layer.mixer lacks attention",
+        "hybrid.full_layers: layer.mixer has none of attention",
     ),
     ({"full_layers": [2]}, "hybrid.full_layers: 2 is past the last layer 1"),
     ({"full_layers": [0, 0]}, "hybrid.full_layers: a layer is named twice"),

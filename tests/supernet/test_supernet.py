@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from space import Space, genome, variation
-from space.architecture import MIXERS
 from space.blocks import Model, forward
+from space.mixers import MIXERS
 from space.shapes import model_shapes
 from supernet.extract import extract
 from supernet.supernet import Supernet, add_gradients, leaves, sources, supernet_shapes

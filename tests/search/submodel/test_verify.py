@@ -13,13 +13,12 @@ from search.submodel.export import export_onnx
 from search.submodel.parity import parity, relative_error
 from search.submodel.verify import judge
 from space import Architecture, InputError, Layer, genome, variation
-from space.architecture import MIXERS
 from space.blocks import Model
 from space.io.artefact import canonical_json
-from space.onnx import mixers as mixer_graphs
+from space.mixers import MIXERS
 from supernet.extract import read_submodel, write_submodel
 from supernet.supernet import Supernet
-from tests.contracts import scatter, tiny_space, unknown_operator
+from tests.contracts import change_mixer, scatter, tiny_space, unknown_operator
 
 SPACE = tiny_space(
     width=[32, 48, 64],
@@ -128,7 +127,7 @@ def test_damaged_submodel_is_refused(supernet: Supernet, tmp_path: Path) -> None
 def test_mixer_missing_in_the_runtime_is_named(
     supernet: Supernet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(mixer_graphs.WRITERS, "gla", unknown_operator)
+    change_mixer(monkeypatch, "gla", write=unknown_operator)
     layers = (Layer(mixer="gla", heads=1, kv_heads=1), Layer(mixer="linear", heads=1, kv_heads=1))
     architecture = Architecture(32, (*layers, Layer(ffn=32), Layer(ffn=32)))
     submodel = write_submodel(tmp_path, supernet, architecture, {}, {})

@@ -13,8 +13,8 @@ from torch import Tensor
 from space.attention import fla as cuda
 from space.attention.convolution import causal_conv
 from space.attention.linear import linear_attention
+from space.attention.rotary import rotate
 from space.attention.softmax import softmax_attention
-from space.blocks import rotate
 from tests.numerics import TOLERANCE, assert_close
 from tests.space import naive
 from tests.space.attention.test_linear_attention import KINDS, make
@@ -220,7 +220,7 @@ def test_kernels_are_called_as_they_are_written(
 
     monkeypatch.setattr(cuda, "_kernel", kernel)
     given = {**inputs, "scale": 0.5}
-    out, state = cuda.linear_attention(**given)
+    out, state = cuda.fla_linear_attention(**given)
     expected, expected_state = linear_attention(**given)
     assert called[0].startswith("fused" if tokens <= 64 and not learning else "chunk")
     assert (out.dtype, state.dtype) == (torch.bfloat16, torch.float32)
@@ -231,7 +231,7 @@ def test_kernels_are_called_as_they_are_written(
 def test_a_cpu_never_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "installed", lambda: True)
     x = drawn(1, 3, 2, 8).bfloat16()
-    assert not cuda.takes(x, x, x)
+    assert not cuda.fla_takes(x, x, x)
 
 
 needs_kernels = pytest.mark.skipif(
@@ -247,7 +247,7 @@ needs_kernels = pytest.mark.skipif(
 def test_kernels_agree_with_the_exact_form(kind: str, tokens: int) -> None:
     inputs = in_half(make(kind, tokens, heads=(4, 2), width=64, steps=(-3.0, -0.3, -0.01)))
     there = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
-    assert cuda.takes(there["q"], there["k"], there["v"])
+    assert cuda.fla_takes(there["q"], there["k"], there["v"])
     wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in inputs.items()}
     expected = linear_attention(**wide)
     for name, a, b in zip(("out", "state"), linear_attention(**there), expected, strict=True):

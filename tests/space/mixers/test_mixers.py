@@ -12,14 +12,14 @@ from torch import Tensor
 
 from latency import OnnxRuntime
 from space import Architecture, InputError, Layer, ModelConfig, Space, genome
-from space.architecture import HEADLESS_MIXERS, LINEAR_MIXERS, MIXERS
+from space.architecture import has_heads
 from space.blocks import Model, State, forward, mixer
-from space.onnx import mixers as mixer_graphs
+from space.mixers import MIXERS, mixers_of_class
 from space.onnx.model import model_graph
-from space.shapes import RECURRENCES, mixer_shapes, state_shapes
+from space.shapes import mixer_shapes, state_shapes
 from supernet.extract import extract
 from supernet.supernet import Supernet
-from tests.contracts import scatter, tiny_space
+from tests.contracts import change_mixer, scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close, relative_error
 from tests.space.naive import naive_mixer
 
@@ -32,19 +32,19 @@ Weights = dict[str, Tensor]
 
 
 def layer_of(name: str, heads: int = 4, kv_heads: int = 2) -> Layer:
-    if name in HEADLESS_MIXERS:
+    if not has_heads(name):
         return Layer(mixer=name)
     return Layer(mixer=name, heads=heads, kv_heads=kv_heads, window=8 if name == "sliding" else 0)
 
 
 LAYERS = {
-    "-".join([name, *(f"{h}:{k}" for _ in range(name not in HEADLESS_MIXERS))]): layer_of(name, h, k)
+    "-".join([name, *(f"{h}:{k}" for _ in range(has_heads(name)))]): layer_of(name, h, k)
     for name in MIXERS
-    for h, k in (HEADS if name not in HEADLESS_MIXERS else HEADS[:1])
+    for h, k in (HEADS if has_heads(name) else HEADS[:1])
 }
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 each_mixer = pytest.mark.parametrize("name", MIXERS)
-each_recurrence = pytest.mark.parametrize("name", LINEAR_MIXERS)
+each_recurrence = pytest.mark.parametrize("name", mixers_of_class("linear"))
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_states_have_their_shapes(layer: Layer, length: int) -> None:
     shapes = state_shapes(layer, WIDTH, FRAME, 3, length)
     assert {key: tuple(value.shape) for key, value in states[0].items()} == shapes
     assert {value.dtype for value in states[0].values()} == {torch.float32}
-    assert ("s" in shapes) == (layer.mixer in RECURRENCES)
+    assert ("s" in shapes) == (layer.mixer in mixers_of_class("linear"))
 
 
 # Elastic.
@@ -235,7 +235,7 @@ def test_a_subnetwork_is_its_submodel_in_outputs_states_and_gradients(name: str)
     scatter(supernet)
     text = torch.from_numpy(np.random.default_rng(0).integers(0, space.vocab_size, (2, 21)))
     choices = {uniform(space, w, h, k) for w in space.width for h, k in space.head_options}
-    assert len(choices) == (3 if name in HEADLESS_MIXERS else 15)
+    assert len(choices) == (15 if has_heads(name) else 3)
     for architecture in choices:
         assert genome.decode(space, genome.encode(space, [architecture])) == [architecture]
         plain = Model(architecture, space.config)
@@ -259,7 +259,7 @@ def test_a_subnetwork_is_its_submodel_in_outputs_states_and_gradients(name: str)
         assert total == pytest.approx(inside, rel=1e-4)  # nothing outside the prefixes
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name not in HEADLESS_MIXERS])
+@pytest.mark.parametrize("name", [name for name in MIXERS if has_heads(name)])
 def test_fewer_heads_are_the_first_ones(name: str) -> None:
     """With the same grouping, a sub-network is the whole whose other heads are not listened to."""
     space = space_of(name)
@@ -306,7 +306,7 @@ def test_the_graph_is_the_block(layer: Layer) -> None:
     weights = {name: value.numpy() for name, value in made.named_parameters()}
     graph = model_graph(made.architecture, FRAME, weights)
     kinds = [node.op_type for node in graph.graph.node]
-    assert kinds.count("LinearAttention") == (2 if layer.mixer in RECURRENCES else 0)
+    assert kinds.count("LinearAttention") == (2 if layer.mixer in mixers_of_class("linear") else 0)
     assert kinds.count("GroupQueryAttention") == (2 if layer.mixer in ("attention", "sliding") else 0)
     text = tokens(50, batch=1)
     logits, states = made.double()(text)
@@ -356,7 +356,7 @@ def test_the_graph_holds_at_fast_decays(name: str) -> None:
 def test_a_mixer_without_a_graph_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model_of(layer_of("gla"))
     weights = {name: value.numpy() for name, value in made.named_parameters()}
-    monkeypatch.delitem(mixer_graphs.WRITERS, "gla")
+    change_mixer(monkeypatch, "gla", write=None)
     with pytest.raises(
         InputError, match=r"^mixer gla: no ONNX graph of it can be written; there are attention"
     ):

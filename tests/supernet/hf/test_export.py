@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from space import Architecture, Layer, ModelConfig, genome, variation
-from space.architecture import HEADLESS_MIXERS, MIXERS
+from space.architecture import has_heads
 from space.blocks import Model
+from space.mixers import MIXERS
 from supernet.hf.export import modelling_file, write_hf
 from supernet.hf.modeling import CACHE
 from tests.contracts import scatter, tiny_space
@@ -89,7 +90,7 @@ def one_thread() -> Iterator[None]:
 
 
 def layer_of(name: str) -> Layer:
-    if name in HEADLESS_MIXERS:
+    if not has_heads(name):
         return Layer(mixer=name, ffn=32)
     return Layer(mixer=name, heads=4, kv_heads=2, window=8 if name == "sliding" else 0, ffn=32)
 

@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from space import Architecture, InputError, Layer, ModelConfig, genome
-from space.architecture import HEADLESS_MIXERS, MIXERS
+from space.architecture import has_heads
 from space.blocks import Model
+from space.mixers import MIXERS
 from supernet.hf.bundle import one_file
 from supernet.hf.export import load_hf, modelling_file, write_hf
 from supernet.hf.llama import read_llama
@@ -32,7 +33,7 @@ ATTENTION = Layer(mixer="attention", heads=4, kv_heads=2, ffn=32)
 
 
 def layer_of(name: str) -> Layer:
-    if name in HEADLESS_MIXERS:
+    if not has_heads(name):
         return Layer(mixer=name, ffn=32)
     return Layer(mixer=name, heads=4, kv_heads=2, window=8 if name == "sliding" else 0, ffn=32)
 

@@ -1,0 +1,76 @@
+"""The mixers, one file each, and the registry that all lists of them derive from.
+
+A mixer is a :class:`Mixer` value. Its file holds its parameter and state shapes, initialisation, torch
+function, ONNX writer and cost; what several share stands in ``heads``, ``recurrent*`` and ``softmax*``. An
+installed package adds mixers through an entry point of the group ``formfit.plugins`` whose module calls
+:func:`register_mixer`. Importing this package does not import torch or onnx.
+"""
+
+import re
+from typing import get_args
+
+from space.io.errors import InputError
+from space.mixers.mixer import Mixer, MixerCall, MixerClass, Shapes, State, Weights
+from space.registry import Registry
+
+RESERVED = ("none", "embedding", "head", "ffn", "norm", "mixer", "shared")  # names of other ops and parts
+
+# In the order in which messages list them.
+MIXERS: Registry[Mixer] = Registry(
+    "mixer",
+    {
+        name: f"{__name__}.{name}"
+        for name in (
+            "attention",
+            "sliding",
+            "short_conv",
+            "linear",
+            "retnet",
+            "mamba2",
+            "gla",
+            "hgrn2",
+            "deltanet",
+            "gated_deltanet",
+            "kda",
+        )
+    },
+)
+
+
+def register_mixer(mixer: Mixer) -> None:
+    """Add a mixer under its name.
+
+    Args:
+        mixer: the value that describes it.
+
+    Raises:
+        InputError: the name is taken, reserved or malformed, or the class is unknown.
+    """
+    if not re.fullmatch("[a-z][a-z0-9_]*", mixer.name) or mixer.name in RESERVED:
+        raise InputError(
+            f"mixer {mixer.name!r}: a name is lower-case letters, digits and underscores, "
+            f"and none of {', '.join(RESERVED)}"
+        )
+    if mixer.mixer_class not in get_args(MixerClass):
+        raise InputError(
+            f"mixer {mixer.name}: class {mixer.mixer_class!r} is not one of {', '.join(get_args(MixerClass))}"
+        )
+    MIXERS.register(mixer.name, mixer)
+
+
+def mixers_of_class(mixer_class: MixerClass) -> tuple[str, ...]:
+    """The names of the registered mixers of a class, ``full``, ``linear`` or ``local``."""
+    return tuple(name for name in MIXERS if MIXERS.get(name).mixer_class == mixer_class)
+
+
+__all__ = [
+    "MIXERS",
+    "Mixer",
+    "MixerCall",
+    "MixerClass",
+    "Shapes",
+    "State",
+    "Weights",
+    "mixers_of_class",
+    "register_mixer",
+]

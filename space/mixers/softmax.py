@@ -1,0 +1,40 @@
+"""Shapes and cost that the softmax mixers share."""
+
+from space.layer import Layer, ModelConfig
+from space.mixers.heads import head_shapes
+from space.mixers.mixer import Shapes
+from space.workload import Workload
+
+
+def softmax_shapes(width: int, heads: int, kv_heads: int, model_config: ModelConfig) -> Shapes:
+    """The pre-norm, q, k, v and o, and with ``qk_norm`` the gains of the norms of queries and keys."""
+    shapes, d = head_shapes(width, heads, kv_heads, model_config), model_config.head_dim
+    return shapes | ({"q_norm": (d,), "k_norm": (d,)} if model_config.qk_norm else {})
+
+
+def cache_shapes(layer: Layer, model_config: ModelConfig, batch: int, held: int) -> Shapes:
+    """Keys after RoPE and values of the last ``held`` tokens, [B, Hkv, tokens held, D] each."""
+    shape = (batch, layer.kv_heads, held, model_config.head_dim)
+    return {"key": shape, "value": shape}
+
+
+def softmax_flops(layer: Layer, width: int, workload: Workload, model_config: ModelConfig) -> int:
+    """FLOPs of scores and weighted sums, over the (query, key) pairs that the window lets see each other."""
+    window = layer.window or workload.length
+    pairs = _pairs(workload.length, window) - _pairs(workload.past, window)
+    return workload.batch * 4 * pairs * layer.heads * model_config.head_dim
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """Number of (query, key) pairs of the first tokens of a sequence, each seeing at most a window."""
+    full = min(tokens, window)
+    return full * (full + 1) // 2 + (tokens - full) * window
+
+
+def softmax_activations(
+    layer: Layer, width: int, packed: int, workload: Workload, model_config: ModelConfig
+) -> int:
+    """Floats at the widest node, caches aside; what the attention operator uses inside is not counted."""
+    tokens, q = workload.batch * workload.tokens, layer.heads * model_config.head_dim
+    inner = 2 * packed if model_config.qk_norm else packed + q
+    return tokens * max(2 * width + packed, width + inner, 4 * width)
