@@ -22,11 +22,16 @@ if TYPE_CHECKING:
     from latency.profile import ProfileConfig, profile
     from search.config import SearchConfig
     from search.engine.front import Front, Member
+    from search.engine.run import run_search
     from search.problem.limit import Limit
+    from search.problem.metric import Metric, register_metric
+    from search.problem.objective import Objective, register_objective
     from search.problem.problem import Problem
+    from search.strategies.registry import register_strategy
     from search.submodel.verify import verify
     from space.architecture import Architecture, Layer, ModelConfig
     from space.io.errors import FormfitError, InfeasibleError, InputError, LimitMissedError
+    from space.mixers import register_mixer
     from space.space import Space, load_space
     from space.workload import Workload
     from supernet.extract import SubModel
@@ -45,7 +50,9 @@ __all__ = [
     "Limit",
     "LimitMissedError",
     "Member",
+    "Metric",
     "ModelConfig",
+    "Objective",
     "Predictor",
     "Problem",
     "ProfileConfig",
@@ -59,29 +66,50 @@ __all__ = [
     "load_predictor",
     "load_space",
     "profile",
+    "register_metric",
+    "register_mixer",
+    "register_objective",
+    "register_strategy",
+    "run_search",
     "train",
     "verify",
 ]
 
-_HOMES = {
-    "latency.card": ("Card", "load_card"),
-    "latency.predictor.predictor": ("Predictor", "load_predictor"),
-    "latency.profile": ("ProfileConfig", "profile"),
-    "search.config": ("SearchConfig",),
-    "search.engine.front": ("Front", "Member"),
-    "search.problem.limit": ("Limit",),
-    "search.problem.problem": ("Problem",),
-    "search.submodel.verify": ("verify",),
-    "space.architecture": ("Architecture", "Layer", "ModelConfig"),
-    "space.io.errors": ("FormfitError", "InfeasibleError", "InputError", "LimitMissedError"),
-    "space.space": ("Space", "load_space"),
-    "space.workload": ("Workload",),
-    "supernet.extract": ("SubModel",),
-    "supernet.supernet": ("Supernet",),
-    "supernet.training.recipe": ("TrainConfig",),
-    "supernet.training.train": ("train",),
+_MODULE_OF = {
+    "Architecture": "space.architecture",
+    "Card": "latency.card",
+    "FormfitError": "space.io.errors",
+    "Front": "search.engine.front",
+    "InfeasibleError": "space.io.errors",
+    "InputError": "space.io.errors",
+    "Layer": "space.architecture",
+    "Limit": "search.problem.limit",
+    "LimitMissedError": "space.io.errors",
+    "Member": "search.engine.front",
+    "Metric": "search.problem.metric",
+    "ModelConfig": "space.architecture",
+    "Objective": "search.problem.objective",
+    "Predictor": "latency.predictor.predictor",
+    "Problem": "search.problem.problem",
+    "ProfileConfig": "latency.profile",
+    "SearchConfig": "search.config",
+    "Space": "space.space",
+    "SubModel": "supernet.extract",
+    "Supernet": "supernet.supernet",
+    "TrainConfig": "supernet.training.recipe",
+    "Workload": "space.workload",
+    "load_card": "latency.card",
+    "load_predictor": "latency.predictor.predictor",
+    "load_space": "space.space",
+    "profile": "latency.profile",
+    "register_metric": "search.problem.metric",
+    "register_mixer": "space.mixers",
+    "register_objective": "search.problem.objective",
+    "register_strategy": "search.strategies.registry",
+    "run_search": "search.engine.run",
+    "train": "supernet.training.train",
+    "verify": "search.submodel.verify",
 }
-_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 PACKAGES = ("space", "latency", "supernet", "search")
 _ROOT = Path(__file__).resolve().parent
 
