@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from search.cli.app import main
+from search.config import RunConfig, smoke
 from tests.contracts import tiny_value
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,6 +37,14 @@ class Quiet:
 
     def warn(self, text: str) -> None:
         raise AssertionError(text)
+
+
+def short_smoke(config: RunConfig) -> RunConfig:
+    """The configuration of a smoke run, with a third of its training steps."""
+    small = smoke(config)
+    return small.model_copy(
+        update={"train": small.train.model_copy(update={"steps": 4, "checkpoint_every": 2})}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +114,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) ->
     checkpoint = pipeline.trained(run, Quiet(), corpus)
     predictor = pipeline.profiled(run, Quiet())
     front = pipeline.searched(run, Quiet(), checkpoint, predictor, corpus)
-    assert json.loads(json.dumps(front)) == front
+    assert json.loads(json.dumps(front.to_json())) == front.to_json()
     return folder
 
 
