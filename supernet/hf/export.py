@@ -1,15 +1,15 @@
-"""A sub-model as a folder that transformers loads.
+"""Export of a sub-model as a folder that transformers loads.
 
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` runs ``modeling_formfit.py``,
-which is generated: the classes of :mod:`supernet.hf.modeling` and, of the modules of :mod:`space`, each
-definition that they reach, as it stands. It needs torch and transformers and nothing of formfit. A
-sub-model that is a Llama in all but name is written as one, without code.
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` runs ``modeling_formfit.py``, a
+generated file: the classes of :mod:`supernet.hf.modeling` with every definition of :mod:`space` that they
+use, copied verbatim. It needs torch and transformers, not formfit. A sub-model that computes the same
+function as a Llama is written as a ``LlamaForCausalLM``, without code.
 
-transformers is imported only where a folder is read back.
+transformers is imported only to read a folder back.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,18 @@ from space.architecture import Architecture, ModelConfig
 from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
 from space.layer import NORM_EPS, ROPE_BASE
+from space.mixers import MIXERS
 from space.shapes import model_shapes
 from supernet.data.tokenizer import SEPARATORS, load_tokenizer
 from supernet.hf.bundle import one_file
 from supernet.hf.llama import BLOCKS, ENDS
+from supernet.hf.mixer_table import mixer_table
 
-MODEL = "modeling_formfit.py"
-BYTES = 256
+MODELING_FILE = "modeling_formfit.py"
+BYTE_VOCAB_SIZE = 256
 CLASSES = {"AutoConfig": "FormfitConfig", "AutoModelForCausalLM": "FormfitForCausalLM"}
-END = "<|endoftext|>"  # what byte 0, between documents, is called
+END_OF_TEXT = "<|endoftext|>"  # name of byte 0, which separates documents
+Json = dict[str, Any]
 
 
 def write_hf(
@@ -41,45 +44,46 @@ def write_hf(
 ) -> list[str]:
     """Write a sub-model as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
-    Both want ``trust_remote_code=True``: a tokenizer has no code, but its loader reads the model's settings.
+    Both need ``trust_remote_code=True``: a tokenizer has no code, but its loader reads the model's settings.
+    An architecture of equal softmax layers without q/k norm becomes a ``LlamaForCausalLM``, which does not
+    need it.
 
     Args:
-        folder: where; ``config.json`` comes last.
+        folder: the folder; ``config.json`` is written last.
         weights: every parameter of :func:`space.shapes.model_shapes`.
-        architecture: what they are the weights of. All softmax, with equal layers and without q/k norm,
-            it becomes a ``LlamaForCausalLM``, which needs no ``trust_remote_code``.
-        model_config: what its space fixes.
-        tokenizer: the ``tokenizer.json`` that it was trained with; None where bytes are the tokens. A
-            vocabulary that does not hold the bytes gets no tokenizer.
+        architecture: the sub-model's architecture.
+        model_config: the constants of its space.
+        tokenizer: the ``tokenizer.json`` of its training; None if the tokens are bytes. A model of bytes with
+            a vocabulary below 256 gets no tokenizer.
 
     Returns:
         The names of the files.
 
     Raises:
         ValueError: the weights are not the architecture's.
-        InputError: the tokenizer cannot be read, or has more tokens than the frame.
+        InputError: the tokenizer cannot be read, or has more tokens than the model.
     """
     shapes = model_shapes(architecture, model_config)
     if {name: tuple(weight.shape) for name, weight in weights.items()} != shapes:
         raise ValueError(f"not the weights of architecture {architecture.key}")
     separator, texts = _tokenizer(model_config, tokenizer)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
-    config: dict[str, Any] = {"dtype": str(weights["embedding"].dtype).removeprefix("torch."), **ids}
+    config: Json = {"dtype": str(weights["embedding"].dtype).removeprefix("torch."), **ids}
     names = {name: name for name in shapes}
     if llama := _as_llama(architecture, model_config):
-        (folder / MODEL).unlink(missing_ok=True)  # of another model that was written here
+        (folder / MODELING_FILE).unlink(missing_ok=True)  # of a model that was written here before
         config |= llama
         slots = [slot for slot, layer in enumerate(architecture.layers) if layer.present]
         names = {name: _llama_name(name, slots) for name in shapes}
     else:
         config |= {
             "architectures": [CLASSES["AutoModelForCausalLM"]],
-            "auto_map": {auto: f"{Path(MODEL).stem}.{name}" for auto, name in CLASSES.items()},
+            "auto_map": {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in CLASSES.items()},
             "model_type": "formfit",
             "architecture": architecture.to_json(),
             "model_config": dict(vars(model_config)),
         }
-        texts[MODEL] = modelling_file()
+        texts[MODELING_FILE] = modelling_file(layer.mixer for layer in architecture.layers)
     with atomic_path(folder / "model.safetensors") as temporary:
         tensors = {names[name]: weight.detach().contiguous() for name, weight in weights.items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -89,13 +93,51 @@ def write_hf(
     return ["model.safetensors", *texts]
 
 
-def modelling_file() -> str:
-    """The text of ``modeling_formfit.py``."""
-    return one_file("supernet.hf.modeling", list(CLASSES.values()))
+def modelling_file(mixers: Iterable[str] = ()) -> str:
+    """The text of ``modeling_formfit.py``, with all built-in mixers.
+
+    Args:
+        mixers: of the model; those of plug-ins are copied too.
+
+    Raises:
+        InputError: a plug-in's mixer cannot be copied.
+    """
+    used = set(mixers)
+    plugins = [name for name in MIXERS if name in used and name not in MIXERS.builtin]
+    table, packages = mixer_table([*MIXERS.builtin, *plugins])
+    try:
+        return one_file(
+            "supernet.hf.modeling",
+            list(CLASSES.values()),
+            packages=packages,
+            replaced={"space.mixers": table},
+        )
+    except ValueError as error:
+        if not plugins:
+            raise
+        raise InputError(
+            f"mixer {', '.join(plugins)}: a Hugging Face folder cannot hold its code ({error}); "
+            "extract with --format onnx"
+        ) from None
+
+
+def _mixers_of(folder: Path) -> list[str]:
+    """The mixers that a folder's settings name; none if they cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return [str(layer["mixer"]) for layer in config["architecture"]["layers"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def load_hf(folder: Path) -> Any:
-    """The model of a folder that :func:`write_hf` wrote; nothing that stands there is executed.
+    """Load the model of a folder that :func:`write_hf` wrote; the folder's code is not executed.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        A transformers model in evaluation mode.
 
     Raises:
         InputError: transformers is not installed, or the folder's code is not what this version writes.
@@ -107,26 +149,25 @@ def load_hf(folder: Path) -> Any:
         from supernet.hf.modeling import FormfitForCausalLM
     except ImportError:
         raise InputError(f"{folder}: needs transformers; `pip install 'formfit[hf]'` installs it") from None
-    code, again = folder / MODEL, "`formfit export --format hf` writes it again"
-    if code.exists() and code.read_bytes() != modelling_file().encode():
-        raise InputError(f"{code}: not what this formfit writes; {again}")
+    code, hint = folder / MODELING_FILE, "`formfit export --format hf` writes it again"
+    if code.exists() and code.read_bytes() != modelling_file(_mixers_of(folder)).encode():
+        raise InputError(f"{code}: not what this formfit writes; {hint}")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    kind: Any = FormfitForCausalLM if code.exists() else LlamaForCausalLM
+    model_class: Any = FormfitForCausalLM if code.exists() else LlamaForCausalLM
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        return model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder}: transformers cannot load it ({reason}); {again}") from None
+        raise InputError(f"{folder}: transformers cannot load it ({reason}); {hint}") from None
 
 
-def _as_llama(architecture: Architecture, model_config: ModelConfig) -> dict[str, Any]:
-    """The settings of the Llama that an architecture is; empty where it is none."""
+def _as_llama(architecture: Architecture, model_config: ModelConfig) -> Json:
+    """The configuration of the Llama that computes the same function; empty if there is none."""
     layers = [layer for layer in architecture.layers if layer.present]
     first = layers[0]
-    alike = all(layer == first for layer in layers) and first.mixer == "attention" and first.ffn > 0
-    if (
-        not alike or model_config.qk_norm or architecture.width % first.heads
-    ):  # transformers refuses such a width
+    uniform = all(layer == first for layer in layers) and first.mixer == "attention" and first.ffn > 0
+    # transformers rejects a width that is not a multiple of the heads.
+    if not uniform or model_config.qk_norm or architecture.width % first.heads:
         return {}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -150,7 +191,7 @@ def _as_llama(architecture: Architecture, model_config: ModelConfig) -> dict[str
 
 
 def _llama_name(name: str, slots: Sequence[int]) -> str:
-    """A parameter's name in a Llama whose layers stood in these slots."""
+    """A parameter's name in a Llama whose layers are these slots."""
     if name in ENDS:
         return f"{ENDS[name]}.weight"
     _, slot, block = name.split(".", 2)
@@ -158,10 +199,10 @@ def _llama_name(name: str, slots: Sequence[int]) -> str:
 
 
 def _tokenizer(model_config: ModelConfig, path: Path | None) -> tuple[int, dict[str, str]]:
-    """The id between documents, and the texts of the tokenizer's files."""
-    if path is None and model_config.vocab_size < BYTES:
+    """The id that separates documents, and the texts of the tokenizer's files by name."""
+    if path is None and model_config.vocab_size < BYTE_VOCAB_SIZE:
         return 0, {}
-    config: dict[str, Any] = {
+    config: Json = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_config.max_seq_len,
@@ -169,26 +210,28 @@ def _tokenizer(model_config: ModelConfig, path: Path | None) -> tuple[int, dict[
         "clean_up_tokenization_spaces": False,
     }
     if path is None:
-        separator, name, text = 0, END, _json(_byte_tokenizer())
-        config["split_special_tokens"] = True  # a text that spells it out is its bytes, as in training
+        separator, name, text = 0, END_OF_TEXT, _json(_byte_tokenizer())
+        config["split_special_tokens"] = True  # the separator's name in a text is plain bytes, as in training
     else:
-        given = load_tokenizer(path)
-        if given.vocab_size > model_config.vocab_size:
-            raise InputError(f"{path}: {given.vocab_size} tokens, the model has {model_config.vocab_size}")
-        separator, text = given.separator, path.read_bytes().decode()
-        name = given.library.id_to_token(separator)
-    if name in SEPARATORS:  # without one, id 0 separates documents, and may be a word
+        loaded = load_tokenizer(path)
+        if loaded.vocab_size > model_config.vocab_size:
+            raise InputError(f"{path}: {loaded.vocab_size} tokens, the model has {model_config.vocab_size}")
+        separator, text = loaded.separator, path.read_bytes().decode()
+        name = loaded.library.id_to_token(separator)
+    if name in SEPARATORS:  # otherwise id 0 separates documents, and may be a word
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), name)
     return separator, {"tokenizer.json": text, "tokenizer_config.json": _json(config)}
 
 
-def _byte_tokenizer() -> dict[str, Any]:
-    """Bytes as tokens, under the characters that GPT-2 shows them by; byte 0 comes before every text."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = iter(range(BYTES, 2 * BYTES))
-    vocab_size = {chr(byte if byte in shown else next(hidden)): byte for byte in range(BYTES)}
-    vocab_size = {END: 0} | {character: byte for character, byte in vocab_size.items() if byte}
-    start = {"SpecialToken": {"id": END, "type_id": 0}}
+def _byte_tokenizer() -> Json:
+    """A tokenizer of bytes, named by GPT-2's printable characters; byte 0 precedes every text."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(BYTE_VOCAB_SIZE, 2 * BYTE_VOCAB_SIZE))
+    vocabulary = {
+        chr(byte if byte in printable else next(substitutes)): byte for byte in range(BYTE_VOCAB_SIZE)
+    }
+    vocabulary = {END_OF_TEXT: 0} | {character: byte for character, byte in vocabulary.items() if byte}
+    start = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -196,17 +239,17 @@ def _byte_tokenizer() -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": 0, "content": END, **flags, "special": True}],
+        "added_tokens": [{"id": 0, "content": END_OF_TEXT, **flags, "special": True}],
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [start, first],
             "pair": [start, first, start, second],
-            "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+            "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT]}},
         },
         "decoder": level,
-        "model": {"type": "BPE", "vocab": vocab_size, "merges": []},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
 
 

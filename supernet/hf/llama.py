@@ -1,9 +1,9 @@
-"""A Llama's folder, read as the weights of a space's largest architecture.
+"""Reads a Llama's folder as the weights of a space's largest architecture.
 
-What transformers writes for ``LlamaForCausalLM`` (Touvron et al. 2023): ``config.json`` and
-safetensors, in one file or in shards with an index. Both are read as data, without transformers.
-An all-attention architecture of equal layers computes the same function, so what differs between
-the two sides (a size, an epsilon, a rope setting) is refused, not approximated.
+The folder is what transformers writes for ``LlamaForCausalLM`` (Touvron et al. 2023): ``config.json`` and
+safetensors, in one file or in shards with an index. Both are read as data, without transformers. An
+all-attention architecture of equal layers computes the same function, so any difference (a size, an epsilon,
+a RoPE setting) is an error, never approximated.
 """
 
 import json
@@ -20,8 +20,9 @@ from space.io.artefact import canonical_json, digest, file_digest
 from space.layer import NORM_EPS, ROPE_BASE
 from space.shapes import model_shapes
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Settings = dict[str, Any]
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ENDS = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 BLOCKS = {
     "mixer.pre_norm": "input_layernorm",
@@ -34,8 +35,8 @@ BLOCKS = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
 }
-# What transformers takes for a key that config.json leaves out; sizes have no default here.
-DEFAULTS: dict[str, Any] = {
+# Defaults of transformers for keys that config.json omits; sizes have none.
+DEFAULTS: Settings = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -46,39 +47,52 @@ DEFAULTS: dict[str, Any] = {
 
 
 def read_llama(folder: Path, space: Space) -> tuple[Architecture, dict[str, Tensor]]:
-    """The space's largest architecture and a Llama's weights under its sub-model's names, in fp32.
+    """Read a Llama's weights.
+
+    Args:
+        folder: folder of a ``LlamaForCausalLM``.
+        space: the space whose largest architecture the Llama has to be.
+
+    Returns:
+        The largest architecture, and the weights in fp32, named as in its sub-model.
 
     Raises:
-        InputError: the folder is not whole, or not a Llama of exactly that architecture.
+        InputError: the folder is incomplete, or not a Llama of exactly that architecture.
     """
     architecture = genome.largest(space)
     _check_config(folder / "config.json", space, architecture)
     names = {_llama_name(name): name for name in model_shapes(architecture, space.config)}
     shapes = {_llama_name(name): shape for name, shape in model_shapes(architecture, space.config).items()}
     weights: dict[str, Tensor] = {}
-    for path, theirs, tensor in _tensors(folder):
-        if theirs.endswith("rotary_emb.inv_freq") or (space.tie_embeddings and theirs == "lm_head.weight"):
-            continue  # a buffer that old folders hold; the embedding a second time
-        if tuple(tensor.shape) != shapes.get(theirs):
+    for path, llama_name, tensor in _tensors(folder):
+        if llama_name.endswith("rotary_emb.inv_freq") or (
+            space.tie_embeddings and llama_name == "lm_head.weight"
+        ):
+            continue  # a buffer in old folders; the embedding a second time
+        expected = shapes.get(llama_name)
+        if tuple(tensor.shape) != expected:
             raise InputError(
-                f"{path}: {theirs} is {tuple(tensor.shape)}, space {space.name} expects {shapes.get(theirs)}"
+                f"{path}: {llama_name} is {tuple(tensor.shape)}, space {space.name} expects {expected}"
             )
-        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+        if tensor.dtype not in FLOAT_TYPES or not tensor.isfinite().all():
             raise InputError(
-                f"{path}: {theirs} holds {tensor.dtype}, expected finite fp32, bf16, fp16 or fp64"
+                f"{path}: {llama_name} holds {tensor.dtype}, expected finite fp32, bf16, fp16 or fp64"
             )
-        weights[names[theirs]] = tensor.to(torch.float32)
-    missing = sorted(theirs for theirs, name in names.items() if name not in weights)
+        weights[names[llama_name]] = tensor.to(torch.float32)
+    missing = sorted(llama_name for llama_name, name in names.items() if name not in weights)
     if missing:
         raise InputError(f"{folder}: {missing[0]} is not in its safetensors ({len(missing)} are missing)")
     return architecture, weights
 
 
 def pretrained_digest(folder: Path) -> str:
-    """The sha256 of what a Llama's folder holds: its settings and weights, whatever its place.
+    """The sha256 of the settings and weights in a Llama's folder, as 64 hexadecimal digits.
+
+    Args:
+        folder: the folder; its path is not part of the digest.
 
     Raises:
-        InputError: a file of it is missing.
+        InputError: a file is missing.
     """
     paths = [folder / "config.json", *_weight_files(folder)]
     try:
@@ -95,16 +109,20 @@ def _llama_name(name: str) -> str:
 
 
 def _check_config(path: Path, space: Space, architecture: Architecture) -> None:
-    """Refuse a space whose largest architecture is not a Llama, and a Llama that is not that one."""
+    """Check that the space's largest architecture is a Llama, and that the folder's Llama is that one.
+
+    Raises:
+        InputError: either is not so.
+    """
     first = architecture.layers[0]
-    alike = all(layer == first for layer in architecture.layers)
-    if not (alike and first.mixer == "attention" and first.ffn and not space.qk_norm):
+    uniform = all(layer == first for layer in architecture.layers)
+    if not (uniform and first.mixer == "attention" and first.ffn and not space.qk_norm):
         extra = ", with q/k norm" if space.qk_norm else ""
         raise InputError(
             f"train.init: {path.parent} holds a Llama (equal layers of attention and an FFN, no q/k norm), "
             f"the largest architecture of space {space.name} is {architecture.describe()}{extra}"
         )
-    wanted = {
+    expected = {
         "model_type": "llama",
         "hidden_size": architecture.width,
         "intermediate_size": first.ffn,
@@ -124,7 +142,7 @@ def _check_config(path: Path, space: Space, architecture: Architecture) -> None:
         "quantization_config": None,
     }
     found = _settings(path)
-    wrong = [f"{key} {found.get(key)!r} (space: {value!r})" for key, value in wanted.items()
+    wrong = [f"{key} {found.get(key)!r} (space: {value!r})" for key, value in expected.items()
              if found.get(key) != value]  # fmt: skip
     if wrong:
         raise InputError(
@@ -132,24 +150,24 @@ def _check_config(path: Path, space: Space, architecture: Architecture) -> None:
         )
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """config.json with its defaults, and its rope settings brought to one level."""
+def _settings(path: Path) -> Settings:
+    """The settings of config.json with defaults; RoPE settings are flattened."""
     value = _read_object(path)
     heads, width = value.get("num_attention_heads"), value.get("hidden_size")
     derived = {"num_key_value_heads": heads, "head_dim": None}
     if isinstance(heads, int) and isinstance(width, int) and heads > 0:
         derived["head_dim"] = width // heads
     derived |= DEFAULTS | {key: item for key, item in value.items() if item is not None}
-    rope: dict[str, Any] = {"rope_theta": ROPE_BASE, "rope_type": "default", "partial_rotary_factor": 1.0}
+    rope: Settings = {"rope_theta": ROPE_BASE, "rope_type": "default", "partial_rotary_factor": 1.0}
     for source in (value, value.get("rope_scaling"), value.get("rope_parameters")):
         source = source if isinstance(source, dict) else {}
         rope |= {key: source[key] for key in rope if source.get(key) is not None}
-        if source is not value and "type" in source:  # the older name
+        if source is not value and "type" in source:  # the name in older versions
             rope["rope_type"] = source["type"]
     return derived | rope
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Settings:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -157,19 +175,21 @@ def _read_object(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); train.init names the folder of a LlamaForCausalLM"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a whole JSON file ({error})") from None
+        raise InputError(f"{path}: not a complete JSON file ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: one, or the index and its shards."""
-    if (folder / WHOLE).exists():
-        return [folder / WHOLE]
-    index = folder / INDEX
+    """The files of the weights: one file, or the index and its shards."""
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
     if not index.exists():
-        raise InputError(f"{folder}: has neither {WHOLE} nor {INDEX}; train.init reads safetensors only")
+        raise InputError(
+            f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}; train.init reads safetensors only"
+        )
     table = _read_object(index).get("weight_map")
     shards = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
     for shard in shards:
@@ -181,13 +201,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor with its file and name, one in memory at a time."""
+    """Yields every tensor with its file and name, one in memory at a time."""
     for path in _weight_files(folder):
-        if path.name == INDEX:
+        if path.name == INDEX_FILE:
             continue
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     yield path, name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+            raise InputError(f"{path}: not a complete safetensors file ({error})") from None

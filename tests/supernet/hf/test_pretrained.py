@@ -1,4 +1,4 @@
-"""A Llama becomes the supernet: transformers is the judge of its logits, hooks on it of the order."""
+"""Pretrained start compared with transformers: logits by its model, importance by hooks on it."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def a_space(**changes: Any) -> Space:
 
 
 def a_llama(space: Space, **changes: Any) -> LlamaForCausalLM:
-    """A random Llama of the space's largest shape, with every parameter distinct, norms too."""
+    """A random Llama of the space's largest shape, with distinct values in every parameter."""
     largest = genome.largest(space)
     layer = largest.layers[0]
     settings = {
@@ -91,7 +91,7 @@ def largest_logits(supernet: Supernet, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_largest_is_the_llama(shape: str, order: bool, tmp_path: Path) -> None:
+def test_largest_equals_llama(shape: str, order: bool, tmp_path: Path) -> None:
     space = a_space(**SHAPES[shape])
     llama = a_llama(space)
     llama.save_pretrained(tmp_path)
@@ -117,7 +117,7 @@ def test_shards_and_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def effects(llama: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    """By hooks on an fp64 Llama: for every part of it the mean over tokens of |dL/d(factor)|.
+    """The mean over tokens of |dL/d(factor)| for every part of an fp64 Llama, by hooks.
 
     For kv groups, how much the loss grows when what their heads give is set to 0.
     """
@@ -174,8 +174,8 @@ def effects(llama: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, np.ndarr
 
 
 @pytest.mark.parametrize("shape", ["one kv head a head", "group of 2", "kv heads vary", "untied"])
-def test_prefixes_hold_what_matters_most(shape: str, tmp_path: Path) -> None:
-    """Each matrix, element by element, against an order found with transformers alone."""
+def test_prefixes_are_sorted_by_importance(shape: str, tmp_path: Path) -> None:
+    """Each matrix, element by element, compared with an order computed by transformers only."""
     space = a_space(**SHAPES[shape])
     llama = a_llama(space)
     llama.save_pretrained(tmp_path)
@@ -225,8 +225,8 @@ def test_prefixes_hold_what_matters_most(shape: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharing", ["qkvo", "none"])
-def test_mixers_inherit_and_come_close_to_the_attention(sharing: str, tmp_path: Path) -> None:
-    """The errors reported are those of the final weights against transformers' own attention."""
+def test_mixers_inherit_and_are_aligned_to_attention(sharing: str, tmp_path: Path) -> None:
+    """Reported errors are those of the final weights, measured against transformers' attention."""
     space = a_space(
         mixer=["attention", *LINEAR],
         window=[8, 12],
@@ -276,7 +276,7 @@ def test_mixers_inherit_and_come_close_to_the_attention(sharing: str, tmp_path: 
         assert_close("inherited", mine["layers.1.kda.q"], q, 0.5)  # tuned from there, not from the start
 
 
-def test_the_same_start_gives_the_same_bits(tmp_path: Path) -> None:
+def test_pretrained_start_is_deterministic(tmp_path: Path) -> None:
     space = a_space(mixer=["attention", "retnet", "kda"])
     a_llama(space).save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -287,7 +287,7 @@ def test_the_same_start_gives_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+def test_digest_depends_on_content_only(tmp_path: Path) -> None:
     space = a_space()
     a_llama(space).save_pretrained(tmp_path / "a", max_shard_size="20KB")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -331,7 +331,7 @@ ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
     ],
     ids=str,
 )  # fmt: skip
-def test_another_llama_is_refused_in_one_line(
+def test_other_llama_is_one_line_error(
     change: dict[str, Any], words: tuple[str, ...], tmp_path: Path
 ) -> None:
     space = a_space()
@@ -355,7 +355,7 @@ def test_another_llama_is_refused_in_one_line(
     ],
     ids=str,
 )
-def test_a_space_whose_largest_is_no_llama_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_space_without_llama_is_error(changes: dict[str, Any], tmp_path: Path) -> None:
     a_llama(a_space()).save_pretrained(tmp_path)
     space = a_space(**changes)
     with pytest.raises(InputError, match="largest architecture of space tiny is width 32: "):
@@ -363,7 +363,7 @@ def test_a_space_whose_largest_is_no_llama_is_refused(changes: dict[str, Any], t
 
 
 def broken(folder: Path, how: str) -> None:
-    """Spoil a sharded Llama's folder."""
+    """Corrupt a sharded Llama's folder."""
     shard = max(folder.glob("model-*.safetensors"), key=lambda path: path.stat().st_size)
     tensors = load_file(shard)
     name = next(key for key in sorted(tensors) if tensors[key].ndim == 2)
@@ -402,13 +402,13 @@ def broken(folder: Path, how: str) -> None:
     ("how", "words"),
     {
         "no config": "config.json: cannot be read",
-        "config not JSON": "config.json: not a whole JSON file",
+        "config not JSON": "config.json: not a complete JSON file",
         "config a list": "config.json: expected a JSON object, found list",
         "no index": "neither model.safetensors nor model.safetensors.index.json",
         "index outside": "'../other.safetensors', expected a safetensors file beside it",
         "index empty": "expected a weight_map",
-        "shard missing": "safetensors: not a whole safetensors file",
-        "shard cut": "safetensors: not a whole safetensors file",
+        "shard missing": "safetensors: not a complete safetensors file",
+        "shard cut": "safetensors: not a complete safetensors file",
         "tensor missing": "is not in its safetensors",
         "bias": "q_proj.bias is (32,), space tiny expects None",
         "shape": "space tiny expects (",
@@ -416,7 +416,7 @@ def broken(folder: Path, how: str) -> None:
         "integers": "holds torch.int8",
     }.items(),
 )
-def test_a_folder_that_is_not_whole_is_refused_in_one_line(how: str, words: str, tmp_path: Path) -> None:
+def test_incomplete_folder_is_one_line_error(how: str, words: str, tmp_path: Path) -> None:
     space = a_space()
     a_llama(space).save_pretrained(tmp_path, max_shard_size="20KB")
     broken(tmp_path, how)
@@ -427,15 +427,15 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(how: str, words: str,
     assert "\n" not in str(caught.value)
 
 
-def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+def test_tokens_outside_vocabulary_are_error(tmp_path: Path) -> None:
     space = a_space()
     a_llama(space).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="tokens 19 to 19, space tiny has 0 to 18"):
         load_pretrained(Supernet(space), tmp_path, torch.full((2, 8), 19))
 
 
-def test_a_trained_llama_is_a_better_start(text_folder: Path, tmp_path: Path) -> None:
-    """Ordered, its prefixes lose less; and the supernet is ahead of one that starts from nothing."""
+def test_trained_llama_is_better_start(text_folder: Path, tmp_path: Path) -> None:
+    """Sorting lowers the loss of prefixes, and the supernet's loss is below that of a random start."""
     space = a_space(
         vocab_size=256,
         width=[16, 32, 64],

@@ -110,13 +110,12 @@ def test_step_gradient_equals_autograd_and_teacher_is_unchanged(
     assert all(t.grad is None for t in weights.values())
     assert weights_digest(weights) == weights_digest(start.teacher.weights)
 
-    model, model_teacher = (
-        Model(start.student, start.space.config),
-        Model(teacher.architecture, start.space.config),
-    )
+    model = Model(start.student, start.space.config)
+    model_teacher = Model(teacher.architecture, start.space.config)
     model.load_state_dict(start.weights)
     model_teacher.load_state_dict(start.teacher.weights)
-    tokens, targets, _ = trainer._batch(7, 0)
+    batch = trainer._batch(7, 0)
+    tokens, targets = batch.tokens, batch.targets
     logs = model(tokens)[0].log_softmax(-1)
     text = -logs.gather(-1, targets[..., None]).mean()
     likeness = -(model_teacher(tokens)[0].softmax(-1).detach() * logs).sum(-1).mean()
@@ -151,7 +150,7 @@ def test_stopped_training_equals_uninterrupted(start: Start, tmp_path: Path) -> 
         rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == steps
         assert [row["rate"] for row in rows] == [step_rate(config, step - 1) for step in steps]
-    with pytest.raises(InputError, match=r"trained to step 40, 25 was asked; remove it"):
+    with pytest.raises(InputError, match=r"trained to step 40, past step 25; remove the folder"):
         distil(start.space, config, tmp_path / "b", *arguments, until=25)
 
 
@@ -167,10 +166,10 @@ def test_checkpoint_of_other_inputs_is_error(start: Start, tmp_path: Path) -> No
         "training": (settings(steps=3), start.student, weights, teacher),
         "architecture": (config, largest, extract(start.supernet, largest), teacher),
     }
-    for name, (changed, architecture, given, taught_by) in cases.items():
+    for name, (changed, architecture, given, other_teacher) in cases.items():
         with pytest.raises(InputError, match=f"made for {name} "):
-            distil(start.space, changed, tmp_path, architecture, given, taught_by, start.corpus)
-    with pytest.raises(InputError, match=r"workers: 2, but a distillation runs in one process"):
+            distil(start.space, changed, tmp_path, architecture, given, other_teacher, start.corpus)
+    with pytest.raises(InputError, match=r"workers: 2, but distillation runs in one process"):
         distil(start.space, settings(workers=2), tmp_path, start.student, weights, teacher, start.corpus)
     with pytest.raises(ValueError, match="start and teacher are for a plain model"):
         Trainer(start.space, config, start.corpus, teacher=teacher)
