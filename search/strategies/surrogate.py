@@ -1,10 +1,13 @@
-"""Predicting the quality of architectures from those that were evaluated.
+"""A surrogate that predicts the qualities of architectures from evaluations.
 
-A Gaussian process on the logarithm of each quality. Its kernel adds up what is known to matter: the share
-of genes that two architectures have in common (an additive effect of every gene), a Gaussian of what they
-are made of altogether (width, depth, layers of every mixer, heads and FFN sizes), and an exponential of the
-number of genes in which they differ. The weights of the three, two lengths and the noise are those of the
-greatest marginal likelihood in a small grid; the scale has a closed form (Rasmussen and Williams 2006, 5.4).
+Each quality is a Gaussian process on its logarithm (on its values where some are not positive). The kernel
+is a sum of three: the share of genes that two architectures have in common (an additive effect of each gene),
+a Gaussian of their distance in aggregate features (width, depth, layers of each mixer, heads and FFN sizes),
+and an exponential of the number of genes in which they differ. Their weights, two length scales and the noise
+maximise the marginal likelihood over a small grid; the scale has a closed form (Rasmussen and Williams 2006,
+section 5.4).
+
+Shapes: N and K genomes, G genes, M objectives, F aggregate features.
 """
 
 from dataclasses import dataclass
@@ -20,11 +23,11 @@ from space import Space
 from space.genome import Genomes, encoding, split
 from space.ops import depths
 
-LEAST = 20  # evaluations before anything is predicted
-MOST = 300  # that are fitted: half of them the best, half the last
-GROWTH = 2.0  # of the evaluations, until the kernel's parameters are chosen anew
+MIN_EVALUATIONS = 20  # before anything is predicted
+MAX_FITTED = 300  # evaluations: half of them the best, half the latest
+REFIT_GROWTH = 2.0  # of the evaluations, until the kernel's parameters are chosen again
 Weights = tuple[float, float, float]
-# The weights of the three parts, the length of the second, the genes of the third, and the noise.
+# Weights of the three kernels, length scales of the second and third, and the variance of the noise.
 Setting = tuple[Weights, float, float, float]
 WEIGHTS: tuple[Weights, ...] = ((1.0, 1.0, 0.1), (1.0, 0.3, 0.1), (0.3, 1.0, 0.3), (1.0, 0.3, 0.3))
 GRID: tuple[Setting, ...] = tuple(product(WEIGHTS, (0.4, 0.8), (3.0,), (1e-3, 1e-2, 1e-1)))
@@ -32,14 +35,24 @@ GRID: tuple[Setting, ...] = tuple(product(WEIGHTS, (0.4, 0.8), (3.0,), (1e-3, 1e
 
 @dataclass(frozen=True)
 class Features:
-    """What the kernel sees of N genomes."""
+    """Inputs of the kernel.
 
-    genes: Array  # [N, values of all genes] one where a gene has a value
-    sums: Array  # [N, F] between 0 and 1
+    Attributes:
+        genes: one-hot genes [N, options of all genes].
+        sums: aggregate features [N, F], between 0 and 1.
+    """
+
+    genes: Array
+    sums: Array
 
 
 def features(space: Space, genomes: Genomes) -> Features:
-    """The features of genomes [N, G]."""
+    """The kernel's inputs of genomes.
+
+    Args:
+        space: of the genomes.
+        genomes: [N, G].
+    """
     enc = encoding(space)
     width, mixer, heads, ffn = split(genomes)
     starts = np.concatenate([[0], np.cumsum(enc.cardinalities)])
@@ -58,18 +71,28 @@ def features(space: Space, genomes: Genomes) -> Features:
 
 
 def kernel(a: Features, b: Features, setting: Setting) -> Array:
-    """The kernel [N, K] between two sets, without noise."""
+    """The kernel matrix [N, K] between two sets of genomes, without noise.
+
+    Args:
+        a: features of N genomes.
+        b: features of K genomes.
+        setting: the kernel's parameters.
+    """
     weights, length, genes, _ = setting
     count = b.genes[0].sum()
     common = a.genes @ b.genes.T
-    apart = (a.sums**2).sum(axis=1)[:, None] + (b.sums**2).sum(axis=1) - 2 * a.sums @ b.sums.T
-    near = np.exp(-0.5 * np.maximum(apart, 0.0) / length**2)
-    few = np.exp((common - count) / genes)
-    return np.asarray(weights[0] * common / count + weights[1] * near + weights[2] * few)
+    squared = (a.sums**2).sum(axis=1)[:, None] + (b.sums**2).sum(axis=1) - 2 * a.sums @ b.sums.T
+    gaussian = np.exp(-0.5 * np.maximum(squared, 0.0) / length**2)  # rounding may leave -1e-17
+    exponential = np.exp((common - count) / genes)
+    return np.asarray(weights[0] * common / count + weights[1] * gaussian + weights[2] * exponential)
 
 
 class Surrogate:
-    """Foretells the objectives of genomes: costs exactly, qualities by Gaussian processes."""
+    """Predicts objectives: costs exactly, qualities by Gaussian processes.
+
+    Args:
+        task: its costs are known; an objective without one is a quality.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -80,32 +103,41 @@ class Surrogate:
         self.fitted = False
         self.chosen_at = 0  # evaluations when the kernel's parameters were chosen
         self.settings = {i: GRID[0] for i, cost in enumerate(task.costs) if cost is None}
-        self.units: dict[int, tuple[float, float]] = {}  # mean and spread of the logarithms
+        self.units: dict[int, tuple[float, float]] = {}  # mean and standard deviation of the logarithms
+        self.has_logarithm: dict[int, bool] = {}  # all values of a quality are positive
         self.factors: dict[int, tuple[float, float, Array]] = {}
 
     @property
     def ready(self) -> bool:
-        """Whether enough is known to predict anything."""
-        return len(self.genomes) >= LEAST
+        """True after enough evaluations."""
+        return len(self.genomes) >= MIN_EVALUATIONS
 
     def tell(self, genomes: Genomes, values: Array) -> None:
-        """Learn what genomes reached; failures teach nothing."""
+        """Add evaluations; failed ones are left out.
+
+        Args:
+            genomes: [N, G].
+            values: objectives [N, M]; not finite where an evaluation failed.
+        """
         good = np.isfinite(values).all(axis=1)
         new = np.arange(len(self.genomes), len(self.genomes) + int(good.sum()))
         self.genomes = np.concatenate([self.genomes, genomes[good]])
         self.values = np.concatenate([self.values, values[good]])
         rivals = np.concatenate([self.best, new])
-        self.best = rivals[survivors(self.values[rivals], np.zeros(len(rivals)), MOST // 2)]
+        self.best = rivals[survivors(self.values[rivals], np.zeros(len(rivals)), MAX_FITTED // 2)]
         self.fitted = False
-        if self.ready and len(self.genomes) >= GROWTH * self.chosen_at:  # so a replay does the same
+        if self.ready and len(self.genomes) >= REFIT_GROWTH * self.chosen_at:  # as a replay does
             self.chosen_at = len(self.genomes)
             with self.pools.limit(limits=1):
                 self._choose()
 
     def __call__(self, genomes: Genomes) -> Array:
-        """The expected objectives [N, M] of genomes [N, G].
+        """The expected objectives [N, M].
 
-        On one thread: small matrices gain nothing by more, and the last bits do not depend on how many.
+        One thread computes them: more gain nothing for small matrices, and would change the last bits.
+
+        Args:
+            genomes: [N, G].
         """
         with self.pools.limit(limits=1):
             return self._expected(genomes)
@@ -113,42 +145,45 @@ class Surrogate:
     def _expected(self, genomes: Genomes) -> Array:
         if not self.fitted:
             self._fit()
-        found = np.empty((len(genomes), len(self.task.costs)))
-        seen = features(self.task.space, genomes)
+        expected = np.empty((len(genomes), len(self.task.costs)))
+        new = features(self.task.space, genomes)
         for i, cost in enumerate(self.task.costs):
             if cost is not None:
-                found[:, i] = cost(genomes)
+                expected[:, i] = cost(genomes)
                 continue
-            middle, scale, factors = self.factors[i]
-            alike = kernel(seen, self.known, self.settings[i])
-            found[:, i] = np.exp(middle + scale * (alike @ factors))
-        return found
+            mean, scale, factors = self.factors[i]
+            values = mean + scale * (kernel(new, self.known, self.settings[i]) @ factors)
+            expected[:, i] = np.exp(values) if self.has_logarithm[i] else values
+        return expected
 
     def _fit(self) -> None:
         for i, target in self._targets().items():
-            middle, scale = self.units[i]
-            self.factors[i] = middle, scale, self._fits(self.settings[i], target)[1]
+            mean, scale = self.units[i]
+            self.factors[i] = mean, scale, self._fits(self.settings[i], target)[1]
         self.fitted = True
 
     def _choose(self) -> None:
-        """The settings of the greatest marginal likelihood for what is known."""
+        """Choose the settings that maximise the marginal likelihood of the evaluations."""
         for i, target in self._targets().items():
             self.settings[i] = max(GRID, key=lambda setting: self._fits(setting, target)[0])
 
     def _targets(self) -> dict[int, Array]:
-        """The standardised logarithms [N] of each quality, of the evaluations that are fitted."""
-        last = np.arange(max(0, len(self.genomes) - MOST // 2), len(self.genomes))
+        """The standardised logarithms [N] of each quality; N evaluations are fitted."""
+        last = np.arange(max(0, len(self.genomes) - MAX_FITTED // 2), len(self.genomes))
         rows = np.union1d(self.best, last)
         self.known = features(self.task.space, self.genomes[rows])
-        found = {}
+        targets = {}
         for i in self.settings:
-            values = np.log(self.values[rows, i])
+            values = self.values[rows, i]
+            self.has_logarithm[i] = bool((values > 0).all())
+            if self.has_logarithm[i]:
+                values = np.log(values)
             self.units[i] = float(values.mean()), float(values.std()) or 1.0
-            found[i] = (values - self.units[i][0]) / self.units[i][1]
-        return found
+            targets[i] = (values - self.units[i][0]) / self.units[i][1]
+        return targets
 
     def _fits(self, setting: Setting, target: Array) -> tuple[float, Array]:
-        """The log marginal likelihood of a setting, up to a constant, and the process's factors [N]."""
+        """The log marginal likelihood of a setting, up to a constant, and the weights [N] of its mean."""
         matrix = kernel(self.known, self.known, setting)
         matrix[np.diag_indices_from(matrix)] += setting[3]
         factor = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
