@@ -17,12 +17,12 @@ import numpy as np
 import outcome
 import torch
 
-from search.audit.stratified import choose_spread, sample_pool
+from search.audit.stratified import choose_diverse, sample_pool
 from space import Architecture, genome, load_space
 from space.blocks import forward
 from supernet.supernet import Supernet, add_gradients, leaves, sources
 from supernet.training.recipe import TrainConfig
-from supernet.training.trainer import cast_matrices, matrix_type, member_loss
+from supernet.training.trainer import cast_matrices, matrix_type, distillation_loss
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 BATCH, LENGTH = 8, 256
@@ -52,30 +52,32 @@ def main() -> int:
         table = sources(space, architecture)
         slices = leaves(weights, table)
         logits = forward(slices, architecture, space.config, tokens)[0]
-        member_loss(logits, targets, None, 0.0).backward()
+        distillation_loss(logits, targets, None, 0.0).backward()
         add_gradients(slices, table, totals)
 
-    def alone(architecture: Architecture) -> Callable[[], None]:
-        own = {name: view.detach().clone() for name, view in supernet.weights(architecture, weights).items()}
+    def stand_alone(architecture: Architecture) -> Callable[[], None]:
+        contiguous = {
+            name: view.detach().clone() for name, view in supernet.weights(architecture, weights).items()
+        }
 
         def call() -> None:
-            mine = {name: tensor.detach().requires_grad_() for name, tensor in own.items()}
-            logits = forward(mine, architecture, space.config, tokens)[0]
-            member_loss(logits, targets, None, 0.0).backward()
+            leaf_tensors = {name: tensor.detach().requires_grad_() for name, tensor in contiguous.items()}
+            logits = forward(leaf_tensors, architecture, space.config, tokens)[0]
+            distillation_loss(logits, targets, None, 0.0).backward()
 
         return call
 
     def ratio(architecture: Architecture) -> float:
-        times: dict[str, list[float]] = {"inside": [], "alone": []}
-        calls = {"inside": lambda: inside(architecture), "alone": alone(architecture)}
+        times: dict[str, list[float]] = {"inside": [], "stand-alone": []}
+        calls = {"inside": lambda: inside(architecture), "stand-alone": stand_alone(architecture)}
         for call in calls.values():
             call()
         for turn in range(rounds):
             for name in sorted(calls, reverse=bool(turn % 2)):
                 times[name].append(seconds(calls[name]))
-        return statistics.median(times["inside"]) / statistics.median(times["alone"])
+        return statistics.median(times["inside"]) / statistics.median(times["stand-alone"])
 
-    chosen = genome.decode(space, choose_spread(space, sample_pool(space, 24), count))
+    chosen = genome.decode(space, choose_diverse(space, sample_pool(space, 24), count))
     ratios = []
     for architecture in chosen:
         ratios.append(ratio(architecture))
