@@ -22,7 +22,7 @@ from space import Architecture, genome, load_space
 from space.blocks import forward
 from supernet.supernet import Supernet, add_gradients, leaves, sources
 from supernet.training.recipe import TrainConfig
-from supernet.training.trainer import cast_matrices, matrix_type, distillation_loss
+from supernet.training.trainer import cast_matrices, distillation_loss, matrix_type
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 BATCH, LENGTH = 8, 256
