@@ -1,9 +1,8 @@
-"""The supernet: one set of weights in which every architecture of a space is a prefix.
+"""The supernet: one set of weights, of which every architecture of a space is a prefix.
 
-Each parameter is kept at its greatest size. An architecture's weights are views of leading
-rows and columns (rows keep their unit stride, so nothing is copied), and they run through
-the same functions as a plain model's. The architecture is an argument of every call and
-never a state, so that calls are pure.
+Each parameter has its greatest size. An architecture's weights are views of leading rows and columns (rows
+keep their unit stride, so nothing is copied), and run through the same functions as a plain model's. The
+architecture is an argument of every call, never a state, so that calls are pure.
 """
 
 from collections.abc import Mapping
@@ -23,14 +22,18 @@ from space.shapes import (
     parameter_mixer,
 )
 
-Sources = Mapping[str, tuple[str, tuple[int, ...]]]  # sub-model's name -> supernet's name, shape
+Sources = Mapping[str, tuple[str, tuple[int, ...]]]
+"""For each parameter of a sub-model, the supernet's parameter that it is a prefix of, and its shape."""
 
 
 def supernet_shapes(space: Space) -> Shapes:
-    """Every parameter of the supernet at its greatest size.
+    """The shape of every parameter of the supernet.
 
-    Names are ``layers.SLOT.MIXER.NAME``, ``layers.SLOT.shared.NAME`` for the projections that
-    a layer's mixers share, ``layers.SLOT.ffn.NAME``, and the ends.
+    Names are ``layers.SLOT.MIXER.NAME``, ``layers.SLOT.shared.NAME`` for the projections that a layer's
+    mixers share, ``layers.SLOT.ffn.NAME``, and those of embedding, final norm and head.
+
+    Args:
+        space: the supernet's space.
     """
     width, model_config = max(space.width), space.config
     heads = max(h for h, _ in space.head_options)
@@ -51,7 +54,12 @@ def _owner(space: Space, mixer: str, name: str) -> str:
 
 
 def sources(space: Space, architecture: Architecture) -> Sources:
-    """For each parameter of a sub-model: the supernet's parameter it is a prefix of, and its shape."""
+    """The supernet's parameter and the shape of its prefix, for each parameter of a sub-model.
+
+    Args:
+        space: the supernet's space.
+        architecture: an architecture of the space.
+    """
     table = {}
     for name, shape in model_shapes(architecture, space.config).items():
         source = name
@@ -64,15 +72,24 @@ def sources(space: Space, architecture: Architecture) -> Sources:
 
 
 def prefix(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The view of a tensor's leading rows and columns."""
+    """A view of a tensor's leading rows and columns.
+
+    Args:
+        tensor: the tensor.
+        shape: the view's shape.
+    """
     return tensor[tuple(slice(size) for size in shape)]
 
 
 def leaves(parameters: Mapping[str, Tensor], table: Sources) -> dict[str, Tensor]:
-    """A member's weights as views that are leaves of their own.
+    """An architecture's weights as views that are autograd leaves.
 
-    So autograd never builds a gradient of the supernet's full size for each of them; what it
-    builds, :func:`add_gradients` adds into prefixes.
+    Autograd then allocates gradients of the views' sizes, not of the supernet's; :func:`add_gradients` adds
+    them to the supernet's.
+
+    Args:
+        parameters: the supernet's parameters by name.
+        table: the architecture's :func:`sources`.
     """
     return {
         name: prefix(parameters[source], shape).detach().requires_grad_()
@@ -80,17 +97,31 @@ def leaves(parameters: Mapping[str, Tensor], table: Sources) -> dict[str, Tensor
     }
 
 
-def add_gradients(found: Mapping[str, Tensor], table: Sources, totals: Mapping[str, Tensor]) -> None:
-    """Add the gradients of a member's leaves into the prefixes of those of the whole."""
+def add_gradients(views: Mapping[str, Tensor], table: Sources, totals: Mapping[str, Tensor]) -> None:
+    """Add an architecture's gradients to the supernet's, in place.
+
+    Args:
+        views: the architecture's :func:`leaves`, after the backward pass.
+        table: its :func:`sources`.
+        totals: gradients of the supernet's parameters by name.
+
+    Raises:
+        RuntimeError: a parameter has no gradient.
+    """
     for name, (source, shape) in table.items():
-        gradient = found[name].grad
+        gradient = views[name].grad
         if gradient is None:
             raise RuntimeError(f"parameter {name} got no gradient")
         prefix(totals[source], shape).add_(gradient)
 
 
 class Supernet(nn.Module):
-    """One set of weights that holds every architecture of a space."""
+    """One set of weights that contains every architecture of a space.
+
+    Args:
+        space: the space.
+        generator: source of the initial weights; None is a generator with seed 0.
+    """
 
     def __init__(self, space: Space, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -107,8 +138,8 @@ class Supernet(nn.Module):
         """An architecture's weights as views, named as in its sub-model.
 
         Args:
-            architecture: a member of the space.
-            parameters: where to slice from instead of the supernet's own (the training's bf16 copies, say).
+            architecture: an architecture of the space.
+            parameters: parameters to slice instead of the supernet's own, such as bf16 copies.
         """
         full = dict(self.named_parameters()) if parameters is None else parameters
         return {
@@ -123,6 +154,16 @@ class Supernet(nn.Module):
         position: int = 0,
         states: Mapping[int, State] | None = None,
     ) -> tuple[Tensor, dict[int, State]]:
-        """Run a sub-network: tokens [B, T] -> (logits [B, T, vocabulary], states)."""
+        """Run a sub-network.
+
+        Args:
+            tokens: token ids [B, T].
+            architecture: an architecture of the space.
+            position: number of tokens before ``tokens``.
+            states: states after those tokens, by slot; None at position 0.
+
+        Returns:
+            Logits [B, T, V] and the states after the last token.
+        """
         weights = self.weights(architecture)
         return forward(weights, architecture, self.space.config, tokens, position=position, states=states)
