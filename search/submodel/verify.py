@@ -37,7 +37,7 @@ from search.engine.verification import (
 )
 from search.problem.limit import Limit
 from search.submodel.decoder import Decoder
-from search.submodel.export import exported
+from search.submodel.export import exported, models_digest
 from search.submodel.parity import parity
 from space import InputError, Workload
 from space.precision import model_file
@@ -190,8 +190,8 @@ def judge(
 def verify(
     submodel: SubModel,
     card: Card,
-    config: VerifyConfig,
-    inputs: Mapping[str, str],
+    config: VerifyConfig | None = None,
+    inputs: Mapping[str, str] | None = None,
     data: EvaluationSet | None = None,
 ) -> Verification:
     """Verify an exported sub-model on its device and write ``verify.json``.
@@ -199,13 +199,15 @@ def verify(
     Args:
         submodel: with its exported graphs.
         card: the device's.
-        config: lengths and rounds of the checks.
-        inputs: sha256 of what is verified, by name.
+        config: lengths and rounds of the checks; None takes the defaults.
+        inputs: sha256 of what is verified, by name; None takes that of the graphs.
         data: for the losses of its graphs; None leaves them unmeasured.
 
     Raises:
         InputError: there is no exported model, or this is not the card's machine.
     """
+    config = config or VerifyConfig()
+    inputs = {"model": models_digest(submodel)} if inputs is None else inputs
     workloads = [Workload.parse(text) for text in Choice.from_json(submodel.chosen).workloads(card.name)]
     precisions = exported(submodel, workloads)
     timed = [replace(w, precision=p) for p in precisions for w in workloads] if is_onnx(card) else workloads
