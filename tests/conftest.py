@@ -1,12 +1,13 @@
 """A small run that several tests start from: trained, profiled and searched once a session."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -124,19 +125,25 @@ def run_folder(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "copy"))
 
 
-@pytest.fixture
-def formfit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
-    """The same within this process, which has torch already: seconds less for each command."""
+def run_program(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command within this process, which has imported torch already.
 
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["formfit", *map(str, words)])
-        handler = signal.getsignal(signal.SIGTERM)
+    Args:
+        words: the arguments of ``formfit``.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["formfit", *map(str, words)])
         try:
             with pytest.raises(SystemExit) as ended:
                 main()
         finally:
             signal.signal(signal.SIGTERM, handler)
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, int(str(ended.value.code)), said.out, said.err)
+    return subprocess.CompletedProcess(words, int(str(ended.value.code)), out.getvalue(), err.getvalue())
 
-    return run
+
+@pytest.fixture
+def formfit() -> Program:
+    """The command line within this process."""
+    return run_program

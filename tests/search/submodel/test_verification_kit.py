@@ -1,31 +1,39 @@
 """Verification by a kit: packed here, run by an isolated Python, judged here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from latency.device_runner import main as probe
+from latency.device_runner.plan import checksum
 from search.submodel.kit import CASES
-from tests.conftest import Program
+from tests.conftest import Program, run_program
+
+
+@pytest.fixture(scope="module")
+def measured(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sub-model that was exported and packed, and what its kit measured."""
+    folder = tmp_path_factory.mktemp("measured")
+    source = ("--devices", finished_run / "devices")
+    run, out = finished_run / "run", folder / "model"
+    run_program(*source, "extract", "--run", run, "--search", "desk", "--format", "onnx", "--out", out)
+    kit = folder / "kit.zip"
+    done = run_program(*source, "verify", out, "--device", "desk", "--make-kit", kit, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["timings"] == 6
+    command = [sys.executable, "-I", str(kit), "--out", str(folder / "result.json")]
+    timed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert timed.returncode == 0, timed.stderr
+    return folder
 
 
 @pytest.fixture
-def packed(run_folder: Path, tmp_path: Path, formfit: Program) -> Path:
-    """A folder with a sub-model that was exported and packed, and what its kit measured."""
-    source = ("--devices", run_folder / "devices")
-    run, out = run_folder / "run", tmp_path / "model"
-    formfit(*source, "extract", "--run", run, "--search", "desk", "--format", "onnx", "--out", out)
-    kit = tmp_path / "kit.zip"
-    done = formfit(*source, "verify", out, "--device", "desk", "--make-kit", kit, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["timings"] == 6
-    command = [sys.executable, "-I", str(kit), "--out", str(tmp_path / "result.json")]
-    measured = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert measured.returncode == 0, measured.stderr
-    return tmp_path
+def packed(measured: Path, tmp_path: Path) -> Path:
+    """A copy of the measured folder that a test may change."""
+    return Path(shutil.copytree(measured, tmp_path / "packed"))
 
 
 def test_kit_result_is_judged(packed: Path, run_folder: Path, formfit: Program) -> None:
@@ -72,7 +80,7 @@ TAMPERED = {
 def sealed(text: str, change: object) -> str:
     value = json.loads(text)
     change(value)  # type: ignore[operator]
-    return json.dumps({**value, "seal": probe.seal(value)})
+    return json.dumps({**value, "checksum": checksum(value)})
 
 
 def test_tampered_results_are_refused_in_one_line(packed: Path, run_folder: Path, formfit: Program) -> None:
