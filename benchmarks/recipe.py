@@ -23,7 +23,7 @@ import outcome
 import torch
 from scipy.stats import kendalltau
 
-from search.audit.stratified import choose_spread, sample_pool
+from search.audit.stratified import choose_diverse, sample_pool
 from space import Architecture, Space, genome, load_space
 from space.io.artefact import write_text
 from supernet.data.corpus import load_corpus
@@ -122,7 +122,7 @@ def run_variant(name: str, arguments: argparse.Namespace) -> None:
 
 def fixed_architectures(space: Space, count: int) -> list[Architecture]:
     """Return architectures spread over the space's axes."""
-    return genome.decode(space, choose_spread(space, sample_pool(space, 24), count))
+    return genome.decode(space, choose_diverse(space, sample_pool(space, 24), count))
 
 
 def shipped() -> str:

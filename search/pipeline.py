@@ -1,30 +1,30 @@
-"""The whole way: train, profile, search, extract, export, verify, report.
+"""The stages of a run: train, profile, search and verify, summarise, report.
 
-Each stage leaves files whose headers name the hashes of what they were made from. A stage
-whose files are there with the same hashes is skipped; one that was interrupted goes on from
-what it left.
+Each stage writes files whose headers name the sha256 of their inputs. A stage whose files exist with the same
+inputs is skipped, and an interrupted stage resumes.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from latency import Predictor, load_card, load_predictor
 from latency.card import open_card
 from latency.predictor.predictor import PREDICTOR
-from latency.profile import profile, settings_digest
+from latency.profiling import profile, settings_digest
 from latency.runtimes.registry import open_runtime
 from search.audit.page import audit_section
-from search.engine.front import FRONT, member_choice, pick_key
-from search.engine.run import search_front
-from search.report.page import write_report
-from search.select.measured_search import make_workbench, require_kept, run_measured_search
-from search.workspace import Run
-from space import Architecture, genome
-from space.io.artefact import (
-    Artefact,
-    canonical_json,
-    digest,
-)
+from search.engine.front import Choice, Front, Member
+from search.engine.run import search_supernet
+from search.report.images import write_images
+from search.report.page import figures, write_report
+from search.report.summary import SUMMARY, Summary, TextQuality, VerifiedMember
+from search.select.measured_search import require_kept, run_measured_search
+from search.select.measurements import MeasuredSearch
+from search.select.verifier import Verifier
+from search.workspace import Run, open_run
+from space import genome
+from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
 from supernet.data.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.data.corpus import Corpus, load_corpus, window_starts
@@ -32,21 +32,52 @@ from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint
 from supernet.training.train import load_supernet, train, training_inputs
 
-SUMMARY = Artefact("summary", "formfit run", schema=2)
+
+def execute(run: Run, reporter: Reporter) -> Summary:
+    """Run every stage that is not complete.
+
+    Args:
+        run: its folder and configuration.
+        reporter: shows the progress.
+
+    Raises:
+        InputError: the configuration or a file of the run is wrong.
+        InfeasibleError: no architecture can meet the limits.
+        LimitMissedError: the chosen model missed a limit when measured.
+    """
+    corpus = load_corpus(run.config.train.data)
+    checkpoint = trained(run, reporter, corpus)
+    predictor = profiled(run, reporter)
+    measured, results = verified(run, reporter, checkpoint, predictor, corpus)
+    summary = summarised(run, checkpoint, corpus, predictor, measured, results)
+    require_kept(measured)
+    return summary
 
 
 def trained(run: Run, reporter: Reporter, corpus: Corpus) -> Checkpoint:
-    """The supernet's last checkpoint, trained where it is not there."""
+    """Train the supernet, unless it is trained.
+
+    Args:
+        run: its folder and configuration.
+        reporter: shows the progress.
+        corpus: of the run.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        InputError: the held-out text is too short for the search, or the folder has another training.
+    """
     settings = run.config.search
-    if corpus.recall < 1:  # what the search will evaluate on, refused now rather than after hours
+    if corpus.recall < 1:  # the evaluations of the search, checked before hours of training
         windows = max(settings.windows, settings.front_windows)
         window_starts(len(corpus.held_out), windows, run.config.train.length or run.space.max_seq_len)
     root, inputs = run.folder / "supernet", training_inputs(run.space, run.config.train, corpus)
-    found = latest_checkpoint(root, inputs)  # refuses one of another training
+    checkpoint = latest_checkpoint(root, inputs)  # refuses one of another training
     run.save_config()
-    if found and found.step == run.config.train.steps:
+    if checkpoint and checkpoint.step == run.config.train.steps:
         reporter.skipped("train")
-        return found
+        return checkpoint
     with reporter.stage("train") as stage:
 
         def report(row: Mapping[str, Any]) -> None:
@@ -57,14 +88,23 @@ def trained(run: Run, reporter: Reporter, corpus: Corpus) -> Checkpoint:
 
 
 def profiled(run: Run, reporter: Reporter) -> Predictor:
-    """The predictor of this machine, profiled where it is not there."""
+    """Profile this machine, unless its predictor exists.
+
+    Args:
+        run: its folder and configuration.
+        reporter: shows the progress.
+
+    Returns:
+        The predictor of the run's space.
+    """
     config = run.config.profile
     runtime = open_runtime(config.runtime, config.threads, config.precision)
     card = open_card(run.devices, run.config.device, runtime.fingerprint())
     path = card.predictor_path(run.space.name, runtime.name, config.threads, config.precision)
+    inputs = {"space": run.space.hash, "settings": settings_digest(config)}
     if path.exists():
-        header = PREDICTOR.read(path)["header"]["inputs"]
-        if header.get("space") == run.space.hash and header.get("settings") == settings_digest(config):
+        PREDICTOR.read(path)  # refuses a file that is not whole, which profiling would overwrite
+        if PREDICTOR.made_from(path, inputs):
             reporter.skipped("profile")
             return load_predictor(path, run.space, "formfit profile")
     with reporter.stage("profile") as stage:
@@ -75,10 +115,21 @@ def profiled(run: Run, reporter: Reporter) -> Predictor:
 
 def searched(
     run: Run, reporter: Reporter, checkpoint: Checkpoint, predictor: Predictor, corpus: Corpus
-) -> dict[str, Any]:
-    """The front, searched where it is not there."""
+) -> Front:
+    """Search the supernet, unless its front exists.
+
+    Args:
+        run: its folder and configuration.
+        reporter: shows the progress.
+        checkpoint: the supernet's last.
+        predictor: of this machine.
+        corpus: of the run.
+
+    Raises:
+        InfeasibleError: no architecture can meet the limits.
+    """
     card = load_card(run.devices, run.config.device)
-    return search_front(
+    return search_supernet(
         run.folder / "searches" / card.name,
         run.trained(checkpoint, corpus),
         {card.name: predictor},
@@ -89,26 +140,37 @@ def searched(
 
 def verified(
     run: Run, reporter: Reporter, checkpoint: Checkpoint, predictor: Predictor, corpus: Corpus
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What came of searching and measuring, and the chosen and picked members by pick, verified."""
+) -> tuple[MeasuredSearch, dict[str, VerifiedMember]]:
+    """Run the measured search, and verify the picks.
+
+    Args:
+        run: its folder and configuration.
+        reporter: shows the progress.
+        checkpoint: the supernet's last.
+        predictor: of this machine.
+        corpus: of the run.
+
+    Returns:
+        The measured search, and the verified members by pick; the first is ``chosen``.
+
+    Raises:
+        InfeasibleError: no architecture can meet the limits.
+    """
     card = load_card(run.devices, run.config.device)
-    bench = make_workbench(
-        run.folder / "submodels", run.trained(checkpoint, corpus), card, run.config.verify
-    )
+    verifier = Verifier(run.folder / "submodels", run.trained(checkpoint, corpus), card, run.config.verify)
     folder = run.folder / "searches" / card.name
-    measured_search = run_measured_search(folder, bench, {card.name: predictor}, run.config.search, reporter)
-    front = FRONT.read(folder / "front.json")
-    members = {m["key"]: m for m in front["members"]}
-    measured = {row["key"]: row for one in measured_search["rounds"] for row in one["finalists"]}
-    keys = {pick: pick_key(front, pick) for pick in run.config.picks}
-    picked = {"chosen": measured_search["chosen"]}
-    picked |= {pick: measured.get(key, members[key]) for pick, key in keys.items()}
-    found = {}
-    for pick, member in picked.items():
-        choice = member.get("choice") or member_choice(front, member)
-        submodel = bench.extracted(Architecture.from_json(member["architecture"]), choice)
-        found[pick] = {**_member(member), **_results(bench.verified(submodel, reporter))}
-    return measured_search, found
+    measured = run_measured_search(folder, verifier, {card.name: predictor}, run.config.search, reporter)
+    front, finalists = Front.read(folder / "front.json"), measured.finalists
+    picked: dict[str, tuple[Member, Choice]] = {"chosen": (measured.chosen.member, measured.chosen.choice)}
+    for pick in run.config.picks:
+        member = front.member(pick)
+        finalist = finalists.get(member.key)
+        picked[pick] = (finalist.member, finalist.choice) if finalist else (member, front.choice(member))
+    results = {}
+    for pick, (member, choice) in picked.items():
+        submodel = verifier.extract(member.architecture, choice)
+        results[pick] = VerifiedMember.of(member, verifier.verify(submodel, reporter))
+    return measured, results
 
 
 def summarised(
@@ -116,45 +178,58 @@ def summarised(
     checkpoint: Checkpoint,
     corpus: Corpus,
     predictor: Predictor,
-    measured_search: Mapping[str, Any],
-    verified: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Write ``summary.json`` and the report."""
+    measured: MeasuredSearch,
+    results: Mapping[str, VerifiedMember],
+) -> Summary:
+    """Write ``summary.json`` and the report, unless they exist.
+
+    Args:
+        run: its folder and configuration.
+        checkpoint: the supernet's last.
+        corpus: of the run.
+        predictor: of this machine.
+        measured: the measured search.
+        results: verified members by pick; ``chosen`` is one.
+    """
     card = load_card(run.devices, run.config.device)
     folder = run.folder / "searches" / card.name
-    front = FRONT.read(folder / "front.json")
+    front = Front.read(folder / "front.json")
     inputs = {
         "supernet": checkpoint.digest,
-        "front": digest(canonical_json(front["members"])),
-        "verified": digest(canonical_json([dict(v) for v in verified.values()])),
+        "front": digest(canonical_json([member.to_json() for member in front.members])),
+        "verified": digest(canonical_json([member.to_json() for member in results.values()])),
     }
     path = run.folder / "summary.json"
     if SUMMARY.made_from(path, inputs):
-        return SUMMARY.read(path)
-    body = {
-        "space": {"name": run.space.name, "architectures": genome.size(run.space)},
-        "device": {"name": card.name, **card.fingerprint},
-        "text": text_quality(run, checkpoint, corpus, verified["chosen"]),
-        "predictor": {str(w): dict(model.errors) for w, model in predictor.models.items()},
-        "front": front["members"],
-        "rounds": len(measured_search["rounds"]),
-        "limits": verified["chosen"]["limits"],
-        "chosen": dict(verified["chosen"]),
-        "verified": {pick: dict(value) for pick, value in verified.items()},
-    }
-    SUMMARY.write(path, inputs, body)
+        return Summary.read(path)
+    chosen = results["chosen"]
+    summary = Summary(
+        space=run.space.name,
+        architectures=genome.size(run.space),
+        device=card.name,
+        fingerprint=card.fingerprint.to_json(),
+        text=text_quality(run, checkpoint, corpus, chosen.member.loss_nats),
+        predictor={str(w): m.errors.to_json() for w, m in predictor.models.items() if m.errors},
+        front=front.members,
+        rounds=len(measured.rounds),
+        chosen=chosen,
+        verified=results,
+        inputs=inputs,
+    )
+    summary.write(path)
     audited = audit_section(run.folder, checkpoint.digest)
-    write_report(folder / "report.html", run.space, front, body, card, audited)
-    return SUMMARY.read(path)
+    write_report(folder / "report.html", run.space, front, summary, card, audited)
+    return summary
 
 
-def text_quality(
-    run: Run, checkpoint: Checkpoint, corpus: Corpus, member: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Bits per byte of the largest sub-network beside gzip's and an order-2 model's, on the same text.
+def text_quality(run: Run, checkpoint: Checkpoint, corpus: Corpus, chosen_loss_nats: float) -> TextQuality:
+    """Bits per byte of the largest sub-network, of gzip and of an order-2 model, on the same text.
 
-    None stands for what is unknown: the baselines where bytes are not the tokens, all where there is
-    no text or its bytes are not known, and the accuracy on MQAR where it was not trained on.
+    Args:
+        run: its configuration.
+        checkpoint: the supernet's last.
+        corpus: of the run.
+        chosen_loss_nats: held-out loss of the chosen architecture, in nats per token.
     """
     length = run.config.train.length or run.space.max_seq_len
     data = evaluation_set(corpus, run.config.search.front_windows, length)
@@ -167,40 +242,37 @@ def text_quality(
             weights, largest, model_config, length=length, pairs=corpus.pairs, vocab_size=corpus.vocab_size
         )
     baselines = corpus.is_bytes and data.text_bytes is not None
-    return {
-        "source": corpus.source,
-        "held_out_bytes": data.text_bytes,
-        "recall_share": data.recall_share,
-        "largest_bits_per_byte": quality.bits_per_byte,
-        "largest_recall_loss_nats": quality.recall_loss_nats if data.recallable.any() else None,
-        "largest_mqar_accuracy": accuracy,
-        "chosen_bits_per_byte": data.bits_per_byte(member["loss_nats"]),
-        "gzip_bits_per_byte": gzip_bits_per_byte(corpus.train, data.windows) if baselines else None,
-        "order2_bits_per_byte": order2_bits_per_byte(corpus.train, data.windows) if baselines else None,
-    }
+    return TextQuality(
+        source=corpus.source,
+        held_out_bytes=data.text_bytes,
+        recall_share=data.recall_share,
+        largest_bits_per_byte=quality.bits_per_byte,
+        largest_recall_loss_nats=quality.recall_loss_nats if data.recallable.any() else None,
+        largest_mqar_accuracy=accuracy,
+        chosen_bits_per_byte=data.bits_per_byte(chosen_loss_nats),
+        gzip_bits_per_byte=gzip_bits_per_byte(corpus.train, data.windows) if baselines else None,
+        order2_bits_per_byte=order2_bits_per_byte(corpus.train, data.windows) if baselines else None,
+    )
 
 
-def _member(member: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("key", "architecture", "loss_nats", "recall_loss_nats", "predicted")
-    return {name: member[name] for name in names}
+def rewrite_report(folder: Path, devices: Path, png: Path | None = None) -> list[Path]:
+    """Write the report of a finished run again.
 
+    Args:
+        folder: the run's.
+        devices: the folder of the device cards.
+        png: the folder that each figure is written to as a PNG; None for none.
 
-def _results(verified: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: verified[name] for name in ("latency", "limits", "parity")}
-
-
-def execute(run: Run, reporter: Reporter) -> dict[str, Any]:
-    """Carry out every stage that is not done yet; returns the summary.
+    Returns:
+        The page, then the images.
 
     Raises:
-        InputError: something given is wrong.
-        InfeasibleError: no architecture can meet the limits.
-        LimitMissedError: the chosen model missed a limit when measured.
+        InputError: the run is not finished, or images cannot be drawn on this machine.
     """
-    corpus = load_corpus(run.config.train.data)
-    checkpoint = trained(run, reporter, corpus)
-    predictor = profiled(run, reporter)
-    measured_search, results = verified(run, reporter, checkpoint, predictor, corpus)
-    summary = summarised(run, checkpoint, corpus, predictor, measured_search, results)
-    require_kept(measured_search)
-    return summary
+    run, summary = open_run(folder, devices), Summary.read(folder / "summary.json")
+    search = folder / "searches" / summary.device
+    front = Front.read(search / "front.json")
+    path = search / "report.html"
+    audited = audit_section(folder, summary.inputs["supernet"])
+    write_report(path, run.space, front, summary, load_card(devices, summary.device), audited)
+    return [path, *(write_images(png, figures(run.space, front, summary, search)) if png else [])]

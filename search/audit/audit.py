@@ -1,54 +1,62 @@
-"""The audit: does the supernet rank architectures as training each of them alone does?
+"""The audit: compares the supernet's ranking of architectures with stand-alone training.
 
-Two sets of architectures are trained from scratch, one spread over the axes of the space, one at
-equal predicted latency: over the axes size alone ranks well, while a search needs the ranking most
-among architectures of one latency. Each is trained with the run's own batches, optimiser and
-schedule, and again with another seed: how well two seeds agree says what can be asked of a ranking.
-It is no bound, since the supernet is held against the mean of both, which is less noisy. All are
-evaluated on the windows on which the supernet's sub-networks are.
+Two sets of architectures are trained from scratch: one is spread over the axes of the space, the other has
+equal predicted latency. Over the axes, size alone ranks well; a search needs the ranking among architectures
+of one latency most. Each architecture is trained with the run's batches, optimiser and schedule, once for
+each seed. The agreement of two seeds shows how much can be expected of a ranking; it is not an upper bound,
+since the supernet is compared with the mean of both, which is less noisy. All are evaluated on the sequences
+that the supernet's sub-networks are evaluated on.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from latency import Predictor, load_card
-from search.audit.page import AUDIT, SETS, write_audit_page
-from search.audit.rank_correlation import agreement, verdict
-from search.audit.stratified import choose_equal, choose_spread, sample_pool
+from search.audit.page import write_audit_page
+from search.audit.rank_correlation import RankCorrelations, rank_correlations, verdict
+from search.audit.result import (
+    AUDIT,
+    SETS,
+    AuditedArchitecture,
+    AuditResult,
+    AuditSettings,
+    SetResult,
+    StandAlone,
+)
+from search.audit.stratified import choose_diverse, choose_equal, sample_pool
 from search.audit.trials import Trial, train_trials
 from search.engine.devices import open_predictor
 from search.engine.evaluator import Failed
 from search.engine.supernet_evaluator import evaluator
-from search.workspace import Run, open_supernet
+from search.workspace import Run, open_trained
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
-from supernet.data.corpus import Corpus, load_corpus
-from supernet.evaluate import EvaluationSet, Quality, evaluation_set, losses
-from supernet.training.checkpoint import Checkpoint
+from supernet.data.corpus import Corpus
+from supernet.evaluate import EvaluationSet, Losses, evaluation_set, losses
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_supernet, training_inputs
+from supernet.training.train import Trained, load_supernet, training_inputs
 
-WITHIN = 0.10  # of one predicted latency
-SHARE = 0.25  # of the run's training steps, where no number is given
+WITHIN = 0.10  # largest relative difference of predicted latencies in the second set
+STEPS_SHARE = 0.25  # of the run's training steps
 
 
 class AuditConfig(BaseModel):
-    """How a supernet is audited.
+    """Settings of an audit.
 
     Attributes:
         size: architectures of each set.
-        seeds: trainings of each architecture; with one, nothing says how well two agree.
-        steps: of each training; None is a quarter of the run's.
-        batch: rows of a step; None is the run's.
-        workload: at which predicted latencies are equal; None is the first prefill that was measured.
-        workers: trainings at a time; None is one a core.
+        seeds: trainings of each architecture; the agreement of seeds is unknown with one.
+        steps: of each training; None for a quarter of the run's.
+        batch: rows of a step; None for the run's.
+        workload: at which predicted latencies are equal; None for the first prefill that was profiled.
+        workers: parallel trainings; None for one a core.
         seed: of the choice of architectures and of the bootstrap.
     """
 
@@ -63,13 +71,15 @@ class AuditConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
 
     def training(self, config: TrainConfig) -> TrainConfig:
-        """How each architecture is trained: as the run says, from scratch, on one thread.
+        """The stand-alone training's configuration: the run's, from scratch, on one thread.
 
-        The first seed is another than the supernet's, so that neither batches nor initial weights
-        are shared with it.
+        Its seed differs from the supernet's, so that no batches or initial weights are shared.
+
+        Args:
+            config: of the supernet's training.
         """
         changes = {
-            "steps": self.steps or max(1, round(SHARE * config.steps)),
+            "steps": self.steps or max(1, round(STEPS_SHARE * config.steps)),
             "batch": self.batch or config.batch,
             "seed": config.seed + 1,
             "threads": 1,
@@ -79,93 +89,88 @@ class AuditConfig(BaseModel):
         return config.model_copy(update=changes)
 
 
-def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter) -> dict[str, Any]:
-    """Audit a run's supernet; returns the content of ``RUN/audit/audit.json``.
-
-    An audit that was stopped goes on; trainings that are finished are not run again.
+def audit(run: Run, config: AuditConfig, device: str | None, reporter: Reporter) -> AuditResult:
+    """Audit a run's supernet and write ``audit.json`` and ``audit.html``, unless they exist.
 
     Args:
-        run: a run whose supernet is trained.
-        config: how to audit it.
-        device: whose predictor says which latencies are equal; None is the run's.
-        reporter: shows how far it is.
+        run: a run that was trained.
+        config: settings.
+        device: whose predicted latencies are equal; None for the run's.
+        reporter: shows the progress.
 
     Raises:
-        InputError: there is no supernet or no predictor of its space, or a training refused its input.
+        InputError: nothing was trained, there is no predictor for the device and workload, or the space has
+            too few architectures.
+        RuntimeError: a training failed repeatedly.
     """
-    corpus = load_corpus(run.config.train.data)
-    checkpoint = open_supernet(run, corpus)
+    trained = open_trained(run)
     device = device or run.config.device
     workload, predictor = _predictor(run, config, device, reporter)
-    length = run.config.train.length or run.space.max_seq_len
-    data = evaluation_set(corpus, run.config.search.front_windows, length)
+    data = evaluation_set(trained.corpus, run.config.search.front_windows, trained.length)
     training = config.training(run.config.train)
-    seeds = [training.seed + i for i in range(config.seeds)]
-    settings = {
-        "steps": training.steps,
-        "batch": training.batch,
-        "length": length,
-        "seeds": seeds,
-        "windows": len(data.tokens),
-        "architectures_per_set": config.size,
-        "device": device,
-        "workload": str(workload),
-        "within_percent": 100 * WITHIN,
-        "choice_seed": config.seed,
-    }
+    settings = AuditSettings(
+        steps=training.steps,
+        batch=training.batch,
+        length=trained.length,
+        seeds=tuple(training.seed + i for i in range(config.seeds)),
+        windows=len(data.tokens),
+        architectures_per_set=config.size,
+        device=device,
+        workload=str(workload),
+        within_percent=100 * WITHIN,
+        choice_seed=config.seed,
+    )
     inputs = {
-        **training_inputs(run.space, training, corpus),
-        "supernet": checkpoint.digest,
+        **training_inputs(run.space, training, trained.corpus),
+        "supernet": trained.checkpoint.digest,
         "predictor": digest(canonical_json(predictor.identity())),
-        "settings": digest(canonical_json(settings)),
+        "settings": digest(canonical_json(settings.to_json())),
     }
     path = run.folder / "audit" / "audit.json"
-    done = _finished(path, inputs)
-    if done is not None:
+    finished = _finished(path, inputs)
+    if finished is not None:
         reporter.skipped("audit")
-        return done
+        return finished
     sets, level = choose_sets(run.space, config, predictor, workload)
-    members = list(dict.fromkeys(a for chosen in sets.values() for a in chosen))  # some may be in both
-    inside = _inside(run.space, checkpoint, members, data, reporter)
-    trials = [
-        _trial(run, training.model_copy(update={"seed": seed}), corpus, architecture, len(data.tokens))
-        for architecture in members
-        for seed in seeds
-    ]
-    workers = config.workers or os.cpu_count() or 1
-    reached = iter(train_trials(run.space, trials, corpus, data, workers, reporter))
+    members = list(dict.fromkeys(a for chosen in sets.values() for a in chosen))  # a member may be in both
+    inside = _inside(trained, members, data, reporter)
+    stand_alone = _stand_alone(run, trained.corpus, training, settings.seeds, members, data, config, reporter)
     latency = predictor.cost(workload)(genome.encode(run.space, members))
-    rows = [
-        {
-            "key": architecture.key,
-            "architecture": architecture.to_json(),
-            "sets": [name for name, chosen in sets.items() if architecture in chosen],
-            "params": params(architecture, run.space.config),
-            "flops": flops(architecture, workload, run.space.config),
-            "predicted_latency_ms": 1e3 * float(seconds),
-            "supernet": losses(quality),
-            "alone": [{"seed": seed, **next(reached)} for seed in seeds],
-        }
-        for architecture, quality, seconds in zip(members, inside, latency, strict=True)
-    ]
-    judged = judge(rows, config.seed)
-    body = {
-        "verdict": " ".join(judged[name]["text"] for name in SETS),
-        "space": run.space.name,
-        "supernet_step": checkpoint.step,
-        "settings": settings,
-        "recall_share": data.recall_share,
-        "equal_latency_ms": 1e3 * level,
-        "sets": judged,
-        "architectures": rows,
-    }
-    write_audit_page(path.with_name("audit.html"), body)
-    AUDIT.write(path, inputs, body)
-    return AUDIT.read(path)
+    architectures = tuple(
+        AuditedArchitecture(
+            architecture=architecture,
+            sets=tuple(name for name, chosen in sets.items() if architecture in chosen),
+            params=params(architecture, run.space.config),
+            flops=flops(architecture, workload, run.space.config),
+            predicted_latency_ms=1e3 * float(seconds),
+            supernet=supernet,
+            stand_alone=trainings,
+        )
+        for architecture, supernet, trainings, seconds in zip(
+            members, inside, stand_alone, latency, strict=True
+        )
+    )
+    result = AuditResult(
+        space=run.space.name,
+        supernet_step=trained.checkpoint.step,
+        settings=settings,
+        recall_share=data.recall_share,
+        equal_latency_ms=1e3 * level,
+        sets=judge(architectures, config.seed),
+        architectures=architectures,
+        inputs=inputs,
+    )
+    write_audit_page(path.with_name("audit.html"), result)
+    result.write(path)
+    return result
 
 
 def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -> tuple[Workload, Predictor]:
-    """The workload at which latencies are to be equal, and the predictor that says so."""
+    """The workload at which latencies are equal, and the predictor.
+
+    Raises:
+        InputError: there is no such predictor, or the workload was not profiled.
+    """
     profiled = run.config.profile
     try:
         predictor = open_predictor(run.config, load_card(run.devices, device), profiled.precision, reporter)
@@ -178,52 +183,84 @@ def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -
         workload = Workload.parse(text)
     else:
         workload = next((w for w in predictor.models if w.phase == "prefill"), next(iter(predictor.models)))
-    predictor.cost(workload)  # refuses one that was not measured
+    predictor.cost(workload)  # refuses a workload that was not profiled
     return workload, predictor
 
 
-def _finished(path: Path, inputs: Mapping[str, str]) -> dict[str, Any] | None:
-    """The audit that is there already, if it was made from these inputs."""
+def _finished(path: Path, inputs: Mapping[str, str]) -> AuditResult | None:
+    """The audit that exists, if it has exactly these inputs."""
     try:
         value = AUDIT.read(path)
     except InputError:
         return None
-    return value if value["header"]["inputs"] == dict(inputs) else None
+    result = AuditResult.from_json(value)
+    return result if result.inputs == dict(inputs) else None
 
 
 def choose_sets(
     space: Space, config: AuditConfig, predictor: Predictor, workload: Workload
 ) -> tuple[dict[str, list[Architecture]], float]:
-    """Both sets of architectures, and the latency of the second in seconds."""
+    """Choose both sets of architectures.
+
+    Args:
+        space: that they are members of.
+        config: their number and the seed.
+        predictor: of latencies.
+        workload: at which the latencies of the second set are equal.
+
+    Returns:
+        Architectures by set, and the latency of the second set in seconds.
+
+    Raises:
+        InputError: the space has too few architectures.
+    """
     pool = sample_pool(space, config.seed)
-    axes = choose_spread(space, pool, config.size)
+    axes = choose_diverse(space, pool, config.size)
     equal, level = choose_equal(space, pool, predictor.cost(workload), WITHIN, config.size)
     return {"axes": genome.decode(space, axes), "equal_latency": genome.decode(space, equal)}, level
 
 
 def _inside(
-    space: Space,
-    checkpoint: Checkpoint,
-    architectures: Sequence[Architecture],
-    data: EvaluationSet,
-    reporter: Reporter,
-) -> list[Quality]:
-    """What the architectures reach inside the supernet."""
-    found: list[Quality] = []
+    trained: Trained, architectures: Sequence[Architecture], data: EvaluationSet, reporter: Reporter
+) -> list[Losses]:
+    """Losses of the architectures inside the supernet."""
+    supernet = load_supernet(trained.space, trained.checkpoint)
+    inside: list[Losses] = []
     with (
         reporter.stage("evaluate inside") as stage,
-        evaluator(load_supernet(space, checkpoint), {"audit": data}, 0) as evaluate_all,
+        evaluator(supernet, {"audit": data}, 0) as evaluate_all,
     ):
         for architecture, outcome in zip(architectures, evaluate_all(architectures, "audit"), strict=True):
             if isinstance(outcome, Failed):
                 raise InputError(f"audit: {architecture.key} cannot be evaluated: {outcome.reason}")
-            found.append(outcome)
-            stage(len(found) / len(architectures), f"{len(found)} of {len(architectures)} architectures")
-    return found
+            inside.append(losses(outcome))
+            stage(len(inside) / len(architectures), f"{len(inside)} of {len(architectures)} architectures")
+    return inside
+
+
+def _stand_alone(
+    run: Run,
+    corpus: Corpus,
+    training: TrainConfig,
+    seeds: Sequence[int],
+    architectures: Sequence[Architecture],
+    data: EvaluationSet,
+    config: AuditConfig,
+    reporter: Reporter,
+) -> list[tuple[StandAlone, ...]]:
+    """Results of training each architecture from scratch with each seed."""
+    trials = [
+        _trial(run, training.model_copy(update={"seed": seed}), corpus, architecture, len(data.tokens))
+        for architecture in architectures
+        for seed in seeds
+    ]
+    workers = config.workers or os.cpu_count() or 1
+    results = iter(train_trials(run.space, trials, corpus, data, workers, reporter))
+    return [tuple(StandAlone(seed=seed, losses=next(results)) for seed in seeds) for _ in architectures]
 
 
 def _trial(run: Run, config: TrainConfig, corpus: Corpus, architecture: Architecture, windows: int) -> Trial:
-    """The trial of an architecture; the folder's name says what is trained, so that none takes another's."""
+    """The trial of an architecture; its folder's name contains the digest of its inputs."""
     training = training_inputs(run.space, config, corpus, architecture)
     name = f"{architecture.key}-s{config.seed}-{digest(canonical_json(training))[:8]}"
     return Trial(
@@ -234,25 +271,38 @@ def _trial(run: Run, config: TrainConfig, corpus: Corpus, architecture: Architec
     )
 
 
-def judge(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """The figures of each set and the verdict on it, from the rows of ``audit.json``."""
-    found: dict[str, Any] = {}
+def judge(architectures: Sequence[AuditedArchitecture], seed: int) -> dict[str, SetResult]:
+    """Results by set.
+
+    Args:
+        architectures: of both sets.
+        seed: of the bootstrap.
+    """
+    results = {}
     for name, where in SETS.items():
-        members = [row for row in rows if name in row["sets"]]
-        value: dict[str, Any] = {"architectures": [row["key"] for row in members]}
-        for loss in ("loss", "recall_loss"):
-            column = f"{loss}_nats"
-            inside = [row["supernet"][column] for row in members]
-            if None in inside:  # nothing in the windows can be recalled
-                value[loss] = None
-                continue
-            alone = np.array([[item[column] for item in row["alone"]] for row in members]).T
-            predictors = {"supernet": np.array(inside)}
-            for size in ("params", "flops"):
-                predictors[size] = -np.array([float(row[size]) for row in members])
-            figures = agreement(alone, predictors, seed)
-            value[loss] = figures.to_json()
-            if loss == "loss":
-                value["verdict"], value["text"] = verdict(figures, where)
-        found[name] = value
-    return found
+        members = [item for item in architectures if name in item.sets]
+        loss = _correlations(members, "loss_nats", seed)
+        if loss is None:
+            raise ValueError(f"set {name}: a loss is missing")
+        word, text = verdict(loss, where)
+        results[name] = SetResult(
+            architectures=tuple(item.key for item in members),
+            loss=loss,
+            verdict=word,
+            text=text,
+            recall_loss=_correlations(members, "recall_loss_nats", seed),
+        )
+    return results
+
+
+def _correlations(members: Sequence[AuditedArchitecture], loss: str, seed: int) -> RankCorrelations | None:
+    """Rank correlations with a stand-alone loss; None if it is undefined, as nothing can be recalled."""
+    inside = [item.supernet[loss] for item in members]
+    if None in inside:
+        return None
+    stand_alone = np.array([[one.losses[loss] for one in item.stand_alone] for item in members], float).T
+    sizes = {
+        "params": -np.array([float(item.params) for item in members]),
+        "flops": -np.array([float(item.flops) for item in members]),
+    }
+    return rank_correlations(stand_alone, {"supernet": np.array(inside, float), **sizes}, seed)

@@ -1,9 +1,9 @@
-"""How well two rankings of the same architectures agree, and how sure that is.
+"""Rank correlations of predictors with stand-alone losses, with bootstrap intervals.
 
-Kendall's tau-b and Spearman's rho, with percentile intervals from a bootstrap over architectures
-(Efron 1979). All figures of a set come from the same resamples, so that their differences are
-paired. A loss counts as it is; a size (parameters, FLOPs) counts as its negative, since the larger
-model should have the lower loss: 1 is always the perfect agreement.
+Kendall's tau-b and Spearman's rho, with percentile intervals from a bootstrap over architectures (Efron
+1979). All numbers of a set are computed on the same resamples, so that their differences are paired. A loss
+enters as it is, a size (parameters, FLOPs) as its negative, since a larger model should have a lower loss: 1
+is always perfect agreement.
 """
 
 import math
@@ -15,15 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DRAWS = 2000
+RESAMPLES = 2000
 COVERAGE = 95  # percent
-TRUSTED = 0.5  # tau: three of four pairs stand in the right order
+TRUSTED = 0.5  # tau: three of four pairs are in the right order
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% bootstrap interval; NaN where it is undefined (all values equal)."""
+    """A statistic and its 95% bootstrap interval; NaN if it is undefined because all values are equal.
+
+    Attributes:
+        value: of the sample.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float
@@ -35,7 +41,7 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
     def to_json(self) -> dict[str, float | None]:
-        """As a JSON value; what is undefined is null."""
+        """The JSON object; undefined numbers are null."""
         named = {"value": self.value, f"low_{COVERAGE}": self.low, f"high_{COVERAGE}": self.high}
         return {name: None if math.isnan(number) else number for name, number in named.items()}
 
@@ -47,12 +53,14 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """What ranks the stand-alone losses of one set, and how well.
+class RankCorrelations:
+    """Rank correlations with the mean stand-alone losses of one set.
 
-    ``kendall_tau`` and ``spearman_rho`` map each predictor's name to its agreement with the mean
-    stand-alone loss; ``two_seeds`` (absent with one seed) is the mean agreement of two
-    seeds' losses; ``supernet_minus_params`` is the paired difference of two taus.
+    Attributes:
+        kendall_tau: by the name of a predictor; ``two_seeds`` is the mean over pairs of seeds of the
+            correlation of their losses, and is absent with one seed.
+        spearman_rho: the same for Spearman's rho.
+        supernet_minus_params: paired difference of the taus of ``supernet`` and ``params``.
     """
 
     kendall_tau: Mapping[str, Estimate]
@@ -60,43 +68,60 @@ class Agreement:
     supernet_minus_params: Estimate
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """The JSON object."""
         return {
             "kendall_tau": {name: e.to_json() for name, e in self.kendall_tau.items()},
             "spearman_rho": {name: e.to_json() for name, e in self.spearman_rho.items()},
             "supernet_minus_params_kendall_tau": self.supernet_minus_params.to_json(),
         }
 
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "RankCorrelations":
+        """The inverse of :meth:`to_json`."""
+        return RankCorrelations(
+            kendall_tau={name: Estimate.from_json(e) for name, e in value["kendall_tau"].items()},
+            spearman_rho={name: Estimate.from_json(e) for name, e in value["spearman_rho"].items()},
+            supernet_minus_params=Estimate.from_json(value["supernet_minus_params_kendall_tau"]),
+        )
+
 
 def correlations(x: Array, y: Array) -> tuple[Array, Array]:
-    """Kendall's tau-b and Spearman's rho of samples along the last axis [..., n]; NaN without variation."""
+    """Kendall's tau-b and Spearman's rho along the last axis; NaN without variation.
+
+    Args:
+        x: samples [..., n].
+        y: samples [..., n].
+    """
     dx, dy = (np.sign(v[..., :, None] - v[..., None, :]) for v in (x, y))
-    rx, ry = dx.sum(axis=-1), dy.sum(axis=-1)  # twice the centred mean ranks
+    rx, ry = dx.sum(axis=-1), dy.sum(axis=-1)  # the sum of signs is twice the centred mean rank
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = (dx * dy).sum(axis=(-1, -2)) / np.sqrt((dx**2).sum(axis=(-1, -2)) * (dy**2).sum(axis=(-1, -2)))
         rho = (rx * ry).sum(axis=-1) / np.sqrt((rx**2).sum(axis=-1) * (ry**2).sum(axis=-1))
     return tau, rho
 
 
-def agreement(alone: Array, predictors: Mapping[str, Array], seed: int = 0, draws: int = DRAWS) -> Agreement:
-    """How well predictors rank stand-alone losses.
+def rank_correlations(
+    losses: Array, predictors: Mapping[str, Array], seed: int = 0, resamples: int = RESAMPLES
+) -> RankCorrelations:
+    """Rank correlations of predictors with mean stand-alone losses.
 
     Args:
-        alone: losses [seeds, n] of architectures trained alone.
-        predictors: by name, values [n] that rise with the loss; ``supernet`` and ``params`` are among them.
+        losses: stand-alone losses [seeds, n].
+        predictors: by name, values [n] that increase with the loss; ``supernet`` and ``params`` are among
+            them.
         seed: of the bootstrap.
-        draws: resamples of the architectures.
+        resamples: of the architectures.
     """
-    seeds, count = alone.shape
-    rows = np.random.default_rng([seed, 6]).integers(count, size=(draws, count))
+    seeds, count = losses.shape
+    rows = np.random.default_rng([seed, 6]).integers(count, size=(resamples, count))
     rows = np.vstack([np.arange(count), rows])  # the first is the sample itself
-    mean = alone.mean(axis=0)
+    mean = losses.mean(axis=0)
     found = {name: correlations(values[rows], mean[rows]) for name, values in predictors.items()}
     difference = found["supernet"][0] - found["params"][0]
     if seeds > 1:
-        pairs = [correlations(alone[a][rows], alone[b][rows]) for a, b in combinations(range(seeds), 2)]
+        pairs = [correlations(losses[a][rows], losses[b][rows]) for a, b in combinations(range(seeds), 2)]
         found["two_seeds"] = (np.mean([p[0] for p in pairs], axis=0), np.mean([p[1] for p in pairs], axis=0))
-    return Agreement(
+    return RankCorrelations(
         kendall_tau={name: _estimate(tau) for name, (tau, _) in found.items()},
         spearman_rho={name: _estimate(rho) for name, (_, rho) in found.items()},
         supernet_minus_params=_estimate(difference),
@@ -104,7 +129,7 @@ def agreement(alone: Array, predictors: Mapping[str, Array], seed: int = 0, draw
 
 
 def _estimate(values: Array) -> Estimate:
-    """From the figure of the sample and those of its resamples [1 + draws]; undefined ones are left out."""
+    """An estimate from the statistic of the sample and its resamples [1 + R]; NaN is left out."""
     known = values[1:][~np.isnan(values[1:])]
     if math.isnan(values[0]) or not len(known):
         return Estimate(math.nan, math.nan, math.nan)
@@ -113,44 +138,48 @@ def _estimate(values: Array) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-def verdict(found: Agreement, where: str) -> tuple[str, str]:
-    """What the figures of a set say, as one word and in words.
+def verdict(result: RankCorrelations, where: str) -> tuple[str, str]:
+    """The conclusion from a set's rank correlations, as one word and as a sentence.
 
-    By the 95% interval of the supernet's tau: ``trusted`` where its lower end is at least 0.5 (three
-    of four pairs in the right order), ``loose`` where it is above 0, ``reversed`` where the upper end
-    is below 0. Where the interval holds 0 it is ``chance``, or ``unclear`` if that of two seeds of the
-    same training holds 0 too: then the trainings themselves give no ranking to compare with. Beside
-    it, whether the supernet ranks better or worse than parameter count, by the interval of the paired
-    difference of their taus; where it holds 0, the two cannot be told apart.
+    It depends on the 95% interval of the supernet's tau: ``trusted`` if its lower end is at least 0.5 (three
+    of four pairs in the right order), ``loose`` if it is above 0, ``reversed`` if the upper end is below 0.
+    If the interval contains 0, it is ``chance``, or ``unclear`` if that of two seeds of the same training
+    contains 0 too: then the trainings give no ranking to compare with. The sentence also compares the
+    supernet with parameter count, by the interval of the paired difference of their taus.
 
     Args:
-        found: the figures.
-        where: what the set varies, such as ``over the axes``.
+        result: rank correlations of the set.
+        where: the property of the set, such as ``over the axes``.
     """
-    tau, repeat = found.kendall_tau["supernet"], found.kendall_tau.get("two_seeds")
-    apart = tau.low > 0 or tau.high < 0  # neither is true of what is undefined
-    if not apart and repeat and not repeat.low > 0:
+    tau, repeat = result.kendall_tau["supernet"], result.kendall_tau.get("two_seeds")
+    significant = tau.low > 0 or tau.high < 0  # both are False for NaN
+    if not significant and repeat and not repeat.low > 0:
         return "unclear", (
-            f"Nothing can be said {where}: two seeds of the same training agree with tau {repeat}, "
-            "no better than chance; train longer (--steps)."
+            f"Inconclusive {where}: two seeds of the same training agree with tau {repeat}, no better than "
+            "chance; train longer (--steps)."
         )
     if tau.high < 0:
-        word, text = "reversed", f"The supernet's ranking is the wrong way round {where}"
-    elif not apart:
-        word, text = "chance", f"The supernet's ranking cannot be told from chance {where}"
+        word, text = "reversed", f"The supernet's ranking is reversed {where}"
+    elif not significant:
+        word, text = "chance", f"The supernet's ranking cannot be distinguished from chance {where}"
     elif tau.low >= TRUSTED:
         word, text = "trusted", f"The supernet's ranking can be trusted {where}"
     else:
         word, text = "loose", f"The supernet's ranking is better than chance {where}, but loose"
-    difference, params = found.supernet_minus_params, found.kendall_tau["params"]
+    seeds = (
+        f"two seeds agree with tau {repeat}" if repeat else "with one seed, the agreement of two is unknown"
+    )
+    return word, f"{text}: tau {tau}; {_beside_params(result)}; {seeds}."
+
+
+def _beside_params(result: RankCorrelations) -> str:
+    """The supernet's ranking compared with that by parameter count, in words."""
+    difference, params = result.supernet_minus_params, result.kendall_tau["params"]
     if math.isnan(params.value):
-        compared = "parameter count cannot rank these"
-    else:
-        told = "cannot be told from"
-        if difference.low > 0:
-            told = "is better than"
-        elif difference.high < 0:
-            told = "is worse than"
-        compared = f"it {told} parameter count alone, {params} (difference {difference})"
-    limit = f"two seeds agree with tau {repeat}" if repeat else "one seed cannot say how well two agree"
-    return word, f"{text}: tau {tau}; {compared}; {limit}."
+        return "parameter count cannot rank these"
+    relation = "cannot be distinguished from"
+    if difference.low > 0:
+        relation = "is better than"
+    elif difference.high < 0:
+        relation = "is worse than"
+    return f"it {relation} parameter count alone, {params} (difference {difference})"

@@ -1,9 +1,9 @@
-"""Architectures that differ: the sets on which a supernet's ranking is judged.
+"""Stratified sets of architectures, on which a supernet's ranking is audited.
 
-A set is chosen greedily from a pool of sampled genomes. Along every axis (depth, hybrid ratio,
-width, linear kind, FFN size) the values taken least so far come first, so that each value is met
-where the set is large enough; among equals the genome farthest from those chosen is taken
-(maximin). At equal latency the same is done within a band around one predicted latency.
+A set is chosen greedily from a pool of sampled genomes. Genomes with the values that were chosen least often
+along the axes (depth, hybrid ratio, width, linear kind, FFN size) come first, so that a large enough set has
+every value; among equals, the genome farthest from the chosen ones is taken (maximin). The set of equal
+latency is chosen in the same way from the genomes in a band around one predicted latency.
 """
 
 import numpy as np
@@ -13,22 +13,32 @@ from space import InputError, Space, genome, variation
 from space.genome import Genomes
 from space.ops import Cost, depths
 
-POOL = 20_000  # sampled genomes that a set is chosen from
-LEAST = 3  # architectures; two of them have nothing but one order
+POOL_SIZE = 20_000  # sampled genomes that a set is chosen from
+MIN_ARCHITECTURES = 3  # of a set: two can only be ranked right or wrong
 Array = NDArray[np.float64]
 
 
-def sample_pool(space: Space, seed: int, count: int = POOL) -> Genomes:
-    """Distinct sampled genomes [N, G], N <= count, in an order that depends on the seed alone."""
+def sample_pool(space: Space, seed: int, count: int = POOL_SIZE) -> Genomes:
+    """Distinct sampled genomes [N, G], N <= count, in random order.
+
+    Args:
+        space: the search space.
+        seed: determines genomes and order.
+        count: genomes sampled.
+    """
     rng = np.random.default_rng([seed, 5])
     return rng.permutation(np.unique(variation.sample(space, rng, count), axis=0))
 
 
 def axis_levels(space: Space, genomes: Genomes) -> dict[str, NDArray[np.int64]]:
-    """Which value [N] each genome has along each axis, as an index.
+    """Index of the value [N] of each genome along each axis.
 
-    An architecture that several ratios allow counts for the first of full, linear, 1, 2, ...;
-    its linear kind is the one that most layers have; its FFN size is the mean, in thirds of the greatest.
+    An architecture that several ratios allow counts for the first of full, linear, 1, 2, ...; its linear kind
+    is the most frequent one; its FFN size is the mean, in thirds of the largest.
+
+    Args:
+        space: the search space.
+        genomes: [N, G].
     """
     kinds = genome.kinds_used(space, genomes)
     kind = np.where(kinds.sum(axis=1) > 0, kinds.argmax(axis=1) if kinds.shape[1] else 0, -1)
@@ -42,7 +52,7 @@ def axis_levels(space: Space, genomes: Genomes) -> dict[str, NDArray[np.int64]]:
 
 
 def _ratios(space: Space, genomes: Genomes) -> NDArray[np.int64]:
-    """The index into full, linear, 1, 2, ... of each genome's ratio [N]."""
+    """Index into full, linear, 1, 2, ... of each genome's ratio [N]."""
     ratios = sorted(space.hybrid.ratios, key=lambda r: (isinstance(r, int), r))
     patterns = genome.pattern_counts(genome.slot_classes(space, genomes))
     found, which = np.unique(patterns, axis=0, return_inverse=True)
@@ -54,20 +64,24 @@ def _ratios(space: Space, genomes: Genomes) -> NDArray[np.int64]:
 
 
 def _means(space: Space, genomes: Genomes) -> tuple[Array, Array]:
-    """The mean FFN size over the layers and the mean heads over the layers with heads, as shares: [N]."""
+    """Mean FFN size over layers and mean heads over layers with heads, as shares of the largest: [N] each."""
     _, mixer, heads, ffn = genome.split(genomes)
     sizes = np.array(space.ffn_options)[ffn].sum(axis=1) / depths(genomes)
     headed = ~genome.encoding(space).headless[mixer]
     counts = np.where(headed, np.array([h for h, _ in space.head_options])[heads], 0).sum(axis=1)
     counts = counts / np.maximum(headed.sum(axis=1), 1)
-    most = max(h for h, _ in space.head_options)
-    return sizes / max(*space.ffn_options, 1), counts / most
+    max_heads = max(h for h, _ in space.head_options)
+    return sizes / max(*space.ffn_options, 1), counts / max_heads
 
 
 def features(space: Space, genomes: Genomes) -> Array:
-    """What genomes are made of, for their distances [N, F], each between 0 and 1.
+    """Features [N, F] for distances of genomes, each between 0 and 1.
 
-    Depth, width, mean FFN size, mean heads, and the share of the layers that each mixer has.
+    They are depth, width, mean FFN size, mean heads, and the share of layers with each mixer.
+
+    Args:
+        space: the search space.
+        genomes: [N, G].
     """
     depth = depths(genomes)
     mixer = genome.split(genomes)[1]
@@ -77,38 +91,50 @@ def features(space: Space, genomes: Genomes) -> Array:
     return np.column_stack([depth / space.slots, width, *_means(space, genomes), *shares])
 
 
-def choose_spread(space: Space, pool: Genomes, count: int) -> Genomes:
-    """The genomes [count, G] of a pool that differ most; all of a smaller pool.
+def choose_diverse(space: Space, pool: Genomes, count: int) -> Genomes:
+    """A diverse subset [count, G] of a pool; all of a smaller pool.
+
+    Args:
+        space: the search space.
+        pool: genomes [N, G].
+        count: size of the subset.
 
     Raises:
         InputError: the pool has fewer than three.
     """
-    if len(pool) < LEAST:
+    if len(pool) < MIN_ARCHITECTURES:
         raise InputError(
-            f"space {space.name}: {len(pool)} architectures to compare, at least {LEAST} are needed"
+            f"space {space.name}: {len(pool)} architectures to compare, "
+            f"at least {MIN_ARCHITECTURES} are needed"
         )
     levels = [np.unique(level, return_inverse=True)[1] for level in axis_levels(space, pool).values()]
     sizes = [int(level.max()) + 1 for level in levels]
-    taken = [np.zeros(size) for size in sizes]
+    uses_by_axis = [np.zeros(size) for size in sizes]
     points = features(space, pool)
-    distance = np.full(len(pool), np.inf)  # to the nearest of those chosen
+    distance = np.full(len(pool), np.inf)  # to the nearest chosen genome
     free = np.ones(len(pool), bool)
     chosen: list[int] = []
     while len(chosen) < min(count, len(pool)):
-        uses = np.stack([n[level] for n, level in zip(taken, levels, strict=True)])  # [axes, N]
-        balance = np.array(sizes) @ uses  # a value of an axis with few of them is due more often
+        uses = np.stack([n[level] for n, level in zip(uses_by_axis, levels, strict=True)])  # [axes, N]
+        balance = np.array(sizes) @ uses  # a value of an axis with few values is chosen more often
+        # Free genomes first, by the number of values not chosen yet, then by balance, then by distance.
         order = np.lexsort((-distance, balance, -(uses == 0).sum(axis=0), ~free))
         best = int(order[0])
         chosen.append(best)
         distance = np.minimum(distance, np.linalg.norm(points - points[best], axis=1))
         free[best] = False
-        for n, level in zip(taken, levels, strict=True):
+        for n, level in zip(uses_by_axis, levels, strict=True):
             n[level[best]] += 1
     return pool[chosen]
 
 
 def crowded_level(seconds: Array, within: float) -> float:
-    """The latency with the most of the given ones [N] within a share of it; the least of equals."""
+    """The latency that has the most others within a relative distance; the smallest of equals.
+
+    Args:
+        seconds: latencies [N].
+        within: relative distance.
+    """
     ordered = np.sort(seconds)
     first = np.searchsorted(ordered, ordered * (1 - within), "left")
     past = np.searchsorted(ordered, ordered * (1 + within), "right")
@@ -118,13 +144,21 @@ def crowded_level(seconds: Array, within: float) -> float:
 def choose_equal(
     space: Space, pool: Genomes, latency: Cost, within: float, count: int
 ) -> tuple[Genomes, float]:
-    """Genomes [count, G] within a share of one latency, and that latency in seconds.
+    """A diverse subset of a pool at about equal latency, that of most of the pool.
 
-    It is the one around which most of the pool lies.
+    Args:
+        space: the search space.
+        pool: genomes [N, G].
+        latency: in seconds.
+        within: largest relative difference to the common latency.
+        count: size of the subset.
+
+    Returns:
+        Genomes [count, G], and the common latency in seconds.
 
     Raises:
-        InputError: fewer than three lie there.
+        InputError: fewer than three have about that latency.
     """
     seconds = latency(pool)
     level = crowded_level(seconds, within)
-    return choose_spread(space, pool[np.abs(seconds / level - 1) <= within], count), level
+    return choose_diverse(space, pool[np.abs(seconds / level - 1) <= within], count), level

@@ -7,7 +7,7 @@ can be checked without them.
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -22,6 +22,9 @@ from space.io.errors import FormfitError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from search.audit.result import AuditResult
+    from search.report.summary import Summary
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
@@ -92,7 +95,7 @@ def run(
 
     devices = context.obj / "smoke" if smoke and out_dir is None else context.obj
     summary = pipeline.execute(Run(folder, loaded, devices), Bars())
-    show(summary, as_json, lambda: summary_tables(summary))
+    show(summary.document(), as_json, lambda: summary_tables(summary))
     if not as_json:
         report = folder / "searches" / loaded.device / "report.html"
         note(f"summary: {folder / 'summary.json'}   report: {report}")
@@ -177,10 +180,10 @@ def audit(
 
     config = AuditConfig(size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers)
     found = carry_out(open_run(run, context.obj), config, device, Bars())
-    show(found, as_json, lambda: [audit_table(found)])
+    show(found.document(), as_json, lambda: [audit_table(found)])
     if not as_json:
-        for judged in found["sets"].values():
-            note(judged["text"])
+        for result in found.sets.values():
+            note(result.text)
         note(f"page: {run / 'audit' / 'audit.html'}")
 
 
@@ -198,67 +201,54 @@ def report(
 
     trained_config(folder)
 
-    from latency import load_card
     from search import pipeline
-    from search.audit.page import audit_section
-    from search.engine.front import FRONT
-    from search.report.images import write_images
-    from search.report.page import figures, write_report
-    from search.workspace import open_run
 
-    opened = open_run(folder, context.obj)
-    summary = pipeline.SUMMARY.read(folder / "summary.json")
-    name = summary["device"]["name"]
-    front = FRONT.read(folder / "searches" / name / "front.json")
-    path = folder / "searches" / name / "report.html"
-    audited = audit_section(folder, summary["header"]["inputs"]["supernet"])
-    write_report(path, opened.space, front, summary, load_card(context.obj, name), audited, path.parent)
-    files = [path]
-    if png:
-        files += write_images(png, figures(opened.space, front, summary, path.parent))
-    value = {"report": str(path), **({"images": [str(f) for f in files[1:]]} if png else {})}
+    files = pipeline.rewrite_report(folder, context.obj, png)
+    value = {"report": str(files[0]), **({"images": [str(f) for f in files[1:]]} if png else {})}
     show(value, as_json, lambda: [make_table("Report", ["file"], [[str(f)] for f in files])])
 
 
 app.command()(devices)
 
 
-def summary_tables(summary: dict[str, Any]) -> "list[Table]":
+def summary_tables(summary: "Summary") -> "list[Table]":
     """The result of a run.
 
     Args:
-        summary: the JSON object of ``summary.json``.
+        summary: of the run.
     """
     from search.cli.tables import front_tables, latency_table, limit_table
-    from search.engine.front import Member
-    from search.engine.verification import latencies_from_json, limits_from_json
 
-    text = summary["text"]
-    names = ("largest_bits_per_byte", "chosen_bits_per_byte", "order2_bits_per_byte", "gzip_bits_per_byte")
+    text = summary.text
+    values = (
+        text.largest_bits_per_byte,
+        text.chosen_bits_per_byte,
+        text.order2_bits_per_byte,
+        text.gzip_bits_per_byte,
+    )
     bits = make_table(
         "Bits per byte, same held-out text",
         ["largest", "chosen", "order-2", "gzip -9"],
-        [["-" if text[name] is None else f"{text[name]:.3f}" for name in names]],
+        [["-" if value is None else f"{value:.3f}" for value in values]],
     )
-    members = list(map(Member.from_json, summary["front"]))
     return [
-        *front_tables(members, {pick: value["key"] for pick, value in summary["verified"].items()}),
-        latency_table(latencies_from_json(summary["chosen"]["latency"])),
-        limit_table(limits_from_json(summary["limits"])),
+        *front_tables(summary.front, {pick: member.key for pick, member in summary.verified.items()}),
+        latency_table(summary.chosen.latency),
+        limit_table(summary.limits),
         bits,
     ]
 
 
-def audit_table(audit: dict[str, Any]) -> "Table":
+def audit_table(result: "AuditResult") -> "Table":
     """The rank correlations of an audit.
 
     Args:
-        audit: the JSON object of the audit.
+        result: of the audit.
     """
-    from search.audit.page import AGREEMENT_COLUMNS, agreement_rows
+    from search.audit.page import CORRELATION_COLUMNS, correlation_rows
 
-    rows = [list(map(str, row)) for row in agreement_rows(audit)]
-    return make_table("Rank correlation with stand-alone training", list(AGREEMENT_COLUMNS), rows)
+    title = "Rank correlation with stand-alone training"
+    return make_table(title, CORRELATION_COLUMNS, correlation_rows(result))
 
 
 def main() -> None:

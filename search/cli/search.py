@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from search.config import RunConfig, SearchConfig
+    from search.select.search_run import SearchResult
 
 
 def search(
@@ -114,19 +115,19 @@ def search(
     cards, predictors = open_targets(context.obj, device, run_config, config, bars)
 
     from search.select.measured_search import require_kept
-    from search.select.searched import require_tuned, search_run
+    from search.select.search_run import require_tuned, search_run
     from search.workspace import Run
 
-    found = search_run(
+    result = search_run(
         Run(run, run_config, context.obj), cards, predictors, config, name or device[0], bars,
-        verify=verify, finalists=distill_top,
+        verify=verify, distill_top=distill_top,
     )  # fmt: skip
-    show(found, as_json, lambda: search_tables(found))
-    if "tuned" in found and not as_json:
-        note(f"tuned sub-model: {found['tuned']['folder']}")
-    if verify:
-        require_kept(found["measured_search"])
-    require_tuned(found)
+    show(result.to_json(), as_json, lambda: search_tables(result))
+    if result.distillation and result.distillation.tuned and not as_json:
+        note(f"tuned sub-model: {result.distillation.tuned.folder}")
+    if result.measured:
+        require_kept(result.measured)
+    require_tuned(result)
 
 
 def search_config(run: "RunConfig", given: Mapping[str, Any]) -> "SearchConfig":
@@ -167,43 +168,42 @@ def check_search(config: "SearchConfig", devices: list[str], name: str | None) -
         precision_of(config, device, devices[0])
 
 
-def search_tables(found: dict[str, Any]) -> "list[Table]":
+def search_tables(result: "SearchResult") -> "list[Table]":
     """The front of a search, its measured finalists and its distilled ones.
 
     Args:
-        found: the JSON object of the search.
+        result: of the search.
     """
     from search.cli.tables import front_tables
-    from search.engine.front import Front
 
-    front = Front.from_json(found)
-    tables = front_tables(front.members, front.picks)
-    if "measured_search" in found:
+    tables = front_tables(result.front.members, result.front.picks)
+    if result.measured:
+        chosen = result.measured.chosen
         rows = [
             [
                 str(turn),
-                row["key"] + (" chosen" if row["key"] == found["measured_search"]["chosen"]["key"] else ""),
-                f"{row['loss_nats']:.4f}",
-                *(f"{value:.3f}" for value in row["latency_ms"].values()),
-                f"{100 * row['used']:.1f}%",
-                "kept" if row["kept"] else "missed",
+                finalist.key + (" chosen" if finalist.key == chosen.key else ""),
+                f"{finalist.member.loss_nats:.4f}",
+                *(f"{value:.3f}" for value in finalist.latency_ms.values()),
+                f"{100 * finalist.used:.1f}%",
+                "kept" if finalist.kept else "missed",
             ]
-            for turn, one in enumerate(found["measured_search"]["rounds"], start=1)
-            for row in one["finalists"]
+            for turn, one in enumerate(result.measured.rounds, start=1)
+            for finalist in one.finalists
         ]
-        workloads = found["measured_search"]["chosen"]["latency_ms"]
-        columns = ["round", "key", "loss\nnats", *(f"{w}\nms" for w in workloads), "of the limit", "limits"]
+        workloads = (f"{w}, ms" for w in chosen.latency_ms)
+        columns = ["round", "key", "loss, nats", *workloads, "of the limit", "limits"]
         tables.append(make_table("Finalists, measured", columns, rows))
-    if found.get("finalists"):
+    if result.distillation and result.distillation.finalists:
         rows = [
             [
-                row["key"],
-                f"{row['rank_before']} -> {row['rank_after']}",
-                f"{row['before']['loss_nats']:.4f}",
-                f"{row['after']['loss_nats']:.4f}" if row["after"] else row["failed"],
-                str(row["steps"]),
+                finalist.architecture.key,
+                f"{finalist.rank_before} -> {finalist.rank_after}",
+                f"{finalist.before['loss_nats']:.4f}",
+                f"{finalist.after['loss_nats']:.4f}" if finalist.after else str(finalist.failed),
+                str(finalist.steps),
             ]
-            for row in found["finalists"]
+            for finalist in result.distillation.finalists
         ]
         columns = ["key", "rank", "loss inherited, nats", "after distillation", "steps"]
         tables.append(make_table("Finalists, distilled", columns, rows))

@@ -56,29 +56,29 @@ def extract(
     if limit:
         Limit.parse(limit)
 
-    from search.select.picks import chosen_architecture
+    from search.select.picks import read_architecture, select_member
     from search.submodel.export import export
     from search.workspace import open_run, open_supernet
-    from space import Workload
     from supernet.data.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.training.train import load_supernet
 
     opened = open_run(run, context.obj)
     if limit:
-        from search.select.mix_n_match import mixed
+        from search.select.mix_n_match import select_by_limit
 
-        chosen, found = mixed(opened, search, limit, device, Bars())
+        selection = select_by_limit(opened, search, limit, device, Bars())
+    elif architecture:
+        selection = read_architecture(opened, architecture)
     else:
-        chosen, found = chosen_architecture(opened, search, pick, architecture)
+        selection = select_member(opened, str(search), pick)
     checkpoint = open_supernet(opened, load_corpus(opened.config.train.data))
     inputs = {"supernet": checkpoint.digest}
     weights = load_supernet(opened.space, checkpoint)
-    submodel = write_submodel(out_dir, weights, found, inputs, chosen, opened.text)
+    found = selection.architecture
+    submodel = write_submodel(out_dir, weights, found, inputs, selection.chosen, opened.text)
     files = ["architecture.json", "model.safetensors", "README.md"]
-    latency = chosen.get("predicted", {}).get("latency", {}).values()
-    verified = {Workload.parse(text).precision for predicted in latency for text in predicted}
-    precisions = [*(precision or ()), *sorted(verified)] if "onnx" in (format_ or ()) else []
+    precisions = [*(precision or ()), *selection.precisions()] if "onnx" in (format_ or ()) else []
     files += export(submodel, format_ or (), precisions)
     _show_files(found.key, out_dir, files, as_json)
 

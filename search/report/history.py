@@ -1,4 +1,4 @@
-"""How a search went: what it evaluated, and the hypervolume of it beside random search's."""
+"""History of a search: its evaluations, and their hypervolume beside that of random search."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,25 +12,32 @@ from search.engine.evaluations import EVALUATIONS
 from search.strategies.pareto import hypervolume, non_dominated
 from space.io.parquet import read_table
 
-POINTS = 60  # of a line: a hypervolume for each evaluation would take minutes, and show no more
-SOLID_POINTS = 20  # of three objectives or more, where one of thousands of points takes a second
+POINTS = 60  # of a line: a hypervolume for each evaluation would take minutes without showing more
+POINTS_3D = 20  # with three objectives or more, where a hypervolume of thousands of points takes a second
 Array = NDArray[np.float64]
 
 
 class Progress(NamedTuple):
-    """Shares of the hypervolume of everything found, in percent, by how many were evaluated."""
+    """Hypervolume over evaluations.
 
-    lines: dict[str, tuple[list[int], list[float]]]  # by search: evaluations, percent
-    matched: (
-        int | None
-    )  # after so many the search had what random search ended with; None: never, or no rival
+    Attributes:
+        lines: by search, numbers of evaluations and the percentage of the hypervolume of all evaluations.
+        matched: evaluations after which the search reached the final hypervolume of random search; None if it
+            did not, or without random search.
+    """
+
+    lines: dict[str, tuple[list[int], list[float]]]
+    matched: int | None
 
 
 def evaluations(folder: Path) -> pd.DataFrame:
-    """What a search evaluated on its own windows, a row each, in order; no rows where nothing is kept.
+    """Evaluations of a search, a row each, in order; without rows if the folder has none.
+
+    Args:
+        folder: the search's.
 
     Raises:
-        InputError: a part is not whole.
+        InputError: a file cannot be read.
     """
     parts = sorted((folder / "evaluations").glob("part-[0-9]*.parquet"))
     tables = [read_table(path, EVALUATIONS)[0] for path in parts]
@@ -38,11 +45,15 @@ def evaluations(folder: Path) -> pd.DataFrame:
 
 
 def progress(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str]) -> Progress:
-    """The hypervolume over evaluations of each search: ``search``, and ``random`` where there is one.
+    """Hypervolume over evaluations of each search: ``search``, and ``random`` if there is one.
 
-    Objectives are scaled to [0, 1] over both; the reference point is the worst of each. What failed adds
-    nothing, and an objective in which all are alike counts for nothing. There are no lines where nothing is
+    Objectives are scaled to [0, 1] over both; the reference point is the worst value of each. Failed
+    evaluations add nothing, and an objective without variation is ignored. There are no lines if nothing is
     better than the reference point.
+
+    Args:
+        tables: evaluations by search.
+        objectives: columns of the tables.
     """
     raw = {
         name: table[list(objectives)].to_numpy(float)
@@ -57,7 +68,7 @@ def progress(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str]) -> P
     total = volume(np.concatenate(list(scaled.values())))
     if total == 0:
         return Progress({}, None)
-    lines, points = {}, POINTS if len(objectives) < 3 else SOLID_POINTS
+    lines, points = {}, POINTS if len(objectives) < 3 else POINTS_3D
     for name, values in scaled.items():
         counts = np.unique(np.linspace(1, len(values), min(points, len(values))).round().astype(int))
         lines[name] = (counts.tolist(), [100 * v / total for v in volumes(values, counts)])
@@ -68,27 +79,43 @@ def progress(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str]) -> P
 
 
 def volume(values: Array) -> float:
-    """The hypervolume of rows [N, M] in [0, 1], up to 1 in each; rows that are not finite add nothing."""
+    """Hypervolume to the reference point 1; rows that are not finite add nothing.
+
+    Args:
+        values: [N, M] in [0, 1].
+    """
     finite = values[np.isfinite(values).all(axis=1)]
     return hypervolume(finite, np.ones(values.shape[1]))
 
 
 def volumes(values: Array, counts: NDArray[np.int64]) -> list[float]:
-    """The hypervolumes of the first ``counts`` [K] rows of [N, M], rising; only a front is carried along."""
-    found, front, before = [], values[:0], 0
+    """Hypervolumes of the first rows, for several numbers of rows.
+
+    Args:
+        values: [N, M] in [0, 1].
+        counts: numbers of rows [K], increasing.
+    """
+    results, front, before = [], values[:0], 0
     for count in counts:
-        some = np.concatenate([front, values[before:count]])
-        some = some[np.isfinite(some).all(axis=1)]
-        front, before = some[non_dominated(some)], int(count)
-        found.append(volume(front))
-    return found
+        candidates = np.concatenate(
+            [front, values[before:count]]
+        )  # dominated rows add no volume later either
+        candidates = candidates[np.isfinite(candidates).all(axis=1)]
+        front, before = candidates[non_dominated(candidates)], int(count)
+        results.append(volume(front))
+    return results
 
 
 def first_to_reach(values: Array, wanted: float) -> int | None:
-    """How many of the rows [N, M] it takes to a hypervolume; None where all of them do not reach it."""
+    """The number of rows after which a hypervolume is reached; None if it never is.
+
+    Args:
+        values: [N, M] in [0, 1].
+        wanted: the hypervolume.
+    """
     if volume(values) < wanted:
         return None
-    low, high = 0, len(values)  # the volume rises with the rows: halve
+    low, high = 0, len(values)  # bisection: the volume does not decrease with the rows
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if volume(values[:middle]) >= wanted else (middle, high)

@@ -1,4 +1,4 @@
-"""The figures of a search's report as images, for slides and papers."""
+"""Figures of a search's report as PNG images."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,7 +9,15 @@ from space import InputError
 
 
 def write_images(folder: Path, drawn: Sequence[Drawn], width: int = 1200) -> list[Path]:
-    """Write each figure as a PNG of twice ``width`` pixels, named after it; returns the files.
+    """Write each figure as a PNG, named after it.
+
+    Args:
+        folder: of the files; made if it is missing.
+        drawn: the figures.
+        width: half of the images' width in pixels.
+
+    Returns:
+        The files.
 
     Raises:
         InputError: kaleido or a browser is missing, or the browser does not start.
@@ -34,7 +42,7 @@ def write_images(folder: Path, drawn: Sequence[Drawn], width: int = 1200) -> lis
         figure.update_annotations(font_size=16)
         size = {"format": "png", "width": width, "height": round(1.35 * figure.layout.height), "scale": 2}
         items.append({"fig": figure, "path": str(folder / f"{one.name}.png"), "opts": size})
-    try:  # mathjax: kaleido would fetch it from elsewhere
+    try:  # without mathjax, which kaleido would download
         kaleido.write_fig_from_object_sync(items, cancel_on_error=True, kopts={"mathjax": False})
     except ChromeNotFoundError:
         raise InputError(

@@ -1,8 +1,8 @@
-"""The finalists of successive halving: configuration, standing, rungs."""
+"""The finalists of successive halving: configuration, records, and the training of one rung."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,29 +14,20 @@ from supernet.evaluate import Losses
 from supernet.training.recipe import TrainConfig
 
 FINALIST = Artefact("finalist", "formfit search")
-
-
-MADE_BY = "formfit search"
-
-
-WARMUP = 0.05  # share of all rungs' steps
-
-
+WARMUP = 0.05  # share of the steps of all rungs
 CHECKPOINT_EVERY = 50
-
-
-OTHER_BATCHES = 1_000_000  # added to the seed: what the supernet saw first is not seen again
+SEED_OFFSET = 1_000_000  # finalists read other batches than the supernet did
 
 
 class FinalistsConfig(BaseModel):
-    """How the finalists of a search learn on.
+    """Settings of the training of finalists.
 
     Attributes:
-        count: how many finalists; 0 leaves the choice to the supernet.
-        steps: of the first rung; every later one ends at twice the steps of the one before.
+        count: finalists; 0 leaves the ranking to the supernet.
+        steps: of the first rung; each later rung ends at twice the steps of the one before.
         batch: rows of a step.
-        learning_rate: the greatest; it rises shortly, then falls along a cosine to the last rung's end.
-        distillation: the weight of the teacher against the text.
+        learning_rate: peak; after a short warm-up it decays along a cosine until the end of the last rung.
+        distillation: weight of the teacher's loss; the text's loss has the rest, up to 1.
         seed: of the batches.
     """
 
@@ -50,7 +41,12 @@ class FinalistsConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
 
     def training(self, finalists: int, length: int) -> TrainConfig:
-        """How each of so many finalists is trained, on rows of ``length`` tokens."""
+        """The training's configuration of one finalist.
+
+        Args:
+            finalists: their number, which gives the number of rungs.
+            length: tokens of a row.
+        """
         return TrainConfig(
             steps=rungs(finalists, self.steps)[-1][1],
             batch=self.batch,
@@ -60,55 +56,107 @@ class FinalistsConfig(BaseModel):
             distillation=self.distillation,
             threads=1,
             checkpoint_every=CHECKPOINT_EVERY,
-            seed=self.seed + OTHER_BATCHES,
+            seed=self.seed + SEED_OFFSET,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finalist:
-    """What became of a finalist; ranks count from 1, the best; losses in nats per token."""
+    """A finalist with its losses in nats per token and its ranks; rank 1 is the best.
+
+    Attributes:
+        architecture: the architecture.
+        before: losses inside the supernet, whose weights it inherits.
+        after: losses at the end of the last rung that it finished; None if it finished none.
+        rung: the last one that it finished; 0 for none.
+        steps: of training until then.
+        rank_before: by ``before``.
+        rank_after: by the rung, then by ``after``.
+        folder: of its weights at the end of that rung, ``model.safetensors``.
+        failed: the reason why its training failed, in one line; None if it did not.
+    """
 
     architecture: Architecture
-    before: Losses  # inside the supernet, whose weights it inherits
-    after: Losses | None = None  # at the end of the last rung that it finished; None where it finished none
-    rung: int = 0  # the last that it finished
-    steps: int = 0  # until there
+    before: Losses
+    after: Losses | None = None
+    rung: int = 0
+    steps: int = 0
     rank_before: int
     rank_after: int
-    folder: Path | None = None  # of its weights there, ``model.safetensors``
-    failed: str | None = None  # why it got no further, where that was not by its loss
+    folder: Path | None = None
+    failed: str | None = None
 
-    def standing(self, column: str) -> tuple[int, float, str]:
-        """What finalists are sorted by, the best first: the rung they finished, then the loss there."""
-        loss = (self.after or self.before)[column]
+    def sort_key(self, quality: str) -> tuple[int, float, str]:
+        """Key that sorts finalists, the best first: later rungs, then lower losses.
+
+        Args:
+            quality: ``loss`` or ``recall_loss``.
+        """
+        loss = (self.after or self.before)[f"{quality}_nats"]
         return -self.rung, math.inf if loss is None else loss, self.architecture.key
 
     def to_json(self, root: Path) -> dict[str, Any]:
-        """As a JSON value; its folder is relative to ``root``."""
+        """The JSON object.
+
+        Args:
+            root: the finalist's folder is relative to it.
+        """
         value = {"key": self.architecture.key, **vars(self), "architecture": self.architecture.to_json()}
         return value | {"folder": self.folder and str(self.folder.relative_to(root))}
 
     @staticmethod
     def from_json(value: Mapping[str, Any], root: Path) -> "Finalist":
-        """The opposite of :meth:`to_json`."""
-        given = {name: value[name] for name in Finalist.__dataclass_fields__}
-        given["architecture"] = Architecture.from_json(value["architecture"])
-        given["folder"] = root / value["folder"] if value["folder"] else None
-        return Finalist(**given)
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            value: the JSON object.
+            root: see :meth:`to_json`.
+        """
+        fields = {name: value[name] for name in Finalist.__dataclass_fields__}
+        architecture = Architecture.from_json(fields.pop("architecture"))
+        folder = fields.pop("folder")
+        return Finalist(architecture=architecture, folder=root / folder if folder else None, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """A finalist's training up to the end of a rung."""
+class RungResult:
+    """The content of a rung's ``result.json``.
+
+    Attributes:
+        steps: of training until the end of the rung.
+        losses: then, in nats per token; None if the training failed.
+        model: sha256 of the weights; None if the training failed.
+        failed: the reason of the failure in one line; None without one.
+    """
+
+    steps: int
+    losses: Losses | None
+    model: str | None
+    failed: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungTraining:
+    """The training of a finalist up to the end of a rung.
+
+    Attributes:
+        architecture: the finalist's.
+        config: of the training over all rungs.
+        until: the step at which the rung ends.
+        rung: its number, from 1.
+        folder: of the rung, absolute, inside that of the training.
+        inputs: sha256 of everything that the result depends on, by name.
+    """
 
     architecture: Architecture
     config: TrainConfig
     until: int
-    folder: Path  # absolute; of the rung, in that of the training
-    inputs: Mapping[str, str]  # the hashes of all that the result depends on
+    rung: int
+    folder: Path
+    inputs: Mapping[str, str]
 
-    def result(self) -> dict[str, Any] | None:
-        """What ``result.json`` says; None where it is not there, or the weights that it speaks of.
+    def result(self) -> RungResult | None:
+        """The result; None if ``result.json`` or the weights that it names are missing.
 
         Raises:
             InputError: it was made from other inputs.
@@ -119,26 +167,44 @@ class Stretch:
         except InputError:
             return None
         check_inputs(path, value, self.inputs)
-        whole = value["failed"] or (weights.exists() and file_digest(weights) == value["model"])
-        return value if whole else None
+        del value["header"]
+        result = RungResult(**value)
+        whole = result.failed or (weights.exists() and file_digest(weights) == result.model)
+        return result if whole else None
 
-    def after(self, rung: int, result: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result changes of its finalist."""
-        if result["failed"]:
-            return {"failed": result["failed"]}
-        return {"after": result["losses"], "rung": rung, "steps": self.until, "folder": self.folder}
+    def applied(self, finalist: Finalist, result: RungResult) -> Finalist:
+        """The finalist after the rung.
 
-    def write(self, reached: Losses | None, failed: str | None = None) -> None:
-        """Write ``result.json``, after the weights where there are some."""
+        Args:
+            finalist: before it.
+            result: of the rung.
+        """
+        if result.failed:
+            return replace(finalist, failed=result.failed)
+        return replace(finalist, after=result.losses, rung=self.rung, steps=self.until, folder=self.folder)
+
+    def write(self, losses: Losses | None, failed: str | None = None) -> None:
+        """Write ``result.json``; the weights are written before.
+
+        Args:
+            losses: at the end of the rung, in nats per token; None if the training failed.
+            failed: the reason of a failure in one line.
+        """
         model = None if failed else file_digest(self.folder / "model.safetensors")
-        body = {"steps": self.until, "losses": reached, "model": model, "failed": failed}
-        FINALIST.write(self.folder / "result.json", self.inputs, body)
+        result = RungResult(steps=self.until, losses=losses, model=model, failed=failed)
+        FINALIST.write(self.folder / "result.json", self.inputs, vars(result))
 
 
 def rungs(count: int, steps: int) -> list[tuple[int, int]]:
-    """How many finalists each rung has, and the step at which it ends: the last has two, or the only one."""
-    found = [(count, steps)]
-    while found[-1][0] > 2:
-        count, steps = found[-1]
-        found.append(((count + 1) // 2, 2 * steps))
-    return found
+    """The number of finalists of each rung, and the step at which it ends.
+
+    Args:
+        count: finalists of the first rung; each later one has half of the one before, rounded up, and at
+            least two.
+        steps: of the first rung.
+    """
+    plan = [(count, steps)]
+    while plan[-1][0] > 2:
+        count, steps = plan[-1]
+        plan.append(((count + 1) // 2, 2 * steps))
+    return plan

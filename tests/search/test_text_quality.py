@@ -29,7 +29,7 @@ def make_run(folder: Path, vocab_size: int, **data: object) -> Run:
 def quality(run: Run) -> dict[str, Any]:
     corpus = load_corpus(run.config.train.data)
     checkpoint = pipeline.trained(run, Quiet(), corpus)
-    return pipeline.text_quality(run, checkpoint, corpus, {"loss_nats": 2.0})
+    return dict(vars(pipeline.text_quality(run, checkpoint, corpus, 2.0)))
 
 
 def letters(folder: Path) -> Path:

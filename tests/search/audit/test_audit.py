@@ -1,4 +1,4 @@
-"""The audit: its statistics, its sets of architectures, its verdicts, and a small real one, killed."""
+"""The audit: statistics, sets of architectures, verdicts, and a small real audit that is killed."""
 
 import json
 import os
@@ -19,12 +19,19 @@ from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import WorkloadModel
 from search import pipeline
 from search.audit.audit import AuditConfig, audit, judge
-from search.audit.page import agreement_rows, audit_section
-from search.audit.rank_correlation import Agreement, Estimate, agreement, correlations, verdict
+from search.audit.page import audit_section, correlation_rows
+from search.audit.rank_correlation import (
+    Estimate,
+    RankCorrelations,
+    correlations,
+    rank_correlations,
+    verdict,
+)
+from search.audit.result import AuditedArchitecture, AuditResult, StandAlone
 from search.audit.stratified import (
     axis_levels,
+    choose_diverse,
     choose_equal,
-    choose_spread,
     crowded_level,
     features,
     sample_pool,
@@ -41,11 +48,12 @@ from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_stand_alone, train
 from tests.conftest import Quiet
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
+from tests.search.records import make_member
 from tests.search.test_pipeline import ROOT
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_correlations_are_scipys(ties: bool) -> None:
+def test_correlations_equal_scipy(ties: bool) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 5, 12))
     y = y + x
@@ -67,12 +75,12 @@ def test_correlations_by_hand() -> None:
     assert np.isnan(correlations(x, np.ones(4))).all()
 
 
-def test_agreement_is_that_of_resampled_architectures() -> None:
-    """The intervals are those of a plain loop over the same resamples with scipy's figures."""
+def test_intervals_equal_a_loop_over_resamples() -> None:
+    """The intervals equal those of a loop over the same resamples with scipy's statistics."""
     rng = np.random.default_rng(1)
     alone = rng.normal(size=(2, 12)) * 0.3 + np.arange(12.0)
     inside, size = np.arange(12.0) + rng.normal(size=12), rng.normal(size=12)
-    found = agreement(alone, {"supernet": inside, "params": size}, seed=3, draws=100)
+    found = rank_correlations(alone, {"supernet": inside, "params": size}, seed=3, resamples=100)
     rows = np.random.default_rng([3, 6]).integers(12, size=(100, 12))
     mean = alone.mean(axis=0)
     taus = [kendalltau(inside[r], mean[r]).statistic for r in rows]
@@ -93,24 +101,24 @@ def test_agreement_is_that_of_resampled_architectures() -> None:
         assert [estimate.low, estimate.high] == pytest.approx(list(np.percentile(draws, [2.5, 97.5]))), name
 
 
-def test_undefined_figures_survive_json() -> None:
+def test_undefined_correlations_round_trip_through_json() -> None:
     """Equal sizes rank nothing; one seed is not compared with another."""
-    found = agreement(np.arange(5.0)[None], {"supernet": np.arange(5.0), "params": np.ones(5)})
+    found = rank_correlations(np.arange(5.0)[None], {"supernet": np.arange(5.0), "params": np.ones(5)})
     assert "two_seeds" not in found.kendall_tau
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["kendall_tau"]["params"]["value"] is None
     assert str(Estimate.from_json(value["kendall_tau"]["params"])) == "undefined"
     assert Estimate.from_json(value["kendall_tau"]["supernet"]) == Estimate(1.0, 1.0, 1.0)
     assert "parameter count cannot rank these" in verdict(found, "here")[1]
-    assert "one seed cannot say how well two agree" in verdict(found, "here")[1]
+    assert "with one seed, the agreement of two is unknown" in verdict(found, "here")[1]
 
 
 VERDICTS = {  # supernet's tau, two seeds', supernet minus parameters -> word, text
     "trusted": ((0.81, 0.6, 0.95), (0.9, 0.7, 1), (0.1, 0.02, 0.3), "can be trusted", "is better than"),
-    "loose": ((0.5, 0.1, 0.8), (0.9, 0.7, 1), (0.1, -0.2, 0.3), "but loose", "cannot be told from"),
+    "loose": ((0.5, 0.1, 0.8), (0.9, 0.7, 1), (0.1, -0.2, 0.3), "but loose", "cannot be distinguished from"),
     "chance": ((0.3, -0.1, 0.7), (0.9, 0.7, 1), (-0.4, -0.6, -0.1), "from chance", "is worse than"),
-    "reversed": ((-0.5, -0.8, -0.1), None, (0, -1, 1), "wrong way round", "cannot be told from"),
-    "unclear": ((0.3, -0.1, 0.7), (0.2, -0.3, 0.6), (0, -1, 1), "Nothing can be said", "train longer"),
+    "reversed": ((-0.5, -0.8, -0.1), None, (0, -1, 1), "is reversed", "cannot be distinguished from"),
+    "unclear": ((0.3, -0.1, 0.7), (0.2, -0.3, 0.6), (0, -1, 1), "Inconclusive", "train longer"),
 }
 
 
@@ -120,7 +128,7 @@ def test_verdicts_in_words(word: str) -> None:
     taus = {"supernet": Estimate(*tau), "params": Estimate(0.7, 0.4, 0.9)}
     if repeat:
         taus["two_seeds"] = Estimate(*repeat)
-    found = Agreement(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(*difference))
+    found = RankCorrelations(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(*difference))
     given, text = verdict(found, "over the axes")
     assert given == word
     assert "over the axes" in text
@@ -133,22 +141,22 @@ def test_verdicts_in_words(word: str) -> None:
         assert "two seeds agree with tau 0.90 [0.70, 1.00]" in text
 
 
-def test_a_strong_ranking_is_not_undone_by_seeds_that_disagree() -> None:
+def test_significant_ranking_is_trusted_despite_disagreeing_seeds() -> None:
     taus = {"supernet": Estimate(0.8, 0.6, 1), "params": Estimate(0, -1, 1), "two_seeds": Estimate(0, -1, 1)}
-    found = Agreement(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(0.8, 0.1, 1))
+    found = RankCorrelations(kendall_tau=taus, spearman_rho={}, supernet_minus_params=Estimate(0.8, 0.1, 1))
     assert verdict(found, "here")[0] == "trusted"
 
 
 @pytest.mark.parametrize("name", TINY_SPACES)
-def test_a_spread_set_meets_every_value_of_every_axis(name: str) -> None:
-    """In spaces small enough to list, what an axis has at all is in the set of twelve."""
+def test_diverse_set_has_every_value_of_every_axis(name: str) -> None:
+    """In spaces small enough to enumerate, every value of an axis is in the set of twelve."""
     space = tiny_space(**TINY_SPACES[name])
     everything = every_genome(space)
     if len(everything) < 3:
         with pytest.raises(InputError, match="at least 3"):
-            choose_spread(space, everything, 12)
+            choose_diverse(space, everything, 12)
         return
-    chosen = choose_spread(space, everything, 12)
+    chosen = choose_diverse(space, everything, 12)
     assert len(np.unique(chosen, axis=0)) == len(chosen) == min(12, len(everything))
     assert genome.contains(space, chosen).all()
     found, there = axis_levels(space, chosen), axis_levels(space, everything)
@@ -167,13 +175,13 @@ def test_ratios_of_known_architectures() -> None:
         assert set(level[full == fulls[ratio]]) == {i}
 
 
-def test_a_spread_set_is_spread_and_the_seeds_own() -> None:
+def test_diverse_set_depends_on_the_seed_only() -> None:
     space = load_space(ROOT / "configs/spaces/quickstart.yaml")
     pool = sample_pool(space, 0, 3000)
     assert np.array_equal(pool, sample_pool(space, 0, 3000))
-    chosen = choose_spread(space, pool, 12)
-    assert np.array_equal(chosen, choose_spread(space, pool, 12))
-    assert not np.array_equal(chosen, choose_spread(space, sample_pool(space, 1, 3000), 12))
+    chosen = choose_diverse(space, pool, 12)
+    assert np.array_equal(chosen, choose_diverse(space, pool, 12))
+    assert not np.array_equal(chosen, choose_diverse(space, sample_pool(space, 1, 3000), 12))
     counts = np.bincount(axis_levels(space, chosen)["width"])
     assert counts.max() - counts.min() <= 1
 
@@ -186,7 +194,7 @@ def test_a_spread_set_is_spread_and_the_seeds_own() -> None:
     assert nearest(chosen) > np.quantile(drawn, 0.95)
 
 
-def test_the_level_with_the_most_latencies_near_it() -> None:
+def test_crowded_level_has_the_most_neighbours() -> None:
     seconds = np.array([1.0, 2.0, 5.0, 5.2, 5.4, 9.0, 9.1])
     assert crowded_level(seconds, 0.1) in (5.0, 5.2, 5.4)
     within = [(np.abs(seconds / s - 1) <= 0.1).sum() for s in seconds]
@@ -195,7 +203,7 @@ def test_the_level_with_the_most_latencies_near_it() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_equal_latency_is_equal(seed: int) -> None:
+def test_equal_latency_set_is_within_the_band(seed: int) -> None:
     """Any additive cost will do: parameters have the form of a latency."""
     space = load_space(ROOT / "configs/spaces/quickstart.yaml")
     cost = params_cost(space)
@@ -206,29 +214,34 @@ def test_equal_latency_is_equal(seed: int) -> None:
     assert len(set(axis_levels(space, chosen)["ratio"])) > 1
 
 
-def test_judge_reads_losses_up_and_sizes_down() -> None:
-    """A supernet that ranks as training alone does, with larger models better: all taus are 1."""
-    rows = []
+def test_judge_ranks_low_loss_and_large_size_first() -> None:
+    """A supernet that ranks as stand-alone training does, with larger models better: all taus are 1."""
+    architectures = []
     for i in range(6):
-        alone = [
-            {"seed": s, "loss_nats": 2.0 - 0.1 * i + 0.001 * s, "recall_loss_nats": None} for s in (1, 2)
-        ]
-        rows.append(
-            {
-                "key": str(i), "sets": ["axes", "equal_latency"][: 1 + i % 2 + (i == 0)],
-                "params": 100 + i, "flops": 100 - i, "alone": alone,
-                "supernet": {"loss_nats": 3.0 - i, "recall_loss_nats": None},
-            }
-        )  # fmt: skip
-    found = judge(rows, seed=0)
-    taus = {name: e["value"] for name, e in found["axes"]["loss"]["kendall_tau"].items()}
+        trainings = tuple(
+            StandAlone(seed=s, losses={"loss_nats": 2.0 - 0.1 * i + 0.001 * s, "recall_loss_nats": None})
+            for s in (1, 2)
+        )
+        architectures.append(
+            AuditedArchitecture(
+                architecture=make_member(i).architecture,
+                sets=("axes", "equal_latency")[: 1 + i % 2 + (i == 0)],
+                params=100 + i,
+                flops=100 - i,
+                predicted_latency_ms=1.0,
+                supernet={"loss_nats": 3.0 - i, "recall_loss_nats": None},
+                stand_alone=trainings,
+            )
+        )
+    found = judge(architectures, seed=0)
+    taus = {name: tau.value for name, tau in found["axes"].loss.kendall_tau.items()}
     assert taus == {"supernet": 1.0, "params": 1.0, "flops": -1.0, "two_seeds": 1.0}
-    assert found["axes"]["recall_loss"] is None
-    assert found["axes"]["verdict"] == "trusted"
-    assert found["equal_latency"]["architectures"] == ["0", "1", "3", "5"]
+    assert found["axes"].recall_loss is None
+    assert found["axes"].verdict == "trusted"
+    assert found["equal_latency"].architectures == tuple(architectures[i].key for i in (0, 1, 3, 5))
 
 
-def test_trainings_alone_are_as_the_run_says() -> None:
+def test_stand_alone_training_settings() -> None:
     config = TrainConfig(steps=100, batch=4, seed=5, workers=2, threads=2, learning_rate=1e-2)
     alone = AuditConfig().training(config)
     assert alone == TrainConfig(steps=25, batch=4, seed=6, workers=0, threads=1, learning_rate=1e-2)
@@ -238,7 +251,7 @@ def test_trainings_alone_are_as_the_run_says() -> None:
 
 @pytest.fixture
 def trained(tmp_path: Path, config_file: Path) -> Run:
-    """A trained run, and a card whose predicted latencies follow from the FLOPs."""
+    """A trained run, and a card whose predicted latencies follow from FLOPs."""
     run = Run(tmp_path / "run", load_run_config(config_file), tmp_path / "devices")
     run.save_config()
     pipeline.trained(run, Quiet(), load_corpus(run.config.train.data))
@@ -261,7 +274,7 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
     return run
 
 
-def test_without_a_predictor_one_line_says_what_makes_it(trained: Run) -> None:
+def test_missing_predictor_error_names_the_command(trained: Run) -> None:
     for device, workload, expected in (
         ("moon", None, "audit: .* needs a predictor: .*`formfit profile --space SPACE --device moon`"),
         ("desk", "prefill@32", "--workload prefill@64 --workload prefill@32`"),
@@ -286,7 +299,7 @@ def start(run: Run) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(600)  # Ray starts twice, slowly where the cores are busy
-def test_a_killed_audit_goes_on(trained: Run) -> None:
+def test_resume_after_sigkill(trained: Run) -> None:
     trials = trained.folder / "audit" / "trials"
     first = start(trained)
     try:
@@ -316,7 +329,7 @@ def test_a_killed_audit_goes_on(trained: Run) -> None:
 
 
 def check_values(run: Run, value: dict[str, Any]) -> None:
-    """What the audit says is what the pieces say, without Ray."""
+    """The audit's numbers equal those of its parts, without Ray."""
     space, rows = run.space, value["architectures"]
     assert [len([r for r in rows if name in r["sets"]]) for name in ("axes", "equal_latency")] == [3, 3]
     workload = Workload(phase="prefill", length=64)
@@ -330,17 +343,18 @@ def check_values(run: Run, value: dict[str, Any]) -> None:
     row = rows[-1]
     architecture = Architecture.from_json(row["architecture"])
     corpus = load_corpus(run.config.train.data)
-    config = run.config.train.model_copy(update={"steps": 2, "batch": 2, "seed": row["alone"][1]["seed"]})
+    seed = row["stand_alone"][1]["seed"]
+    config = run.config.train.model_copy(update={"steps": 2, "batch": 2, "seed": seed})
     checkpoint = train(space, config, run.folder / "again", None, corpus, architecture)
     weights = dict(load_stand_alone(space, checkpoint, architecture).named_parameters())
     data = evaluation_set(corpus, run.config.search.front_windows, space.max_seq_len)
     quality = evaluate(weights, architecture, space.config, data)
-    assert quality.loss_nats == row["alone"][1]["loss_nats"]
-    assert row["alone"][0]["loss_nats"] != row["alone"][1]["loss_nats"]
+    assert quality.loss_nats == row["stand_alone"][1]["loss_nats"]
+    assert row["stand_alone"][0]["loss_nats"] != row["stand_alone"][1]["loss_nats"]
 
 
 def check_report(run: Path, value: dict[str, Any]) -> None:
-    """The page shows all architectures and loads nothing; a run's report shows this supernet's audit."""
+    """The page has all architectures and loads nothing; a run's report has the audit of its supernet only."""
     page = (run / "audit" / "audit.html").read_text()
     assert all(row["key"] in page for row in value["architectures"])
     assert "<script src" not in page
@@ -349,6 +363,6 @@ def check_report(run: Path, value: dict[str, Any]) -> None:
     for judged in value["sets"].values():
         assert judged["text"] in value["verdict"]
         assert escape(judged["text"]) in section
-    assert section.count("<tr>") == 1 + len(agreement_rows(value)) == 1 + 2 * 5
+    assert section.count("<tr>") == 1 + len(correlation_rows(AuditResult.from_json(value))) == 1 + 2 * 5
     assert audit_section(run, "0" * 64) == ""
     assert audit_section(run.parent, supernet) == ""

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ import pandas as pd
 import pytest
 
 from search.config import load_run_config
+from search.engine.front import FailedEvaluation, Front
 from search.pipeline import execute
-from search.report.figures import ROWS, thinned
-from search.report.front_figure import above_points, axis_of, limit_of, picked, rescoring
+from search.report.figures import MAX_DRAWN_MEMBERS, thinned
+from search.report.front_figure import above_points, axis_of, limit_of, picked_members, rescoring_shift
 from search.report.history import evaluations, first_to_reach, progress, volume, volumes
 from search.report.images import write_images
-from search.report.page import figures, headline, kept, kind, write_report
-from search.workspace import Run as TheRun
+from search.report.page import architecture_kind, figures, headline, limits_in_words, write_report
+from search.report.summary import Summary
+from search.workspace import Run
 from space import Architecture, InputError, LimitMissedError
 from tests.conftest import Program, Quiet
+from tests.search.records import limit_result, make_member
 
 PHONE = 390  # pixels across
 FIGURES = ["front", "layers", "prediction", "progress"]
@@ -43,19 +47,18 @@ def reported(finished_run: Path, config_file: Path, tmp_path_factory: pytest.Tem
     folder = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("reported") / "copy"))
     config = load_run_config(config_file)
     config = config.model_copy(update={"search": config.search.model_copy(update={"baseline": "random"})})
-    run = TheRun(folder / "run", config, folder / "devices")
+    run = Run(folder / "run", config, folder / "devices")
     run.save_config()
     with suppress(LimitMissedError):  # so small a run may miss: the report says so
         execute(run, Quiet())
     return folder
 
 
-def artefacts(folder: Path) -> tuple[TheRun, dict[str, Any], dict[str, Any], Path]:
+def artefacts(folder: Path) -> tuple[Run, Front, Summary, Path]:
     """The run, its front and summary, and the folder of its search."""
-    run = TheRun(folder / "run", load_run_config(folder / "run" / "config.yaml"), folder / "devices")
+    run = Run(folder / "run", load_run_config(folder / "run" / "config.yaml"), folder / "devices")
     record = run.folder / "searches" / "desk"
-    front, summary = (json.loads(p.read_text()) for p in (record / "front.json", run.folder / "summary.json"))
-    return run, front, summary, record
+    return run, Front.read(record / "front.json"), Summary.read(run.folder / "summary.json"), record
 
 
 class Page(HTMLParser):
@@ -85,7 +88,7 @@ class Page(HTMLParser):
             self.words.append(data)
 
 
-def test_the_page_is_whole_and_says_what_it_should(reported: Path) -> None:
+def test_page_is_self_contained_and_complete(reported: Path) -> None:
     _, front, summary, record = artefacts(reported)
     source = (record / "report.html").read_text()
     page = Page(source)
@@ -95,30 +98,30 @@ def test_the_page_is_whole_and_says_what_it_should(reported: Path) -> None:
     assert source.count("plotly.js v") == 1
     assert [i for i in page.ids if i.startswith("figure-")] == [f"figure-{name}" for name in FIGURES]
     assert headline(front, summary) in html.unescape(source)
-    for item in summary["limits"]:
-        assert item["limit"] in page.text
-        assert item["status"] in page.text
-    for value in summary["verified"].values():
-        assert value["key"] in page.text
-    assert f"Strategy {front['strategy']}" in page.text
-    assert f"{front['evaluations']} evaluations, 0 failed" in page.text
+    for item in summary.limits:
+        assert item.limit.limit in page.text
+        assert item.status in page.text
+    for value in summary.verified.values():
+        assert value.key in page.text
+    assert f"Strategy {front.strategy}" in page.text
+    assert f"{front.evaluations} evaluations, 0 failed" in page.text
     assert "random search has" in page.text
     assert not re.search(r"[{}]|\bnan\b|\bNone\b", page.text)
-    for workload in summary["predictor"]:
+    for workload in summary.predictor:
         assert workload in page.text
 
 
-def test_a_report_without_a_record_or_what_is_new_is_written(reported: Path, tmp_path: Path) -> None:
+def test_report_without_evaluations_and_with_failures(reported: Path, tmp_path: Path) -> None:
     from latency import load_card
 
     run, front, summary, _ = artefacts(reported)
-    old = {k: v for k, v in front.items() if k not in ("failed", "surrogate", "strategy", "objectives")}
+    old = replace(front, failed=(), surrogate={}, strategy="unknown", objectives=("loss",))
     path = tmp_path / "elsewhere" / "report.html"
     write_report(path, run.space, old, summary, load_card(run.devices, "desk"), "<p>the end</p>")
     page = Page(path.read_text())
     assert "the end" in page.text
     assert "figure-progress" not in page.ids
-    failing = front | {"failed": [{"key": "0", "reason": "out of <memory>"}] * 2}
+    failing = replace(front, failed=(FailedEvaluation(key="0", reason="out of <memory>"),) * 2)
     write_report(path, run.space, failing, summary, load_card(run.devices, "desk"), record=tmp_path)
     assert "2 failed with: out of <memory>" in Page(path.read_text()).text
 
@@ -132,15 +135,15 @@ def test_a_report_without_a_record_or_what_is_new_is_written(reported: Path, tmp
         (["loss", "desk:latency:decode@64"], "decode@64 latency, ms", False),
     ],
 )
-def test_other_objectives_have_their_axes(
+def test_axes_of_other_objectives(
     reported: Path, objectives: list[str], title: str, progressed: bool
 ) -> None:
     run, front, summary, record = artefacts(reported)
-    recalled = json.dumps([front, summary]).replace('"recall_loss_nats": null', '"recall_loss_nats": 1.5')
-    front, summary = json.loads(recalled)
-    drawn = {
-        d.name: d.figure for d in figures(run.space, front | {"objectives": objectives}, summary, record)
-    }
+    documents = [front.to_json(), summary.document()]
+    recalled = json.dumps(documents).replace('"recall_loss_nats": null', '"recall_loss_nats": 1.5')
+    front_value, summary_value = json.loads(recalled)
+    front = replace(Front.from_json(front_value), objectives=tuple(objectives))
+    drawn = {d.name: d.figure for d in figures(run.space, front, Summary.from_json(summary_value), record)}
     assert drawn["front"].layout.xaxis.title.text.endswith(title)
     assert ("progress" in drawn) == progressed
 
@@ -189,7 +192,7 @@ def look_at(page: Path, folder: Path, widths: list[int]) -> dict[int, dict[str, 
     return {int(one["width"]): one for one in found}
 
 
-def test_a_browser_draws_it_and_a_phone_need_not_scroll_sideways(reported: Path, tmp_path: Path) -> None:
+def test_browser_draws_the_page_without_sideways_scrolling(reported: Path, tmp_path: Path) -> None:
     browser()
     run, front, summary, record = artefacts(reported)
     given = {f"figure-{d.name}": len(d.figure.data) for d in figures(run.space, front, summary, record)}
@@ -246,21 +249,21 @@ def test_without_a_browser_images_are_refused(
 # What the figures are made of.
 
 
-def test_hypervolumes_rise_to_the_whole(reported: Path) -> None:
+def test_hypervolume_increases_to_the_total(reported: Path) -> None:
     _, front, _, record = artefacts(reported)
     tables = {"search": evaluations(record), "random": evaluations(record / "random")}
-    assert len(tables["search"]) == front["evaluations"]
-    found = progress(tables, front["objectives"])
+    assert len(tables["search"]) == front.evaluations
+    found = progress(tables, front.objectives)
     for counts, shares in found.lines.values():
         assert counts[0] == 1
         assert counts == sorted(set(counts))
         assert np.all(np.diff(shares) >= 0)
         assert shares[-1] <= 100 + 1e-9
-    both = progress({"search": pd.concat(tables.values())}, front["objectives"])
+    both = progress({"search": pd.concat(tables.values())}, front.objectives)
     assert both.lines["search"][1][-1] == pytest.approx(100)
 
 
-def test_volumes_are_those_of_every_beginning() -> None:
+def test_volumes_equal_those_of_every_prefix() -> None:
     rng = np.random.default_rng(0)
     for objectives in (1, 2, 3):
         values = rng.random((40, objectives)).round(1)
@@ -287,7 +290,7 @@ def test_progress_by_hand() -> None:
     assert progress({"search": ends}, ["a", "b"]).lines == {}
 
 
-def test_what_is_said_of_an_architecture_and_its_limits() -> None:
+def test_architecture_and_limits_in_words() -> None:
     layers: list[dict[str, Any]] = [
         {"mixer": "gated_deltanet", "heads": 2, "kv_heads": 2, "ffn": 64},
         {"mixer": "none", "ffn": 0},
@@ -295,36 +298,40 @@ def test_what_is_said_of_an_architecture_and_its_limits() -> None:
         {"mixer": "gated_deltanet", "heads": 2, "kv_heads": 2, "ffn": 64},
     ]
     both = Architecture.from_json({"width": 16, "layers": layers})
-    assert kind(both) == "gated_deltanet/attention hybrid"
-    assert kind(Architecture.from_json({"width": 16, "layers": layers[2:3]})) == "attention model"
-    limits = [{"limit": "params<=5M", "status": "kept"}, {"limit": "rss@64<=1GiB", "status": "UNMEASURED"}]
-    assert kept([]) == "under no limits"
-    assert kept(limits[:1]) == "keeps its limit"
-    assert kept(limits[:1] * 2) == "keeps both limits"
-    assert kept(limits[:1] * 3) == "keeps all 3 limits"
-    assert kept(limits) == "rss@64<=1GiB not measured"
-    assert kept([*limits, {"limit": "decode@64<=1ms", "status": "missed"}]) == "misses decode@64<=1ms"
+    assert architecture_kind(both) == "gated_deltanet/attention hybrid"
+    assert (
+        architecture_kind(Architecture.from_json({"width": 16, "layers": layers[2:3]})) == "attention model"
+    )
+    limits = [limit_result("params<=5M", 5e6, 1e6), limit_result("rss@64<=1GiB", 2.0**30, None)]
+    assert limits_in_words([]) == "under no limits"
+    assert limits_in_words(limits[:1]) == "keeps its limit"
+    assert limits_in_words(limits[:1] * 2) == "keeps both limits"
+    assert limits_in_words(limits[:1] * 3) == "keeps all 3 limits"
+    assert limits_in_words(limits) == "rss@64<=1GiB not measured"
+    missed = limit_result("decode@64<=1ms", 1e-3, 2e-3)
+    assert limits_in_words([*limits, missed]) == "misses decode@64<=1ms"
 
 
 def test_parts_of_the_front(reported: Path) -> None:
     _, front, summary, _ = artefacts(reported)
     axis = axis_of(front)
     found = limit_of(front, axis)
-    item = next(i for i in front["limits"] if i["limit"].startswith("prefill"))
-    assert found == (item["limit"], pytest.approx(1e3 * item["bound"]))
+    item = next(i for i in front.limits if i.limit.startswith("prefill"))
+    assert found == (item.limit, pytest.approx(1e3 * item.bound))
     assert limit_of(front, axis._replace(device="elsewhere")) is None
-    picks = picked(front, summary)
-    assert {v["key"] for v in picks.values()} == {
-        summary["chosen"]["key"],
-        *(v["key"] for v in summary["verified"].values()),
+    picks = picked_members(summary)
+    assert {v.key for v in picks.values()} == {
+        summary.chosen.key,
+        *(v.key for v in summary.verified.values()),
     }
-    members = [{"key": "a"}, {"key": "b"}, {"key": "c"}]
-    table = pd.DataFrame({"key": ["b", "a", "a"], "loss": [2.0, 1.0, 9.0]})
-    assert rescoring(members, np.array([1.5, 2.75, 7.0]), table, "loss") == pytest.approx(0.625)
-    assert rescoring(members, np.zeros(3), table[:0][["key"]], "loss") == 0
+    members = [make_member(1, 1.5), make_member(2, 2.75), make_member(3, 7.0)]
+    keys = [members[i].key for i in (1, 0, 0)]
+    table = pd.DataFrame({"key": keys, "loss": [2.0, 1.0, 9.0]})
+    assert rescoring_shift(members, table, "loss") == pytest.approx(0.625)
+    assert rescoring_shift(members, table[:0][["key"]], "loss") == 0
     points = np.array([[3.0, 1.0], [1.0, 3.0], [3.0, 1.01], [2.0, 2.0]])
     assert above_points(*points.T) == [False, True, True, False]
-    many = [{"key": str(i)} for i in range(200)]
-    some = [m["key"] for m in thinned(many, {"77": "knee"})]
-    assert len(some) in (ROWS, ROWS + 1)
-    assert {"0", "77", "199"} <= set(some)
+    many = [make_member(i) for i in range(200)]
+    drawn = [m.key for m in thinned(many, {many[77].key: "knee"})]
+    assert len(drawn) in (MAX_DRAWN_MEMBERS, MAX_DRAWN_MEMBERS + 1)
+    assert {many[i].key for i in (0, 77, 199)} <= set(drawn)

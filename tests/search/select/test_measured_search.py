@@ -1,19 +1,21 @@
-"""Promises: finalists are measured, misses are learned from, and what is handed over keeps its limits."""
+"""Measured search: finalists are measured, the predictor is recalibrated, the chosen one keeps the limits."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from latency import load_predictor
-from latency.predictor.predictor import RUNS_APART, Predictor
+from latency.predictor.predictor import RUN_SPREAD, Predictor
 from search.config import load_run_config
-from search.select.measured_search import ENOUGH, best_kept
+from search.engine.front import Choice
+from search.select.measured_search import TARGET_USE
+from search.select.measurements import MeasuredFinalist, best_kept
 from space import Workload, genome, variation
 from tests.conftest import Program
+from tests.search.records import make_member
 
 PREFILL = Workload.parse("prefill@64")
 
@@ -30,7 +32,7 @@ def predictor_of(folder: Path) -> Predictor:
     return load_predictor(path, load_run_config(folder / "run" / "config.yaml").space, "formfit profile")
 
 
-def test_what_is_handed_over_was_measured_and_kept_its_limits(run_folder: Path, formfit: Program) -> None:
+def test_chosen_finalist_was_measured_and_kept_the_limits(run_folder: Path, formfit: Program) -> None:
     done = formfit(*words(run_folder, "--limit", "prefill@64<=9s", "--limit", "params<=95%"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -63,8 +65,8 @@ def test_what_is_handed_over_was_measured_and_kept_its_limits(run_folder: Path, 
     assert json.loads(again.stdout) == found  # nothing is measured twice
 
 
-def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formfit: Program) -> None:
-    """The card is made to say a third of the truth: finalists miss, and the search learns from them."""
+def test_optimistic_predictor_is_recalibrated(run_folder: Path, formfit: Program) -> None:
+    """Predictions are a third of the truth: finalists miss, and the search recalibrates."""
     path = next((run_folder / "devices" / "desk" / "predictors").glob("*.json"))
     value = json.loads(path.read_text())
     model = value["workloads"]["prefill@64"]
@@ -92,7 +94,9 @@ def test_a_predictor_that_promises_too_much_is_found_out(run_folder: Path, formf
         assert measured_search["chosen"]["used"] <= 1
     second = run_folder / "run" / "searches" / "kept" / "rounds" / "2" / "front.json"
     # A first finalist may use what there is, or nothing keep the limit as measured: then there is no second.
-    settled = any(row["kept"] and row["used"] >= ENOUGH for row in measured_search["rounds"][0]["finalists"])
+    settled = any(
+        row["kept"] and row["used"] >= TARGET_USE for row in measured_search["rounds"][0]["finalists"]
+    )
     if not settled and done.returncode == 0:
         assert second.exists(), measured_search
     if second.exists():
@@ -110,30 +114,40 @@ def test_recalibration_by_hand(finished_run: Path) -> None:
     np.testing.assert_allclose(after.predict(rows, PREFILL), before * (1 + shift), rtol=1e-12)
     residuals = np.array([0.1, 0.12, 0.08, 0.1]) - shift
     scale = math.sqrt((float((residuals**2).sum()) + predictor.models[PREFILL].scale ** 2) / 5)
-    assert after.spread(PREFILL) == pytest.approx(math.hypot(scale, RUNS_APART))
+    assert after.spread(PREFILL) == pytest.approx(math.hypot(scale, RUN_SPREAD))
     others = [w for w in predictor.models if w != PREFILL]
     assert all(after.models[w] == predictor.models[w] for w in others)
 
 
-def row(key: str, loss: float, used: float, *, kept: bool = True) -> dict[str, Any]:
-    return {"key": key, "loss_nats": loss, "used": used, "kept": kept}
+def finalist(number: int, loss: float, used: float, *, kept: bool = True) -> MeasuredFinalist:
+    return MeasuredFinalist(
+        member=make_member(number, loss),
+        latency_ms={},
+        rss_bytes={},
+        limits=(),
+        used=used,
+        tightest=None,
+        kept=kept,
+        choice=Choice(),
+    )
 
 
-def test_the_chosen_one_is_the_best_that_keeps_the_limits_with_room() -> None:
-    rows = [row("a", 1.0, 0.99), row("b", 1.2, 0.95), row("c", 1.1, 0.97), row("d", 0.9, 1.1, kept=False)]
-    assert best_kept(rows, "loss")["key"] == "c"
-    assert best_kept([rows[0], rows[3]], "loss")["key"] == "a"
-    assert best_kept([rows[3], row("e", 0.8, 1.05, kept=False)], "loss")["key"] == "e"
+def test_chosen_finalist_is_the_best_with_a_safety_margin() -> None:
+    a, b, c = finalist(1, 1.0, 0.99), finalist(2, 1.2, 0.95), finalist(3, 1.1, 0.97)
+    d, e = finalist(4, 0.9, 1.1, kept=False), finalist(5, 0.8, 1.05, kept=False)
+    assert best_kept([a, b, c, d], "loss") == c
+    assert best_kept([a, d], "loss") == a
+    assert best_kept([d, e], "loss") == e
 
 
-def test_noise_is_refused_before_anything_is_said_of_limits(run_folder: Path, formfit: Program) -> None:
+def test_noisy_machine_is_refused_before_limits_are_judged(run_folder: Path, formfit: Program) -> None:
     done = formfit(*words(run_folder, "--limit", "prefill@64<=9s", "--max-noise", "0.01"))
     assert done.returncode == 2
     assert "noise" in done.stderr.splitlines()[-1] or "differ" in done.stderr.splitlines()[-1]
     assert not (run_folder / "run" / "searches" / "kept" / "measured_search.json").exists()
 
 
-def test_another_machines_card_cannot_be_promised_on(run_folder: Path, formfit: Program) -> None:
+def test_card_of_another_machine_is_refused(run_folder: Path, formfit: Program) -> None:
     card = run_folder / "devices" / "desk" / "device.json"
     value = json.loads(card.read_text())
     value["fingerprint"]["cpu"] = "Other"
@@ -143,7 +157,7 @@ def test_another_machines_card_cannot_be_promised_on(run_folder: Path, formfit: 
     assert "this machine is not the one of the card (cpu: card Other" in done.stderr.splitlines()[-1]
 
 
-def test_the_best_few_are_distilled_before_one_is_chosen(run_folder: Path, formfit: Program) -> None:
+def test_best_finalists_are_distilled_before_one_is_chosen(run_folder: Path, formfit: Program) -> None:
     given = words(run_folder, "--limit", "prefill@64<=9s", "--distill-top", "2")
     done = formfit(*given)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Mix'n'Match against brute force: every way to size the FFNs of an architecture, on every small space."""
+"""Mix'n'Match against brute force over all FFN sizes of an architecture, on small spaces."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +10,13 @@ import pytest
 
 from latency import Predictor, load_predictor
 from search.config import load_run_config
+from search.engine.front import BoundedLimit, Choice, FamilyPick, Prediction
 from search.engine.make_front import predictions
+from search.engine.verification import LatencyMeasurement
 from search.problem.limit import Limit, within
 from search.problem.problem import Problem
-from search.select.mix_n_match import family, mix_and_match, mix_problem, mixed
-from search.select.picks import chosen_architecture
+from search.select.mix_n_match import family, mix_and_match, mix_problem, select_by_limit
+from search.select.picks import select_member
 from search.submodel.verify import judge
 from search.workspace import open_run, open_supernet
 from space import Architecture, InfeasibleError, InputError, Space, Workload, genome, load_space, variation
@@ -45,7 +47,7 @@ def sizes_of(architecture: Architecture) -> Sizes:
 
 
 def with_sizes(base: Architecture, sizes: Sizes) -> Architecture:
-    """The same with other FFN sizes, those that are there, in the order of the layers."""
+    """The architecture with other FFN sizes, in the order of the layers with an FFN."""
     left = iter(sizes)
     return replace(
         base, layers=tuple(replace(layer, ffn=next(left) if layer.ffn else 0) for layer in base.layers)
@@ -53,14 +55,14 @@ def with_sizes(base: Architecture, sizes: Sizes) -> Architecture:
 
 
 def allowed(space: Space, sizes: Sizes) -> bool:
-    """Never smaller with depth, at most two sizes, and these neighbours: the paper's rule in words."""
+    """The paper's rule: never smaller with depth, at most two sizes, which are neighbours."""
     choices = [size for size in space.layer.ffn if size]
     places = [choices.index(size) for size in sizes]
     return all(b >= a for a, b in pairwise(places)) and (not places or places[-1] - places[0] <= 1)
 
 
 def by_force(space: Space, base: Architecture) -> list[Architecture]:
-    """All that the rule allows of every way to size the FFNs, by parameters."""
+    """All architectures that the rule allows, by parameters."""
     choices = [size for size in space.layer.ffn if size]
     ways = product(choices, repeat=len(sizes_of(base)))
     found = [with_sizes(base, sizes) for sizes in ways if allowed(space, sizes)]
@@ -72,7 +74,7 @@ def some_bases(space: Space) -> list[Architecture]:
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_a_family_is_all_that_the_rule_allows_in_its_one_order(space: Space) -> None:
+def test_family_equals_brute_force(space: Space) -> None:
     for base in some_bases(space):
         rows = family(space, base)
         members = genome.decode(space, rows)
@@ -96,7 +98,7 @@ def random_members(space: Space, count: int) -> list[Architecture]:
     return genome.decode(space, variation.sample(space, np.random.default_rng(0), count))
 
 
-def test_a_layer_keeps_its_place_and_the_deeper_ones_grow_first() -> None:
+def test_deeper_layers_grow_first() -> None:
     base = next(
         a for a in random_members(SMALL, 200) if [bool(x.ffn) for x in a.layers] == [True, False, True, True]
     )
@@ -109,8 +111,8 @@ def test_a_layer_keeps_its_place_and_the_deeper_ones_grow_first() -> None:
 
 @pytest.mark.parametrize("metric", ["params", "memory@64", "memory@64,batch=3"])
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_the_largest_that_keeps_the_limit_is_taken(space: Space, metric: str) -> None:
-    """Without a device; bounds at, below and above what every member costs."""
+def test_largest_member_within_the_limit_is_selected(space: Space, metric: str) -> None:
+    """Without a device; bounds at, below and above the cost of every member."""
 
     def cost(architecture: Architecture) -> int:
         if metric == "params":
@@ -129,19 +131,19 @@ def test_the_largest_that_keeps_the_limit_is_taken(space: Space, metric: str) ->
                     mix_and_match(base, problem_of(space), limit)
                 assert f"{limit.text} cannot be met by other FFN sizes of {base.key}" in str(caught.value)
                 continue
-            found, choice = mix_and_match(base, problem_of(space), limit)
-            assert found == kept[-1]
+            found = mix_and_match(base, problem_of(space), limit)
+            assert found.architecture == kept[-1]
             unit = "parameters" if metric == "params" else "bytes"
-            assert choice == {
-                "limits": [{"limit": limit.text, "bound": bound, "unit": unit}],
-                "confidence": 0.975,
-                "predicted": {"params": params(found, space.config), "latency": {}},
-                "picked": {"how": "mix'n'match", "base": base.key, "family": len(members)},
-            }
+            assert found.choice == Choice(
+                limits=(BoundedLimit(limit=limit.text, bound=bound, unit=unit),),
+                confidence=0.975,
+                predicted=Prediction(params=params(found.architecture, space.config), latency={}),
+                picked=FamilyPick(how="mix'n'match", base=base.key, family=len(members)),
+            )
 
 
-def test_of_random_sizes_that_keep_the_rule_none_larger_keeps_the_limit() -> None:
-    """On a shipped space, by drawing rather than by listing."""
+def test_no_sampled_architecture_within_the_limit_is_larger() -> None:
+    """On a shipped space, by sampling instead of enumeration."""
     space, rng = load_space(ROOT / "configs" / "spaces" / "quickstart.yaml"), np.random.default_rng(1)
     choices = np.array([size for size in space.layer.ffn if size])
     for base in (genome.largest(space), *random_members(space, 5)):
@@ -156,8 +158,8 @@ def test_of_random_sizes_that_keep_the_rule_none_larger_keeps_the_limit() -> Non
         assert min(costs) >= least
         assert max(costs) <= most
         for bound in rng.integers(least, most + 1, 10):
-            found, _ = mix_and_match(base, problem_of(space), Limit.parse(f"params<={bound}"))
-            used = params(found, space.config)
+            found = mix_and_match(base, problem_of(space), Limit.parse(f"params<={bound}"))
+            used = params(found.architecture, space.config)
             assert used <= bound
             assert used >= max((value for value in costs if value <= bound), default=0)
 
@@ -166,42 +168,38 @@ def by_family(space: Space, base: Architecture) -> list[Architecture]:
     return genome.decode(space, family(space, base))
 
 
-def test_a_percentage_is_of_the_largest_architecture() -> None:
-    """Whatever the base."""
-    whole = params(genome.largest(SMALL), SMALL.model_config)
+def test_percentage_is_of_the_largest_architecture() -> None:
+    """For any base."""
+    whole = params(genome.largest(SMALL), SMALL.config)
     for base in random_members(SMALL, 30):
-        costs = [params(member, SMALL.model_config) for member in by_family(SMALL, base)]
+        costs = [params(member, SMALL.config) for member in by_family(SMALL, base)]
         for percent in (40, 60, 100):
             limit = Limit.parse(f"params<={percent}%")
             kept = [value for value in costs if within(value, whole * percent / 100)]
             if kept:
-                found, choice = mix_and_match(base, problem_of(SMALL), limit)
-                assert params(found, SMALL.model_config) == kept[-1]
-                assert choice["limits"] == [
-                    {
-                        "limit": f"params<={percent}%",
-                        "bound": pytest.approx(whole * percent / 100),
-                        "unit": "parameters",
-                    }
-                ]
+                found = mix_and_match(base, problem_of(SMALL), limit)
+                assert params(found.architecture, SMALL.config) == kept[-1]
+                assert found.choice is not None
+                (bounded,) = found.choice.limits
+                assert (bounded.limit, bounded.unit) == (f"params<={percent}%", "parameters")
+                assert bounded.bound == pytest.approx(whole * percent / 100)
             else:
                 with pytest.raises(
                     InfeasibleError, match=rf"params<={percent}% \(.* parameters\) cannot be met"
                 ):
                     mix_and_match(base, problem_of(SMALL), limit)
-    assert mix_and_match(genome.largest(SMALL), problem_of(SMALL), Limit.parse("params<=100%"))[
-        0
-    ] == genome.largest(SMALL)
+    largest = genome.largest(SMALL)
+    assert mix_and_match(largest, problem_of(SMALL), Limit.parse("params<=100%")).architecture == largest
 
 
-def test_what_needs_a_device_says_so() -> None:
+def test_limit_that_needs_a_device_is_refused_without_one() -> None:
     largest = genome.largest(SMALL)
     for text in ("decode@64<=2ms", "prefill@64<=60%", "rss@64<=1MiB", "phone:params<=1M"):
         with pytest.raises(InputError, match=f"limit '{text}': needs a device; say with --device"):
             mix_and_match(largest, problem_of(SMALL), Limit.parse(text))
-    stranger = genome.largest(tiny_space(width=[48]))
+    other = genome.largest(tiny_space(width=[48]))
     with pytest.raises(InputError, match="is not of space tiny"):
-        mix_and_match(stranger, problem_of(SMALL), Limit.parse("params<=1M"))
+        mix_and_match(other, problem_of(SMALL), Limit.parse("params<=1M"))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +210,7 @@ def predictor(finished_run: Path) -> Predictor:
 
 
 @pytest.mark.parametrize("metric", ["prefill", "decode", "rss"])
-def test_on_a_device_the_upper_bound_is_held_against_the_limit(predictor: Predictor, metric: str) -> None:
+def test_upper_bound_is_held_against_the_limit(predictor: Predictor, metric: str) -> None:
     space, confidence = predictor.space, 0.9
     problem = mix_problem(space, {"desk": predictor}, confidence)
     workload = Workload.parse("decode@64" if metric == "decode" else "prefill@64")
@@ -231,38 +229,41 @@ def test_on_a_device_the_upper_bound_is_held_against_the_limit(predictor: Predic
                 ):
                     mix_and_match(base, problem, limit)
                 continue
-            found, choice = mix_and_match(base, problem, limit)
-            assert found == genome.decode(space, rows[kept[-1:]])[0]
-            assert choice["predicted"] == predictions(replace(problem, limits=(limit,)), found).to_json()
-            assert choice["confidence"] == confidence
-            canonical_json(choice)
+            found = mix_and_match(base, problem, limit)
+            assert found.architecture == genome.decode(space, rows[kept[-1:]])[0]
+            assert found.choice is not None
+            limited = replace(problem, limits=(limit,))
+            assert found.choice.predicted == predictions(limited, found.architecture)
+            assert found.choice.confidence == confidence
+            canonical_json(found.chosen)
         share = 100 * float(upper[-1]) / whole
         if share <= 100:
             limit = Limit.parse(f"{metric}@64<={share!r}%")
-            found, choice = mix_and_match(base, problem, limit)
-            assert found == genome.decode(space, rows[-1:])[0]
-            assert choice["limits"][0]["bound"] == pytest.approx(upper[-1])
+            found = mix_and_match(base, problem, limit)
+            assert found.architecture == genome.decode(space, rows[-1:])[0]
+            assert found.choice is not None
+            assert found.choice.limits[0].bound == pytest.approx(upper[-1])
 
 
-def test_all_members_are_priced_where_a_latency_does_not_rise(predictor: Predictor) -> None:
-    """A larger FFN may be the quicker one, as measured."""
+def test_latency_that_decreases_along_the_family(predictor: Predictor) -> None:
+    """A larger FFN may be faster when measured."""
     space, workload = predictor.space, Workload.parse("prefill@64")
     model = predictor.models[workload]
     seconds = {key: value * (100 if key.endswith("f32") else 1) for key, value in model.op_seconds.items()}
-    odd = replace(predictor, models={**predictor.models, workload: replace(model, op_seconds=seconds)})
+    changed = replace(predictor, models={**predictor.models, workload: replace(model, op_seconds=seconds)})
     base = genome.largest(space)
-    upper = odd.cost(workload, 0.9)(family(space, base))
+    upper = changed.cost(workload, 0.9)(family(space, base))
     assert upper[0] > upper[-1]
-    problem = mix_problem(space, {"desk": odd}, 0.9)
+    problem = mix_problem(space, {"desk": changed}, 0.9)
     bound = float(upper[-1]) * 1.001
-    assert mix_and_match(base, problem, Limit.parse(f"prefill@64<={bound!r}s"))[0] == base
+    assert mix_and_match(base, problem, Limit.parse(f"prefill@64<={bound!r}s")).architecture == base
     least = by_family(space, base)[-1]
     with pytest.raises(InfeasibleError, match=f"the least is .*, of {least.key} "):
         mix_and_match(base, problem, Limit.parse(f"prefill@64<={bound / 2!r}s"))
 
 
-def test_what_a_device_cannot_run_is_not_taken(predictor: Predictor) -> None:
-    """Not even under a limit on parameters: it would have no latency to be told."""
+def test_architectures_the_device_cannot_run_are_excluded(predictor: Predictor) -> None:
+    """Not even under a limit on parameters: it would have no predicted latency."""
     space = predictor.space
     without = lacking(predictor, lambda key: key.startswith("attention"))
     base = genome.largest(space)
@@ -272,34 +273,37 @@ def test_what_a_device_cannot_run_is_not_taken(predictor: Predictor) -> None:
     with pytest.raises(InputError, match="cannot run the largest architecture"):
         mix_and_match(base, problem, Limit.parse("prefill@64<=100%"))
     small_only = lacking(predictor, lambda key: key.startswith("ffn") and key.endswith("f64"))
-    found, _ = mix_and_match(base, mix_problem(space, {"desk": small_only}, 0.9), Limit.parse("params<=100%"))
-    assert found == by_family(space, base)[0]
+    problem = mix_problem(space, {"desk": small_only}, 0.9)
+    assert mix_and_match(base, problem, Limit.parse("params<=100%")).architecture == by_family(space, base)[0]
     with pytest.raises(InputError, match="device phone: not among those given"):
         mix_and_match(base, mix_problem(space, {"desk": predictor}, 0.9), Limit.parse("phone:params<=100%"))
 
 
-def test_the_choice_is_what_readers_of_a_sub_model_take(finished_run: Path, tmp_path: Path) -> None:
-    """The card names the limit, and verification holds the model against it; with no device and with one."""
+def test_choice_is_kept_beside_the_submodel(finished_run: Path, tmp_path: Path) -> None:
+    """The README names the limit, and verification judges it; without a device and with one."""
     run = open_run(finished_run / "run", finished_run / "devices")
     supernet = load_supernet(run.space, open_supernet(run, load_corpus(run.config.train.data)))
     path = next((run.devices / "desk" / "predictors").glob("*.json"))
     predictor = load_predictor(path, run.space, "formfit profile")
     for text, predictors in {"params<=80%": {}, "decode@64<=9s": {"desk": predictor}}.items():
         base = genome.largest(run.space)
-        found, choice = mix_and_match(base, mix_problem(run.space, predictors, 0.975), Limit.parse(text))
-        submodel = write_submodel(tmp_path, supernet, found, {}, choice, run.text)
-        assert submodel.chosen == choice
+        found = mix_and_match(base, mix_problem(run.space, predictors, 0.975), Limit.parse(text))
+        submodel = write_submodel(tmp_path, supernet, found.architecture, {}, found.chosen, run.text)
+        assert submodel.chosen == found.chosen
         assert f"- `{text}`" in (tmp_path / "README.md").read_text()
-        (judged,) = judge(submodel, "desk", {"decode@64": {"latency_ms": 1.0}}, {})
-        assert judged["status"] == "kept"
-        value = params(found, run.space.config) if "params" in text else 1e-3
-        assert judged["found"] == value
+        measured = LatencyMeasurement(
+            latency_ms=1.0, interval_ms=(1.0, 1.0), copies_ms=(1.0,), clock_ms=1.0, problems=()
+        )
+        (judged,) = judge(submodel, "desk", {"decode@64": measured}, {})
+        assert judged.status == "kept"
+        value = params(found.architecture, run.space.config) if "params" in text else 1e-3
+        assert judged.found == value
 
 
-def test_a_run_is_asked_for_a_limit(finished_run: Path, predictor: Predictor, tmp_path: Path) -> None:
-    """The base is the search's, or the largest; a card is read only where the limit needs one."""
+def test_selection_by_limit_from_a_run(finished_run: Path, predictor: Predictor, tmp_path: Path) -> None:
+    """The base is the search's or the largest; a card is read only if the limit needs one."""
     run = open_run(finished_run / "run", finished_run / "devices")
-    largest, (_, best) = genome.largest(run.space), chosen_architecture(run, "desk", None, None)
+    largest, best = genome.largest(run.space), select_member(run, "desk", None).architecture
     nowhere = replace(run, devices=tmp_path)
     devices = {"desk": predictor}
     for search, base in ((None, largest), ("desk", best)):
@@ -312,9 +316,10 @@ def test_a_run_is_asked_for_a_limit(finished_run: Path, predictor: Predictor, tm
         }.items():
             wanted = mix_and_match(base, mix_problem(run.space, cards, 0.975), Limit.parse(text))
             where = run if cards else nowhere
-            assert mixed(where, search, text, None, Quiet()) == wanted[::-1]
-    choice, _ = mixed(run, None, "params<=95%", "desk", Quiet())
-    assert set(choice["predicted"]["latency"]["desk"]) >= {"prefill@64", "decode@64"}
+            assert select_by_limit(where, search, text, None, Quiet()) == wanted
+    choice = select_by_limit(run, None, "params<=95%", "desk", Quiet()).choice
+    assert choice is not None
+    assert set(choice.workloads("desk")) >= {"prefill@64", "decode@64"}
     for text, device, why in (
         ("decode@64<2ms", None, "'<' is not allowed"),
         ("phone:decode@64<=2ms", None, "phone"),
@@ -322,9 +327,9 @@ def test_a_run_is_asked_for_a_limit(finished_run: Path, predictor: Predictor, tm
         ("decode@63<=2ms", None, "outside what was measured"),
     ):
         with pytest.raises(InputError, match=why):
-            mixed(run, None, text, device, Quiet())
+            select_by_limit(run, None, text, device, Quiet())
     with pytest.raises(InfeasibleError, match="cannot be met: the least is"):  # by the whole space
-        mixed(run, None, "decode@64<=1ns", None, Quiet())
+        select_by_limit(run, None, "decode@64<=1ns", None, Quiet())
 
 
 def lacking(predictor: Predictor, missing: Callable[[str], bool]) -> Predictor:

@@ -1,4 +1,4 @@
-"""Finalists: they inherit, learn on, and are halved rightly; what is killed goes on, what fails is told."""
+"""Successive halving: inherited weights, halving, resuming, and failures."""
 
 import json
 import os
@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[3]
 CONFIG = FinalistsConfig(count=4, steps=8, learning_rate=5e-3)
 
 
-class Heard(Quiet):
-    """A reporter that keeps warnings too."""
+class WarningsKept(Quiet):
+    """A reporter that also keeps warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Heard(Quiet):
 
 
 def trained_in(root: Path, text: Path) -> Trained:
-    """A small supernet, trained where it is not there."""
+    """A small trained supernet."""
     space, corpus = small_space(), load_corpus(DataConfig(path=text, held_out=0.2))
     config = TrainConfig(steps=30, batch=4, threads=1, learning_rate=5e-3)
     text = Text(data=config.data, length=32, windows=8)
@@ -56,7 +56,7 @@ def trained_in(root: Path, text: Path) -> Trained:
 
 
 def evaluation_of(trained: Trained) -> EvaluationSet:
-    """Held-out windows; which tokens count as recalled is made up, so that there are some."""
+    """Held-out sequences with random recallable targets, since the text has none."""
     data = evaluation_set(trained.corpus, 12, trained.length)
     return replace(data, recallable=np.random.default_rng(0).random(data.tokens.shape) < 0.1)
 
@@ -88,7 +88,7 @@ def outcome(
     members: list[Architecture],
     data: EvaluationSet,
 ) -> tuple[Path, list[Finalist]]:
-    """Four finalists, undisturbed, in this process."""
+    """Four finalists, uninterrupted, in this process."""
     folder = tmp_path_factory.mktemp("outcome")
     return folder, distil_finalists(trained, members, data, CONFIG, "loss", folder, Quiet(), 0)
 
@@ -129,7 +129,7 @@ def test_before_is_what_the_sub_networks_reach(
 
 
 @pytest.mark.parametrize("quality", ["loss", "recall_loss"])
-def test_the_better_half_goes_on(
+def test_better_half_continues(
     quality: str,
     trained: Trained,
     members: list[Architecture],
@@ -137,7 +137,7 @@ def test_the_better_half_goes_on(
     outcome: tuple[Path, list[Finalist]],
     tmp_path: Path,
 ) -> None:
-    """By hand, from the files of the rungs; and what a file says is what its weights reach."""
+    """Recomputed from the files of the rungs; recorded losses are those of the weights."""
     folder, found = outcome
     if quality == "recall_loss":
         folder = tmp_path
@@ -167,10 +167,10 @@ def test_the_better_half_goes_on(
     assert (folder / "finalists.json").exists()
 
 
-def test_a_rung_changes_nothing_of_a_training(
+def test_rungs_do_not_change_the_training(
     trained: Trained, outcome: tuple[Path, list[Finalist]], tmp_path: Path
 ) -> None:
-    """The chosen one's weights are those of a training that no rung interrupted."""
+    """The best finalist's weights equal those of a training without rungs."""
     best = outcome[1][0]
     supernet = load_supernet(trained.space, trained.checkpoint)
     straight = distil(
@@ -181,7 +181,7 @@ def test_a_rung_changes_nothing_of_a_training(
     assert file_digest(best.folder / "model.safetensors") == straight.digest
 
 
-def test_what_is_finished_is_read_and_what_is_lost_is_made_again(
+def test_finished_results_are_reused_and_lost_ones_recomputed(
     trained: Trained,
     members: list[Architecture],
     data: EvaluationSet,
@@ -216,7 +216,7 @@ def test_other_inputs_are_refused(
     outcome: tuple[Path, list[Finalist]],
     tmp_path: Path,
 ) -> None:
-    """Before any training, whether the outcome is there or only results are."""
+    """Before any training, with the final file or only with rung results."""
     folder = Path(shutil.copytree(outcome[0], tmp_path / "copy"))
     elsewhere = replace(trained.checkpoint, digest="0" * 64)
     cases: dict[str, Callable[[], Any]] = {
@@ -242,7 +242,7 @@ def test_other_inputs_are_refused(
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, broken: Sequence[Architecture]) -> list[Architecture]:
-    """Have the training of some architectures refuse; returns those whose training was tried."""
+    """Make the training of some architectures refuse; returns those whose training was tried."""
     tried: list[Architecture] = []
 
     def distil_or_not(*arguments: Any, **named: Any) -> Any:
@@ -255,7 +255,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, broken: Sequence[Architecture]) ->
     return tried
 
 
-def test_one_that_fails_is_told_and_the_others_go_on(
+def test_failed_finalist_is_reported_and_others_continue(
     trained: Trained,
     members: list[Architecture],
     data: EvaluationSet,
@@ -265,7 +265,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(
 ) -> None:
     best = outcome[1][0].architecture
     tried = breaking(monkeypatch, [best])
-    reporter = Heard()
+    reporter = WarningsKept()
     found = distil_finalists(trained, members, data, CONFIG, "loss", tmp_path, reporter, 0)
     # The third of the undisturbed takes the place.
     assert {f.architecture for f in found[:2]} == {f.architecture for f in outcome[1][1:3]}
@@ -283,7 +283,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(
     assert len(tried) == 6
 
 
-def test_one_that_fails_later_keeps_what_it_reached(
+def test_finalist_that_fails_later_keeps_its_rung(
     trained: Trained,
     members: list[Architecture],
     data: EvaluationSet,
@@ -296,7 +296,7 @@ def test_one_that_fails_later_keeps_what_it_reached(
     (folder / "finalists.json").unlink()
     shutil.rmtree(folder / best.key / "rung-2")
     breaking(monkeypatch, [best])
-    found = distil_finalists(trained, members, data, CONFIG, "loss", folder, Heard(), 0)
+    found = distil_finalists(trained, members, data, CONFIG, "loss", folder, WarningsKept(), 0)
     assert [f.rung for f in found] == [2, 1, 1, 1]
     (kept,) = [f for f in found if f.architecture == best]
     assert kept.failed
@@ -304,12 +304,12 @@ def test_one_that_fails_later_keeps_what_it_reached(
     assert kept.after == result(folder, best, 1)["losses"]
 
 
-def test_when_all_fail_one_line_says_so(
+def test_error_if_all_finalists_fail(
     trained: Trained, members: list[Architecture], data: EvaluationSet, tmp_path: Path
 ) -> None:
-    """A real one: at such a rate no weight stays finite."""
+    """A real failure: at such a learning rate, no weight stays finite."""
     wild = CONFIG.model_copy(update={"learning_rate": 1e30, "count": 2})
-    reporter = Heard()
+    reporter = WarningsKept()
     with pytest.raises(
         InputError, match=r"all 2 failed; \w+: .*(nan|inf|finite).*; remove .* to try again"
     ) as f:
@@ -319,7 +319,7 @@ def test_when_all_fail_one_line_says_so(
     assert not (tmp_path / "finalists.json").exists()
 
 
-def test_tuned_weights_become_a_sub_model(
+def test_tuned_weights_are_written_as_a_submodel(
     trained: Trained, data: EvaluationSet, outcome: tuple[Path, list[Finalist]], tmp_path: Path
 ) -> None:
     best = outcome[1][0]
@@ -351,7 +351,7 @@ def test_tuned_weights_become_a_sub_model(
     assert not (tmp_path / "again").exists()
 
 
-def test_bad_requests(
+def test_invalid_requests_are_refused(
     trained: Trained, members: list[Architecture], data: EvaluationSet, tmp_path: Path
 ) -> None:
     assert FinalistsConfig().count == 0
@@ -370,15 +370,15 @@ def test_bad_requests(
 
 @pytest.mark.slow  # Ray starts slowly where the cores are busy
 @pytest.mark.timeout(600)
-def test_one_that_crashes_again_and_again_is_failed_in_ray_tune(
+def test_finalist_that_crashes_repeatedly_fails_in_ray_tune(
     trained: Trained, members: list[Architecture], data: EvaluationSet, tmp_path: Path
 ) -> None:
-    """A fault of no one's input; the other is as it is without Ray."""
+    """The failure is not caused by input; the other finalist is the same as without Ray."""
     good, broken = members[:2]
     folder, alone = tmp_path / "finalists", tmp_path / "alone"
     (folder / broken.key).mkdir(parents=True)
     (folder / broken.key / "tensorboard").write_text("in the way of a folder")
-    reporter = Heard()
+    reporter = WarningsKept()
     two = CONFIG.model_copy(update={"count": 2})
     found = distil_finalists(trained, members, data, two, "loss", folder, reporter, 2)
     assert [(f.architecture, f.rung, f.steps) for f in found] == [(good, 1, 8), (broken, 0, 0)]
@@ -393,7 +393,7 @@ def test_one_that_crashes_again_and_again_is_failed_in_ray_tune(
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_run_goes_on_and_chooses_the_same(
+def test_resume_after_sigkill_selects_the_same_finalist(
     trained: Trained,
     members: list[Architecture],
     data: EvaluationSet,
@@ -401,11 +401,11 @@ def test_a_killed_run_goes_on_and_chooses_the_same(
     text_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """A real SIGKILL under Ray Tune, in the first rung or the second; then the same, without Ray."""
+    """A real SIGKILL under Ray Tune, in the first or second rung; resumed without Ray."""
     script = tmp_path / "go.py"
     script.write_text(
         "import sys; from pathlib import Path\n"
-        "from tests.search.test_finalists import *\n"
+        "from tests.search.select.test_successive_halving import *\n"
         "trained = trained_in(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "data, members = evaluation_of(trained), members_of(trained)\n"
         "distil_finalists(trained, members, data, CONFIG, 'loss', Path(sys.argv[3]), Quiet(), 1)\n"

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from search.config import RunConfig
-from search.select.picks import chosen_architecture
+from search.select.picks import select_member
 from search.submodel import finetune as module
 from search.submodel.finetune import FinetuneConfig
 from search.workspace import Run, open_run, open_supernet, open_trained
@@ -93,10 +93,10 @@ def data(new_text: Path) -> DataConfig:
 def submodel(run: Run, tmp_path_factory: pytest.TempPathFactory) -> SubModel:
     """A front's member, extracted from the run's supernet."""
     checkpoint = open_supernet(run, load_corpus(run.config.train.data))
-    chosen, architecture = chosen_architecture(run, "desk", "knee", None)
+    selection = select_member(run, "desk", "knee")
     folder = tmp_path_factory.mktemp("submodel") / "start"
     supernet = load_supernet(run.space, checkpoint)
-    return write_submodel(folder, supernet, architecture, {}, chosen, run.text)
+    return write_submodel(folder, supernet, selection.architecture, {}, selection.chosen, run.text)
 
 
 @pytest.fixture(scope="module")

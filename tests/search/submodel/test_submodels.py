@@ -155,7 +155,7 @@ def test_a_search_aims_at_int8(formfit: Program, run_folder: Path, text_folder: 
     space = run_folder / "space.yaml"
     space.write_text(json.dumps(config.space.model_dump(mode="json")))
     from latency import ProfileConfig
-    from latency.profile import profile
+    from latency.profiling import profile
 
     settings = config.profile.model_dump() | {"precision": "int8", "rss": False}
     profile(config.space, devices, "desk", ProfileConfig.model_validate(settings))

@@ -1,0 +1,228 @@
+"""Records of a finished run, as ``summary.json`` holds them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.engine.front import Member
+from search.engine.verification import (
+    LatencyComparison,
+    LimitResult,
+    Parity,
+    Verification,
+    latencies_from_json,
+    limits_from_json,
+)
+from space.io.artefact import Artefact
+
+SUMMARY = Artefact("summary", "formfit run", schema=2)
+MEASURED_NAMES = ("latency", "limits", "parity")
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifiedMember:
+    """A member of a front with the results of its verification.
+
+    Attributes:
+        member: with its predicted costs.
+        latency: predicted and measured latencies by workload.
+        limits: with their measured values.
+        parity: errors of the sub-model's forms.
+    """
+
+    member: Member
+    latency: Mapping[str, LatencyComparison]
+    limits: tuple[LimitResult, ...]
+    parity: Parity
+
+    @property
+    def key(self) -> str:
+        """The architecture's key."""
+        return self.member.key
+
+    @staticmethod
+    def of(member: Member, verification: Verification) -> "VerifiedMember":
+        """The record of a member that was verified.
+
+        Args:
+            member: of a front.
+            verification: of its sub-model.
+        """
+        return VerifiedMember(
+            member=member,
+            latency=verification.latency,
+            limits=verification.limits,
+            parity=verification.parity,
+        )
+
+    def to_json(self) -> JsonObject:
+        """The JSON object; the member's keys come first."""
+        return {
+            **self.member.to_json(),
+            "latency": {workload: item.to_json() for workload, item in self.latency.items()},
+            "limits": [item.to_json() for item in self.limits],
+            "parity": self.parity.to_json(),
+        }
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "VerifiedMember":
+        """The inverse of :meth:`to_json`."""
+        return VerifiedMember(
+            member=Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES}),
+            latency=latencies_from_json(value["latency"]),
+            limits=limits_from_json(value["limits"]),
+            parity=Parity.from_json(value["parity"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextQuality:
+    """Quality of the trained supernet on held-out text, beside baselines on the same text.
+
+    Attributes:
+        source: of the text.
+        held_out_bytes: bytes of text that the targets stand for; None if unknown.
+        recall_share: share of the targets that can be recalled from the context.
+        largest_bits_per_byte: of the largest sub-network; None if the number of bytes is unknown.
+        largest_recall_loss_nats: of the largest sub-network; None if nothing can be recalled.
+        largest_mqar_accuracy: of the largest sub-network; None if MQAR was not part of the training.
+        chosen_bits_per_byte: of the chosen architecture, inside the supernet.
+        gzip_bits_per_byte: of ``gzip -9``; None if bytes are not the tokens.
+        order2_bits_per_byte: of an order-2 model of bytes; None if bytes are not the tokens.
+    """
+
+    source: str
+    held_out_bytes: int | None
+    recall_share: float
+    largest_bits_per_byte: float | None
+    largest_recall_loss_nats: float | None
+    largest_mqar_accuracy: float | None
+    chosen_bits_per_byte: float | None
+    gzip_bits_per_byte: float | None
+    order2_bits_per_byte: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorErrors:
+    """Errors of a predictor on whole models that it was not fitted to, for one workload.
+
+    Attributes:
+        mape_percent: mean absolute relative error.
+        within_10_percent: share of the models whose error is at most 10%.
+        spearman: rank correlation of predictions and measurements; None if it is undefined.
+        span: ratio of the largest to the smallest latency.
+        repeatability_percent: mean absolute relative difference of two measurements; None if unknown.
+        flops_and_params_percent: mean absolute relative error of a fit on FLOPs and parameters.
+    """
+
+    mape_percent: float
+    within_10_percent: float
+    spearman: float | None
+    span: float
+    repeatability_percent: float | None
+    flops_and_params_percent: float
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "PredictorErrors":
+        """The errors of a workload, as the predictor's file holds them."""
+        held_out = value["held_out"]
+        names = ("mape_percent", "within_10_percent", "spearman", "span")
+        return PredictorErrors(
+            **{name: held_out[name] for name in names},
+            repeatability_percent=value["repeatability_mape_percent"],
+            flops_and_params_percent=value["flops_and_params"]["mape_percent"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The result of a run: the content of ``summary.json``.
+
+    Attributes:
+        space: the name of the space.
+        architectures: their number in the space.
+        device: the name of the device's card.
+        fingerprint: the card's machine and runtime.
+        text: quality on held-out text.
+        predictor: errors of the predictor by workload, as its file holds them.
+        front: members of the first round's front.
+        rounds: of the measured search.
+        chosen: the member that was chosen.
+        verified: the chosen and picked members, by pick.
+        inputs: sha256 of what the summary was made from, by name.
+    """
+
+    space: str
+    architectures: int
+    device: str
+    fingerprint: Mapping[str, Any]
+    text: TextQuality
+    predictor: Mapping[str, JsonObject]
+    front: tuple[Member, ...]
+    rounds: int
+    chosen: VerifiedMember
+    verified: Mapping[str, VerifiedMember]
+    inputs: Mapping[str, str]
+
+    @property
+    def limits(self) -> tuple[LimitResult, ...]:
+        """The limits with the values measured of the chosen member."""
+        return self.chosen.limits
+
+    def to_json(self) -> JsonObject:
+        """The JSON object, without its header."""
+        return {
+            "space": {"name": self.space, "architectures": self.architectures},
+            "device": {"name": self.device, **self.fingerprint},
+            "text": dict(vars(self.text)),
+            "predictor": dict(self.predictor),
+            "front": [member.to_json() for member in self.front],
+            "rounds": self.rounds,
+            "limits": [item.to_json() for item in self.limits],
+            "chosen": self.chosen.to_json(),
+            "verified": {pick: member.to_json() for pick, member in self.verified.items()},
+        }
+
+    def document(self) -> JsonObject:
+        """The JSON object with its header, as ``summary.json`` holds it."""
+        return {"header": SUMMARY.header(self.inputs), **self.to_json()}
+
+    def write(self, path: Path) -> None:
+        """Write ``summary.json`` atomically.
+
+        Args:
+            path: the file.
+        """
+        SUMMARY.write(path, self.inputs, self.to_json())
+
+    @staticmethod
+    def read(path: Path) -> "Summary":
+        """Read a ``summary.json``.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: the file is missing, not whole, or of another kind or schema version.
+        """
+        return Summary.from_json(SUMMARY.read(path))
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "Summary":
+        """The record of an object that :meth:`document` gave."""
+        fingerprint = dict(value["device"])
+        return Summary(
+            space=value["space"]["name"],
+            architectures=value["space"]["architectures"],
+            device=fingerprint.pop("name"),
+            fingerprint=fingerprint,
+            text=TextQuality(**value["text"]),
+            predictor=value["predictor"],
+            front=tuple(map(Member.from_json, value["front"])),
+            rounds=value["rounds"],
+            chosen=VerifiedMember.from_json(value["chosen"]),
+            verified={pick: VerifiedMember.from_json(item) for pick, item in value["verified"].items()},
+            inputs=value["header"]["inputs"],
+        )

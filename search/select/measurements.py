@@ -1,0 +1,268 @@
+"""Records of a measured search: the finalists of its rounds, as ``measured_search.json`` holds them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latency.predictor.predictor import RUN_SPREAD
+from search.engine.front import Choice, Member
+from search.engine.verification import LimitResult, Verification, limits_from_json
+from search.problem.limit import Limit
+from space import Space, Workload, genome
+from space.io.artefact import Artefact, check_inputs
+
+MEASURED_SEARCH = Artefact("measured search", "formfit search --verify")
+MEASURED_FINALISTS = Artefact("measured finalists", "formfit search --verify")
+SAFETY_MARGIN = RUN_SPREAD  # of a limit: relative difference between two runs of the same model
+MEASURED_NAMES = ("latency_ms", "rss_bytes", "limits", "used", "tightest", "kept", "choice")
+JsonObject = dict[str, Any]
+Values = Mapping[Workload, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredFinalist:
+    """A member of a front with its measurements on the device.
+
+    Attributes:
+        member: with its predicted costs.
+        latency_ms: measured, by workload.
+        rss_bytes: measured peak resident memory, by workload.
+        limits: with their measured values.
+        used: the largest share of a limit that the member uses, over limits that only measuring decides.
+        tightest: that limit; None without any.
+        kept: True if no limit was missed and parity holds.
+        choice: the limits and predictions of the round.
+    """
+
+    member: Member
+    latency_ms: Mapping[str, float]
+    rss_bytes: Mapping[str, int]
+    limits: tuple[LimitResult, ...]
+    used: float
+    tightest: str | None
+    kept: bool
+    choice: Choice
+
+    @property
+    def key(self) -> str:
+        """The architecture's key."""
+        return self.member.key
+
+    @staticmethod
+    def of(member: Member, choice: Choice, verification: Verification) -> "MeasuredFinalist":
+        """The record of a member that was verified.
+
+        Args:
+            member: of a front.
+            choice: the limits and predictions of that front.
+            verification: of the member's sub-model.
+        """
+        measured = [item for item in verification.limits if item.used is not None and is_measured(item)]
+        tightest = max(measured, key=lambda item: item.used or 0.0, default=None)
+        return MeasuredFinalist(
+            member=member,
+            latency_ms={w: item.measured.latency_ms for w, item in verification.latency.items()},
+            rss_bytes=verification.rss_bytes,
+            limits=verification.limits,
+            used=(tightest.used or 0.0) if tightest else 0.0,
+            tightest=tightest.limit.limit if tightest else None,
+            kept=verification.kept,
+            choice=choice,
+        )
+
+    def to_json(self) -> JsonObject:
+        """The JSON object; the member's keys come first."""
+        return {
+            **self.member.to_json(),
+            "latency_ms": dict(self.latency_ms),
+            "rss_bytes": dict(self.rss_bytes),
+            "limits": [item.to_json() for item in self.limits],
+            "used": self.used,
+            "tightest": self.tightest,
+            "kept": self.kept,
+            "choice": self.choice.to_json(),
+        }
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "MeasuredFinalist":
+        """The inverse of :meth:`to_json`."""
+        given = {name: value[name] for name in MEASURED_NAMES}
+        return MeasuredFinalist(
+            member=Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES}),
+            limits=limits_from_json(given.pop("limits")),
+            choice=Choice.from_json(given.pop("choice")),
+            **given,
+        )
+
+
+def is_measured(result: LimitResult) -> bool:
+    """True for a limit on a cost that only measuring on the device decides."""
+    return Limit.parse(result.limit.limit).metric.needs_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One search of a measured search and the finalists that were measured after it.
+
+    Attributes:
+        confidence: of the upper bounds that limits were held against.
+        evaluations: architectures that were evaluated, earlier rounds included.
+        finalists: the members of its front that were measured, the best first.
+    """
+
+    confidence: float
+    evaluations: int
+    finalists: tuple[MeasuredFinalist, ...]
+
+    def to_json(self) -> JsonObject:
+        """The JSON object."""
+        finalists = [finalist.to_json() for finalist in self.finalists]
+        return {"confidence": self.confidence, "evaluations": self.evaluations, "finalists": finalists}
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "Round":
+        """The inverse of :meth:`to_json`."""
+        finalists = tuple(map(MeasuredFinalist.from_json, value["finalists"]))
+        return Round(**value | {"finalists": finalists})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSearch:
+    """The result of a measured search: the content of ``measured_search.json``.
+
+    Attributes:
+        device: that finalists were measured on.
+        chosen: the best finalist that keeps the limits with a margin, or else the closest to that.
+        rounds: in order.
+        inputs: sha256 of what the search was made from, by name.
+    """
+
+    device: str
+    chosen: MeasuredFinalist
+    rounds: tuple[Round, ...]
+    inputs: Mapping[str, str]
+
+    @property
+    def kept(self) -> bool:
+        """True if the chosen finalist kept the limits."""
+        return self.chosen.kept
+
+    @property
+    def finalists(self) -> dict[str, MeasuredFinalist]:
+        """The finalists of all rounds, by key."""
+        return {finalist.key: finalist for one in self.rounds for finalist in one.finalists}
+
+    def to_json(self) -> JsonObject:
+        """The JSON object, without its header."""
+        return {
+            "device": self.device,
+            "kept": self.kept,
+            "chosen": self.chosen.to_json(),
+            "rounds": [one.to_json() for one in self.rounds],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write ``measured_search.json`` atomically.
+
+        Args:
+            path: the file.
+        """
+        MEASURED_SEARCH.write(path, self.inputs, self.to_json())
+
+    @staticmethod
+    def read(path: Path, front: str | None = None) -> "MeasuredSearch":
+        """Read a ``measured_search.json``.
+
+        Args:
+            path: the file.
+            front: sha256 of the ``front.json`` that it has to belong to; None for any.
+
+        Raises:
+            InputError: the file is missing, not whole, of another kind, or belongs to another front.
+        """
+        value = MEASURED_SEARCH.read(path)
+        if front is not None:
+            check_inputs(path, value, {"front": front})
+        return MeasuredSearch(
+            device=value["device"],
+            chosen=MeasuredFinalist.from_json(value["chosen"]),
+            rounds=tuple(map(Round.from_json, value["rounds"])),
+            inputs=value["header"]["inputs"],
+        )
+
+
+class FinalistStore:
+    """Finalists of all rounds; ``measured.json`` keeps them, so that none is measured twice.
+
+    Args:
+        path: of ``measured.json``.
+        inputs: sha256 of what the measurements depend on, by name.
+
+    Attributes:
+        used: the finalists of this search, in order.
+        stored: those in the file, by key.
+
+    Raises:
+        InputError: the file has other inputs.
+    """
+
+    def __init__(self, path: Path, inputs: Mapping[str, str]) -> None:
+        self.path, self.inputs = path, dict(inputs)
+        self.used: list[MeasuredFinalist] = []
+        self.stored: dict[str, MeasuredFinalist] = {}
+        if path.exists():
+            value = MEASURED_FINALISTS.read(path)
+            check_inputs(path, value, self.inputs)
+            self.stored = {item["key"]: MeasuredFinalist.from_json(item) for item in value["measured"]}
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys of the finalists of this search."""
+        return {finalist.key for finalist in self.used}
+
+    def add(self, finalist: MeasuredFinalist) -> None:
+        """Add a finalist to this search, and to the file if it is new.
+
+        Args:
+            finalist: measured now or in an earlier run.
+        """
+        self.used.append(finalist)
+        if finalist.key not in self.stored:
+            self.stored[finalist.key] = finalist
+            stored = [item.to_json() for item in self.stored.values()]
+            MEASURED_FINALISTS.write(self.path, self.inputs, {"measured": stored})
+
+    def measurements(self, space: Space) -> tuple[genome.Genomes, Values, Values]:
+        """Measured costs of the finalists of this search.
+
+        Args:
+            space: that they are members of.
+
+        Returns:
+            Their genomes [N, G], latencies [N] in seconds by workload, and peak bytes [N] by workload.
+        """
+        first = self.used[0]
+        seconds = {
+            Workload.parse(w): np.array([1e-3 * f.latency_ms[w] for f in self.used]) for w in first.latency_ms
+        }
+        peak = {
+            Workload.parse(w): np.array([1.0 * f.rss_bytes[w] for f in self.used]) for w in first.rss_bytes
+        }
+        return genome.encode(space, [f.member.architecture for f in self.used]), seconds, peak
+
+
+def best_kept(finalists: Sequence[MeasuredFinalist], quality: str) -> MeasuredFinalist:
+    """The best finalist that keeps the limits with a safety margin, or else the closest to that.
+
+    Args:
+        finalists: at least one.
+        quality: that decides which is the best, such as ``loss``.
+    """
+    safe = [f for f in finalists if f.kept and f.used <= 1 - SAFETY_MARGIN]
+    if safe:
+        return min(safe, key=lambda f: (f.member.quality(quality), f.key))
+    return min(finalists, key=lambda f: (not f.kept, f.used))

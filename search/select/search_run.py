@@ -1,0 +1,216 @@
+"""A search of a run: its front, the finalists that were measured, and those that were distilled."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latency import Card, Predictor
+from search.config import SearchConfig
+from search.engine.front import FRONT, Choice, Front, Member
+from search.engine.run import search_supernet
+from search.engine.verification import Verification
+from search.select.finalist import Finalist, FinalistsConfig
+from search.select.measured_search import run_measured_search
+from search.select.measurements import MeasuredSearch
+from search.select.picks import Selection
+from search.select.successive_halving import distil_finalists, write_finalist
+from search.select.verifier import Verifier
+from search.submodel.export import export
+from search.workspace import Run, open_trained
+from space import InputError, LimitMissedError
+from space.io.artefact import canonical_json, digest
+from space.io.progress import Reporter
+from space.precision import model_file
+from supernet.evaluate import evaluation_set
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a search: it names a folder
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedSubModel:
+    """The sub-model of the best distilled finalist.
+
+    Attributes:
+        key: the architecture's key.
+        folder: the sub-model's.
+        verification: None if finalists were not measured.
+    """
+
+    key: str
+    folder: Path
+    verification: Verification | None = None
+
+    def to_json(self) -> JsonObject:
+        """The JSON object, with limits, parity and latency if it was measured."""
+        value: JsonObject = {"key": self.key, "folder": str(self.folder)}
+        if self.verification:
+            measured = self.verification.to_json()
+            value |= {name: measured[name] for name in ("limits", "parity", "latency")}
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Finalists after a short distillation.
+
+    Attributes:
+        folder: that ``finalists.json`` is in.
+        finalists: the best first.
+        tuned: the sub-model of the first one; None without finalists.
+    """
+
+    folder: Path
+    finalists: tuple[Finalist, ...]
+    tuned: TunedSubModel | None = None
+
+    def to_json(self) -> JsonObject:
+        """The JSON object."""
+        value: JsonObject = {"finalists": [item.to_json(self.folder.resolve()) for item in self.finalists]}
+        return value if self.tuned is None else {**value, "tuned": self.tuned.to_json()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """The result of the command ``search``.
+
+    Attributes:
+        front: of the first round.
+        measured: None if finalists were not measured.
+        distillation: None if no finalists were distilled.
+    """
+
+    front: Front
+    measured: MeasuredSearch | None = None
+    distillation: Distillation | None = None
+
+    def to_json(self) -> JsonObject:
+        """The front's JSON object with its header; results of the further steps stand beside its keys."""
+        value = {"header": FRONT.header(self.front.inputs), **self.front.to_json()}
+        if self.measured:
+            value["measured_search"] = self.measured.to_json()
+        return value | self.distillation.to_json() if self.distillation else value
+
+
+def search_run(
+    run: Run,
+    cards: Mapping[str, Card],
+    predictors: Mapping[str, Predictor],
+    config: SearchConfig,
+    name: str,
+    reporter: Reporter,
+    *,
+    verify: bool = False,
+    distill_top: int = 0,
+) -> SearchResult:
+    """Search a run's supernet for devices.
+
+    Args:
+        run: a run that was trained.
+        cards: by device; finalists are measured on the first.
+        predictors: by device.
+        config: of the search.
+        name: the search's folder among the run's searches.
+        reporter: shows the progress.
+        verify: measure the finalists, and search again if they miss a limit.
+        distill_top: the number of finalists that are distilled before one is chosen.
+
+    Raises:
+        InputError: the name cannot be a folder's, or nothing was trained.
+        InfeasibleError: the limits cannot be met.
+    """
+    if not re.fullmatch(NAME, name):
+        raise InputError(f"name {name!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
+    trained = open_trained(run)
+    folder = run.folder / "searches" / name
+    verifier = Verifier(run.folder / "submodels", trained, next(iter(cards.values())), run.config.verify)
+    measured = run_measured_search(folder, verifier, predictors, config, reporter) if verify else None
+    front = search_supernet(folder, trained, predictors, config, reporter)
+    result = SearchResult(front=front, measured=measured)
+    if not distill_top:
+        return result
+    distillation = distil_best(folder, verifier, result, config, distill_top, reporter)
+    return SearchResult(front=front, measured=measured, distillation=distillation)
+
+
+def candidates(result: SearchResult) -> dict[str, tuple[Member, Choice]]:
+    """The members that may become finalists, with their choices, by key.
+
+    Args:
+        result: of a search. If finalists were measured, those that kept the limits; else the whole front.
+    """
+    if result.measured:
+        kept = [f for f in result.measured.finalists.values() if f.kept]
+        return {f.key: (f.member, f.choice) for f in kept}
+    return {m.key: (m, result.front.choice(m)) for m in result.front.members}
+
+
+def distil_best(
+    folder: Path,
+    verifier: Verifier,
+    result: SearchResult,
+    config: SearchConfig,
+    count: int,
+    reporter: Reporter,
+) -> Distillation:
+    """Distil the best members of a search for a short time, and write the sub-model of the best one.
+
+    Args:
+        folder: the search's.
+        verifier: extracts sub-models, and verifies the best one if finalists were measured.
+        result: of the search.
+        config: of the search.
+        count: the number of finalists.
+        reporter: shows the progress.
+    """
+    quality, members = result.front.quality, candidates(result)
+    best = sorted(members, key=lambda key: (members[key][0].quality(quality), key))[:count]
+    trained = verifier.trained
+    # Other finalists are trained for other numbers of steps: each set has a folder of its own.
+    place = folder / "finalists" / digest(canonical_json([quality, best]))[:8]
+    ranked = distil_finalists(
+        trained,
+        [members[key][0].architecture for key in best],
+        evaluation_set(trained.corpus, config.front_windows, trained.length),
+        FinalistsConfig(count=count, seed=config.seed),
+        quality,
+        place,
+        reporter,
+        config.workers,
+    )
+    if not ranked:
+        return Distillation(folder=place, finalists=())
+    key = ranked[0].architecture.key
+    selection = Selection(architecture=ranked[0].architecture, choice=members[key][1])
+    target = verifier.submodels / f"{key}-{folder.name}"
+    inputs = {"supernet": trained.checkpoint.digest}
+    submodel = write_finalist(target, trained, ranked[0], inputs, selection.chosen)
+    precisions = selection.precisions(verifier.card.name)
+    if not all(model_file(target, p).exists() for p in precisions):
+        export(submodel, ["onnx"], precisions)
+    verification = verifier.verify(submodel, reporter) if result.measured else None
+    tuned = TunedSubModel(key=key, folder=target, verification=verification)
+    return Distillation(folder=place, finalists=tuple(ranked), tuned=tuned)
+
+
+def require_tuned(result: SearchResult) -> None:
+    """Refuse a distilled finalist that was measured and missed a limit or parity.
+
+    Args:
+        result: of a search.
+
+    Raises:
+        LimitMissedError: names the limits.
+    """
+    tuned = result.distillation.tuned if result.distillation else None
+    if tuned is None or tuned.verification is None:
+        return
+    if tuned.verification.missed:
+        missed = ", ".join(tuned.verification.missed)
+        raise LimitMissedError(f"{tuned.folder}: the distilled finalist missed {missed} when measured")
+    if not tuned.verification.parity.kept:
+        raise LimitMissedError(
+            f"{tuned.folder}: the exported model differs from the plain one, see verify.json"
+        )
