@@ -18,21 +18,16 @@ def limit_table(limits: "Sequence[LimitResult]") -> "Table":
     Args:
         limits: with their measured values.
     """
-    from search.problem.limit import Limit
-    from search.problem.metric import format_quantity
-
-    rows = []
-    for item in limits:
-        metric = Limit.parse(item.limit.limit).metric
-        rows.append(
-            [
-                item.limit.limit,
-                format_quantity(metric, item.limit.bound),
-                "-" if item.found is None else format_quantity(metric, item.found),
-                "-" if item.used is None else f"{100 * item.used:.1f}%",
-                item.status,
-            ]
-        )
+    rows = [
+        [
+            item.limit.limit,
+            item.limit.format(item.limit.bound),
+            "-" if item.found is None else item.limit.format(item.found),
+            "-" if item.used is None else f"{100 * item.used:.1f}%",
+            item.status,
+        ]
+        for item in limits
+    ]
     return make_table("Limits", ["limit", "bound", "found", "used", "status"], rows)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.problem.limit import Limit
 from space import Architecture, InputError
 from space.io.artefact import Artefact
 
@@ -68,6 +69,19 @@ class BoundedLimit:
     limit: str
     bound: float
     unit: str
+
+    @property
+    def parsed(self) -> Limit:
+        """The limit as a value."""
+        return Limit.parse(self.limit)
+
+    def format(self, value: float) -> str:
+        """A value of the limited metric for people, such as ``3.21 ms``.
+
+        Args:
+            value: in ``unit``.
+        """
+        return self.parsed.metric.unit.format(value)
 
 
 @dataclass(frozen=True, kw_only=True)
