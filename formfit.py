@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latency.card import Card, load_card
+    from latency.config import ProfileConfig
     from latency.predictor.predictor import Predictor, load_predictor
-    from latency.profile import ProfileConfig, profile
-    from search.config import SearchConfig
+    from latency.profiling import profile
+    from search.engine.config import SearchConfig
     from search.engine.front import Front, Member
     from search.engine.run import run_search
     from search.problem.limit import Limit
@@ -91,8 +92,8 @@ _MODULE_OF = {
     "Objective": "search.problem.objective",
     "Predictor": "latency.predictor.predictor",
     "Problem": "search.problem.problem",
-    "ProfileConfig": "latency.profile",
-    "SearchConfig": "search.config",
+    "ProfileConfig": "latency.config",
+    "SearchConfig": "search.engine.config",
     "Space": "space.space",
     "SubModel": "supernet.extract",
     "Supernet": "supernet.supernet",
@@ -101,7 +102,7 @@ _MODULE_OF = {
     "load_card": "latency.card",
     "load_predictor": "latency.predictor.predictor",
     "load_space": "space.space",
-    "profile": "latency.profile",
+    "profile": "latency.profiling",
     "register_metric": "search.problem.metric",
     "register_mixer": "space.mixers",
     "register_objective": "search.problem.objective",

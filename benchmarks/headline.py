@@ -33,14 +33,14 @@ from onnx import load_model
 from program import Program, bounds_between
 
 from latency import Predictor, load_card, load_predictor
-from latency.runtimes.onnxruntime import graph_binding
+from latency.runtimes.onnx_graphs import graph_io_binding
 from latency.runtimes.rss import session_rss
 from search.cli.output import Bars
-from search.config import VerifyConfig
+from search.config import Run, open_run, open_supernet
+from search.engine.config import VerifyConfig
 from search.strategies.pareto import non_dominated
 from search.submodel.export import export
 from search.submodel.verify import measure_submodel
-from search.workspace import Run, open_run, open_supernet
 from space import Architecture, Space, Workload, genome
 from space.cost import memory_bytes, params
 from space.io.artefact import write_text
@@ -238,7 +238,7 @@ class Headline:
                     "latency_ms": timed[str(w)].latency_ms,
                     "interval_ms": list(timed[str(w)].interval_ms),
                     "rss_bytes": session_rss(
-                        file, graph_binding(graph, w, submodel.model_config, *ends), w.threads
+                        file, graph_io_binding(graph, w, submodel.model_config, *ends), w.threads
                     ),
                 }
                 for w in workloads

@@ -19,8 +19,9 @@ import onnxruntime as ort
 import outcome
 
 from latency import Predictor, ProfileConfig, load_card
-from latency.kit.pack import pack, unpack
-from latency.profile import profile
+from latency.kit.pack import pack
+from latency.kit.unpack import unpack
+from latency.profiling import profile
 from space import Space, Workload, load_space, variation
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"
@@ -77,17 +78,17 @@ def main() -> int:
         again, _ = direct(space, folder, "again", config)
         problems = {name: load_card(folder, name).problems for name in ("here", "kit", "again")}
     genomes = variation.sample(space, np.random.default_rng(1), 1000)
-    table, checks = {}, {f"kit of {packed['bytes'] / 2**20:.1f} MiB < 20": packed["bytes"] < 20 * 2**20}
+    table, checks = {}, {f"kit of {packed.bytes / 2**20:.1f} MiB < 20": packed.bytes < 20 * 2**20}
     for w in here.models:
         of_kit, of_noise = (difference(p, here, genomes, w) for p in (far, again))
         table[str(w)] = {
             "kit_against_direct": of_kit,
             "direct_against_direct": of_noise,
             "held_out_mape_percent": {
-                name: p.models[w].errors["held_out"]["mape_percent"]
+                name: p.models[w].errors.test.held_out.mape_percent
                 for name, p in (("direct", here), ("kit", far), ("direct again", again))
             },
-            "repeatability_mape_percent": here.models[w].errors["repeatability_mape_percent"],
+            "repeatability_mape_percent": here.models[w].errors.test.repeatability_mape_percent,
         }
         bound = max(2 * of_noise["mean_percent"], 3.0)
         text = f"{w}: kit and direct profile differ by {of_kit['mean_percent']:.1f}%, two direct ones by "

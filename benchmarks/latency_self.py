@@ -20,8 +20,8 @@ from scipy.stats import kendalltau, spearmanr
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.device_runner.timer import TimerConfig, measure, pinned
 from latency.predictor.fit import proxy_predictions
-from latency.profile import profile
-from latency.runtimes.reference import noise_of, reference_items
+from latency.profiling import profile
+from latency.runtimes.reference import aa_difference, card_scale, reference_items
 from space import Architecture, Workload, genome, load_space, variation
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
@@ -58,8 +58,8 @@ def fit(devices: Path, quick: bool) -> dict[str, Any]:
         "minutes": round(minutes, 1),
         "ops_measured": len(card.table("ops")),
         "fitted_models": config.optimal_models + config.random_models,
-        "profiling_run": {str(w): dict(m.errors) for w, m in predictor.models.items()},
-        "memory": {str(w): dict(m.errors) for w, m in predictor.memory.items()},
+        "profiling_run": {str(w): m.errors.to_json() for w, m in predictor.models.items() if m.errors},
+        "memory": {str(w): vars(m.errors) for w, m in predictor.memory.items() if m.errors},
         "aa_difference_percent": 100 * (card.aa_difference or 0.0),
         "problems": card.problems,
     }
@@ -85,7 +85,7 @@ def measure_later(devices: Path, count: int, quick: bool) -> dict[str, Any]:
                 items |= {f"{turn}|{architecture.key}|{w}": run for w, run in made.items()}
         timer = TimerConfig(block_ms=3.0, min_rounds=min(50, rounds), max_rounds=rounds)
         measured = measure({**items, **reference_items(runtime)}, runtime.anchors(), timer)
-    scales = card.scale(1, measured.timings)
+    scales = card_scale(card, 1, measured.timings)
     return {
         "models": [a.to_json() for a in models],
         "seconds": {
@@ -93,7 +93,7 @@ def measure_later(devices: Path, count: int, quick: bool) -> dict[str, Any]:
         },
         "half_width": float(np.median([t.half_width for t in measured.timings.values()])),
         "scale": scales,
-        "aa_difference_percent": 100 * noise_of(measured.timings),
+        "aa_difference_percent": 100 * aa_difference(measured.timings),
         "problems": measured.machine_problems(),
     }
 

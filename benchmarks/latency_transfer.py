@@ -15,7 +15,7 @@ import outcome
 import pandas as pd
 from numpy.typing import NDArray
 
-from latency.predictor.design import most_telling
+from latency.predictor.design import expected_variance_reduction
 from latency.predictor.op_model import Observations, fit_op_model, kernel
 
 Array = NDArray[np.float64]
@@ -69,7 +69,7 @@ def chosen(rows: pd.DataFrame, source: str, count: int) -> NDArray[np.int64]:
     inputs = np.column_stack([describe(rows)[0], np.log2(rows[source].to_numpy(np.float64))])
     covariance = np.asarray(kernel(inputs.shape[1])(inputs))
     one, all_free = np.ones(len(rows)), np.ones(len(rows), dtype=bool)
-    found = most_telling(covariance, np.eye(len(rows)), one * NOISE**2, one, count, all_free)
+    found = expected_variance_reduction(covariance, np.eye(len(rows)), one * NOISE**2, one, count, all_free)
     return np.array(found)
 
 

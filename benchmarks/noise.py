@@ -14,7 +14,7 @@ import outcome
 
 from latency import OnnxRuntime
 from latency.device_runner.timer import TimerConfig, measure, pinned
-from latency.runtimes.reference import FRAME, OP, STACKS
+from latency.runtimes.reference import REFERENCE_CONFIG, REFERENCE_HEIGHTS, REFERENCE_OP
 
 DISTURBANCES = {  # programs of the second process
     "computes": "import numpy as np\na = np.ones((500, 500), np.float32)\nwhile True: a @ a",
@@ -28,8 +28,8 @@ def ratios(rounds: int) -> tuple[float, float]:
     runtime = OnnxRuntime(1)
     with pinned(1):
         items = {
-            str(place): runtime.stack(OP, height, [workload], FRAME)[workload]
-            for place, (workload, height) in enumerate(STACKS.items())
+            str(place): runtime.stack(REFERENCE_OP, height, [workload], REFERENCE_CONFIG)[workload]
+            for place, (workload, height) in enumerate(REFERENCE_HEIGHTS.items())
         }
         config = TimerConfig(block_ms=3.0, min_rounds=rounds, max_rounds=rounds, anchor_every=2)
         timings = measure(items, runtime.anchors(), config).timings

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from latency.device_runner.main import cpu_model
+from latency.device_runner.fingerprint import cpu_model
 from space import InputError
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,12 +24,13 @@ import ray
 from driver import refused
 from threadpoolctl import threadpool_limits
 
-from latency.predictor.design import op_design, seeds, stack_heights, stacks
+from latency.predictor.design import initial_design, op_design, stack_heights, stacks
 from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
-from latency.predictor.predictor import Predictor, WorkloadModel
-from latency.profile import BUILD_SECONDS, ProfileConfig
+from latency.predictor.predictor import Predictor
+from latency.predictor.workload_model import WorkloadModel
+from latency.profiling import BUILD_SECONDS, ProfileConfig
 from latency.runtimes.protocol import random_weights
-from search.config import SearchConfig, make_problem
+from search.engine.config import SearchConfig, make_problem
 from search.engine.search import Search
 from search.engine.supernet_evaluator import SupernetEvaluate
 from search.engine.workers import pool
@@ -257,7 +258,7 @@ def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dic
         heights = stack_heights(space, *point)
         return sum(config.min_rounds * max(block, h * table[point]) + BUILD_SECONDS for h in heights)
 
-    costs, known = np.array([timing(point) for point in design.points]), seeds(design.points)
+    costs, known = np.array([timing(point) for point in design.points]), initial_design(design.points)
     while True:
         fit = fit_op_latencies(space.config, {point: (table[point], 0.01) for point in known})
         error = design.expected_error(fit)

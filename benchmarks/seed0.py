@@ -33,11 +33,11 @@ import numpy as np
 import outcome
 
 from latency import Predictor
-from latency.device_runner.main import cpu_model
+from latency.device_runner.fingerprint import cpu_model
 from latency.predictor.composition import OpTimes
-from latency.predictor.fit import fit_predictor
+from latency.predictor.fit import MeasuredModels, fit_predictor
 from latency.predictor.op_latencies import fit_op_latencies
-from search.config import SearchConfig
+from search.engine.config import SearchConfig
 from search.engine.run import search_supernet
 from search.submodel.export import export
 from space import InputError, Space, Workload, genome, variation
@@ -124,13 +124,14 @@ def synthetic_predictor(space: Space) -> Predictor:
         space,
         fit_op_latencies(config, timings),
         times,
-        rows[:FITTED],
-        {w: totals[w][:FITTED] for w in WORKLOADS},
-        {w: np.full(FITTED, 0.01) for w in WORKLOADS},
-        rows[FITTED:],
-        {w: totals[w][FITTED:] for w in WORKLOADS},
+        MeasuredModels(
+            genomes=rows[:FITTED],
+            seconds={w: totals[w][:FITTED] for w in WORKLOADS},
+            spread={w: np.full(FITTED, 0.01) for w in WORKLOADS},
+            drawn=RANDOM,
+        ),
+        MeasuredModels(genomes=rows[FITTED:], seconds={w: totals[w][FITTED:] for w in WORKLOADS}),
         dict.fromkeys(WORKLOADS, 0.01),
-        drawn=RANDOM,
     )
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import outcome
 from latency_self import SPACE
 
+from latency.config import ProfileConfig
 from latency.predictor.composition import OpTimes
 from latency.predictor.design import choose_models
-from latency.predictor.fit import fit_predictor
+from latency.predictor.fit import MeasuredModels, fit_predictor
 from latency.predictor.op_latencies import fit_op_latencies
-from latency.profile import ProfileConfig
 from space import Workload, genome, load_space, variation
 from space.cost import op_flops, op_params
 from space.ops import count_ops, space_ops
@@ -46,13 +46,14 @@ def main() -> int:
         space,
         ops,
         times,
-        rows["optimal"],
-        made["optimal"],
-        {w: np.zeros(len(rows["optimal"])) for w in WORKLOADS},
-        rows["held_out"],
-        made["held_out"],
+        MeasuredModels(
+            genomes=rows["optimal"],
+            seconds=made["optimal"],
+            spread={w: np.zeros(len(rows["optimal"])) for w in WORKLOADS},
+            drawn=8,
+        ),
+        MeasuredModels(genomes=rows["held_out"], seconds=made["held_out"]),
         dict.fromkeys(WORKLOADS, 0.0),
-        drawn=8,
     )
     genomes = variation.sample(space, rng, 20_000 if arguments.quick else 400_000)
     found = []

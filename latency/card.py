@@ -1,66 +1,89 @@
 """The device card: everything known of one device, as plain files in one folder.
 
-``device.json`` holds the fingerprint and the times of the reference work that its latencies refer to,
-``ops.parquet``, ``models.parquet`` and ``memory.parquet`` what was measured, ``predictors/`` what was fitted.
-Ops of every space accumulate.
+``device.json`` holds the fingerprint and the times of the reference work that define the units of its
+latencies. ``ops.parquet``, ``models.parquet`` and ``memory.parquet`` hold measurements, and ``predictors/``
+fitted predictors. Measured ops of all spaces accumulate.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from latency.device_runner.timing import Timing
-from latency.runtimes.reference import reference_seconds
+from latency.device_runner.fingerprint import Fingerprint
 from space import InputError
-from space.io.artefact import Artefact
-from space.io.parquet import read_table, write_table
-from space.onnx.graph import version_for
+from space.io.artefact import Artefact, canonical_json, digest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEVICE_CARD = Artefact("device card", "formfit profile", schema=3)
 TABLES = {
     name: Artefact(f"device {name}", "formfit profile", schema=schema)
     for name, schema in (("ops", 3), ("models", 2), ("memory", 1))
 }
+MEASURED_COLUMNS = ("seconds", "half_width", "intercept", "timing", "bytes")  # all others identify a row
+MAX_PROBLEMS = 50  # that a card keeps, the latest
 
 
 @dataclass
 class Card:
-    """One device."""
+    """One device.
+
+    Attributes:
+        folder: folder of the card.
+        fingerprint: identity of the device and its runtime.
+        references: seconds of the reference work by phase, threads and graph version; the card's units.
+        measured: when the card was last extended, UTC, ISO 8601; None before that.
+        problems: reasons to distrust measurements, the latest ones.
+        unsupported: reason by mixer that the runtime on the device lacks.
+        aa_difference: relative difference between timings of the same work, see
+            :mod:`latency.runtimes.reference`; None if it was not measured.
+    """
 
     folder: Path
-    fingerprint: dict[str, Any]
-    references: dict[str, float] = field(default_factory=dict)  # s, by phase and threads: the card's units
-    measured: str | None = None  # when, UTC
+    fingerprint: Fingerprint
+    references: dict[str, float] = field(default_factory=dict)
+    measured: str | None = None
     problems: list[str] = field(default_factory=list)
-    unsupported: dict[str, str] = field(default_factory=dict)  # mixers that its runtime lacks, and why
-    aa_difference: float | None = (
-        None  # relative difference between timings of the same work; see latency.reference
-    )
+    unsupported: dict[str, str] = field(default_factory=dict)
+    aa_difference: float | None = None
 
     @property
     def name(self) -> str:
-        """The device's name: that of its folder."""
+        """The device's name, which is that of the folder."""
         return self.folder.name
 
-    def scale(self, threads: int, timings: Mapping[str, Timing]) -> dict[str, float]:
-        """What a run's seconds are times to be the card's, by phase; the first run gives the units."""
-        version = version_for(str(self.fingerprint.get("runtime")))
+    @property
+    def digest(self) -> str:
+        """Sha256 of the fingerprint and the units, on which all its latencies depend."""
+        return digest(canonical_json([self.fingerprint.to_json(), self.references]))
+
+    def scale(self, threads: int, graph_version: int, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Factor that converts a run's seconds to the card's reference units, by phase.
+
+        The first run defines the units.
+
+        Args:
+            threads: number of threads of the run.
+            graph_version: version of the graphs that the runtime runs, 0 for none.
+            seconds: of the reference work in the run, by phase.
+        """
         return {
-            phase: self.references.setdefault(f"{phase}-t{threads}-graphs{version}", seconds) / seconds
-            for phase, seconds in reference_seconds(timings).items()
+            phase: self.references.setdefault(f"{phase}-t{threads}-graphs{graph_version}", value) / value
+            for phase, value in seconds.items()
         }
 
     def save(self) -> None:
         """Write ``device.json``."""
-        self.problems = self.problems[-50:]
+        self.problems = self.problems[-MAX_PROBLEMS:]
         self.measured = datetime.now(UTC).isoformat(timespec="seconds")
         body = {
             "name": self.name,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.fingerprint.to_json(),
             "reference_seconds": self.references,
             "measured": self.measured,
             "problems": self.problems,
@@ -70,34 +93,69 @@ class Card:
         DEVICE_CARD.write(self.folder / "device.json", {}, body)
 
     def table(self, name: str) -> pd.DataFrame:
-        """``ops``, ``models`` or ``memory``; empty where nothing was measured."""
-        path = self.folder / f"{name}.parquet"
-        return (
-            read_table(path, TABLES[name], profile_command(self.name))[0] if path.exists() else pd.DataFrame()
-        )
+        """Read a table of measurements; empty if nothing was measured.
 
-    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Add rows to a table; a row of the same identity replaces the older one."""
-        identity = [k for k in rows[0] if k not in ("seconds", "half_width", "intercept", "timing", "bytes")]
+        Args:
+            name: ``ops``, ``models`` or ``memory``.
+
+        Raises:
+            InputError: the file is not whole, or of another schema version.
+        """
+        import pandas as pd  # half a second, and a card is often read for its fingerprint alone
+
+        from space.io.parquet import read_table
+
+        path = self.folder / f"{name}.parquet"
+        if not path.exists():
+            return pd.DataFrame()
+        return read_table(path, TABLES[name], profile_command(self.name))[0]
+
+    def append(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Add rows to a table; a row that measures the same replaces the older one.
+
+        Args:
+            name: ``ops``, ``models`` or ``memory``.
+            rows: values by column, at least one row; all have the same columns.
+        """
+        import pandas as pd
+
+        from space.io.parquet import write_table
+
+        identity = [column for column in rows[0] if column not in MEASURED_COLUMNS]
         table = pd.concat([self.table(name), pd.DataFrame(rows)], ignore_index=True)
         table = table.drop_duplicates(identity, keep="last", ignore_index=True)
         write_table(self.folder / f"{name}.parquet", TABLES[name], {}, table)
 
     def predictor_path(self, space: str, runtime: str, threads: int, precision: str) -> Path:
-        """Where the predictor of a space stands."""
+        """File of a predictor.
+
+        Args:
+            space: name of the space.
+            runtime: name of the runtime.
+            threads: number of threads.
+            precision: precision of the models.
+        """
         return self.folder / "predictors" / f"{space}-{runtime}-t{threads}-{precision}.json"
 
 
 def profile_command(device: str) -> str:
-    """The command that makes a card."""
+    """The command that measures a card.
+
+    Args:
+        device: name of the card.
+    """
     return f"formfit profile --space SPACE --device {device}"
 
 
 def load_card(devices: Path, name: str) -> Card:
     """Read a card.
 
+    Args:
+        devices: folder of all cards.
+        name: name of the card.
+
     Raises:
-        InputError: there is none of that name, or it is not whole.
+        InputError: there is no card of that name, or it is not whole.
     """
     path = devices / name / "device.json"
     if not path.exists():
@@ -105,9 +163,13 @@ def load_card(devices: Path, name: str) -> Card:
         have = f"there are {', '.join(known)}" if known else "there is none yet"
         raise InputError(f"device {name}: no card in {devices} ({have}); `{profile_command(name)}` makes it")
     value = DEVICE_CARD.read(path, f"mv {path.parent} ELSEWHERE` and then `{profile_command(name)}")
+    try:
+        fingerprint = Fingerprint.from_json(value["fingerprint"])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
     return Card(
         folder=path.parent,
-        fingerprint=value["fingerprint"],
+        fingerprint=fingerprint,
         references=value["reference_seconds"],
         measured=value["measured"],
         problems=value["problems"],
@@ -116,14 +178,19 @@ def load_card(devices: Path, name: str) -> Card:
     )
 
 
-def open_card(devices: Path, name: str, fingerprint: Mapping[str, Any]) -> Card:
-    """The card to add measurements to: the one there is, or a new one.
+def open_card(devices: Path, name: str, fingerprint: Fingerprint) -> Card:
+    """Open a card to add measurements to it: the existing one, or a new one.
+
+    Args:
+        devices: folder of all cards.
+        name: name of the card.
+        fingerprint: identity of the device that will be measured.
 
     Raises:
         InputError: the card was measured on another device or with another runtime version.
     """
     if not (devices / name / "device.json").exists():
-        return Card(devices / name, dict(fingerprint))
+        return Card(devices / name, fingerprint)
     card = load_card(devices, name)
     other = differences(card.fingerprint, fingerprint)
     if other:
@@ -133,20 +200,27 @@ def open_card(devices: Path, name: str, fingerprint: Mapping[str, Any]) -> Card:
     return card
 
 
-def outdated(card: Card, here: Mapping[str, Any]) -> str | None:
-    """What to tell a person whose runtime is of another version than the card's, on the same machine."""
-    other = [key for key in here if card.fingerprint.get(key) != here.get(key)]
-    if other != ["runtime_version"]:
+def outdated(card: Card, here: Fingerprint) -> str | None:
+    """Warning for a card whose runtime has another version than this machine's; None if none applies.
+
+    Args:
+        card: the card.
+        here: fingerprint of this machine.
+    """
+    if list(card.fingerprint.differences(here)) != ["runtime_version"]:
         return None
-    then, now = card.fingerprint["runtime_version"], here["runtime_version"]
+    then, now = card.fingerprint.runtime_version, here.runtime_version
     return (
-        f"device {card.name}: measured with {card.fingerprint['runtime']} {then}, here is {now}; "
+        f"device {card.name}: measured with {card.fingerprint.runtime} {then}, here is {now}; "
         f"`{profile_command(f'{card.name}-{now}')}` measures again"
     )
 
 
-def differences(card: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """In what a card's fingerprint is not that of this machine."""
-    return [
-        f"{key}: card {card.get(key)}, here {here.get(key)}" for key in here if card.get(key) != here.get(key)
-    ]
+def differences(card: Fingerprint, here: Fingerprint) -> list[str]:
+    """Fields in which a card's fingerprint differs from this machine's, one line each.
+
+    Args:
+        card: the card's fingerprint.
+        here: this machine's.
+    """
+    return [f"{name}: card {then}, here {now}" for name, (then, now) in card.differences(here).items()]

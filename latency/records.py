@@ -1,58 +1,94 @@
-"""What a card holds of one space under fixed conditions: measurements in, a predictor out.
+"""Measurements of one space under fixed conditions: rows of a card in, a predictor out.
 
-Profiling here and unpacking what a kit measured elsewhere end in the same rows and the same fit.
+Profiling this machine and reading a kit's result end in the same rows and the same fit.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from latency.card import Card
 from latency.device_runner.timing import Timing
 from latency.predictor.composition import OpTimes
-from latency.predictor.design import stack_heights
-from latency.predictor.fit import fit_predictor
+from latency.predictor.design import ModelRole, stack_heights
+from latency.predictor.fit import MeasuredModels, fit_predictor
 from latency.predictor.memory import MemoryModel, fit_memory
 from latency.predictor.op_latencies import OpLatencies, Point, fit_op_latencies
 from latency.predictor.predictor import Predictor
-from latency.runtimes.onnxruntime import ANCHOR_SIDE
+from latency.runtimes.protocol import ANCHOR_SIDE
+from latency.runtimes.reference import card_scale
+from latency.runtimes.registry import graph_version
 from space import Architecture, Space, Workload, genome
-from space.mixers import mixers_of_class
 from space.cost import op_flops
 from space.io.artefact import canonical_json
-from space.onnx.graph import version_for
+from space.mixers import mixers_of_class
 from space.ops import Op, space_ops
 
-LINEAR_WITHIN = 0.03
-FASTEST = 64.0  # no op does its FLOPs so many times faster than the reference product
-LEAST_MODELS = 6  # whole models that memory is fitted on
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from space.genome import Genomes
+
+MAX_NONLINEARITY = 0.03  # relative deviation of a third stack height from the line through two
+MAX_SPEEDUP = 64.0  # over the anchor's FLOPs per second; no op is faster
+MIN_SLOPE = 1e-3  # of an op's mean latency in the taller stack
+MIN_MEMORY_MODELS = 6  # whole models that memory is fitted on
+NORMAL_95 = 1.96  # half-width of a 95% interval in standard deviations
+FIT_ROLES: tuple[ModelRole, ...] = ("optimal", "random")
 Array = NDArray[np.float64]
 
 
 def stack_name(op: Op, height: int, workload: Workload) -> str:
-    """What the timing of a stack is called."""
+    """Name of the timing of a stack.
+
+    Args:
+        op: the op.
+        height: number of copies.
+        workload: the workload.
+    """
     return f"{op.key}|{height}|{workload}"
 
 
 def model_name(role: str, architecture: Architecture, workload: Workload) -> str:
-    """What the timing of a whole model is called."""
+    """Name of the timing of a whole model.
+
+    Args:
+        role: use of the model, see :func:`latency.predictor.design.choose_models`.
+        architecture: the architecture.
+        workload: the workload.
+    """
     return f"{role}|{architecture.key}|{workload}"
 
 
-def least_anchored(work: float, anchor: float) -> float:
-    """What no work of so many FLOPs takes less than, where the reference product takes ``anchor`` seconds."""
-    return work / (2 * ANCHOR_SIDE**3 / anchor * FASTEST)
+def min_plausible_seconds(flops: float, anchor: float) -> float:
+    """Lower bound of the time of any work, from the speed of the anchor.
+
+    Args:
+        flops: FLOPs of the work.
+        anchor: time of the anchor, a product of two matrices of side ``ANCHOR_SIDE``, s.
+
+    Returns:
+        Seconds.
+    """
+    return flops / (2 * ANCHOR_SIDE**3 / anchor * MAX_SPEEDUP)
 
 
 @dataclass
 class Records:
-    """The rows of a card that were measured for a space under fixed conditions."""
+    """The rows of a card that were measured for one space under fixed conditions.
+
+    Attributes:
+        card: the card.
+        space: the space.
+        runtime: name of the runtime.
+        threads: number of threads.
+        precision: precision of the models.
+    """
 
     card: Card
     space: Space
@@ -61,67 +97,81 @@ class Records:
     precision: str = "fp32"
 
     @property
-    def conditions(self) -> dict[str, Any]:
-        """What identifies a measurement beside what was measured."""
-        asked = {"runtime": self.runtime, "threads": self.threads, "precision": self.precision}
-        return {**asked, "graphs": version_for(self.runtime)}
+    def conditions(self) -> dict[str, str | int]:
+        """Columns that identify a measurement besides the measured op or model."""
+        return {
+            "runtime": self.runtime,
+            "threads": self.threads,
+            "precision": self.precision,
+            "graphs": graph_version(self.runtime),
+        }
 
     @cached_property
     def model_config(self) -> str:
-        """What ops of different spaces must have in common."""
+        """JSON of the model configuration, which ops of different spaces share only if it is equal."""
         return canonical_json(vars(self.space.config))
 
     def add_ops(self, points: Sequence[Point], timings: Mapping[str, Timing], anchor: float) -> None:
-        """Add what stacks of ops took in a run, in the card's units; each must be a line.
+        """Add the latencies of ops that were measured in a run.
+
+        The latency of an op is the slope of its stacks' times over their heights, in the card's units.
 
         Args:
-            points: that were measured.
-            timings: of the run, the reference work among them.
-            anchor: seconds of the run's reference product.
+            points: the measured ops and workloads.
+            timings: timings of the run, with those of the reference work.
+            anchor: time of the run's anchor, s.
         """
-        rows, scales = [], self.card.scale(self.threads, timings)
-        for op, workload in points:
-            low, high = stack_heights(self.space, op, workload)
-            ends = [timings[stack_name(op, height, workload)] for height in (low, high)]
-            slope = (ends[1].seconds - ends[0].seconds) / (high - low)
-            middle = (low + high) // 2
-            third = timings.get(stack_name(op, middle, workload))
-            if third:
-                off = third.seconds / (ends[0].seconds + (middle - low) * slope) - 1
-                if abs(off) > LINEAR_WITHIN:
-                    self.card.problems.append(
-                        f"{op.key} {workload}: {middle} copies are {off:+.1%} from the line"
-                    )
-            work = high * op_flops(op, workload, self.space.config)
-            if ends[1].seconds < least_anchored(work, anchor):
-                self.card.problems.append(f"{op.key} {workload}: faster than this machine can be")
-            scale = scales[workload.phase]
-            # A slope lost in noise still costs something; no op is free.
-            seconds = max(slope, 1e-3 * ends[1].seconds / high)
-            spread = math.hypot(*(t.half_width * t.seconds for t in ends)) / (high - low)
-            rows.append(
-                {
-                    **self.conditions,
-                    "frame": self.model_config,
-                    "workload": str(workload),
-                    "op": op.key,
-                    "seconds": seconds * scale,
-                    "half_width": spread / seconds,
-                    "intercept": (ends[0].seconds - low * slope) * scale,
-                    "timing": canonical_json([t.to_json() for t in ends]),
-                }
-            )
+        scales = card_scale(self.card, self.threads, timings)
+        rows = [self._op_row(point, timings, anchor, scales[point[1].phase]) for point in points]
         self.card.save()
         self.card.append("ops", rows)
 
+    def _op_row(
+        self, point: Point, timings: Mapping[str, Timing], anchor: float, scale: float
+    ) -> dict[str, object]:
+        op, workload = point
+        low, high = stack_heights(self.space, op, workload)
+        ends = [timings[stack_name(op, height, workload)] for height in (low, high)]
+        slope = (ends[1].seconds - ends[0].seconds) / (high - low)
+        middle = (low + high) // 2
+        third = timings.get(stack_name(op, middle, workload))
+        if third:
+            off = third.seconds / (ends[0].seconds + (middle - low) * slope) - 1
+            if abs(off) > MAX_NONLINEARITY:
+                self.card.problems.append(
+                    f"{op.key} {workload}: {middle} copies are {off:+.1%} from the line"
+                )
+        work = high * op_flops(op, workload, self.space.config)
+        if ends[1].seconds < min_plausible_seconds(work, anchor):
+            self.card.problems.append(f"{op.key} {workload}: faster than this machine can be")
+        # Noise may hide a slope or turn it negative, but no op is free.
+        seconds = max(slope, MIN_SLOPE * ends[1].seconds / high)
+        spread = math.hypot(*(t.half_width * t.seconds for t in ends)) / (high - low)
+        return {
+            **self.conditions,
+            "model_config": self.model_config,
+            "workload": str(workload),
+            "op": op.key,
+            "seconds": seconds * scale,
+            "half_width": spread / seconds,
+            "intercept": (ends[0].seconds - low * slope) * scale,
+            "timing": canonical_json([t.to_json() for t in ends]),
+        }
+
     def add_models(
         self,
-        models: Sequence[tuple[str, Architecture]],
+        models: Sequence[tuple[ModelRole, Architecture]],
         workloads: Sequence[Workload],
         timings: Mapping[str, Timing],
     ) -> None:
-        """Add what whole models took in a run, in the card's units."""
-        scales = self.card.scale(self.threads, timings)
+        """Add the latencies of whole models that were measured in a run, in the card's units.
+
+        Args:
+            models: role and architecture of the measured models.
+            workloads: workloads that each of them was measured in.
+            timings: timings of the run, with those of the reference work.
+        """
+        scales = card_scale(self.card, self.threads, timings)
         rows = []
         for role, architecture in models:
             for workload in workloads:
@@ -142,8 +192,16 @@ class Records:
         self.card.save()
         self.card.append("models", rows)
 
-    def add_memory(self, role: str, architecture: Architecture, found: Mapping[Workload, int]) -> None:
-        """Add the peak bytes of a whole model."""
+    def add_memory(
+        self, role: ModelRole, architecture: Architecture, peak_bytes: Mapping[Workload, int]
+    ) -> None:
+        """Add the peak memory of a whole model.
+
+        Args:
+            role: use of the model.
+            architecture: the architecture.
+            peak_bytes: by workload.
+        """
         rows = [
             {
                 **self.conditions,
@@ -153,98 +211,132 @@ class Records:
                 "key": architecture.key,
                 "bytes": value,
             }
-            for workload, value in found.items()
+            for workload, value in peak_bytes.items()
         ]
         self.card.append("memory", rows)
 
-    def memory(self) -> dict[str, int]:
-        """Peak bytes of each whole model that was measured, by :func:`model_name`."""
+    def memory(self) -> dict[str, float]:
+        """Peak bytes of each measured whole model, by :func:`model_name`."""
         return self._named("memory", "bytes")
 
     def ops(self) -> dict[Point, tuple[float, float]]:
-        """Seconds of each op that was measured, and their relative standard deviation."""
-        rows = self._rows("ops", {"frame": self.model_config})
+        """Seconds of each measured op and workload, and their relative standard deviation."""
+        rows = self._rows("ops", model_config=self.model_config)
         if not len(rows):
             return {}
         columns = zip(rows["op"], rows["workload"], rows["seconds"], rows["half_width"], strict=True)
-        return {(Op.parse(op), Workload.parse(w)): (seconds, half / 1.96) for op, w, seconds, half in columns}
+        return {
+            (Op.parse(op), Workload.parse(w)): (seconds, half_width / NORMAL_95)
+            for op, w, seconds, half_width in columns
+        }
 
     def models(self) -> dict[str, float]:
-        """Seconds of each whole model that was measured, by :func:`model_name`."""
+        """Seconds of each measured whole model, by :func:`model_name`."""
         return self._named("models", "seconds")
 
-    def _named(self, table: str, column: str) -> dict[str, Any]:
-        rows = self._rows(table, {"space": self.space.hash})
+    def _named(self, table: str, column: str) -> dict[str, float]:
+        rows = self._rows(table, space=self.space.hash)
         if not len(rows):
             return {}
         names = rows["role"] + "|" + rows["key"] + "|" + rows["workload"]
         return dict(zip(names, rows[column], strict=True))
 
     def fitted(self, source: OpLatencies | None = None) -> OpLatencies:
-        """What the measured ops say of all of them."""
+        """Fit the latencies of all ops to the measured ones.
+
+        Args:
+            source: op latencies of a known device.
+        """
         return fit_op_latencies(self.space.config, self.ops(), source)
 
     def op_times(self, ops: OpLatencies, workload: Workload) -> OpTimes:
-        """What the ops of the space take in a workload, and what full attention computes once."""
+        """Latencies of all ops of the space in a workload, and the constant of full attention.
+
+        Args:
+            ops: fitted op latencies.
+            workload: a measured workload.
+        """
         names = space_ops(self.space)
         seconds = ops.seconds([(op, workload) for op in names])
-        rows = self._rows("ops", {"frame": self.model_config, "workload": str(workload)})
-        full = rows["op"].str.split("-").str[0].isin(mixers_of_class("full")) if len(rows) else pd.Series(dtype=bool)
-        shared = max(0.0, float(rows["intercept"][full].median())) if full.any() else 0.0
-        return OpTimes(workload, {op.key: float(s) for op, s in zip(names, seconds, strict=True)}, shared)
+        rows = self._rows("ops", model_config=self.model_config, workload=str(workload))
+        # The work that full-attention layers share appears as the intercept of their stacks.
+        constant = 0.0
+        if len(rows):
+            full = rows["op"].str.split("-").str[0].isin(mixers_of_class("full"))
+            constant = max(0.0, float(rows["intercept"][full].median())) if full.any() else 0.0
+        by_key = {op.key: float(s) for op, s in zip(names, seconds, strict=True)}
+        return OpTimes(workload, by_key, constant)
 
     def predictor(
-        self, ops: OpLatencies, workloads: Sequence[Workload], chosen: Mapping[str, Sequence[Architecture]]
+        self,
+        ops: OpLatencies,
+        workloads: Sequence[Workload],
+        chosen: Mapping[ModelRole, Sequence[Architecture]],
     ) -> Predictor:
-        """Fit the predictor to the whole models that were chosen for it, and test it on the others."""
-        models, widths = self.models(), self._named("models", "half_width")
+        """Fit the predictor to measured models, and test it on others.
 
-        def column(*roles: str, of: Mapping[str, float] = models) -> dict[Workload, Array]:
+        Args:
+            ops: fitted op latencies.
+            workloads: workloads of the predictor.
+            chosen: measured architectures by role.
+        """
+        seconds, widths = self.models(), self._named("models", "half_width")
+
+        def column(source: Mapping[str, float], *roles: ModelRole) -> dict[Workload, Array]:
             return {
-                w: np.array([of[model_name(r, a, w)] for r in roles for a in chosen[r]]) for w in workloads
+                w: np.array([source[model_name(r, a, w)] for r in roles for a in chosen[r]])
+                for w in workloads
             }
 
-        def floor(w: Workload) -> float | None:
-            """By how much a second measurement of a model differs on average, percent."""
-            pairs = [[models[model_name(r, a, w)] for r in ("repeat", "held_out")] for a in chosen["repeat"]]
+        def repeatability(w: Workload) -> float | None:
+            """Mean relative difference between two measurements of a model, percent."""
+            pairs = [
+                (seconds[model_name("repeat", a, w)], seconds[model_name("held_out", a, w)])
+                for a in chosen["repeat"]
+            ]
             return 100 * float(np.mean([abs(again / first - 1) for again, first in pairs])) if pairs else None
 
         predictor = fit_predictor(
             self.space,
             ops,
             {w: self.op_times(ops, w) for w in workloads},
-            genome.encode(self.space, [*chosen["optimal"], *chosen["random"]]),
-            column("optimal", "random"),
-            {w: values / 1.96 for w, values in column("optimal", "random", of=widths).items()},
-            genome.encode(self.space, chosen["held_out"]),
-            column("held_out"),
-            {w: floor(w) for w in workloads},
-            len(chosen["random"]),
+            MeasuredModels(
+                genomes=genome.encode(self.space, [a for role in FIT_ROLES for a in chosen[role]]),
+                seconds=column(seconds, *FIT_ROLES),
+                spread={w: values / NORMAL_95 for w, values in column(widths, *FIT_ROLES).items()},
+                drawn=len(chosen["random"]),
+            ),
+            MeasuredModels(
+                genomes=genome.encode(self.space, chosen["held_out"]), seconds=column(seconds, "held_out")
+            ),
+            {w: repeatability(w) for w in workloads},
         )
         return replace(predictor, memory=self._memory_models(workloads, chosen))
 
     def _memory_models(
-        self, workloads: Sequence[Workload], chosen: Mapping[str, Sequence[Architecture]]
+        self, workloads: Sequence[Workload], chosen: Mapping[ModelRole, Sequence[Architecture]]
     ) -> dict[Workload, MemoryModel]:
-        """The memory of each workload that it was measured in."""
+        """Memory models of the workloads with enough measurements."""
         measured = self.memory()
+
+        def rows(w: Workload, roles: Sequence[ModelRole]) -> tuple["Genomes", Array]:
+            pairs = [(a, model_name(role, a, w)) for role in roles for a in chosen.get(role, ())]
+            pairs = [(a, name) for a, name in pairs if name in measured]
+            genomes = genome.encode(self.space, [a for a, _ in pairs])
+            return genomes, np.array([measured[name] for _, name in pairs], float)
+
+        others = [role for role in chosen if role not in FIT_ROLES]
         found = {}
         for w in workloads:
-            rows: dict[bool, list[tuple[Architecture, int]]] = {True: [], False: []}
-            for role, group in chosen.items():
-                for a in group:
-                    if model_name(role, a, w) in measured:
-                        rows[role in ("optimal", "random")].append((a, measured[model_name(role, a, w)]))
-            if len(rows[True]) < LEAST_MODELS:
-                continue
-            genomes = [genome.encode(self.space, [a for a, _ in rows[fit]]) for fit in (True, False)]
-            columns = [np.array([value for _, value in rows[fit]], float) for fit in (True, False)]
-            found[w] = fit_memory(self.space, w, genomes[0], columns[0], genomes[1], columns[1])
+            genomes, peak_bytes = rows(w, FIT_ROLES)
+            if len(peak_bytes) >= MIN_MEMORY_MODELS:
+                found[w] = fit_memory(self.space, w, genomes, peak_bytes, *rows(w, others))
         return found
 
-    def _rows(self, table: str, columns: Mapping[str, Any]) -> pd.DataFrame:
+    def _rows(self, table: str, **columns: str) -> "pd.DataFrame":
+        """The rows of a table under the conditions, and with the given values of further columns."""
         rows = self.card.table(table)
-        for key, value in {**self.conditions, **columns}.items():
+        for name, value in {**self.conditions, **columns}.items():
             if len(rows):
-                rows = rows[rows[key] == value] if key in rows else rows.iloc[:0]
+                rows = rows[rows[name] == value] if name in rows else rows.iloc[:0]
         return rows

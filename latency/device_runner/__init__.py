@@ -1,1 +1,1 @@
-"""The code that runs on a device: Python 3.8, numpy and onnxruntime."""
+"""Code that runs on a device, here or in a kit: Python 3.8, numpy and onnxruntime only."""

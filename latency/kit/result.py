@@ -1,32 +1,35 @@
-"""Reading what a kit measured: a stranger's file.
+"""Reading the result of a kit, an untrusted file.
 
-It is JSON of a fixed form, nothing in it names a path or is executed, every value follows from its raw times,
-and no time is taken that the device's own reference product cannot explain. Its seal finds accidents, not
-liars: whoever forges plausible times is believed.
+It is JSON of a fixed form. Nothing in it names a path or is executed, every value must follow from its raw
+times, and no time is accepted that the device's own anchor contradicts. Its checksum detects accidents, not
+fraud: plausible forged times are accepted.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from latency.device_runner import main as probe
-from latency.device_runner.timing import Timing
-from latency.records import least_anchored
+from latency.device_runner.fingerprint import Fingerprint
+from latency.device_runner.plan import RESULT_SCHEMA, checksum
+from latency.device_runner.timing import JsonObject, Timing
+from latency.records import min_plausible_seconds
 from latency.runtimes.reference import reference_work
 from space import InputError
 
-MOST_BYTES = 64 * 2**20  # of a result
-LEAST_ANCHOR = 1e-7  # seconds; no product of this size is quicker
+MAX_RESULT_BYTES = 64 * 2**20
+MIN_ANCHOR_SECONDS = 1e-7  # no product of this size is faster
+RELATIVE_ROUNDING = 1e-9  # of values that are computed again from raw times
 
 
-class Fingerprint(BaseModel):
-    """What identifies the device."""
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class ResultFingerprint(_Strict):
+    """Identity of the device; fields as of :class:`latency.device_runner.fingerprint.Fingerprint`."""
 
     machine: str
     cpu: str
@@ -35,59 +38,50 @@ class Fingerprint(BaseModel):
     runtime_version: str
 
 
-class Result(BaseModel):
-    """The form of a result; everything else about it is checked against the kit."""
+class ResultGroup(_Strict):
+    """Form of a group; fields as of :class:`latency.device_runner.plan.GroupResult`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    timings: dict[str, JsonObject]
+    anchor_reference: PositiveFloat | None
+    problems: list[str]
+    ended: str
 
-    class Group(BaseModel):
-        """What was measured together."""
 
-        model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-        timings: dict[str, dict[str, Any]]
-        anchor_reference: PositiveFloat | None
-        problems: list[str]
-        ended: str
+class Result(_Strict):
+    """Form of a result; fields as of :class:`latency.device_runner.plan.KitResult`."""
 
     schema_: int
     kit: str
-    fingerprint: Fingerprint
+    fingerprint: ResultFingerprint
     threads: int
-    groups: list[Group] = Field(min_length=1)
+    groups: list[ResultGroup] = Field(min_length=1)
     unsupported: dict[str, str]
     parity: dict[str, float]
     complete: bool
-    seal: str
+    checksum: str
+
+    @property
+    def device(self) -> Fingerprint:
+        """The identity of the device."""
+        return Fingerprint(**self.fingerprint.model_dump())
 
 
 def read_result(path: Path, kit: str, device: str) -> Result:
-    """A result of a kit, whose form is right and whose seal is whole.
+    """Read a result whose form and checksum are right.
+
+    Args:
+        path: the file.
+        kit: digest of the kit that it must be of.
+        device: name of the device's card, for errors.
 
     Raises:
-        InputError: it is not.
+        InputError: the file is not a result, was changed, is incomplete, or is of another kit.
     """
-    again = f"bring {path.name} back from the device again"
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(
-                f"{path}: {path.stat().st_size / 2**20:.0f} MiB, no result is above {MOST_BYTES >> 20}"
-            )
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        whole = value.get("seal") == probe.seal(value)
-        result = Result.model_validate({"schema_" if k == "schema" else k: v for k, v in value.items()})
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: not a result: {place}: {first['msg']}; {again}") from None
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{path}: not a result ({str(error)[:80]}); {again}") from None
-    if result.schema_ != probe.SCHEMA:
-        raise InputError(f"{path}: schema version {result.schema_}, this formfit reads {probe.SCHEMA}")
-    if not whole:
+    result, is_whole = _parsed(path)
+    again = _copy_again(path)
+    if result.schema_ != RESULT_SCHEMA:
+        raise InputError(f"{path}: schema version {result.schema_}, this formfit reads {RESULT_SCHEMA}")
+    if not is_whole:
         raise InputError(f"{path}: changed since it was measured; {again}")
     if not result.complete:
         raise InputError(f"{path}: {len(result.groups)} groups are there, not all; run the kit to its end")
@@ -96,44 +90,77 @@ def read_result(path: Path, kit: str, device: str) -> Result:
     return result
 
 
+def _copy_again(path: Path) -> str:
+    return f"copy {path.name} from the device again"
+
+
+def _parsed(path: Path) -> tuple[Result, bool]:
+    """A file of the form of a result, and whether its checksum matches."""
+    again = _copy_again(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_RESULT_BYTES:
+            raise InputError(f"{path}: {size / 2**20:.0f} MiB, no result is above {MAX_RESULT_BYTES >> 20}")
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        result = Result.model_validate({"schema_" if k == "schema" else k: v for k, v in value.items()})
+        return result, result.checksum == checksum(value)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: not a result: {place}: {first['msg']}; {again}") from None
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: not a result ({str(error)[:80]}); {again}") from None
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no time")
 
 
-def read_timings(path: Path, group: Result.Group, work: Mapping[str, int]) -> dict[str, Timing]:
-    """The timings of a group, by name.
+def read_timings(path: Path, group: ResultGroup, work: Mapping[str, int]) -> dict[str, Timing]:
+    """Check the timings of a group.
 
     Args:
-        path: of the result, for messages.
-        group: one that was measured.
-        work: the FLOPs of all that the kit measures.
+        path: the result, for errors.
+        group: a group that was measured.
+        work: FLOPs of all items that the kit measures, by name.
+
+    Returns:
+        The timings by name.
 
     Raises:
         InputError: a time is not of the kit, does not follow from its raw times, or is impossible.
     """
     anchor = float(group.anchor_reference or 0.0)
-    if anchor < LEAST_ANCHOR:
+    if anchor < MIN_ANCHOR_SECONDS:
         raise InputError(f"{path}: the reference product in {anchor:.3g} s is impossible")
     found = {}
     for name, value in group.timings.items():
         if name not in work:
             raise InputError(f"{path}: {' '.join(name.split())[:80]}: its kit does not measure that")
-        try:
-            timing = Timing.from_json(value)
-            wanted = np.divide(timing.raw, timing.anchors) * anchor
-            follows = np.allclose(timing.values, wanted, rtol=1e-9, atol=0)
-        except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
-            raise InputError(f"{path}: {name}: {error}") from None
-        if not follows or timing.name != name:
-            raise InputError(f"{path}: {name}: its values do not follow from its raw times")
-        least = least_anchored(work[name], anchor)
-        if timing.seconds < least:
-            raise InputError(
-                f"{path}: {name}: {timing.seconds:.3g} s is impossible, "
-                f"the device needs {least:.3g} s or more"
-            )
-        found[name] = timing
-    untied = [name for name in reference_work() if name not in found]
-    if untied:
-        raise InputError(f"{path}: lacks {untied[0]}, the reference work of a group")
+        found[name] = _checked(path, name, value, work[name], anchor)
+    missing = [name for name in reference_work() if name not in found]
+    if missing:
+        raise InputError(f"{path}: lacks {missing[0]}, the reference work of a group")
     return found
+
+
+def _checked(path: Path, name: str, value: JsonObject, flops: int, anchor: float) -> Timing:
+    """A timing whose values follow from its raw times and are possible."""
+    try:
+        timing = Timing.from_json(value)
+        wanted = np.divide(timing.raw, timing.anchors) * anchor
+        follows = np.allclose(timing.values, wanted, rtol=RELATIVE_ROUNDING, atol=0)
+    except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
+        raise InputError(f"{path}: {name}: {error}") from None
+    if not follows or timing.name != name:
+        raise InputError(f"{path}: {name}: its values do not follow from its raw times")
+    least = min_plausible_seconds(flops, anchor)
+    if timing.seconds < least:
+        raise InputError(
+            f"{path}: {name}: {timing.seconds:.3g} s is impossible, the device needs {least:.3g} s or more"
+        )
+    return timing

@@ -1,1 +1,1 @@
-"""Latency and memory prediction from measured ops and models."""
+"""Predicting the latency and memory of any architecture from measured ops and a few measured models."""

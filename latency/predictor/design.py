@@ -1,20 +1,21 @@
-"""What to measure: ops, one after the other where they tell most a second, and whole models.
+"""Choice of measurements: the most informative ops, and whole models.
 
-The ops begin with a D-optimal few of each kind and phase. Then each next one is that which lowers the
-expected squared relative error of a population's latencies most, over the seconds that it takes to
-measure (variance reduction, Cohn et al. 1996); several are chosen before they are measured, because a
-Gaussian process knows what a measurement will be worth before it knows its value.
+Measuring ops begins with a D-optimal initial design of each kind and phase. Each further op is the one that
+lowers the expected squared relative error of a population's latencies most, per second that it takes to
+measure (variance reduction, Cohn et al. 1996). Several are chosen before any of them is measured, because the
+variance of a Gaussian process does not depend on the measured values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latency.predictor.composition import OpTimes, design_matrix, held_bytes, op_sums
+from latency.predictor.composition import SAMPLED_MODELS, OpTimes, design_matrix, held_bytes, op_sums
 from latency.predictor.op_latencies import OpLatencies, Point, features, grouped
 from space import Architecture, InputError, Space, Workload, genome, variation
 from space.cost import op_held_bytes
@@ -22,18 +23,30 @@ from space.ops import Op, count_ops
 from space.precision import matrix_bytes
 
 Array = NDArray[np.float64]
-STACKS = (5, 48)  # least and most copies in the taller stack
-STACK_BYTES = 12 * 2**20  # that it holds at least in decoding: a third of it is beyond a core's cache
-FEW_TOKENS = 64  # up to which a run is slowed by the reading of its weights
-POPULATION = 200  # architectures whose latencies are to be right
-DRAWN = 20  # times as many architectures are drawn as are wanted, at most
-LEAST_MODELS = 3  # to fit on, and to test on
-SPARE_SEEDS = 3  # seeds beyond one for each size that varies
+ModelRole = Literal["optimal", "random", "held_out", "repeat"]
+STACK_HEIGHTS = (5, 48)  # minimum and maximum copies in the taller stack
+MIN_STACK_BYTES = 12 * 2**20  # in decoding; a third of it still exceeds a core's cache
+MAX_READING_TOKENS = 64  # up to which reading the weights dominates the time of a run
+POPULATION = 200  # architectures whose latencies should be accurate
+MAX_DRAWS = 20  # rounds of drawing random architectures until enough are allowed
+CANDIDATES = 600  # random architectures that the D-optimal models are chosen from
+HELD_OUT_CANDIDATES = 10  # random architectures per held-out model, over whose latencies these are spread
+MIN_MODELS = 3  # to fit on, and to test on
+EXTRA_POINTS = 3  # of an initial design beyond one for each size that varies
+RIDGE = 100.0  # prior variance of the coefficients of a D-optimal design
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """How many whole models are measured: for the fit (D-optimal and random), held out, and repeated."""
+    """Numbers of whole models to measure.
+
+    Attributes:
+        optimal: D-optimal models to fit on.
+        random: random models to fit on.
+        held_out: models to test on.
+        repeated: held-out models that are measured twice.
+        seed: seed of the choice.
+    """
 
     optimal: int
     random: int
@@ -44,59 +57,66 @@ class ModelCounts:
 
 @dataclass(frozen=True)
 class OpDesign:
-    """The points that can be measured, and what each is worth.
+    """The ops that can be measured, and their part in the latencies of a population.
 
     Attributes:
-        points: every op of the space in every workload.
-        counts: of each point in each architecture of a population and workload: [M, P].
+        points: every op in every workload: P of them.
+        counts: number of times that each occurs in each architecture and workload: [M, P].
     """
 
     points: tuple[Point, ...]
     counts: Array
 
     def expected_error(self, ops: OpLatencies) -> float:
-        """The expected relative error of a latency, root mean square, from what ops are not known to be."""
+        """Expected relative error of a latency (root mean square) due to the uncertainty of op latencies.
+
+        Args:
+            ops: op latencies fitted to the measurements so far.
+        """
         shares, covariance = self._shares(ops)
         return float(np.sqrt(np.mean(np.einsum("mp,mp->m", shares @ covariance, shares))))
 
     def choose(self, ops: OpLatencies, costs: Array, count: int, measured: Sequence[Point]) -> list[Point]:
-        """The next points to measure, by what they tell a second.
+        """Choose the next points to measure, by expected variance reduction per second.
 
         Args:
-            ops: what is known.
+            ops: op latencies fitted to the measurements so far.
             costs: seconds that measuring each point takes: [P].
-            count: how many.
-            measured: those that are not chosen again.
+            count: maximum number of points.
+            measured: points that are not chosen again.
         """
         shares, covariance = self._shares(ops)
         known = set(measured)
         free = np.array([point not in known for point in self.points])
         noise = np.array([ops.timing_noise(point) for point in self.points])
-        chosen = most_telling(covariance, shares, noise, costs, count, free)
+        chosen = expected_variance_reduction(covariance, shares, noise, costs, count, free)
         return [self.points[i] for i in chosen]
 
     def _shares(self, ops: OpLatencies) -> tuple[Array, Array]:
-        """Each point's share of each latency [M, P], and the covariance of log seconds [P, P]."""
+        """Share of each point in each latency [M, P], and the covariance of log seconds [P, P]."""
         mean, covariance = ops.posterior(self.points)
-        covariance = covariance + np.diag([ops.own_variance(point) for point in self.points])
+        covariance = covariance + np.diag([ops.op_effect_variance(point) for point in self.points])
         parts = self.counts * np.exp(mean)
         return parts / parts.sum(axis=1, keepdims=True), covariance
 
 
-def most_telling(
+def expected_variance_reduction(
     covariance: Array, wanted: Array, noise: Array, costs: Array, count: int, free: NDArray[np.bool_]
 ) -> list[int]:
-    """What to observe so that some sums become known, one after the other, by what each tells a unit of cost.
+    """Choose observations greedily by the expected variance reduction of some sums per unit of cost.
 
     Args:
-        covariance: of what can be observed: [P, P].
-        wanted: the weights of what can be observed in each sum: [M, P].
-        noise: variance of an observation of each: [P].
-        costs: of observing each: [P].
-        count: how many to choose, at most.
-        free: which may be chosen: [P].
+        covariance: prior covariance of the quantities that can be observed: [P, P].
+        wanted: weights of the quantities in each sum: [M, P].
+        noise: variance of an observation of each quantity: [P].
+        costs: cost of observing each quantity: [P].
+        count: maximum number of observations.
+        free: True for quantities that may be chosen: [P].
+
+    Returns:
+        Indices of the quantities, the most informative first.
     """
-    across, left = wanted @ covariance, free.copy()  # [M, P]
+    across, left = wanted @ covariance, free.copy()  # covariance of sums and quantities: [M, P]
     chosen: list[int] = []
     for _ in range(min(count, int(free.sum()))):
         variance = np.diag(covariance) + noise
@@ -104,6 +124,7 @@ def most_telling(
         best = int(np.argmax(gain))
         left[best] = False
         chosen.append(best)
+        # Condition on the observation (a rank-one update), whatever its value will be.
         row = covariance[best] / variance[best]
         across = across - np.outer(across[:, best], row)
         covariance = covariance - np.outer(covariance[:, best], row)
@@ -111,7 +132,13 @@ def most_telling(
 
 
 def op_design(space: Space, ops: Sequence[Op], workloads: Sequence[Workload]) -> OpDesign:
-    """The design of a space's ops (those that the device can run) in some workloads."""
+    """The points of a space, and their part in the latencies of a random population.
+
+    Args:
+        space: the space.
+        ops: its ops that the device can run.
+        workloads: workloads of interest.
+    """
     rng = np.random.default_rng(0)
     drawn = genome.decode(space, variation.sample(space, rng, POPULATION))
     points = tuple((op, workload) for op in ops for workload in workloads)
@@ -127,42 +154,62 @@ def op_design(space: Space, ops: Sequence[Op], workloads: Sequence[Workload]) ->
     return OpDesign(points, np.array(rows))
 
 
-def seeds(points: Sequence[Point], spare: int = SPARE_SEEDS) -> list[Point]:
-    """A D-optimal few of each kind and phase: one for each size that varies, and some more."""
+def initial_design(points: Sequence[Point], extra: int = EXTRA_POINTS) -> list[Point]:
+    """A D-optimal choice of points for each op kind and phase.
+
+    Args:
+        points: points to choose from.
+        extra: points per kind and phase beyond one for each size that varies.
+    """
     found = []
     for places in grouped(points).values():
-        some = [points[i] for i in places]
-        sizes = features(some)
+        group = [points[i] for i in places]
+        sizes = features(group)
         varying = sizes[:, np.ptp(sizes, axis=0) > 0]
         scaled = (varying - varying.mean(axis=0)) / np.maximum(np.ptp(varying, axis=0), 1e-9)
-        design = np.column_stack([np.ones(len(some)), scaled, scaled**2])
-        found += [some[i] for i in d_optimal([design], varying.shape[1] + spare)]
+        design = np.column_stack([np.ones(len(group)), scaled, scaled**2])
+        found += [group[i] for i in d_optimal([design], varying.shape[1] + extra)]
     return found
 
 
 def stack_heights(space: Space, op: Op, workload: Workload) -> tuple[int, int]:
-    """The copies of an op in its two stacks.
+    """Numbers of copies of an op in its shorter and its taller stack.
 
-    The taller one holds about the bytes of the median model of its width in that workload, so that weights
-    and states come from where a model's come from; a few copies of a small op would sit in the core's own
-    cache. It is 12 MiB at least: were one stack within that cache and the other beyond it, their slope would
-    be no op's latency. What a model saves that a cache holds is the composition's to say. Where a run reads
-    many tokens, its weights are read once for all of them, and few copies do.
+    In decoding the taller stack holds about as many bytes as the median model of the op's width, so that
+    weights and states are read from the same level of the memory hierarchy as in a model. A few copies of a
+    small op would stay in the core's cache. It holds at least 12 MiB: with one stack within that cache and
+    the other beyond it, the slope between them would not be the latency of an op. The composition models the
+    time that small models save in a cache. A run over many tokens reads its weights once for all of them,
+    and a few copies are enough.
+
+    Args:
+        space: the space.
+        op: one of its ops.
+        workload: the workload.
     """
-    high = STACKS[0]
-    if workload.batch * workload.tokens <= FEW_TOKENS:
-        each = op_held_bytes(op, workload, space.config)
-        if op.kind == "head":  # a stack of heads has no embeddings to be tied to
-            each += matrix_bytes(space.vocab_size, op.width, workload.precision)
-        wanted = max(STACK_BYTES, median_bytes(space, op.width, workload))
-        high = int(np.clip(round(wanted / max(each, 1)), *STACKS))
+    high = STACK_HEIGHTS[0]
+    if workload.batch * workload.tokens <= MAX_READING_TOKENS:
+        op_bytes = op_held_bytes(op, workload, space.config)
+        if op.kind == "head":  # in a stack it has no embedding to share its matrix with
+            op_bytes += matrix_bytes(space.vocab_size, op.width, workload.precision)
+        wanted = max(MIN_STACK_BYTES, median_bytes(space, op.width, workload))
+        high = int(np.clip(round(wanted / max(op_bytes, 1)), *STACK_HEIGHTS))
     return max(2, high // 3), high
 
 
 def stacks(
     space: Space, points: Sequence[Point], thirds: Sequence[Point] = ()
 ) -> dict[tuple[Op, int], list[Workload]]:
-    """The stacks that measuring points takes, with their workloads; some have a third height between."""
+    """Stacks to time for some points.
+
+    Args:
+        space: the space.
+        points: points to measure.
+        thirds: points that are measured at a third height in between, to check that a stack is linear.
+
+    Returns:
+        Workloads by op and height.
+    """
     found: dict[tuple[Op, int], list[Workload]] = {}
     for op, workload in points:
         low, high = stack_heights(space, op, workload)
@@ -173,10 +220,16 @@ def stacks(
 
 @lru_cache(maxsize=64)
 def median_bytes(space: Space, width: int, workload: Workload) -> float:
-    """The median bytes of weights and states of the models of a width, over a fixed sample of the space."""
-    sampled = variation.sample(space, np.random.default_rng(0), 2001)
-    some = sampled[sampled[:, 0] == space.width.index(width)]
-    return float(np.median(held_bytes(space, workload, some)))
+    """Median bytes of weights and states of the models of a width, over a fixed sample of the space.
+
+    Args:
+        space: the space.
+        width: one of its residual widths.
+        workload: the workload, which determines the size of states.
+    """
+    sampled = variation.sample(space, np.random.default_rng(0), SAMPLED_MODELS)
+    of_width = sampled[sampled[:, 0] == space.width.index(width)]
+    return float(np.median(held_bytes(space, workload, of_width)))
 
 
 def choose_models(
@@ -184,31 +237,41 @@ def choose_models(
     sizes: ModelCounts,
     ops: Mapping[Workload, OpTimes],
     runs: Callable[[Architecture], bool] = lambda _: True,
-) -> dict[str, list[Architecture]]:
-    """The whole models to measure: ``optimal`` and ``random`` to fit, ``held_out`` and ``repeat``.
+) -> dict[ModelRole, list[Architecture]]:
+    """Choose the whole models to measure.
 
-    The held-out ones are drawn with a seed of their own, none of them is among the others, and
-    they are spread over the latencies that there are. ``runs`` says which models the device can run;
-    where it is few of them, fewer are chosen.
+    Held-out models are drawn with a seed of their own, are disjoint from the models of the fit, and are
+    spread evenly over the range of latencies.
+
+    Args:
+        space: the space.
+        sizes: numbers of models; fewer are chosen if ``runs`` allows too few.
+        ops: op latencies by workload.
+        runs: returns True for architectures that the device can run.
+
+    Returns:
+        Architectures by role: ``optimal`` and ``random`` to fit on, ``held_out`` to test on, and ``repeat``,
+        the held-out models to measure twice.
 
     Raises:
-        InputError: there are too few to fit and test on.
+        InputError: there are too few architectures to fit and test on.
     """
     held_out = _spread(
         space,
-        _distinct(space, np.random.default_rng([sizes.seed, 2]), 10 * sizes.held_out, runs),
+        _distinct(space, np.random.default_rng([sizes.seed, 2]), HELD_OUT_CANDIDATES * sizes.held_out, runs),
         sizes.held_out,
         ops,
     )
     taken = {a.key for a in held_out}
     rng = np.random.default_rng([sizes.seed, 1])
-    pool = _distinct(space, rng, 600, lambda a: runs(a) and a.key not in taken)
-    if len(pool) < LEAST_MODELS or len(held_out) < LEAST_MODELS:
+    pool = _distinct(space, rng, CANDIDATES, lambda a: runs(a) and a.key not in taken)
+    if len(pool) < MIN_MODELS or len(held_out) < MIN_MODELS:
         raise InputError(
             f"space {space.name}: {len(pool)} architectures to fit on and {len(held_out)} to test on, "
-            f"at least {LEAST_MODELS} of each are needed"
+            f"at least {MIN_MODELS} of each are needed"
         )
     rows = genome.encode(space, pool)
+    # Errors are relative, so the information of a model is that of its row over its latency.
     relative = [
         design_matrix(space, latencies, rows) / op_sums(space, latencies, rows).sum(axis=1, keepdims=True)
         for latencies in ops.values()
@@ -224,9 +287,9 @@ def choose_models(
 def _spread(
     space: Space, drawn: Sequence[Architecture], count: int, ops: Mapping[Workload, OpTimes]
 ) -> list[Architecture]:
-    """``count`` of the drawn ones, evenly over the order of their op sums.
+    """A choice from drawn architectures, spread evenly over the order of their op sums.
 
-    They stand in random order, so that the first few are spread as well.
+    The order is random, so that the first few are spread as well.
     """
     if not drawn:
         return []
@@ -239,9 +302,9 @@ def _spread(
 def _distinct(
     space: Space, rng: np.random.Generator, count: int, runs: Callable[[Architecture], bool]
 ) -> list[Architecture]:
-    """Up to ``count`` different random architectures of those allowed."""
+    """Up to ``count`` distinct random architectures that are allowed."""
     found: dict[str, Architecture] = {}
-    for _ in range(DRAWN):
+    for _ in range(MAX_DRAWS):
         drawn = genome.decode(space, variation.sample(space, rng, count))
         found |= {a.key: a for a in drawn if runs(a)}
         if len(found) >= count:
@@ -250,12 +313,19 @@ def _distinct(
 
 
 def d_optimal(designs: Sequence[NDArray[np.float64]], count: int) -> list[int]:
-    """Rows that make the information of several designs [N, P] over the same rows large, greedily.
+    """Choose rows greedily that maximise the information of several designs.
 
-    Each pick maximises the sum over designs of log det(I/100 + X^T X), by the matrix
-    determinant lemma (Fedorov 1972 gives the criterion).
+    Each choice maximises the sum over designs of log det(I/100 + X^T X), by the matrix determinant lemma. The
+    criterion is D-optimality (Fedorov 1972).
+
+    Args:
+        designs: design matrices over the same rows: [N, P] each.
+        count: maximum number of rows.
+
+    Returns:
+        Indices of the rows.
     """
-    inverses = [np.eye(design.shape[1]) * 100.0 for design in designs]
+    inverses = [np.eye(design.shape[1]) * RIDGE for design in designs]
     chosen: list[int] = []
     for _ in range(min(count, len(designs[0]))):
         gain = sum(
@@ -266,6 +336,7 @@ def d_optimal(designs: Sequence[NDArray[np.float64]], count: int) -> list[int]:
         gain[chosen] = -np.inf
         best = int(np.argmax(gain))
         chosen.append(best)
+        # Sherman-Morrison update of each inverse information matrix.
         for i, design in enumerate(designs):
             v = inverses[i] @ design[best]
             inverses[i] = inverses[i] - np.outer(v, v) / (1 + design[best] @ v)

@@ -1,15 +1,17 @@
 """Fitting a predictor to measured ops and models."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.stats import spearmanr
+from numpy.typing import NDArray
 
+from latency.predictor.accuracy import HeldOutErrors, PredictorErrors, accuracy
 from latency.predictor.composition import (
-    LEAST_NOISE,
+    MIN_NOISE,
+    Composition,
     OpTimes,
+    Saving,
     design_matrix,
     fit_composition,
     fit_saving,
@@ -18,31 +20,49 @@ from latency.predictor.composition import (
     op_sums,
 )
 from latency.predictor.op_latencies import OpLatencies
-from latency.predictor.predictor import Array, Predictor, WorkloadModel, finite_seconds
+from latency.predictor.predictor import Predictor
+from latency.predictor.workload_model import WorkloadModel, finite_seconds
 from space import Space, Workload
 from space.cost import flops_table, params_cost
 from space.genome import Genomes
 from space.ops import op_kinds
 
+Array = NDArray[np.float64]
+MAD_TO_STD = 1.4826  # ratio of a normal's standard deviation to its median absolute deviation
 
-def accuracy(predicted: Array, measured: Array) -> dict[str, float | None]:
-    """How well predictions hold: MAPE, shares within 5% and 10%, rank correlation, spread."""
-    relative = np.abs(predicted / measured - 1)
-    return {
-        "models": len(measured),
-        "mape_percent": 100 * float(relative.mean()),
-        "worst_percent": 100 * float(relative.max()),
-        "within_5_percent": float((relative <= 0.05).mean()),
-        "within_10_percent": float((relative <= 0.10).mean()),
-        "spearman": float(spearmanr(predicted, measured).statistic) if len(measured) > 2 else None,
-        "span": float(measured.max() / measured.min()),
-    }
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredModels:
+    """Whole models that were measured.
+
+    Attributes:
+        genomes: the models: [N, G].
+        seconds: latency of each by workload: [N].
+        spread: relative standard deviation of each timing by workload: [N]; needed of models to fit on.
+        drawn: number of models, at the end, that were drawn at random rather than chosen.
+    """
+
+    genomes: Genomes
+    seconds: Mapping[Workload, Array]
+    spread: Mapping[Workload, Array] = field(default_factory=dict)
+    drawn: int = 0
 
 
 def proxy_predictions(
     space: Space, workload: Workload, fitted: Genomes, seconds: Array, genomes: Genomes
 ) -> Array:
-    """What a linear fit on FLOPs and parameters, from the same whole models, says of others."""
+    """Latencies predicted by a linear fit on FLOPs and parameters, a baseline.
+
+    Args:
+        space: the space.
+        workload: the workload.
+        fitted: models that the baseline is fitted to: [N, G].
+        seconds: their latencies: [N].
+        genomes: models to predict: [M, G].
+
+    Returns:
+        Seconds: [M].
+    """
     flops, params = flops_table(space, workload), params_cost(space)
 
     def features(rows: Genomes) -> Array:
@@ -58,52 +78,75 @@ def fit_predictor(
     space: Space,
     ops: OpLatencies,
     latencies: Mapping[Workload, OpTimes],
-    fitted: Genomes,
-    seconds: Mapping[Workload, Array],
-    timing: Mapping[Workload, Array],
-    held_out: Genomes,
-    held_out_seconds: Mapping[Workload, Array],
-    repeat_error: Mapping[Workload, float | None],
-    drawn: int,
+    fitted: MeasuredModels,
+    held_out: MeasuredModels,
+    repeatability: Mapping[Workload, float | None],
 ) -> Predictor:
-    """Fit every workload and test it on whole models that no fit saw.
+    """Fit a predictor of every workload, and test it on models that no fit used.
 
-    ``timing`` are relative standard deviations of the ``seconds``. The last ``drawn`` of the fitted were
-    drawn at random; the others were chosen to be unlike each other, and the residuals of extremes would say
-    that all predictions are bad. So intervals come from the drawn ones.
+    Intervals come from the models that were drawn at random. The others were chosen to be unlike each other,
+    and the residuals of extremes would overestimate the error of a typical model.
+
+    Args:
+        space: the space.
+        ops: fitted op latencies, for lengths between the workloads.
+        latencies: latencies of all ops, by workload.
+        fitted: models to fit on.
+        held_out: models to test on; may be empty.
+        repeatability: mean relative difference between two measurements of a model by workload, percent; None
+            if it is unknown.
     """
-    models, residuals = {}, []
+    models: dict[Workload, WorkloadModel] = {}
+    residuals: list[float] = []
     for workload, times in latencies.items():
-        design, held = design_matrix(space, times, fitted), held_bytes(space, workload, fitted)
-        shape = fit_saving(design, held, seconds[workload], timing[workload])
-        saved = shape.saved(held)
-        left_out = leave_one_out(design, seconds[workload], timing[workload], saved)
-        # The median, which no extreme moves; 1.48 times it is a normal's standard deviation.
-        scale = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(left_out))))
-        residuals += list(left_out[-drawn:] / scale)
-        composed = fit_composition(design, seconds[workload], timing[workload], saved)
-        errors: dict[str, Any] = {"leave_one_out_mape_percent": 100 * float(np.abs(left_out).mean())}
-        if len(held_out):
-            measured = held_out_seconds[workload]
-            kept = shape.saved(held_bytes(space, workload, held_out))
-            predicted = composed(design_matrix(space, times, held_out), kept)
-            proxy = proxy_predictions(space, workload, fitted, seconds[workload], held_out)
-            plain = op_sums(space, times, held_out).sum(axis=1)
-            errors |= {
-                "held_out": accuracy(predicted, measured),
-                "plain_sum": accuracy(plain, measured),
-                "flops_and_params": accuracy(proxy, measured),
-                "repeatability_mape_percent": repeat_error[workload],
-            }
+        seconds, spread = fitted.seconds[workload], fitted.spread[workload]
+        design = design_matrix(space, times, fitted.genomes)
+        held = held_bytes(space, workload, fitted.genomes)
+        saving = fit_saving(design, held, seconds, spread)
+        saved = saving.saved(held)
+        left_out = leave_one_out(design, seconds, spread, saved)
+        # A robust standard deviation: an extreme model must not widen the intervals of all others.
+        scale = max(MIN_NOISE, MAD_TO_STD * float(np.median(np.abs(left_out))))
+        residuals += list(left_out[-fitted.drawn :] / scale)
+        composed = fit_composition(design, seconds, spread, saved)
+        tested = None
+        if len(held_out.genomes):
+            tested = _tested(space, times, composed, saving, fitted, held_out, repeatability[workload])
         models[workload] = WorkloadModel(
             op_seconds=finite_seconds(times.by_key),
             kinds=dict(zip(op_kinds(space), composed.kinds, strict=True)),
             constant=composed.constant,
-            attention_constant=composed.shared * times.shared,
+            attention_constant=composed.attention_factor * times.attention_constant,
             per_layer=composed.per_layer,
             hinges=tuple(composed.hinges),
-            saving=replace(shape, rate=composed.rate),
+            saving=replace(saving, rate=composed.rate),
             scale=scale,
-            errors=errors,
+            errors=PredictorErrors(
+                leave_one_out_mape_percent=100 * float(np.abs(left_out).mean()), test=tested
+            ),
         )
     return Predictor(space=space, ops=ops, models=models, residuals=[float(r) for r in residuals])
+
+
+def _tested(
+    space: Space,
+    times: OpTimes,
+    composed: Composition,
+    saving: Saving,
+    fitted: MeasuredModels,
+    held_out: MeasuredModels,
+    repeatability: float | None,
+) -> HeldOutErrors:
+    """Accuracy of a composition and of two baselines on held-out models."""
+    workload = times.workload
+    measured = held_out.seconds[workload]
+    saved = saving.saved(held_bytes(space, workload, held_out.genomes))
+    predicted = composed(design_matrix(space, times, held_out.genomes), saved)
+    proxy = proxy_predictions(space, workload, fitted.genomes, fitted.seconds[workload], held_out.genomes)
+    plain = op_sums(space, times, held_out.genomes).sum(axis=1)
+    return HeldOutErrors(
+        held_out=accuracy(predicted, measured),
+        plain_sum=accuracy(plain, measured),
+        flops_and_params=accuracy(proxy, measured),
+        repeatability_mape_percent=repeatability,
+    )

@@ -1,17 +1,17 @@
-"""Predicting the peak resident memory of an inference session from what it must hold.
+"""Predicting the peak resident memory of an inference session.
 
-``bytes = c0 + a * weights + s * states + p * peak activations + b * depth``, all >= 0, fitted to relative
-errors on the whole models that latency is fitted on. c0 and b are what the runtime itself takes.
+``bytes = c0 + a * weights + s * states + p * peak activations + b * depth``, all coefficients >= 0, fitted
+under relative error to the whole models that latency is fitted to. c0 and b are the runtime's own memory.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from latency.device_runner.timing import JsonObject
+from latency.predictor.accuracy import MemoryErrors
 from latency.predictor.composition import conformal
 from space import Space, Workload
 from space.cost import op_activation_bytes, op_state_bytes, op_weight_bytes
@@ -19,30 +19,41 @@ from space.genome import Genomes
 from space.ops import Cost, OpTables, depths
 
 Array = NDArray[np.float64]
+COEFFICIENTS = ("constant", "per_layer", "weights", "states", "activations")  # columns of the design
+PRIOR_MEAN = (0.0, 0.0, 1.0, 1.0, 1.0)
+PRIOR_WEIGHT = 0.1  # of a row of the prior, beside a model's 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryModel:
-    """What was fitted for one workload.
+    """Fitted coefficients of one workload.
 
     Attributes:
-        once: bytes of any model.
+        constant: bytes of any model.
         per_layer: bytes.
-        weights: bytes per byte of weights; likewise states and activations.
-        residuals: measured over predicted minus 1, each from a fit without its model.
-        errors: on models that no fit saw, percent.
+        weights: bytes per byte of weights.
+        states: bytes per byte of states.
+        activations: bytes per byte of the largest activations.
+        residuals: measured over predicted minus 1, each from a fit to the other models.
+        errors: errors on models that no fit used; None if there were none.
     """
 
-    once: float
+    constant: float
     per_layer: float
     weights: float
     states: float
     activations: float
     residuals: tuple[float, ...]
-    errors: Mapping[str, Any]
+    errors: MemoryErrors | None = None
 
     def cost(self, space: Space, workload: Workload, confidence: float | None = None) -> Cost:
-        """Peak resident bytes as a cost: the mean, or what is passed with probability 1 - confidence."""
+        """Peak resident bytes as a cost of the space.
+
+        Args:
+            space: the space.
+            workload: the workload.
+            confidence: probability with which a model stays below the cost; None means the mean.
+        """
         model_config, factor = space.config, 1.0
         if confidence is not None:
             spread = max(1e-9, float(np.sqrt(np.mean(np.square(self.residuals)))))
@@ -58,7 +69,7 @@ class MemoryModel:
                     )
                 ),
             ),
-            constant=factor * self.once,
+            constant=factor * self.constant,
             per_layer=factor * self.per_layer,
             max_op=OpTables(
                 space, lambda op: factor * self.activations * op_activation_bytes(op, workload, model_config)
@@ -66,25 +77,37 @@ class MemoryModel:
         )
 
     def times(self, factor: float) -> "MemoryModel":
-        """A model that predicts so many times as much."""
-        names = ("once", "per_layer", "weights", "states", "activations")
-        return replace(self, **{name: factor * getattr(self, name) for name in names})
+        """The model with all predictions multiplied by a factor.
 
-    def to_json(self) -> dict[str, Any]:
-        """As a plain JSON value."""
-        return {**vars(self), "residuals": list(self.residuals), "errors": dict(self.errors)}
+        Args:
+            factor: the factor.
+        """
+        return replace(self, **{name: factor * getattr(self, name) for name in COEFFICIENTS})
+
+    def to_json(self) -> JsonObject:
+        """The model as a JSON object."""
+        changed = {
+            "residuals": list(self.residuals),
+            "errors": asdict(self.errors) if self.errors else {},
+        }
+        return {**vars(self), **changed}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "MemoryModel":
+    def from_json(value: JsonObject) -> "MemoryModel":
         """Read a model; the inverse of :meth:`to_json`."""
-        return MemoryModel(**{**value, "residuals": tuple(value["residuals"])})
+        errors = MemoryErrors(**value["errors"]) if value["errors"] else None
+        return MemoryModel(**{**value, "residuals": tuple(value["residuals"]), "errors": errors})
 
-    def between(self, other: "MemoryModel", share: float) -> "MemoryModel":
-        """The model of a length between those of this one and another."""
-        names = ("once", "per_layer", "weights", "states", "activations")
-        mixed = {n: (1 - share) * getattr(self, n) + share * getattr(other, n) for n in names}
+    def interpolate(self, other: "MemoryModel", share: float) -> "MemoryModel":
+        """The model of a length between those of two models.
+
+        Args:
+            other: the model of the greater length.
+            share: position between the lengths, from 0 (this model) to 1 (the other).
+        """
+        mixed = {n: (1 - share) * getattr(self, n) + share * getattr(other, n) for n in COEFFICIENTS}
         wider = max(self, other, key=lambda model: max(model.residuals))
-        return replace(wider, **mixed, errors={})
+        return replace(wider, **mixed, errors=None)
 
 
 def fit_memory(
@@ -95,21 +118,32 @@ def fit_memory(
     held_out: Genomes,
     held_out_measured: Array,
 ) -> MemoryModel:
-    """Fit the bytes of models, and test the fit on others."""
+    """Fit the peak memory of models, and test the fit on others.
+
+    Args:
+        space: the space.
+        workload: the workload.
+        fitted: models to fit on: [N, G].
+        measured: their peak bytes: [N].
+        held_out: models to test on: [M, G]; may be empty.
+        held_out_measured: their peak bytes: [M].
+    """
     design = _design(space, workload, fitted)
     solution = _solve(design, measured)
     keep = ~np.eye(len(measured), dtype=bool)
     left_out = [
-        float(bytes_ / (row @ _solve(design[rows], measured[rows])) - 1)
-        for rows, row, bytes_ in zip(keep, design, measured, strict=True)
+        float(peak / (row @ _solve(design[rows], measured[rows])) - 1)
+        for rows, row, peak in zip(keep, design, measured, strict=True)
     ]
-    errors = {}
+    errors = None
     if len(held_out):
         off = np.abs(_design(space, workload, held_out) @ solution / held_out_measured - 1)
-        errors = {"models": len(off), "mape_percent": 100 * off.mean(), "worst_percent": 100 * off.max()}
-    once, per_layer, weights, states, activations = map(float, solution)
+        errors = MemoryErrors(
+            models=len(off), mape_percent=100 * float(off.mean()), worst_percent=100 * float(off.max())
+        )
+    constant, per_layer, weights, states, activations = map(float, solution)
     return MemoryModel(
-        once=once,
+        constant=constant,
         per_layer=per_layer,
         weights=weights,
         states=states,
@@ -120,7 +154,7 @@ def fit_memory(
 
 
 def _design(space: Space, workload: Workload, genomes: Genomes) -> Array:
-    """Rows (1, depth, bytes of weights, states, peak activations): [N, 5]."""
+    """Columns 1, depth, and bytes of weights, states and peak activations: [N, 5]."""
     model_config = space.config
     weights = OpTables(space, lambda op: op_weight_bytes(op, model_config, workload.precision)).totals(
         genomes
@@ -131,11 +165,12 @@ def _design(space: Space, workload: Workload, genomes: Genomes) -> Array:
 
 
 def _solve(design: Array, measured: Array) -> Array:
-    """Coefficients >= 0 of the least relative squares; weights, states and activations are held near 1."""
+    """Coefficients >= 0 of the least relative squares, with a weak prior."""
     rows = design / measured[:, None]
     scale = np.abs(rows).mean(axis=0) + 1e-30
-    pull = 0.1 * np.eye(rows.shape[1])  # the terms go together in small spaces
-    goal = pull @ (np.array([0.0, 0.0, 1.0, 1.0, 1.0]) * scale)
+    # The prior separates terms that vary together in small spaces.
+    prior = PRIOR_WEIGHT * np.eye(rows.shape[1])
+    goal = prior @ (np.array(PRIOR_MEAN) * scale)
     return np.asarray(
-        nnls(np.vstack([rows / scale, pull]), np.concatenate([np.ones(len(rows)), goal]))[0] / scale
+        nnls(np.vstack([rows / scale, prior]), np.concatenate([np.ones(len(rows)), goal]))[0] / scale
     )

@@ -1,1 +1,1 @@
-"""Runtimes: what builds and runs ops and models on this machine."""
+"""Runtimes: ways to run ops and models on this machine, and their registry."""

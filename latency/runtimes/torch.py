@@ -1,37 +1,50 @@
-"""torch as a runtime: eager or compiled, on the CPU or a GPU, under the protocol of every runtime.
+"""torch as a runtime: eager or compiled, on the CPU or on a GPU.
 
-On a GPU a timed block ends when the device has done all of its loops, so a block should be long beside
-the some ten microseconds that waiting costs.
+On a GPU a timed block ends when the device has finished all of its loops. Waiting costs about ten
+microseconds, so a block should be much longer than that.
 """
 
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FunctionType
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from latency.device_runner.io_binding import Run
-from latency.device_runner.main import cpu_model
-from latency.runtimes.onnxruntime import ANCHOR_SIDE
-from latency.runtimes.protocol import random_weights
+from latency.device_runner.fingerprint import Fingerprint
+from latency.device_runner.timer import Run
+from latency.runtimes.protocol import ANCHOR_SIDE, ExportedModel, Runtime, Weights, random_weights
+from latency.runtimes.registry import register_runtime
 from space import Architecture, InputError, Layer, ModelConfig, Workload
 from space.attention.projection import project, rms_norm
-from space.blocks import ffn, forward, mixer
+from space.blocks import State, ffn, forward, mixer
 from space.ops import Op
 from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 
+Step = Callable[[], object]
 
-class TorchRuntime:
-    """torch on one device, with a fixed number of threads."""
+
+class TorchRuntime(Runtime):
+    """torch on one device.
+
+    Args:
+        threads: number of threads of the whole process.
+        device: ``cpu`` or ``cuda``.
+        compiled: True for ``torch.compile``, False for eager execution.
+
+    Raises:
+        InputError: ``device`` is ``cuda`` and torch finds no CUDA device.
+    """
 
     def __init__(self, threads: int = 1, device: str = "cpu", *, compiled: bool = False) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("runtime torch-cuda: torch sees no CUDA device here")
         self.threads, self.device, self.compiled = threads, torch.device(device), compiled
+        self.torch_device = device
         self.name = "-".join(
             ["torch", *(["cuda"] if device == "cuda" else []), *(["compiled"] if compiled else [])]
         )
@@ -40,26 +53,48 @@ class TorchRuntime:
     def stack(
         self, op: Op, height: int, workloads: Sequence[Workload], model_config: ModelConfig
     ) -> dict[Workload, Run]:
-        """Runners of ``height`` copies of an op, one for each workload."""
-        copies = [self._weights(_shapes(op, model_config), seed) for seed in range(height)]
+        """Build copies of an op; see :meth:`Runtime.stack`."""
+        copies = [self._random(_shapes(op, model_config), seed) for seed in range(height)]
         return {w: self._runner(self._stacked(op, copies, w, model_config)) for w in workloads}
 
     def model(
         self, architecture: Architecture, workloads: Sequence[Workload], model_config: ModelConfig, seed: int
     ) -> dict[Workload, Run]:
-        """Runners of a whole model with random weights, one for each workload."""
-        weights = self._weights(model_shapes(architecture, model_config), seed)
-        return self.load(weights, architecture, workloads, model_config)
+        """Build a whole model with random weights; see :meth:`Runtime.model`."""
+        weights = self._random(model_shapes(architecture, model_config), seed)
+        return self._runners(weights, architecture, workloads, model_config)
 
-    def load(
+    def deploy(self, exported: ExportedModel, workloads: Sequence[Workload]) -> dict[Workload, Run]:
+        """Copy the weights to the device and run the plain model; see :meth:`Runtime.deploy`."""
+        weights = self._copied(exported.load_weights())
+        return self._runners(weights, exported.architecture, workloads, exported.model_config)
+
+    def logits(self, exported: ExportedModel, tokens_BT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of the plain model on the device; see :meth:`Runtime.logits`."""
+        weights = self._copied(exported.load_weights())
+        tokens = torch.from_numpy(tokens_BT).to(self.device)
+        with torch.inference_mode():
+            logits, _ = forward(weights, exported.architecture, exported.model_config, tokens)
+        return np.asarray(logits.cpu().numpy())
+
+    def anchors(self) -> list[Run]:
+        """A product of two square matrices; see :meth:`Runtime.anchors`."""
+        x = torch.randn(ANCHOR_SIDE, ANCHOR_SIDE, device=self.device)
+        return [self._runner(lambda: x @ x)]
+
+    def fingerprint(self) -> Fingerprint:
+        """CPU or GPU, system and version of torch."""
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
+        return Fingerprint.local(self.name, torch.__version__, gpu)
+
+    def _runners(
         self,
         weights: Mapping[str, Tensor],
         architecture: Architecture,
         workloads: Sequence[Workload],
         model_config: ModelConfig,
     ) -> dict[Workload, Run]:
-        """Runners of a model with these weights, copied to the device; one for each workload."""
-        weights = {name: tensor.to(self.device, copy=True) for name, tensor in weights.items()}
+        """Runners of a model with these weights, one for each workload."""
         found = {}
         for workload in workloads:
             tokens = self._tokens(workload, model_config)
@@ -69,38 +104,25 @@ class TorchRuntime:
                 if layer.mixer != "none" and workload.past
             }
 
-            def step(tokens: Tensor = tokens, states: Any = states, past: int = workload.past) -> Any:
+            # Defaults bind this workload's values: a closure would see those of the last one.
+            def step(
+                tokens: Tensor = tokens, states: dict[int, State] = states, past: int = workload.past
+            ) -> object:
                 return forward(weights, architecture, model_config, tokens, position=past, states=states)
 
             found[workload] = self._runner(step)
         return found
 
-    def anchors(self) -> list[Run]:
-        """A square matrix product; see docs/adr/0005."""
-        x = torch.randn(ANCHOR_SIDE, ANCHOR_SIDE, device=self.device)
-        return [self._runner(lambda: x @ x)]
+    def _copied(self, weights: Weights) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(w).to(self.device, copy=True) for name, w in weights.items()}
 
-    def fingerprint(self) -> dict[str, Any]:
-        """CPU or GPU, system and versions."""
-        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
-        return {
-            "machine": platform.machine(),
-            "cpu": gpu or cpu_model(),
-            "system": platform.system(),
-            "runtime": self.name,
-            "runtime_version": torch.__version__,
-        }
-
-    def _weights(self, shapes: Shapes, seed: int) -> dict[str, Tensor]:
-        return {
-            name: torch.from_numpy(value).to(self.device)
-            for name, value in random_weights(shapes, seed).items()
-        }
+    def _random(self, shapes: Shapes, seed: int) -> dict[str, Tensor]:
+        values = random_weights(shapes, seed)
+        return {name: torch.from_numpy(value).to(self.device) for name, value in values.items()}
 
     def _tokens(self, workload: Workload, model_config: ModelConfig) -> Tensor:
-        return torch.randint(
-            1, model_config.vocab_size, (workload.batch, workload.tokens), device=self.device
-        )
+        size = (workload.batch, workload.tokens)
+        return torch.randint(1, model_config.vocab_size, size, device=self.device)
 
     def _state(
         self, layer: Layer, width: int, model_config: ModelConfig, workload: Workload
@@ -110,7 +132,8 @@ class TorchRuntime:
 
     def _stacked(
         self, op: Op, copies: Sequence[Mapping[str, Tensor]], workload: Workload, model_config: ModelConfig
-    ) -> Callable[[], Any]:
+    ) -> Step:
+        """A step that runs all copies of an op."""
         if op.kind == "embedding":
             tokens = self._tokens(workload, model_config)
             return lambda: [F.embedding(tokens, weights["embedding"]) for weights in copies]
@@ -135,17 +158,14 @@ class TorchRuntime:
 
         return step
 
-    def _runner(self, step: Any) -> Run:
-        """Runs a step a number of times, to its end."""
+    def _runner(self, step: Step) -> Run:
+        """A function that runs a step the given number of times and waits for the device."""
         if self.compiled:
-            # Each with code of its own: compiled graphs are kept by code object, and only some for each.
-            code = step.__code__.replace()
-            own = FunctionType(code, step.__globals__, step.__name__, step.__defaults__, step.__closure__)
-            step = torch.compile(own, dynamic=False)
+            step = _compiled(step)
             with warnings.catch_warnings(), torch.inference_mode():
-                # The cache holds tables of rotary angles, which are the same each time.
+                # The cached functions return tables of rotary angles, which never change.
                 warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-                step()  # compiled here, not within a timed block
+                step()  # compiles now rather than in a timed block
 
         def run(loops: int) -> None:
             with torch.inference_mode():
@@ -157,9 +177,38 @@ class TorchRuntime:
         return run
 
 
+def _compiled(step: Step) -> Step:
+    """The compiled step.
+
+    torch keeps compiled graphs by code object, and only a few for each. Every step therefore gets a copy of
+    its code object.
+    """
+    if not isinstance(step, FunctionType):
+        raise TypeError(f"{step!r} is not a plain function")
+    code = step.__code__.replace()
+    copy = FunctionType(code, step.__globals__, step.__name__, step.__defaults__, step.__closure__)
+    compiled: Step = torch.compile(copy, dynamic=False)
+    return compiled
+
+
 def _shapes(op: Op, model_config: ModelConfig) -> Shapes:
+    """Shapes of an op's parameters."""
     if op.kind in ("embedding", "head"):
         return end_shapes(op.width, model_config)
     if op.kind == "ffn":
         return ffn_shapes(op.width, op.ffn)
     return mixer_shapes(op.kind, op.width, op.heads, op.kv_heads, model_config)
+
+
+def _open(threads: int, precision: str, *, device: str, compiled: bool) -> TorchRuntime:
+    """Open a torch runtime; the registry has checked the precision, which is fp32."""
+    return TorchRuntime(threads, device, compiled=compiled)
+
+
+for _name, _device, _is_compiled in (
+    ("torch", "cpu", False),
+    ("torch-compiled", "cpu", True),
+    ("torch-cuda", "cuda", False),
+    ("torch-cuda-compiled", "cuda", True),
+):
+    register_runtime(_name, partial(_open, device=_device, compiled=_is_compiled))

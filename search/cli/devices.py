@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from latency import Card
+    from latency.device_runner.fingerprint import Fingerprint
     from search.engine.verification import Verification
     from supernet.evaluate import EvaluationSet
     from supernet.extract import SubModel
@@ -77,7 +78,7 @@ def profile(
     loaded = load_space(space)
 
     from latency import ProfileConfig, load_card
-    from latency.profile import minutes
+    from latency.config import minutes
     from space.io.config import parse
 
     given = {
@@ -90,12 +91,13 @@ def profile(
     }
     config = parse(ProfileConfig, given, "profile")
 
-    from latency.kit.pack import pack, unpack
-    from latency.profile import load_prior
-    from latency.profile import profile as measure
+    from latency.kit.pack import pack
+    from latency.kit.unpack import unpack
+    from latency.profiling import load_prior
+    from latency.profiling import profile as measure
 
     if make_kit:
-        show_kit(pack(loaded, context.obj / device, config, make_kit), as_json)
+        show_kit(vars(pack(loaded, context.obj / device, config, make_kit)), as_json)
         return
     if kit_result:
         predictor = unpack(loaded, context.obj / device, kit_result, prior)
@@ -106,11 +108,11 @@ def profile(
                 loaded, context.obj, device, config, lambda what, share: stage(share, what), known
             )
     card = load_card(context.obj, device)
-    errors = {str(w): dict(model.errors) for w, model in predictor.models.items()}
+    errors = {str(w): m.errors.to_json() for w, m in predictor.models.items() if m.errors}
     value = {
         "device": device,
         "workloads": errors,
-        "memory": {str(w): dict(model.errors) for w, model in predictor.memory.items()},
+        "memory": {str(w): vars(m.errors) if m.errors else {} for w, m in predictor.memory.items()},
         "unsupported": card.unsupported,
         "aa_difference_percent": None if card.aa_difference is None else 100 * card.aa_difference,
         "problems": card.problems,
@@ -156,7 +158,7 @@ def verify(
 
     from latency.card import outdated
     from latency.runtimes.registry import open_card_runtime
-    from search.config import VerifyConfig
+    from search.engine.config import VerifyConfig
     from search.submodel.export import models_digest
     from search.submodel.kit import pack_submodel, unpack_submodel
     from search.submodel.verify import verify as carry_out
@@ -261,7 +263,7 @@ def _device_entry(card: "Card") -> dict[str, Any]:
         "name": card.name,
         "measured": card.measured,
         "age_days": _age_days(card.measured),
-        "fingerprint": card.fingerprint,
+        "fingerprint": card.fingerprint.to_json(),
         "this_machine": not other,
         "differences": other,
         "warning": outdated(card, here),
@@ -290,7 +292,7 @@ def _device_tables(root: Path, entries: list[dict[str, Any]], details: bool) -> 
     return tables + (_error_tables(entries[0]["predictors"].values()) if details else [])
 
 
-def _fingerprint(card: "Card") -> dict[str, Any]:
+def _fingerprint(card: "Card") -> "Fingerprint":
     """Fingerprint of this machine with the card's runtime, or with onnxruntime if that is not installed."""
     from latency import OnnxRuntime
     from latency.runtimes.registry import open_card_runtime

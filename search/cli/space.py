@@ -29,7 +29,7 @@ def describe_space(space: "Space") -> dict[str, Any]:
     Args:
         space: the space.
     """
-    from latency.predictor.design import seeds
+    from latency.predictor.design import initial_design
     from space import Workload, genome
     from space.cost import params
     from space.ops import space_ops
@@ -39,7 +39,7 @@ def describe_space(space: "Space") -> dict[str, Any]:
     ops = space_ops(space)
     workloads = [Workload(phase=phase, length=space.max_seq_len) for phase in PHASES]
     points = [(op, workload) for op in ops for workload in workloads]
-    measured_points = min(len(points), 2 * len(seeds(points)))
+    measured_points = min(len(points), 2 * len(initial_design(points)))
     seconds = OP_SECONDS * measured_points + MODELS * len(workloads) * MODEL_SECONDS
     return {
         "name": space.name,

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from latency.device_runner.main import cpu_model
+from latency.device_runner.fingerprint import cpu_model
 from search.problem.objective import BUILTIN_QUALITIES
 from space import Architecture, InputError
 from supernet.evaluate import Quality

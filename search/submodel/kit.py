@@ -18,11 +18,12 @@ from onnx import load_model
 
 from latency import Card
 from latency.card import differences
-from latency.kit.pack import Writer, reference_stacks, write_plan
+from latency.device_runner.plan import KitGroup, KitItem, ParityCase
+from latency.device_runner.timer import TimerConfig
 from latency.kit.result import read_result, read_timings
-from latency.runtimes.onnxruntime import graph_binding
+from latency.kit.writer import KitWriter, reference_stacks, workload_io_bindings, write_plan
 from latency.runtimes.reference import reference_work
-from search.config import VerifyConfig
+from search.engine.config import VerifyConfig
 from search.engine.front import Choice
 from search.engine.verification import Verification
 from search.submodel.export import exported, models_digest
@@ -137,22 +138,11 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
     plain, model = model_file(submodel.folder), model_file(submodel.folder, precision)
     graph, architecture = load_model(model), submodel.architecture
     ends = submodel.model_config, architecture.width, architecture.layers
-    bindings = {str(w): graph_binding(graph, w, *ends).to_json() for w in workloads}
-    timer = {
-        "block_ms": config.block_ms,
-        "min_rounds": config.rounds,
-        "max_rounds": config.rounds,
-        "anchor_every": 2,
-    }
-    item = {
-        "graph": model.name,
-        "weights": [],
-        "bindings": bindings,
-        "mixers": [],
-        "fallback": False,
-        "op": False,
-    }
-    items: list[dict[str, Any]] = [{**item, "name": str(copy)} for copy in range(config.copies)]
+    io_bindings = workload_io_bindings(graph, workloads, *ends)
+    timer = TimerConfig(
+        block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
+    )
+    items = [KitItem(str(copy), model.name, io_bindings) for copy in range(config.copies)]
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as kit:
         for graph_file in dict.fromkeys((plain, model)):
             kit.write(graph_file, graph_file.name)
@@ -161,23 +151,29 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)
             kit.writestr(f"{name}.npz", buffer.getvalue())
-            cases.append({"name": name, "graph": plain.name, "arrays": f"{name}.npz"})
-        writer = Writer(kit)
-        groups = [{"timer": timer, "items": [*items, *reference_stacks(writer)]}]
-        plan = {"threads": threads, "groups": groups, "parity": cases}
+            cases.append(ParityCase(name, plain.name, f"{name}.npz"))
+        writer = KitWriter(kit)
         packed = models_digest(submodel, ("fp32", precision))
-        identity = write_plan(writer, {"model": packed, **plan}, precision)
+        identity = write_plan(
+            writer,
+            made_for=packed,
+            return_command="verify",
+            threads=threads,
+            precision=precision,
+            groups=[KitGroup(timer, (*items, *reference_stacks(writer)))],
+            parity=cases,
+        )
     manifest = KitManifest(
         kit=identity,
         model=packed,
         precision=precision,
         device=card.name,
         settings=config,
-        workloads=tuple(bindings),
+        workloads=tuple(io_bindings),
         inputs={"graphs": str(VERSION)},
     )
     manifest.write(submodel.folder / "kit.json")
-    return PackedKit(kit=identity, bytes=path.stat().st_size, timings=len(items) * len(bindings))
+    return PackedKit(kit=identity, bytes=path.stat().st_size, timings=len(items) * len(io_bindings))
 
 
 @torch.inference_mode()
@@ -235,7 +231,7 @@ def unpack_submodel(
         raise InputError(f"{submodel.folder}: not the graphs that were packed; `{again}`")
     result = read_result(path, manifest.kit, card.name)
     config = manifest.settings
-    other = differences(card.fingerprint, result.fingerprint.model_dump())
+    other = differences(card.fingerprint, result.device)
     if other:
         raise InputError(f"{path}: measured on another device than {card.name} ({'; '.join(other)})")
     workloads = [Workload.parse(text) for text in manifest.workloads]

@@ -12,19 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from onnx import load_model
 
-from latency import Card, OnnxRuntime
+from latency import Card
 from latency.card import differences, outdated
-from latency.device_runner.io_binding import Run
-from latency.device_runner.timer import TimerConfig, measure, pinned
+from latency.device_runner.timer import Run, TimerConfig, measure, pinned
 from latency.device_runner.timing import Timing
-from latency.runtimes.onnxruntime import graph_binding
-from latency.runtimes.protocol import Runtime
-from latency.runtimes.reference import reference_items, require_stable
-from latency.runtimes.registry import open_card_runtime
-from latency.runtimes.rss import session_rss
-from search.config import VerifyConfig
+from latency.runtimes.protocol import ExportedModel
+from latency.runtimes.reference import card_scale, reference_items, require_stable
+from latency.runtimes.registry import open_card_runtime, precisions
+from search.engine.config import VerifyConfig
 from search.engine.front import Choice
 from search.engine.verification import (
     VERIFICATION,
@@ -40,7 +36,7 @@ from search.submodel.decoder import Decoder
 from search.submodel.export import exported, models_digest
 from search.submodel.parity import parity
 from space import InputError, Workload
-from space.precision import model_file
+from space.precision import PRECISIONS, model_file
 from supernet.data.corpus import load_corpus
 from supernet.data.mqar import IGNORED
 from supernet.evaluate import EvaluationSet, evaluation_set
@@ -68,7 +64,7 @@ def measure_submodel(
 ) -> dict[str, LatencyMeasurement]:
     """Measured latencies by workload, in the card's units.
 
-    The exported graph is timed on onnxruntime, the plain model on torch.
+    The model is timed as the card's runtime deploys it.
 
     Args:
         submodel: with its exported graphs.
@@ -87,7 +83,7 @@ def measure_submodel(
         with pinned(threads):
             items: dict[str, Run] = {}
             for copy in range(config.copies):
-                for w, run in sessions(runtime, submodel, group).items():
+                for w, run in runtime.deploy(exported_model(submodel), group).items():
                     items[f"{copy}|{w}"] = run
             timer = TimerConfig(
                 block_ms=config.block_ms, min_rounds=config.rounds, max_rounds=config.rounds, anchor_every=2
@@ -99,17 +95,18 @@ def measure_submodel(
     return measurements
 
 
-def sessions(runtime: Runtime, submodel: SubModel, workloads: Sequence[Workload]) -> dict[Workload, Run]:
-    """Runners of the sub-model as the runtime deploys it, one for each workload."""
-    architecture, model_config = submodel.architecture, submodel.model_config
-    if isinstance(runtime, OnnxRuntime):
-        files = {w: model_file(submodel.folder, w.precision) for w in workloads}
-        return {w: runtime.load(files[w], architecture, w, model_config) for w in workloads}
-    from latency.runtimes.torch import TorchRuntime
+def exported_model(submodel: SubModel) -> ExportedModel:
+    """A sub-model in the forms that a runtime may deploy.
 
-    if not isinstance(runtime, TorchRuntime):
-        raise TypeError(f"runtime {runtime.name}: no way to deploy a sub-model on it")
-    return runtime.load(submodel.model().state_dict(), architecture, workloads, model_config)
+    Args:
+        submodel: with its exported graphs.
+    """
+    return ExportedModel(
+        architecture=submodel.architecture,
+        model_config=submodel.model_config,
+        files={precision: model_file(submodel.folder, precision) for precision in PRECISIONS},
+        load_weights=lambda: {name: w.numpy() for name, w in submodel.model().state_dict().items()},
+    )
 
 
 def latencies(
@@ -123,7 +120,7 @@ def latencies(
         workloads: all with the same number of threads.
         copies: sessions of each workload.
     """
-    scales = card.scale(workloads[0].threads, timings)
+    scales = card_scale(card, workloads[0].threads, timings)
     measurements = {}
     for w in workloads:
         scale = scales[w.phase]
@@ -140,20 +137,20 @@ def latencies(
     return measurements
 
 
-def measure_rss(submodel: SubModel) -> dict[str, int]:
-    """Peak resident bytes of a session of the exported model, by workload that a limit on rss names.
+def measure_rss(submodel: SubModel, card: Card) -> dict[str, int]:
+    """Peak resident bytes of the deployed model, by workload that a limit on rss names.
 
     Args:
         submodel: with its exported graphs and the limits that it was chosen under.
+        card: the device's; nothing is measured if its runtime cannot measure memory.
     """
     limits = [Limit.parse(item.limit) for item in Choice.from_json(submodel.chosen).limits]
     workloads = [limit.workload for limit in limits if limit.metric.measured_by == "rss" and limit.workload]
-    architecture, found = submodel.architecture, {}
-    for w in workloads:
-        path = model_file(submodel.folder, w.precision)
-        ends = submodel.model_config, architecture.width, architecture.layers
-        found[str(w)] = session_rss(path, graph_binding(load_model(path), w, *ends), w.threads)
-    return found
+    runtime = open_card_runtime(card)
+    if not workloads or not runtime.supports_rss:
+        return {}
+    found = runtime.deployed_rss(exported_model(submodel), workloads)
+    return {str(w): peak_bytes for w, peak_bytes in found.items()}
 
 
 def judge(
@@ -209,27 +206,20 @@ def verify(
     config = config or VerifyConfig()
     inputs = {"model": models_digest(submodel)} if inputs is None else inputs
     workloads = [Workload.parse(text) for text in Choice.from_json(submodel.chosen).workloads(card.name)]
-    precisions = exported(submodel, workloads)
-    timed = [replace(w, precision=p) for p in precisions for w in workloads] if is_onnx(card) else workloads
+    there = exported(submodel, workloads)
+    deployable = [p for p in there if p in precisions(card.fingerprint.runtime)]
+    timed = [replace(w, precision=p) for p in deployable for w in workloads]
     require_card_is_here(card)
+    runtime = open_card_runtime(card)
     with warnings.catch_warnings():  # a file that is not whole is found here, before minutes of measuring
         warnings.simplefilter("error")
-        device = "cuda" if "cuda" in str(card.fingerprint["runtime"]) else "cpu"
-        checked = parity(submodel, config.tokens, device=device)
-    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in precisions} if data else {}
+        checked = parity(submodel, config.tokens, device=runtime.torch_device)
+    losses = {p: graph_loss(model_file(submodel.folder, p), data) for p in there} if data else {}
     measured = measure_submodel(submodel, card, list(dict.fromkeys([*workloads, *timed])), config)
-    here = open_card_runtime(card).fingerprint()
-    runtime = f"{here['runtime']} {here['runtime_version']}"
-    return conclude(submodel, card, runtime, measured, checked, measure_rss(submodel), losses, inputs)
-
-
-def is_onnx(card: Card) -> bool:
-    """True if a card's device runs the exported graph.
-
-    Args:
-        card: the device's.
-    """
-    return str(card.fingerprint.get("runtime")) == OnnxRuntime.name
+    here = runtime.fingerprint()
+    label = f"{here.runtime} {here.runtime_version}"
+    rss = measure_rss(submodel, card)
+    return conclude(submodel, card, label, measured, checked, rss, losses, inputs)
 
 
 def graph_loss(path: Path, data: EvaluationSet) -> float:

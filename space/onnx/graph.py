@@ -15,13 +15,6 @@ Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]
 OPSET = 21
 VERSION = 2  # of what graphs execute: timings of another version are timings of something else
-
-
-def version_for(runtime: str) -> int:
-    """The version of what a runtime times; 0 for one that runs no graphs of ours."""
-    return VERSION if runtime == "onnxruntime" else 0
-
-
 CONTRIB = "com.microsoft"
 
 

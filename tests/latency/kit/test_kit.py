@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from latency import ProfileConfig, load_card, load_predictor
-from latency.device_runner import main as probe
-from latency.kit.pack import PARTS, pack, unpack
+from latency.device_runner.plan import checksum
+from latency.kit.pack import pack
+from latency.kit.unpack import unpack
+from latency.kit.writer import DEVICE_MODULES
 from space import InputError, Space, Workload, genome, variation
 from tests.contracts import tiny_space
 
@@ -58,8 +60,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_probe_needs_only_an_old_python_numpy_and_onnxruntime() -> None:
-    own = {part.__name__ for part in PARTS}
-    for part in PARTS:
+    own = {part.__name__ for part in DEVICE_MODULES}
+    for part in DEVICE_MODULES:
         tree = ast.parse(Path(str(part.__file__)).read_text(), feature_version=(3, 8))
         names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
@@ -79,7 +81,7 @@ def test_a_kit_is_small_and_a_result_makes_a_card(measured: Path) -> None:
     rows = variation.sample(space(), np.random.default_rng(0), 50)
     for workload in QUICK.parsed(space()):
         assert (predictor.predict(rows, workload) > 0).all()
-        assert predictor.models[workload].errors["held_out"]["models"] == 3
+        assert predictor.models[workload].errors.test.held_out.models == 3
     again = run_kit(measured / "kit.zip", measured / "result.json")
     assert again.returncode == 0
     assert "complete already" in again.stderr
@@ -93,7 +95,9 @@ def test_a_kit_of_another_precision_draws_bytes(precision: str, tmp_path: Path) 
     pack(space(), folder, config, tmp_path / "kit.zip")
     with zipfile.ZipFile(tmp_path / "kit.zip") as kit:
         plan = json.loads(kit.read("kit.json"))
-    kinds = {weight[-1] for group in plan["groups"] for item in group["items"] for weight in item["weights"]}
+    kinds = {
+        weight["dtype"] for group in plan["groups"] for item in group["items"] for weight in item["weights"]
+    }
     assert kinds == {"float32", "uint8"} | ({"int8"} if precision == "int8-dynamic" else set())
     done = run_kit(tmp_path / "kit.zip", tmp_path / "result.json")
     assert done.returncode == 0, done.stderr
@@ -145,8 +149,8 @@ def test_what_a_device_lacks_stays_out(measured: Path, tmp_path: Path) -> None:
         assert np.isfinite(seconds[~has]).all()
 
 
-def sealed(value: dict[str, Any]) -> str:
-    return json.dumps({**value, "seal": probe.seal(value)})
+def with_checksum(value: dict[str, Any]) -> str:
+    return json.dumps({**value, "checksum": checksum(value)})
 
 
 def first_timing(value: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +230,7 @@ LIES: dict[str, tuple[Callable[[str], str], str]] = {
 def change(text: str, how: Callable[[dict[str, Any]], object]) -> str:
     value = json.loads(text)
     how(value)
-    return sealed(value)
+    return with_checksum(value)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -253,7 +257,7 @@ def test_a_hundred_megabytes_are_not_read(measured: Path, tmp_path: Path) -> Non
 def test_the_same_kit_is_packed_twice(tmp_path: Path) -> None:
     first = pack(space(), tmp_path / "a", QUICK, tmp_path / "a.zip")
     second = pack(space(), tmp_path / "b", QUICK, tmp_path / "b.zip")
-    assert first["kit"] == second["kit"]
+    assert first.kit == second.kit
     assert Workload.parse("prefill@16") in QUICK.parsed(space())
 
 
@@ -276,7 +280,7 @@ def test_a_card_is_extended_and_never_mixed(measured: Path, tmp_path: Path) -> N
 
 def test_a_space_without_plain_models_is_packed(tmp_path: Path) -> None:
     linear = tiny_space(mixer=["linear", "retnet"], ratios=["linear"], ffn=[16, 32], depth=[1, 2, 3])
-    assert pack(linear, tmp_path / "far", QUICK, tmp_path / "kit.zip")["models"] == 4 + 2 + 3 + 1
+    assert pack(linear, tmp_path / "far", QUICK, tmp_path / "kit.zip").models == 4 + 2 + 3 + 1
 
 
 def test_a_space_of_too_few_architectures_is_refused(tmp_path: Path) -> None:

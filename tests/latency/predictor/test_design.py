@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from latency import ProfileConfig, load_card
+from latency.config import minutes
 from latency.predictor.composition import held_bytes
-from latency.predictor.design import STACKS, seeds, stack_heights, stacks
+from latency.predictor.design import STACK_HEIGHTS, initial_design, stack_heights, stacks
 from latency.predictor.op_latencies import features, grouped
-from latency.profile import minutes, profile
+from latency.profiling import profile
 from space import InputError, Space, Workload, load_space, variation
 from space.cost import op_held_bytes
 from space.ops import Op, space_ops
@@ -28,19 +29,21 @@ STACKED = [(space, op) for space in (SMALL, LARGE) for op in space_ops(space)[::
 )
 def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(space: Space, op: Op) -> None:
     low, high = stack_heights(space, op, DECODE)
-    assert 2 <= low < high <= STACKS[1]
+    assert 2 <= low < high <= STACK_HEIGHTS[1]
     drawn = variation.sample(space, np.random.default_rng(3), 2000)
     held = held_bytes(space, DECODE, drawn[drawn[:, 0] == space.width.index(op.width)])
     own = high * op_held_bytes(op, DECODE, space.config)
-    if STACKS[0] < high < STACKS[1] and op.kind != "head":  # whose stack has an embedding beside it
+    if (
+        STACK_HEIGHTS[0] < high < STACK_HEIGHTS[1] and op.kind != "head"
+    ):  # whose stack has an embedding beside it
         wanted = max(12 * 2**20, np.median(held))
         assert 0.9 * wanted < own < 1.1 * wanted
-    assert stack_heights(space, op, PREFILL)[1] == STACKS[0]
+    assert stack_heights(space, op, PREFILL)[1] == STACK_HEIGHTS[0]
 
 
 def test_stacks_follow_the_median_model_where_that_is_large() -> None:
     ends = [
-        stack_heights(LARGE, op, DECODE)[1] * op_held_bytes(op, DECODE, LARGE.model_config)
+        stack_heights(LARGE, op, DECODE)[1] * op_held_bytes(op, DECODE, LARGE.config)
         for op in space_ops(LARGE)
     ]
     assert max(ends) > 2 * 12 * 2**20
@@ -48,7 +51,7 @@ def test_stacks_follow_the_median_model_where_that_is_large() -> None:
 
 def test_seeds_are_of_every_kind_and_phase_and_vary_in_every_size() -> None:
     points = [(op, w) for op in space_ops(SMALL) for w in (DECODE, PREFILL, Workload.parse("decode@64"))]
-    chosen = seeds(points)
+    chosen = initial_design(points)
     assert len(chosen) < len(points) / 2
     assert set(grouped(chosen)) == set(grouped(points))
     for places in grouped(points).values():
@@ -63,7 +66,7 @@ def test_stacks_are_shared_by_the_workloads_that_want_their_height() -> None:
     low, high = stack_heights(SMALL, op, DECODE)
     assert found[op, high] == [DECODE]
     assert found[op, (low + high) // 2] == [DECODE]
-    assert found[op, STACKS[0]] == [PREFILL]
+    assert found[op, STACK_HEIGHTS[0]] == [PREFILL]
 
 
 def many_shapes() -> Space:

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.gaussian_process import GaussianProcessRegressor
 
-from latency.predictor.design import most_telling
+from latency.predictor.design import expected_variance_reduction
 from latency.predictor.op_model import Observations, OpModel, Process, fit_op_model, fit_rates, kernel
 
 Array = NDArray[np.float64]
@@ -73,7 +73,7 @@ def test_the_posterior_is_scikit_learns(process: Process) -> None:
 
 
 def test_left_out_densities_are_those_of_leaving_out(process: Process) -> None:
-    for i, density in enumerate(process.left_out()):
+    for i, density in enumerate(process.loo_log_density()):
         keep = np.arange(len(process.residuals)) != i
         rest = replace(
             process,
@@ -142,4 +142,4 @@ def test_what_tells_most_is_what_brute_force_finds() -> None:
             else left(expected)
         )
         expected.append(max(options, key=lambda i: (before - left([*expected, i])) / costs[i]))
-    assert most_telling(covariance, wanted, noise, costs, 4, free) == expected
+    assert expected_variance_reduction(covariance, wanted, noise, costs, 4, free) == expected

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from latency.predictor import composition
+from latency.predictor.accuracy import accuracy
 from latency.predictor.composition import (
     OpTimes,
     Saving,
@@ -20,7 +21,7 @@ from latency.predictor.composition import (
     leave_one_out,
 )
 from latency.predictor.design import d_optimal
-from latency.predictor.fit import accuracy, fit_predictor
+from latency.predictor.fit import MeasuredModels, fit_predictor
 from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import Predictor, load_predictor
 from space import InputError, Space, Workload, genome, variation
@@ -30,8 +31,9 @@ from tests.contracts import tiny_space
 
 W = Workload(phase="prefill", length=64)
 D = Workload(phase="decode", length=64)
+Law = Callable[[Any], NDArray[np.float64]]
 EXACT = np.zeros(20)  # timings without error, as many as are fitted
-UNMEASURED = OpLatencies(tiny_space().model_config, {}, {})
+UNMEASURED = OpLatencies(tiny_space().config, {}, {})
 
 
 def space() -> Space:
@@ -65,15 +67,25 @@ def fitted(noise: float = 0.01, seed: int = 0) -> tuple[Predictor, Any, dict[str
         space(),
         UNMEASURED,
         {W: OpTimes(W, ops), D: OpTimes(D, ops)},
-        train,
-        {W: truth(train, ops, noise, 1), D: truth(train, ops, 2 * noise, 2)},
-        {W: EXACT, D: EXACT},
-        held,
-        {W: truth(held, ops, noise, 3), D: truth(held, ops, 2 * noise, 4)},
+        MeasuredModels(
+            genomes=train,
+            seconds={W: truth(train, ops, noise, 1), D: truth(train, ops, 2 * noise, 2)},
+            spread={W: EXACT, D: EXACT},
+            drawn=20,
+        ),
+        MeasuredModels(
+            genomes=held, seconds={W: truth(held, ops, noise, 3), D: truth(held, ops, 2 * noise, 4)}
+        ),
         {W: 1.0, D: 1.0},
-        20,
     )
     return predictor, held, ops
+
+
+def fitted_to(law: Law, times: dict[Workload, OpTimes], train: Any, held: Any) -> Predictor:
+    """A predictor of one workload, fitted to a law without noise and tested on it."""
+    models = MeasuredModels(genomes=train, seconds={W: law(train)}, spread={W: EXACT}, drawn=20)
+    tested = MeasuredModels(genomes=held, seconds={W: law(held)})
+    return fit_predictor(space(), UNMEASURED, times, models, tested, {W: 1.0})
 
 
 def test_a_known_law_is_recovered() -> None:
@@ -82,9 +94,9 @@ def test_a_known_law_is_recovered() -> None:
     assert np.abs(predicted / truth(held, ops, 0.0, 0) - 1).max() < 0.02
     noisy, held, ops = fitted(noise=0.01)
     errors = noisy.models[W].errors
-    assert errors["held_out"]["mape_percent"] < 1.5
-    assert errors["held_out"]["mape_percent"] < errors["plain_sum"]["mape_percent"]
-    assert errors["held_out"]["mape_percent"] < errors["flops_and_params"]["mape_percent"] / 2
+    assert errors.test.held_out.mape_percent < 1.5
+    assert errors.test.held_out.mape_percent < errors.test.plain_sum.mape_percent
+    assert errors.test.held_out.mape_percent < errors.test.flops_and_params.mape_percent / 2
 
 
 def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() -> None:
@@ -161,10 +173,10 @@ def test_saved_and_read_and_refused(tmp_path: Path) -> None:
 
 def test_accuracy_by_hand() -> None:
     found = accuracy(np.array([1.0, 2.1, 3.0]), np.array([1.0, 2.0, 4.0]))
-    assert found["mape_percent"] == pytest.approx(100 * (0 + 0.05 + 0.25) / 3)
-    assert found["within_10_percent"] == pytest.approx(2 / 3)
-    assert found["span"] == 4
-    assert found["spearman"] == pytest.approx(1.0)
+    assert found.mape_percent == pytest.approx(100 * (0 + 0.05 + 0.25) / 3)
+    assert found.within_10_percent == pytest.approx(2 / 3)
+    assert found.span == 4
+    assert found.spearman == pytest.approx(1.0)
 
 
 def test_d_optimal_beats_random_choices() -> None:
@@ -189,12 +201,10 @@ def test_what_full_attention_shares_is_paid_once() -> None:
         full = ["attention" in a.pattern for a in genome.decode(space(), genomes)]
         return truth(genomes, ops, 0.0, 0) + 2e-3 * np.array(full)
 
-    latencies = {W: OpTimes(W, ops, shared=1.5e-3)}
-    predictor = fit_predictor(
-        space(), UNMEASURED, latencies, train, {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
-    )
+    latencies = {W: OpTimes(W, ops, attention_constant=1.5e-3)}
+    predictor = fitted_to(law, latencies, train, held)
     assert predictor.models[W].attention_constant == pytest.approx(2e-3, rel=0.25)
-    assert predictor.models[W].errors["held_out"]["mape_percent"] < 1.5
+    assert predictor.models[W].errors.test.held_out.mape_percent < 1.5
 
 
 def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
@@ -208,10 +218,8 @@ def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
         return truth(genomes, ops, 0.0, 0) + 6e-3 * over
 
     times = {W: OpTimes(W, ops)}
-    predictor = fit_predictor(
-        space(), UNMEASURED, times, train, {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
-    )
-    assert predictor.models[W].errors["held_out"]["mape_percent"] < 2.0
+    predictor = fitted_to(law, times, train, held)
+    assert predictor.models[W].errors.test.held_out.mape_percent < 2.0
     cost = predictor.cost(W)
     assert 1 <= len(cost.max_with) <= 4
     parts = np.array([part(held) for part in (replace(cost, max_with=()), *cost.max_with)])
@@ -223,7 +231,7 @@ def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
 
 def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A law of a cache: up to some bytes nothing is fetched, from twice as many on everything is."""
-    monkeypatch.setattr(composition, "FULL_BYTES", tuple(2**10 * 2 ** (i / 2) for i in range(20)))
+    monkeypatch.setattr(composition, "CACHE_SIZES", tuple(2**10 * 2 ** (i / 2) for i in range(20)))
     ops, rng = op_seconds(), np.random.default_rng(0)
     train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
     sizes = held_bytes(space(), W, held)
@@ -235,12 +243,11 @@ def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.Mo
         saved = np.where(bytes_ <= full, bytes_, np.clip(2 * full - bytes_, 0, None))
         return plain - rate * saved
 
-    def of(law: Callable[[Any], NDArray[np.float64]]) -> Predictor:
-        ends = {W: law(train)}, {W: EXACT}, held, {W: law(held)}, {W: 1.0}, 20
-        return fit_predictor(space(), UNMEASURED, {W: OpTimes(W, ops)}, train, *ends)
+    def of(law: Law) -> Predictor:
+        return fitted_to(law, {W: OpTimes(W, ops)}, train, held)
 
     predictor = of(law)
-    error = predictor.models[W].errors["held_out"]["mape_percent"]
+    error = predictor.models[W].errors.test.held_out.mape_percent
     saving = predictor.models[W].saving
     assert error < 3.0
     assert saving.rate == pytest.approx(rate, rel=0.3)

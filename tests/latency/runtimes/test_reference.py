@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from latency import OnnxRuntime
-from latency.device_runner.io_binding import Run
+from latency.device_runner.timer import Run
 from latency.runtimes.reference import require_stable, time_references
 from space import InputError, ModelConfig, Workload
 from space.ops import Op

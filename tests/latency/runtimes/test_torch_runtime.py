@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latency import ProfileConfig, load_card
-from latency.profile import profile
+from latency.profiling import profile
 from latency.runtimes.registry import open_runtime
 from latency.runtimes.torch import TorchRuntime
 from space import InputError, Workload, genome, variation
@@ -32,14 +32,14 @@ QUICK = {
 
 @pytest.mark.parametrize("op", space_ops(SPACE), ids=lambda op: op.key)
 def test_every_op_runs(op: object) -> None:
-    runs = TorchRuntime().stack(op, 2, WORKLOADS, SPACE.model_config)  # type: ignore[arg-type]
+    runs = TorchRuntime().stack(op, 2, WORKLOADS, SPACE.config)  # type: ignore[arg-type]
     for run in runs.values():
         run(2)
 
 
 def test_whole_models_run_in_every_workload() -> None:
     for architecture in genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(0), 10)):
-        for run in TorchRuntime().model(architecture, WORKLOADS, SPACE.model_config, 0).values():
+        for run in TorchRuntime().model(architecture, WORKLOADS, SPACE.config, 0).values():
             run(1)
 
 
@@ -47,7 +47,7 @@ def test_a_profile_makes_a_card_of_its_own(tmp_path: Path) -> None:
     small = tiny_space(width=[16], heads=[1], depth=[1, 2, 3])
     predictor = profile(small, tmp_path, "here", ProfileConfig(**QUICK, runtime="torch"))
     card = load_card(tmp_path, "here")
-    assert card.fingerprint["runtime"] == "torch"
+    assert card.fingerprint.runtime == "torch"
     assert card.predictor_path("tiny", "torch", 1, "fp32").exists()
     rows = variation.sample(small, np.random.default_rng(0), 20)
     for workload in WORKLOADS:
@@ -67,7 +67,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in what it imports to compile
 def test_compiled_models_run() -> None:
     architecture = genome.largest(SPACE)
-    for run in TorchRuntime(compiled=True).model(architecture, WORKLOADS, SPACE.model_config, 0).values():
+    for run in TorchRuntime(compiled=True).model(architecture, WORKLOADS, SPACE.config, 0).values():
         run(2)
 
 
@@ -77,6 +77,6 @@ def test_a_gpu_is_profiled(tmp_path: Path) -> None:
         **{**QUICK, "block_ms": 5.0, "min_rounds": 8, "max_rounds": 8}, runtime="torch-cuda"
     )
     predictor = profile(SPACE, tmp_path, "gpu", config)
-    assert load_card(tmp_path, "gpu").fingerprint["cpu"] == torch.cuda.get_device_name()
+    assert load_card(tmp_path, "gpu").fingerprint.cpu == torch.cuda.get_device_name()
     rows = variation.sample(SPACE, np.random.default_rng(0), 20)
     assert (predictor.predict(rows, WORKLOADS[0]) > 0).all()

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from latency.runtimes.onnxruntime import OnnxRuntime, stack_graph
+from latency.runtimes.onnx_graphs import stack_graph
+from latency.runtimes.onnxruntime import OnnxRuntime
 from latency.runtimes.protocol import random_weights
 from space import Architecture, Layer, ModelConfig
 from space.cost import op_weight_bytes

@@ -1,5 +1,6 @@
 """Profiling for real, on a tiny space: cards, resuming, other machines, bad files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.card import Card, open_card
 from latency.predictor.composition import OpTimes
 from latency.predictor.design import choose_models
-from latency.profile import load_prior, profile
-from latency.runtimes.onnxruntime import bind_workload, stack_graph
+from latency.profiling import load_prior, profile
+from latency.runtimes.onnx_graphs import stack_graph
+from latency.runtimes.onnxruntime import bind_workload
 from latency.runtimes.protocol import random_weights
 from space import Architecture, InputError, Layer, Space, Workload, genome, variation
 from space.architecture import has_heads
@@ -58,7 +60,7 @@ def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None
     assert models[models["role"].isin(["optimal", "random"])]["key"].nunique() == 8
     path = card.predictor_path("tiny", "onnxruntime", 1, "fp32")
     predictor = load_predictor(path, space(), "formfit profile")
-    assert predictor.models[Workload.parse("decode@64")].errors["held_out"]["models"] == 4
+    assert predictor.models[Workload.parse("decode@64")].errors.test.held_out.models == 4
 
     # Ops are lost, models are not: only what is missing is measured again.
     half = Card(card.folder, card.fingerprint)
@@ -93,7 +95,7 @@ def test_models_of_the_test_are_not_those_of_the_fit() -> None:
 
 def test_another_machines_card_is_refused(tmp_path: Path) -> None:
     here = OnnxRuntime().fingerprint()
-    card = Card(tmp_path / "far", {**here, "cpu": "Another"})
+    card = Card(tmp_path / "far", replace(here, cpu="Another"))
     card.save()
     with pytest.raises(InputError, match=r"another device \(cpu: card Another"):
         open_card(tmp_path, "far", here)
@@ -132,7 +134,7 @@ def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch
     change_mixer(monkeypatch, "kda", write=unknown_operator)
     runtime, model_config, workload = (
         OnnxRuntime(),
-        tiny_space().model_config,
+        tiny_space().config,
         Workload(phase="prefill", length=8),
     )
     kda, linear = (Layer(mixer=mixer, heads=2, kv_heads=1) for mixer in ("kda", "linear"))
@@ -148,7 +150,7 @@ def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", [*MIXERS, "ffn"])
 def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
     """A stack of two is the first copy followed by the second: no copy is optimised away."""
-    model_config = tiny_space().model_config
+    model_config = tiny_space().config
     if kind == "ffn":
         op = Op(kind="ffn", width=32, ffn=48)
     elif not has_heads(kind):
@@ -178,8 +180,8 @@ def test_preallocated_caches_give_the_same_logits() -> None:
     """What is timed (a cache bound in place, longer than the past) computes what a plain call computes."""
     made = space()
     architecture = genome.largest(made)
-    weights = random_weights(model_shapes(architecture, made.model_config), 0)
-    session = OnnxRuntime().session(model_graph(architecture, made.model_config, weights))
+    weights = random_weights(model_shapes(architecture, made.config), 0)
+    session = OnnxRuntime().session(model_graph(architecture, made.config, weights))
     rng = np.random.default_rng(0)
     text = rng.integers(0, made.vocab_size, (1, 12))
     names = [o.name for o in session.get_outputs()]
@@ -197,7 +199,7 @@ def test_preallocated_caches_give_the_same_logits() -> None:
     }
     assert_close("logits", call(text[:, 11:], 11, roomy)["logits"], expected, TOLERANCE["float32"])
     run = bind_workload(
-        session, Workload.parse("decode@12"), made.model_config, architecture.width, architecture.layers
+        session, Workload.parse("decode@12"), made.config, architecture.width, architecture.layers
     )
     run(3)
 
@@ -213,7 +215,7 @@ def test_a_known_device_is_a_prior(tmp_path: Path) -> None:
     rows = variation.sample(space(), np.random.default_rng(0), 20)
     for workload in QUICK.parsed(space()):
         assert (again.predict(rows, workload) == predictor.predict(rows, workload)).all()
-    with pytest.raises(InputError, match="as a prior it says nothing"):
+    with pytest.raises(InputError, match="not usable as a prior"):
         load_prior(tiny_space(head_dim=32), tmp_path, "known", QUICK)
     with pytest.raises(InputError, match="there are known, new"):
         load_prior(space(), tmp_path, "moon", QUICK)
@@ -227,7 +229,7 @@ def test_memory_is_measured_beside_latency(tmp_path: Path) -> None:
     assert (upper >= mean).all()
     table = load_card(tmp_path, "this").table("memory")
     assert table["key"].nunique() == 8 + 2
-    assert predictor.memory[Workload.parse("prefill@64")].errors["models"] == 2
+    assert predictor.memory[Workload.parse("prefill@64")].errors.models == 2
 
 
 def test_lengths_between_the_measured_ones_are_predicted(tmp_path: Path) -> None:

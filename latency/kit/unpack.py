@@ -1,0 +1,157 @@
+"""Making a card of a kit's result, and fitting the predictor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from latency.card import Card, open_card
+from latency.config import ProfileConfig
+from latency.device_runner.timing import Timing
+from latency.kit.manifest import KIT_RUNTIME, KitManifest, KitModel
+from latency.kit.result import Result, ResultGroup, read_result, read_timings
+from latency.predictor.design import ModelRole, stack_heights
+from latency.predictor.op_latencies import Point
+from latency.predictor.predictor import Predictor
+from latency.profiling import load_prior, settings_digest
+from latency.records import Records, model_name, stack_name
+from latency.runtimes.reference import reference_work
+from space import Architecture, InputError, Space, Workload
+from space.cost import flops, op_flops
+from space.onnx.graph import VERSION
+
+Timings = Mapping[str, Timing]
+
+
+@dataclass(frozen=True)
+class MeasuredGroup:
+    """A group of a kit that was measured.
+
+    Attributes:
+        timings: by name.
+        anchor: time of the anchor, s.
+        problems: reasons to distrust the group.
+    """
+
+    timings: Timings
+    anchor: float
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The part of a kit that the device can run."""
+
+    space: Space
+    workloads: Sequence[Workload]
+    points: Sequence[Point]
+    models: Sequence[KitModel]
+
+    def stack_names(self, point: Point) -> list[str]:
+        op, workload = point
+        return [stack_name(op, height, workload) for height in stack_heights(self.space, op, workload)]
+
+    def model_names(self, model: KitModel) -> list[str]:
+        return [model_name(model.role, model.architecture, w) for w in self.workloads]
+
+    def work(self) -> dict[str, int]:
+        """FLOPs of all items by name, the reference work included."""
+        found = {
+            name: flops(model.architecture, w, self.space.config)
+            for model in self.models
+            for name, w in zip(self.model_names(model), self.workloads, strict=True)
+        }
+        found |= reference_work()
+        for op, workload in self.points:
+            for height in stack_heights(self.space, op, workload):
+                found[stack_name(op, height, workload)] = height * op_flops(op, workload, self.space.config)
+        return found
+
+    def without(self, unsupported: Mapping[str, str]) -> "_Wanted":
+        """The part without some mixers."""
+        points = [(op, w) for op, w in self.points if op.kind not in unsupported]
+        models = [m for m in self.models if not any(x.mixer in unsupported for x in m.architecture.layers)]
+        return _Wanted(self.space, self.workloads, points, models)
+
+
+def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> Predictor:
+    """Add the result of a kit to the device's card, and fit the predictor.
+
+    Args:
+        space: the space that the kit was packed for.
+        folder: folder of the card, with the kit's manifest.
+        path: the result.
+        prior: name of a known device's card beside this one.
+
+    Returns:
+        The predictor, which is also written to the card.
+
+    Raises:
+        InputError: the result is not whole, not of this kit, of another device, or holds impossible values.
+    """
+    manifest = KitManifest.read(folder, space)
+    result = read_result(path, manifest.kit, folder.name)
+    config = manifest.settings
+    source = load_prior(space, folder.parent, prior, config) if prior else None
+    packed = _Wanted(space, config.parsed(space), manifest.points, manifest.models)
+    wanted = packed.without(result.unsupported)
+    card = open_card(folder.parent, folder.name, result.device)
+    # Everything is checked before anything is kept.
+    work = packed.work()
+    groups = [
+        _measured_group(path, group, work) for group in result.groups if group.anchor_reference is not None
+    ]
+    chosen = _chosen(path, result, wanted, groups)
+    card.unsupported |= result.unsupported
+    records = _recorded(card, config, wanted, groups)
+    predictor = records.predictor(records.fitted(source), wanted.workloads, chosen)
+    target = card.predictor_path(space.name, KIT_RUNTIME, config.threads, config.precision)
+    inputs = {"settings": settings_digest(config), "card": card.digest, "graphs": str(VERSION)}
+    predictor.save(target, inputs)
+    return predictor
+
+
+def _measured_group(path: Path, group: ResultGroup, work: Mapping[str, int]) -> MeasuredGroup:
+    timings = read_timings(path, group, work)
+    return MeasuredGroup(timings, float(group.anchor_reference or 0.0), group.problems)
+
+
+def _chosen(
+    path: Path, result: Result, wanted: _Wanted, groups: Sequence[MeasuredGroup]
+) -> dict[ModelRole, list[Architecture]]:
+    """The measured whole models by role.
+
+    Raises:
+        InputError: ops are missing, or there are too few models to fit and test on.
+    """
+    measured = {name for group in groups for name in group.timings}
+    names = [name for point in wanted.points for name in wanted.stack_names(point)]
+    missing = [name for name in names if name not in measured]
+    if missing:
+        raise InputError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more that its kit measures")
+    chosen: dict[ModelRole, list[Architecture]] = {"optimal": [], "random": [], "held_out": [], "repeat": []}
+    for model in wanted.models:
+        if measured.issuperset(wanted.model_names(model)):
+            chosen[model.role].append(model.architecture)
+    if not (chosen["optimal"] and chosen["random"] and chosen["held_out"]):
+        lacking = ", ".join(result.unsupported) or "nothing"
+        raise InputError(f"{path}: too few whole models ran to fit and test on (the device lacks {lacking})")
+    return chosen
+
+
+def _recorded(card: Card, config: ProfileConfig, wanted: _Wanted, groups: Sequence[MeasuredGroup]) -> Records:
+    """The records of a card, extended by the groups."""
+    records = Records(card, wanted.space, KIT_RUNTIME, config.threads, config.precision)
+    for group in groups:
+        card.problems += group.problems
+        names = group.timings.keys()
+        points = [point for point in wanted.points if names >= set(wanted.stack_names(point))]
+        if points:
+            records.add_ops(points, group.timings, group.anchor)
+        models = [
+            (model.role, model.architecture)
+            for model in wanted.models
+            if names >= set(wanted.model_names(model))
+        ]
+        if models:
+            records.add_models(models, wanted.workloads, group.timings)
+    return records

@@ -1,0 +1,118 @@
+"""Accuracy of predictions on measured models."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from latency.device_runner.timing import JsonObject
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Agreement of predicted with measured latencies.
+
+    Attributes:
+        models: number of models.
+        mape_percent: mean absolute relative error.
+        worst_percent: maximum absolute relative error.
+        within_5_percent: share of models with an error of at most 5%.
+        within_10_percent: share of models with an error of at most 10%.
+        spearman: rank correlation; None for fewer than three models.
+        span: largest over smallest measured latency.
+    """
+
+    models: int
+    mape_percent: float
+    worst_percent: float
+    within_5_percent: float
+    within_10_percent: float
+    spearman: float | None
+    span: float
+
+
+def accuracy(predicted: Array, measured: Array) -> Accuracy:
+    """Compare predictions with measurements.
+
+    Args:
+        predicted: predicted latencies: [N].
+        measured: measured latencies, in the same unit: [N].
+    """
+    relative = np.abs(predicted / measured - 1)
+    return Accuracy(
+        models=len(measured),
+        mape_percent=100 * float(relative.mean()),
+        worst_percent=100 * float(relative.max()),
+        within_5_percent=float((relative <= 0.05).mean()),
+        within_10_percent=float((relative <= 0.10).mean()),
+        spearman=float(spearmanr(predicted, measured).statistic) if len(measured) > 2 else None,
+        span=float(measured.max() / measured.min()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutErrors:
+    """Accuracy on models that no fit used, beside simpler predictors.
+
+    Attributes:
+        held_out: accuracy of the predictor.
+        plain_sum: accuracy of the sum of op latencies.
+        flops_and_params: accuracy of a linear fit on FLOPs and parameters.
+        repeatability_mape_percent: mean relative difference between two measurements of a model, the lower
+            bound of any error; None if no model was measured twice.
+    """
+
+    held_out: Accuracy
+    plain_sum: Accuracy
+    flops_and_params: Accuracy
+    repeatability_mape_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorErrors:
+    """Errors of the fit of one workload.
+
+    Attributes:
+        leave_one_out_mape_percent: mean absolute relative error on the models of the fit, each predicted by a
+            fit to the others.
+        test: accuracy on other models; None if none were held out.
+    """
+
+    leave_one_out_mape_percent: float
+    test: HeldOutErrors | None = None
+
+    def to_json(self) -> JsonObject:
+        """The errors as one flat JSON object."""
+        tested = asdict(self.test) if self.test else {}
+        return {"leave_one_out_mape_percent": self.leave_one_out_mape_percent, **tested}
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "PredictorErrors":
+        """Read errors; the inverse of :meth:`to_json`."""
+        tested = None
+        if "held_out" in value:
+            tested = HeldOutErrors(
+                held_out=Accuracy(**value["held_out"]),
+                plain_sum=Accuracy(**value["plain_sum"]),
+                flops_and_params=Accuracy(**value["flops_and_params"]),
+                repeatability_mape_percent=value["repeatability_mape_percent"],
+            )
+        return PredictorErrors(leave_one_out_mape_percent=value["leave_one_out_mape_percent"], test=tested)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryErrors:
+    """Errors of predicted peak memory on models that no fit used.
+
+    Attributes:
+        models: number of models.
+        mape_percent: mean absolute relative error.
+        worst_percent: maximum absolute relative error.
+    """
+
+    models: int
+    mape_percent: float
+    worst_percent: float
