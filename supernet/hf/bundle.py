@@ -1,20 +1,24 @@
 """One Python file from several modules: some definitions, and every one of ours that they reach.
 
-What a Hugging Face folder ships has to run where formfit is not installed, and to be the very code that
-everything here was checked with. So it is copied definition by definition, never written a second time.
+A Hugging Face folder has to run where formfit is not installed, with the very code that everything here was
+checked with. So the code is copied definition by definition, never written a second time.
+
+A function may import inside itself, which keeps torch out of modules that only describe mixers: an import of
+ours is resolved and removed, another one moves to the top of the file.
 """
 
 import ast
 import builtins
 import re
 import symtable
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-HOUSE = Path(__file__).parents[2]
-OURS = ("space", "supernet")  # the packages whose definitions are copied, not imported
+from supernet.hf.sources import ROOT, Definition, Module, Sources
+
+ALLOWED = {*sys.stdlib_module_names, "torch", "transformers"}  # what the file may import
 HEADER = '''"""A language model that formfit found, as transformers runs it: all of its code in one file.
 
 formfit generated this from its sources, each definition as it stands there. It needs torch and
@@ -25,125 +29,160 @@ SPDX-License-Identifier: Apache-2.0
 '''
 
 
-@dataclass
-class Module:
-    """A module of ours: its text, and what the names at its top stand for."""
+class Bundle:
+    """The definitions that are reached from some, with their names in the file.
 
-    lines: list[str]
-    about: str
-    definitions: dict[str, ast.stmt] = field(default_factory=dict)
-    ours: dict[str, tuple[str, str]] = field(default_factory=dict)  # imported: a module and a name in it
-    whole: dict[str, str] = field(default_factory=dict)  # modules imported as such
-    others: dict[str, set[str]] = field(default_factory=dict)  # the imports that bind a name
+    Args:
+        sources: the modules.
+    """
 
-    def text(self, name: str) -> str:
-        """A definition as it stands, with the comment above it."""
-        node = self.definitions[name]
-        first = min(part.lineno for part in [node, *getattr(node, "decorator_list", ())]) - 1
-        while first and self.lines[first - 1].startswith("#"):
-            first -= 1
-        return "\n".join(self.lines[first : node.end_lineno])
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.modules: dict[str, Module] = {}
+        self.definitions: dict[tuple[str, str], Definition] = {}
+        self.shown: dict[tuple[str, str], str] = {}  # each definition's name in the file
+        self.meanings: dict[str, str] = {}  # by each name of the file
+        self.imports: set[str] = set()
+        self.needs: dict[str, set[str]] = {}  # by module, those whose definitions it uses
+
+    def module(self, name: str) -> Module:
+        """A module by its name."""
+        if name not in self.modules:
+            self.modules[name] = Module(name, self.sources)
+        return self.modules[name]
+
+    def reach(self, root: str, names: Iterable[str]) -> None:
+        """Collect definitions and everything of ours that they use.
+
+        Args:
+            root: their module.
+            names: their names.
+        """
+        todo = [(root, name, name) for name in names]
+        while todo:
+            place, name, alias = todo.pop()
+            place, name = self._home(place, name)
+            self._claim(alias, f"{place}.{name}")
+            if self.shown.setdefault((place, name), alias) != alias:
+                raise ValueError(f"{place}.{name} is used as {self.shown[place, name]} and as {alias}")
+            if (place, name) not in self.definitions:
+                self.definitions[place, name] = self.module(place).definition(name)
+                todo += self._used(place, name)
+
+    def _home(self, place: str, name: str) -> tuple[str, str]:
+        """The module that defines a name, where another one only imports it."""
+        while name not in self.module(place).nodes and name in self.module(place).names.ours:
+            place, name = self.module(place).names.ours[name]
+        return place, name
+
+    def _claim(self, name: str, meaning: str) -> None:
+        if self.meanings.setdefault(name, meaning) != meaning:
+            raise ValueError(f"{name} is {self.meanings[name]} and {meaning}: one file cannot hold both")
+
+    def _used(self, place: str, name: str) -> list[tuple[str, str, str]]:
+        """What a definition uses of ours: module, name there, name in the file."""
+        module, definition = self.module(place), self.definitions[place, name]
+        whole = module.names.whole | definition.names.whole
+        found = [(whole[of], what, f"{of}_{what}") for of, what, *_ in definition.members(whole)]
+        for used in sorted(_free_names(symtable.symtable(definition.text, place, "exec"))):
+            for names in (definition.names, module.names):
+                if used in names.ours:
+                    found.append((*names.ours[used], used))
+                    break
+                if used in names.others:
+                    self._import(f"{place}.{name}", used, names.others[used])
+                    break
+            else:
+                if used in module.nodes:
+                    found.append((place, used, used))
+                elif hasattr(builtins, used):
+                    self._claim(used, f"builtins.{used}")
+                elif used not in whole:
+                    raise ValueError(
+                        f"{place}.{name} uses {used}, which its module neither defines nor imports"
+                    )
+        homes = {self._home(other, what)[0] for other, what, _ in found}
+        self.needs.setdefault(place, set()).update(homes - {place})
+        return found
+
+    def _import(self, user: str, name: str, lines: set[str]) -> None:
+        for line in lines:
+            package = line.split()[1].split(".")[0]
+            if package not in ALLOWED:
+                raise ValueError(
+                    f"{user} needs {package}: the file has only torch and transformers"
+                )
+        self._claim(name, " and ".join(sorted(lines)))
+        self.imports |= lines
+
+    def text(self) -> str:
+        """The file: modules after those that they use, definitions in the order of their module."""
+        parts = [HEADER, *_import_lines(self.imports)]
+        try:
+            order = [*TopologicalSorter({p: sorted(n) for p, n in self.needs.items()}).static_order()]
+        except CycleError as error:
+            raise ValueError(f"modules use each other: {', '.join(error.args[1])}") from None
+        for place in order:
+            module = self.modules[place]
+            parts.append(f"\n\n# {self.sources.label(place)}: {module.about}")
+            above = False
+            for name, node in module.nodes.items():
+                if (place, name) in self.shown:
+                    constant = isinstance(node, ast.Assign | ast.AnnAssign)
+                    text = self._renamed(place, name)
+                    parts.append(text if above and constant else f"\n\n{text}")
+                    above = constant
+        return "\n".join(parts) + "\n"
+
+    def _renamed(self, place: str, name: str) -> str:
+        """A definition under its name in the file, with the names there of what it takes from modules."""
+        definition, alias = self.definitions[place, name], self.shown[place, name]
+        lines = definition.text.split("\n")
+        whole = self.modules[place].names.whole | definition.names.whole
+        for of, what, line, column in definition.members(whole):
+            row = lines[line - 1].encode()  # columns count bytes; one character for another moves none
+            there = row[column:].decode().replace(f"{of}.{what}", f"{of}_{what}", 1)
+            lines[line - 1] = row[:column].decode() + there
+        return re.sub(rf"(?m)^(def |class |){name}\b", rf"\g<1>{alias}", "\n".join(lines), count=1)
 
 
-def one_file(root: str, names: Iterable[str], folder: Path = HOUSE) -> str:
+def one_file(
+    root: str,
+    names: Iterable[str],
+    folder: Path = ROOT,
+    *,
+    packages: Collection[str] = (),
+    replaced: Mapping[str, str] | None = None,
+) -> str:
     """The text of a module that holds definitions of another, and every one of ours that they reach.
 
-    ``cuda.takes``, of a module imported as such, becomes ``cuda_takes``; nothing else is changed. Modules
-    come after those that they import, definitions in the order of their module.
+    ``part.name``, of a module imported as such, becomes ``part_name``; imports inside a function are taken
+    out; nothing else is changed. Modules come after those that they use, definitions in the order of their
+    module.
 
     Args:
         root: the module that defines the names.
-        names: what the file is for.
-        folder: where our packages stand.
+        names: the definitions that the file is for.
+        folder: parent of our packages.
+        packages: names of other installed packages whose definitions are copied too.
+        replaced: by module, a text in place of its own.
 
     Raises:
-        ValueError: two things have one name, one thing has two, or a name cannot be found.
+        ValueError: two definitions have one name, one has two, a name or a source cannot be found, or a
+            definition needs a package that is neither torch, transformers nor Python's own.
     """
-    modules: dict[str, Module] = {}
-    meant: dict[str, str] = {}  # by each name of the file
-    shown: dict[tuple[str, str], str] = {}  # each definition's name in the file
-    imports: set[str] = set()
+    bundle = Bundle(Sources(folder, packages, replaced or {}))
+    bundle.reach(root, names)
+    return bundle.text()
 
-    def claim(name: str, meaning: str) -> None:
-        if meant.setdefault(name, meaning) != meaning:
-            raise ValueError(f"{name} is {meant[name]} and {meaning}: one file cannot hold both")
 
-    todo = [(root, name, name) for name in names]
-    while todo:
-        place, name, alias = todo.pop()
-        claim(alias, f"{place}.{name}")
-        if shown.setdefault((place, name), alias) != alias:
-            raise ValueError(f"{place}.{name} is used as {shown[place, name]} and as {alias}")
-        module = modules.get(place) or modules.setdefault(place, _read(folder, place))
-        if name not in module.definitions:
-            raise ValueError(f"{place} does not define {name}")
-        text = module.text(name)
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                raise ValueError(f"{place}.{name}: {ast.unparse(node)}: only the top of a module may import")
-        wanted = [(module.whole[of], what, f"{of}_{what}") for of, what, *_ in _members(text, module)]
-        for used in sorted(_free_names(symtable.symtable(text, place, "exec"))):
-            if used in module.definitions:
-                wanted.append((place, used, used))
-            elif used in module.ours:
-                wanted.append((*module.ours[used], used))
-            elif used in module.others:
-                claim(used, " and ".join(sorted(module.others[used])))
-                imports |= module.others[used]
-            elif hasattr(builtins, used):
-                claim(used, f"builtins.{used}")
-            elif used not in module.whole:
-                raise ValueError(f"{place}.{name} uses {used}, which its module neither defines nor imports")
-        todo += [item for item in wanted if shown.get(item[:2]) != item[2]]
-
+def _import_lines(imports: Collection[str]) -> list[str]:
     lines = sorted(line for line in imports if line.startswith("import "))
-    sources = sorted({line.split(" import ")[0] for line in imports.difference(lines)})
+    sources = sorted({line.split(" import ")[0] for line in imports if line not in lines})
     for source in sources:
         items = sorted(line.split(" import ")[1] for line in imports if line.startswith(f"{source} import "))
         lines.append(f"{source} import {', '.join(items)}")
-    parts = [HEADER, *lines]
-    needs = {
-        place: [*(p for p, _ in module.ours.values() if p in modules),
-                *(p for p in module.whole.values() if p in modules)]
-        for place, module in modules.items()
-    }  # fmt: skip
-    for place in TopologicalSorter(needs).static_order():
-        parts.append(f"\n\n# {place.replace('.', '/')}.py: {modules[place].about}")
-        above = False
-        for name, node in modules[place].definitions.items():
-            if (place, name) in shown:
-                constant = isinstance(node, ast.Assign | ast.AnnAssign)
-                text = _renamed(modules[place], name, shown[place, name])
-                parts.append(text if above and constant else f"\n\n{text}")
-                above = constant
-    return "\n".join(parts) + "\n"
-
-
-def _read(folder: Path, name: str) -> Module:
-    """A module's top level; what else than these statements defines cannot be reached."""
-    text = (folder / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    module = Module(text.split("\n"), (ast.get_docstring(tree) or "").split("\n")[0])
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            module.definitions[node.name] = node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if isinstance(target, ast.Name):
-                module.definitions[target.id] = node
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
-            for item in node.names:
-                bound = item.asname or item.name
-                if (source or item.name).split(".")[0] not in OURS:
-                    line = ast.unparse(ast.Import([item]))
-                    line = f"from {source} {line}" if source else line
-                    module.others.setdefault(item.asname or item.name.split(".")[0], set()).add(line)
-                elif source and (folder / source.replace(".", "/")).is_dir():
-                    module.whole[bound] = f"{source}.{item.name}"
-                elif source:
-                    module.ours[bound] = (source, item.name)
-    return module
+    return lines
 
 
 def _free_names(table: symtable.SymbolTable) -> set[str]:
@@ -151,24 +190,3 @@ def _free_names(table: symtable.SymbolTable) -> set[str]:
     top = table.get_type() == "module"
     found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
     return found.union(*(_free_names(child) for child in table.get_children()))
-
-
-def _members(text: str, module: Module) -> list[tuple[str, str, int, int]]:
-    """Where a text takes what from a module of ours imported as such: (module, name, line, column)."""
-    return [
-        (node.value.id, node.attr, node.lineno, node.col_offset)
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in module.whole
-    ]
-
-
-def _renamed(module: Module, name: str, alias: str) -> str:
-    """A definition under its name in the file, with the names there of what it takes from modules."""
-    lines = module.text(name).split("\n")
-    for of, what, line, column in _members("\n".join(lines), module):
-        row = lines[line - 1].encode()  # columns count bytes; one character for another moves none
-        there = row[column:].decode().replace(f"{of}.{what}", f"{of}_{what}", 1)
-        lines[line - 1] = row[:column].decode() + there
-    return re.sub(rf"(?m)^(def |class |){name}\b", rf"\g<1>{alias}", "\n".join(lines), count=1)

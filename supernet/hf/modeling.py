@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from space.architecture import Architecture, ModelConfig
 from space.blocks import State, add_parameter, forward, initial
-from space.shapes import model_shapes
+from space.shapes import is_half_precision, model_shapes
 
 # The field of an output that holds the cache.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -114,18 +114,23 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _supports_sdpa = True
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012 (transformers declares it)
-    # Parts of names: these stay in fp32 whatever type a model is loaded in, as they do in training. The
-    # exponents of decays need it, and norms and convolutions are too small for the other to gain anything.
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "norm", "A_log", "dt_bias", "decay", "beta", "D", "lower_bound", "slope_log", "conv_",
-    ]  # fmt: skip
 
     def __init__(self, config: FormfitConfig) -> None:
         super().__init__(config)
         self.architecture = Architecture.from_json(config.architecture, "config.json: architecture")
         self.model_config = ModelConfig(**config.model_config)
-        for name, shape in model_shapes(self.architecture, self.model_config).items():
+        shapes = model_shapes(self.architecture, self.model_config)
+        for name, shape in shapes.items():
             add_parameter(self, name, torch.empty(shape))
+        for slot, layer in enumerate(self.architecture.layers):
+            if layer.mixer != "none":
+                block: Any = self.get_submodule(f"layers.{slot}.mixer")
+                block.mixer_name = layer.mixer  # for the first values of its parameters
+        # These stay in fp32 whatever type a model is loaded in, as they do in training. The exponents of
+        # decays need it, and norms and convolutions are too small for bf16 to gain anything.
+        self._keep_in_fp32_modules_strict = [
+            name for name, shape in shapes.items() if not is_half_precision(name, shape, self.architecture)
+        ]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -134,8 +139,9 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         for name, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
                 value = initial(
-                    name, tuple(parameter.shape), generator, tie_embeddings=self.model_config.tie_embeddings
-                )
+                    name, tuple(parameter.shape), generator,
+                    mixer=getattr(module, "mixer_name", ""), tie_embeddings=self.model_config.tie_embeddings,
+                )  # fmt: skip
                 parameter.data.copy_(value)
 
     @classmethod

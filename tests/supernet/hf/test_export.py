@@ -171,7 +171,7 @@ def check_parity(found: dict[str, Tensor], models: list[Model]) -> None:
 
 def sampled(count: int) -> list[Model]:
     genomes = variation.sample(SPACE, np.random.default_rng(13), count)
-    return [plain(architecture, SPACE.model_config) for architecture in genome.decode(SPACE, genomes)]
+    return [plain(architecture, SPACE.config) for architecture in genome.decode(SPACE, genomes)]
 
 
 def test_it_runs_without_formfit(tmp_path: Path) -> None:

@@ -66,12 +66,20 @@ def code() -> str:
     return modelling_file()
 
 
+class WithoutImports(ast.NodeTransformer):
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+
 def dumps(text: str) -> dict[str, str]:
-    """Each definition at the top of a text, by its name, as its syntax tree."""
+    """Each definition at the top of a text, by its name, as its syntax tree without the imports inside it."""
     nodes: dict[str, str] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            nodes[node.name] = ast.dump(node)
+            nodes[node.name] = ast.dump(WithoutImports().visit(node))
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             nodes[ast.unparse(target)] = ast.dump(node)
@@ -85,18 +93,15 @@ def test_the_code_is_the_sources(code: str) -> None:
     assert {
         "space/blocks.py",
         "space/shapes.py",
-        "space/attention/decay.py",
+        "space/mixers/kda.py",
         "supernet/hf/modeling.py",
     } < found.keys()
     for path, text in found.items():
-        source = (ROOT / path).read_text(encoding="utf-8")
-        if path == "space/attention/linear.py":
-            source = source.replace("cuda.takes(", "cuda_takes(")
-            source = source.replace("return cuda.linear_attention(", "return cuda_linear_attention(")
-        if path == "space/attention/fla.py":
-            source = re.sub(r"def (takes|linear_attention)\(", r"def cuda_\1(", source)
-        wanted, here = dumps(source), dumps(text)
+        wanted, here = dumps((ROOT / path).read_text(encoding="utf-8")), dumps(text)
         assert here
+        if path == "space/mixers/__init__.py":
+            assert set(here) == {"MIXERS"}
+            continue
         assert list(here) == [name for name in wanted if name in here]
         for name, dump in here.items():
             assert dump == wanted[name], f"{path}: {name}"
@@ -140,6 +145,20 @@ def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
     )
 
 
+def test_imports_inside_functions_are_taken_out(tmp_path: Path) -> None:
+    part = (
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from decimal import Decimal\n\n\n"
+        "def second() -> Decimal:\n    import math\n\n    from space.one import STEP as step\n\n"
+        "    return step * math.tau\n\n\ndef é():\n    pass\n"
+    )
+    one = "from space.constants import STEP\ndef first(x): return x\n"
+    text = built(tmp_path, part=part, one=one, constants="STEP = 1\n")
+    assert "from decimal import Decimal" in text
+    assert "def part_second() -> Decimal:\n    return step * math.tau\n" in text
+    assert "# space/constants.py: \n\n\nstep = 1\n" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -148,7 +167,11 @@ def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
         ({"part": "def second(): return first\ndef é(): pass\n"}, "space.part.second uses first, which"),
         ({"part": "def second(): return second\ndef é(): pass\n"}, "space.part.second is used as "),
         ({"part": "def second(): pass\n"}, "space.part does not define é"),
-        ({"part": "def second(): pass\ndef é():\n    import space.one\n"}, "import space.one: only the top"),
+        ({"part": "def second(): pass\ndef é():\n    import space.one\n    pass\n"}, "import space.one: not"),
+        ({"part": "def second(): pass\ndef é():\n    if 1:\n        import math\n"}, "import math: not an"),
+        ({"part": "import numpy\ndef second(): return numpy\ndef é(): pass\n"}, "second needs numpy: "),
+        ({"one": "from space.part import third\ndef first(x): return third\n", "part": "from space.one import"
+          " first\ndef second(): return first\ndef third(): pass\ndef é(): pass\n"}, "use each other: "),
         ({"one": "import space.part\ndef first(x): return space\n"}, "space.one.first uses space, which"),
         ({"one": "def first(x): return abs\n", "part": "from space.one import first\ndef abs(): pass\n"
           "def second(): return abs()\ndef é(): pass\n"}, "abs is "),
@@ -294,7 +317,7 @@ def test_half_precision_is_for_matrices(tmp_path: Path) -> None:
     full, half = (
         FormfitForCausalLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
-    wanted = cast_matrices(dict(model.named_parameters()), torch.bfloat16)
+    wanted = cast_matrices(dict(model.named_parameters()), torch.bfloat16, MIXED)
     assert {n: p.dtype for n, p in half.named_parameters()} == {n: p.dtype for n, p in wanted.items()}
     ids, mask = torch.arange(38).view(2, 19), torch.arange(19) >= torch.tensor([[0], [7]])
     with torch.no_grad():
