@@ -320,7 +320,10 @@ class Front:
         return next(name for name in self.objectives if name in self.members[0].qualities)
 
     def member(self, pick: str) -> Member:
-        """A member by the name of a pick (``best``, ``knee``, ``fastest``) or by key.
+        """A member by the name of a pick or by key.
+
+        Args:
+            pick: ``best``, ``knee``, ``fastest``, or a key.
 
         Raises:
             InputError: there is no such member.
@@ -332,33 +335,14 @@ class Front:
         raise InputError(f"pick {pick!r}: not one of {', '.join(self.picks)}, nor a key of the front")
 
     def choice(self, member: Member) -> Choice:
-        """The limits and predictions that a member was chosen under, to be kept beside its sub-model."""
+        """The limits and predictions that a member was chosen under, to be kept beside its sub-model.
+
+        Args:
+            member: of the front.
+        """
         return Choice(
             limits=self.limits,
             confidence=self.confidence,
             predicted=member.predicted,
             loss_nats=member.qualities.get("loss"),
         )
-
-
-def pick_key(front: Mapping[str, Any], pick: str) -> str:
-    """The key of a front's member by name (``best``, ``knee``, ``fastest``) or by key.
-
-    Raises:
-        InputError: there is no such member.
-    """
-    keys = [m["key"] for m in front["members"]]
-    key = front["picks"].get(pick, pick)
-    if key not in keys:
-        raise InputError(f"pick {pick!r}: not one of {', '.join(front['picks'])}, nor a key of the front")
-    return str(key)
-
-
-def member_choice(front: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
-    """What a front's member was chosen under, to be kept beside its sub-model."""
-    return {
-        "limits": front["limits"],
-        "confidence": front["confidence"],
-        "predicted": member["predicted"],
-        "loss_nats": member["loss_nats"],
-    }
