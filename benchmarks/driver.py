@@ -24,7 +24,7 @@ from typing import Any
 import outcome
 
 from latency import Predictor, load_card, load_predictor
-from search.config import SearchConfig, make_problem
+from search.engine.config import SearchConfig, make_problem
 from search.engine.search import Search
 from search.problem.feasibility import check_feasible
 from search.problem.limit import Constraint, Limit

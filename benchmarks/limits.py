@@ -24,7 +24,8 @@ import outcome
 from program import Program
 
 from latency import load_predictor
-from search.config import SearchConfig, load_run_config
+from search.config import load_run_config
+from search.engine.config import SearchConfig
 from search.problem.milp import least
 from space import Workload, variation
 

@@ -34,11 +34,11 @@ from scipy.stats import trim_mean
 
 from latency import load_card, load_predictor
 from latency.runtimes.onnxruntime import OnnxRuntime
-from search.config import VerifyConfig
+from search.config import open_run, open_supernet
+from search.engine.config import VerifyConfig
 from search.engine.supernet_evaluator import evaluator
 from search.submodel.export import export
 from search.submodel.verify import measure_submodel
-from search.workspace import open_run, open_supernet
 from space import Architecture, Space, Workload, genome, variation
 from space.io.artefact import write_text
 from supernet.data.corpus import load_corpus

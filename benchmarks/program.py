@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latency import Predictor
-from search.config import SearchConfig
+from search.engine.config import SearchConfig
 from search.problem.milp import least
 from space import Space, Workload, genome
 from space.io.artefact import write_text

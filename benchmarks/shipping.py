@@ -23,11 +23,11 @@ import torch
 from kit import bare
 
 from latency.runtimes.onnxruntime import OnnxRuntime
+from search.config import open_run, open_supernet
 from search.submodel.decoder import Decoder
 from search.submodel.export import export
 from search.submodel.generation import DraftStatistics, Sampling, generate, speculate
 from search.submodel.verify import graph_loss
-from search.workspace import open_run, open_supernet
 from space import Architecture, Workload, genome, variation
 from space.cost import flops_table, params
 from space.precision import PRECISIONS, model_file

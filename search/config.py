@@ -1,98 +1,38 @@
-"""The configuration of a run, read without torch."""
+"""A run: its configuration and its folder, read without torch."""
 
-import math
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latency import ProfileConfig
-from search.problem.limit import Limit
-from search.problem.objective import Objective, check_objectives
-from search.problem.problem import Problem, required_precision
-from search.strategies.registry import STRATEGIES, StrategyEntry
+from search.engine.config import SearchConfig, VerifyConfig, precision_of
 from space import InputError, Space, load_space
+from space.io.artefact import write_text
 from space.io.config import load_yaml, parse
+from supernet.data.corpus import Corpus, load_corpus
 from supernet.training.recipe import TrainConfig
 
-if TYPE_CHECKING:  # its libraries take seconds to load
-    from latency import Predictor
-
-
-def _registered(name: str) -> str:
-    STRATEGIES.get(name)
-    return name
-
-
-class SearchConfig(BaseModel):
-    """Settings of a search.
-
-    Attributes:
-        limits: such as ``decode@2048<=2ms``.
-        objectives: such as ``loss`` and ``params``; none: loss and the latency of the first profiled workload
-            (as many of them as the strategy can minimise).
-        strategy: the name of a registered strategy.
-        surrogate: candidates are screened by predicted quality, where the strategy does that.
-        generations: None: the strategy's own number.
-        population: architectures of a generation; None: the strategy's own number.
-        confidence: at which predicted costs are held against limits.
-        windows: sequences of an evaluation during the search.
-        front_windows: sequences of the last evaluation of the front.
-        baseline: ``random``: a random search of as many evaluations beside it, for the report.
-        workers: processes that evaluate; 0: this process.
-        ray_address: of a running Ray cluster; None: one is started on this machine.
-        seed: of the search.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    limits: tuple[str, ...] = ()
-    objectives: tuple[str, ...] = ()
-    strategy: Annotated[str, AfterValidator(_registered)] = "nsga2"
-    surrogate: bool = True
-    generations: Annotated[int, Field(gt=0)] | None = None
-    population: Annotated[int, Field(gt=1)] | None = None
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.975
-    windows: Annotated[int, Field(gt=0)] = 24
-    front_windows: Annotated[int, Field(gt=0)] = 96
-    baseline: Literal["none", "random"] = "none"
-    workers: Annotated[int, Field(ge=0)] = 2
-    ray_address: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def strategy_entry(self) -> StrategyEntry:
-        """The registered strategy."""
-        return STRATEGIES.get(self.strategy)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Population and generations; the strategy's own numbers where none are given."""
-        entry = self.strategy_entry
-        return self.population or entry.population, self.generations or entry.generations
-
-    def windows_of(self) -> dict[str, int]:
-        """The number of sequences of each evaluation, by its name."""
-        middle = round(math.sqrt(self.windows * self.front_windows))
-        return {"search": self.windows, "middle": middle, "front": self.front_windows}
-
-
-class VerifyConfig(BaseModel):
-    """How a sub-model is verified."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokens: int = Field(default=128, gt=1)  # of the parity check
-    copies: int = Field(default=3, gt=0)  # sessions measured, since memory layout differs between them
-    rounds: int = Field(default=60, ge=4)  # of timing
-    block_ms: float = Field(default=3.0, gt=0)
-    searches: int = Field(default=3, ge=1)  # at most, each with finalists to measure; see search.promise
-    max_noise: float | None = 0.1  # between two timings of the same work, see latency.reference; None: any
+if TYPE_CHECKING:  # they need torch
+    from supernet.extract import Text
+    from supernet.training.checkpoint import Checkpoint
+    from supernet.training.train import Trained
 
 
 class RunConfig(BaseModel):
-    """All that one run needs: a space and how each stage treats it."""
+    """The configuration of a run: a space and the settings of each stage.
+
+    Attributes:
+        space: the search space; in a file, also the path of its own file, relative to the run's.
+        device: the name of this machine's card.
+        train: settings of the training.
+        profile: settings of the profiling.
+        search: settings of the search.
+        verify: settings of verification.
+        picks: members of the front that are verified beside the chosen one: ``best``, ``knee``, ``fastest``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,7 +42,7 @@ class RunConfig(BaseModel):
     profile: ProfileConfig = ProfileConfig()
     search: SearchConfig = SearchConfig()
     verify: VerifyConfig = VerifyConfig()
-    picks: tuple[str, ...] = ("knee", "fastest")  # verified beside the chosen one
+    picks: tuple[str, ...] = ("knee", "fastest")
 
     @model_validator(mode="after")
     def _one_precision(self) -> "RunConfig":
@@ -113,7 +53,10 @@ class RunConfig(BaseModel):
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read a run configuration; a space given as a path is found beside the file.
+    """The configuration of a YAML file.
+
+    Args:
+        path: the file; a space that it gives as a path is found beside it.
 
     Raises:
         InputError: names every error, in the run's file or in the space's.
@@ -125,7 +68,11 @@ def load_run_config(path: Path) -> RunConfig:
 
 
 def smoke(config: RunConfig) -> RunConfig:
-    """The same stages, small: a check that everything works, not a result."""
+    """The configuration of a run of the same stages that takes a minute: a test, not a result.
+
+    Args:
+        config: of a whole run.
+    """
     changes: dict[str, dict[str, Any]] = {
         "train": {"steps": 12, "batch": 2, "checkpoint_every": 6},
         "profile": {"block_ms": 1.0, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2,
@@ -145,8 +92,11 @@ def smoke(config: RunConfig) -> RunConfig:
 def trained_config(folder: Path) -> RunConfig:
     """The configuration of a run's folder.
 
+    Args:
+        folder: the run's.
+
     Raises:
-        InputError: it is not one; names the command that makes it.
+        InputError: the folder is not a run's; names the command that makes it.
     """
     path = folder / "config.yaml"
     if not path.exists():
@@ -156,72 +106,101 @@ def trained_config(folder: Path) -> RunConfig:
     return load_run_config(path)
 
 
-def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
-    """The precision that a search's limits and objectives ask of a device's models; None where they ask none.
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and configuration.
+
+    Attributes:
+        folder: the run's.
+        config: its configuration.
+        devices: the folder of device cards.
+    """
+
+    folder: Path
+    config: RunConfig
+    devices: Path
+
+    @property
+    def space(self) -> Space:
+        """The search space."""
+        return self.config.space
+
+    def save_config(self) -> None:
+        """Write the configuration to the run's folder, the space inside."""
+        path = self.folder / "config.yaml"
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
+
+    def trained(self, checkpoint: "Checkpoint", corpus: Corpus) -> "Trained":
+        """The trained supernet with the text that it is evaluated on.
+
+        Args:
+            checkpoint: the supernet's last.
+            corpus: that it was trained on.
+        """
+        from supernet.training.train import Trained
+
+        return Trained(self.space, checkpoint, corpus, self.text)
+
+    @property
+    def text(self) -> "Text":
+        """The text that the supernet is trained on and its sub-models are evaluated on."""
+        from supernet.extract import Text
+
+        train = self.config.train
+        length = train.length or self.space.max_seq_len
+        return Text(data=train.data, length=length, windows=self.config.search.front_windows)
+
+
+def open_run(folder: Path, devices: Path) -> Run:
+    """A run that was trained.
 
     Args:
-        config: of the search.
-        device: whose models are meant.
-        first: the device of limits and objectives that name none.
+        folder: the run's.
+        devices: the folder of device cards.
 
     Raises:
-        InputError: they ask for several, or one is not understood.
+        InputError: the folder is not a run's; names the command that makes it.
     """
-    limits, objectives = map(Limit.parse, config.limits), map(Objective.parse, config.objectives)
-    return required_precision(limits, objectives, device, first)
+    return Run(folder, trained_config(folder), devices)
 
 
-def require_objectives(config: SearchConfig, objectives: Sequence[Objective]) -> None:
-    """Refuse objectives that the strategy of a search cannot minimise.
+def open_trained(run: Run) -> "Trained":
+    """The trained supernet of a run with its text.
 
     Args:
-        config: of the search.
-        objectives: of its problem.
+        run: a run that was trained.
 
     Raises:
-        InputError: there are too many for the strategy, one is given twice, or none is a quality.
+        InputError: nothing was trained, with other inputs, or not to the end; or the text is missing.
     """
-    most = config.strategy_entry.max_objectives
-    if most is not None and len(objectives) > most:
-        word = "one objective" if most == 1 else f"at most {most} objectives"
-        texts = ", ".join(objective.text for objective in objectives)
-        raise InputError(f"strategy {config.strategy}: it has {word}, not {texts}")
-    check_objectives(objectives)
+    corpus = load_corpus(run.config.train.data)
+    return run.trained(open_supernet(run, corpus), corpus)
 
 
-def make_problem(
-    space: Space,
-    predictors: "Mapping[str, Predictor]",
-    config: SearchConfig,
-    units: "Mapping[str, Predictor] | None" = None,
-) -> Problem:
-    """The problem that a configuration states.
+def open_supernet(run: Run, corpus: Corpus) -> "Checkpoint":
+    """The finished checkpoint of a run.
 
     Args:
-        space: the search space.
-        predictors: by device; the first is meant where a limit or objective names none.
-        config: its limits and objectives.
-        units: predictors by device that relative limits refer to; None: ``predictors``.
+        run: a run that was trained.
+        corpus: that it was trained on.
 
     Raises:
-        InputError: a malformed or contradictory limit, an unknown objective or workload.
+        InputError: there is none, it was made from other inputs, or the training is not finished.
     """
-    texts = config.objectives
-    if not texts:
-        if not predictors:
-            raise InputError("objectives: none are given, and there is no device whose latency is minimised")
-        workload = next(iter(next(iter(predictors.values())).models))
-        texts = ("loss", f"latency:{workload}")[: config.strategy_entry.max_objectives]
-    limits = tuple(map(Limit.parse, config.limits))
-    objectives = tuple(map(Objective.parse, texts))
-    require_objectives(config, objectives)
-    problem = Problem(
-        space,
-        objectives=objectives,
-        limits=limits,
-        predictors=predictors,
-        confidence=config.confidence,
-        units=units,
-    )
-    problem.constraints()
-    return problem
+    from supernet.training.checkpoint import latest_checkpoint
+    from supernet.training.train import training_inputs
+
+    inputs = training_inputs(run.space, run.config.train, corpus)
+    checkpoint = latest_checkpoint(run.folder / "supernet", inputs)
+    if checkpoint is None:
+        raise InputError(
+            f"{run.folder}: no whole checkpoint; `formfit train CONFIG --out {run.folder}` makes it"
+        )
+    if checkpoint.step < run.config.train.steps:
+        raise InputError(
+            f"{run.folder}: the training stopped at step {checkpoint.step} of {run.config.train.steps}; "
+            f"`formfit train {run.folder}/config.yaml --out {run.folder}` goes on"
+        )
+    return checkpoint

@@ -14,6 +14,7 @@ from latency.predictor.predictor import PREDICTOR
 from latency.profiling import profile, settings_digest
 from latency.runtimes.registry import open_runtime
 from search.audit.page import audit_section
+from search.config import Run, open_run
 from search.engine.front import Choice, Front, Member
 from search.engine.run import search_supernet
 from search.report.images import write_images
@@ -22,7 +23,6 @@ from search.report.summary import SUMMARY, Summary, TextQuality, VerifiedMember
 from search.select.measured_search import require_kept, run_measured_search
 from search.select.measurements import MeasuredSearch
 from search.select.verifier import Verifier
-from search.workspace import Run, open_run
 from space import genome
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter

@@ -104,8 +104,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
 def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
     """A folder with ``run`` (trained and searched) and ``devices``."""
     from search import pipeline
-    from search.config import load_run_config
-    from search.workspace import Run
+    from search.config import Run, load_run_config
     from supernet.data.corpus import load_corpus
 
     folder = tmp_path_factory.mktemp("finished")

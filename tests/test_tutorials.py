@@ -16,11 +16,10 @@ from pydantic import BaseModel, create_model
 
 import latency
 from search import config as run_config
-from search.config import RunConfig, load_run_config, smoke
+from search.config import Run, RunConfig, load_run_config, smoke
 from search.pipeline import execute
 from search.select import search_run as search_command
 from search.select.finalist import FinalistsConfig
-from search.workspace import Run
 from space import LimitMissedError, load_space
 from tests.conftest import Program, Quiet, short_smoke
 

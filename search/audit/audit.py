@@ -30,10 +30,10 @@ from search.audit.result import (
 )
 from search.audit.stratified import choose_diverse, choose_equal, sample_pool
 from search.audit.trials import Trial, train_trials
+from search.config import Run, open_trained
 from search.engine.devices import open_predictor
 from search.engine.evaluator import Failed
 from search.engine.supernet_evaluator import evaluator
-from search.workspace import Run, open_trained
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
 from space.io.artefact import canonical_json, digest
@@ -173,7 +173,9 @@ def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -
     """
     profiled = run.config.profile
     try:
-        predictor = open_predictor(run.config, load_card(run.devices, device), profiled.precision, reporter)
+        predictor = open_predictor(
+            run.space, profiled, load_card(run.devices, device), profiled.precision, reporter
+        )
     except InputError as error:
         raise InputError(f"audit: the set of equal latency needs a predictor: {error}") from None
     text = config.workload

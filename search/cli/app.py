@@ -91,7 +91,7 @@ def run(
         show(value, as_json, lambda: [space_table(value)])
         return
     from search import pipeline
-    from search.workspace import Run
+    from search.config import Run
 
     devices = context.obj / "smoke" if smoke and out_dir is None else context.obj
     summary = pipeline.execute(Run(folder, loaded, devices), Bars())
@@ -117,7 +117,7 @@ def train(
     loaded = load_run_config(config)
 
     from search import pipeline
-    from search.workspace import Run
+    from search.config import Run
     from supernet.data.corpus import load_corpus
 
     corpus = load_corpus(loaded.train.data)
@@ -176,7 +176,7 @@ def audit(
 
     from search.audit.audit import AuditConfig
     from search.audit.audit import audit as carry_out
-    from search.workspace import open_run
+    from search.config import open_run
 
     config = AuditConfig(size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers)
     found = carry_out(open_run(run, context.obj), config, device, Bars())

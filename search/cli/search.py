@@ -11,7 +11,8 @@ from search.cli.output import Bars, make_table, note, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from search.config import RunConfig, SearchConfig
+    from search.config import RunConfig
+    from search.engine.config import SearchConfig
     from search.select.search_run import SearchResult
 
 
@@ -112,11 +113,11 @@ def search(
     from search.engine.devices import open_targets
 
     bars = Bars()
-    cards, predictors = open_targets(context.obj, device, run_config, config, bars)
+    cards, predictors = open_targets(context.obj, device, run_config.space, run_config.profile, config, bars)
 
+    from search.config import Run
     from search.select.measured_search import require_kept
     from search.select.search_run import require_tuned, search_run
-    from search.workspace import Run
 
     result = search_run(
         Run(run, run_config, context.obj), cards, predictors, config, name or device[0], bars,
@@ -140,7 +141,7 @@ def search_config(run: "RunConfig", given: Mapping[str, Any]) -> "SearchConfig":
     Raises:
         InputError: a value is not allowed.
     """
-    from search.config import SearchConfig
+    from search.engine.config import SearchConfig
     from space.io.config import parse
 
     changes = {name: value for name, value in given.items() if value is not None}
@@ -158,7 +159,7 @@ def check_search(config: "SearchConfig", devices: list[str], name: str | None) -
     Raises:
         InputError: one of them is malformed, or two contradict each other.
     """
-    from search.config import precision_of
+    from search.engine.config import precision_of
     from search.problem.limit import Limit, check_limits
 
     for given in (*devices, *([name] if name else [])):

@@ -56,9 +56,9 @@ def extract(
     if limit:
         Limit.parse(limit)
 
+    from search.config import open_run, open_supernet
     from search.select.picks import read_architecture, select_member
     from search.submodel.export import export
-    from search.workspace import open_run, open_supernet
     from supernet.data.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.training.train import load_supernet
@@ -142,10 +142,10 @@ def finetune(
     check_submodel(folder)
     trained_config(teacher)
 
+    from search.config import open_run, open_trained
     from search.submodel.export import export as write
     from search.submodel.finetune import FinetuneConfig, FineTuning
     from search.submodel.finetune import finetune as carry_out
-    from search.workspace import open_run, open_trained
     from space.io.config import parse
     from supernet.data.corpus import DataConfig
     from supernet.extract import read_submodel

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from search.config import SearchConfig
+from search.engine.config import SearchConfig
 from search.engine.front import (
     BoundedLimit,
     FailedEvaluation,

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.config import SearchConfig, make_problem, require_objectives
+from search.engine.config import SearchConfig, make_problem, require_objectives
 from search.engine.evaluator import EvaluateArchitecture, Evaluator, FunctionEvaluate
 from search.engine.front import FRONT, Front
 from search.engine.search import Known, Report, Search

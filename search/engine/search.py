@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from search.config import SearchConfig
+from search.engine.config import SearchConfig
 from search.engine.evaluations import EVALUATIONS, Record, genomes_of
 from search.engine.evaluator import Evaluator, Failed, Machine, Outcome, make_quality, quality_value
 from search.engine.front import Front

@@ -38,9 +38,9 @@ class Options:
 def options_of(space: Space) -> Options:
     """The distinct (mixer, heads) options of a space."""
     enc = encoding(space)
-    heads = [1 if enc.headless[m] else len(space.head_options) for m in range(len(enc.max_linear_kinds))]
-    mixer, head = np.array([(m, h) for m in range(1, len(enc.max_linear_kinds)) for h in range(heads[m])]).T
-    return Options(mixer, head, enc.classes[mixer], enc.max_linear_kinds[mixer])
+    heads = [1 if enc.headless[m] else len(space.head_options) for m in range(len(enc.linear_kinds))]
+    mixer, head = np.array([(m, h) for m in range(1, len(enc.linear_kinds)) for h in range(heads[m])]).T
+    return Options(mixer, head, enc.classes[mixer], enc.linear_kinds[mixer])
 
 
 @dataclass(frozen=True)

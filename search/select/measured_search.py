@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from latency import Predictor
-from search.config import SearchConfig
+from search.engine.config import SearchConfig
 from search.engine.front import Front, Member
 from search.engine.run import search_supernet
 from search.engine.search import Known

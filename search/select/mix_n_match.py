@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency import Predictor
-from search.config import SearchConfig
+from search.config import Run
+from search.engine.config import SearchConfig
 from search.engine.devices import open_targets
 from search.engine.front import BoundedLimit, Choice, FamilyPick
 from search.engine.make_front import predictions
 from search.problem.limit import ROUNDING_TOLERANCE, Constraint, Limit
 from search.problem.problem import Problem
 from search.select.picks import Selection, select_member
-from search.workspace import Run
 from space import Architecture, InfeasibleError, Space, genome
 from space.genome import Genomes
 from space.io.progress import Reporter
@@ -50,7 +50,10 @@ def select_by_limit(
     base = select_member(run, search, None).architecture if search else genome.largest(run.space)
     config = SearchConfig(limits=(text,), confidence=run.config.search.confidence)
     name = device or limit.device or (run.config.device if limit.metric.needs_device else None)
-    predictors = open_targets(run.devices, [name], run.config, config, reporter)[1] if name else {}
+    predictors = {}
+    if name:
+        profile = run.config.profile
+        predictors = open_targets(run.devices, [name], run.space, profile, config, reporter)[1]
     return mix_and_match(base, mix_problem(run.space, predictors, config.confidence), limit)
 
 

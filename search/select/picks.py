@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from search.config import Run
 from search.engine.front import Choice, Front
 from search.select.measurements import MeasuredSearch
-from search.workspace import Run
 from space import Architecture, InputError, Workload, genome
 from space.io.artefact import file_digest
 from space.io.config import load_yaml

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from latency import Card, Predictor
-from search.config import SearchConfig
+from search.config import Run, open_trained
+from search.engine.config import SearchConfig
 from search.engine.front import FRONT, Choice, Front, Member
 from search.engine.run import search_supernet
 from search.engine.verification import Verification
@@ -18,7 +19,6 @@ from search.select.picks import Selection
 from search.select.successive_halving import distil_finalists, write_finalist
 from search.select.verifier import Verifier
 from search.submodel.export import export
-from search.workspace import Run, open_trained
 from space import InputError, LimitMissedError
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter

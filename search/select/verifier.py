@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from latency import Card
-from search.config import VerifyConfig
+from search.engine.config import VerifyConfig
 from search.engine.front import Choice
 from search.engine.verification import VERIFICATION, Verification
 from search.select.picks import Selection

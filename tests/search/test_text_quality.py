@@ -9,8 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from search import pipeline
-from search.config import RunConfig
-from search.workspace import Run
+from search.config import Run, RunConfig
 from space import InputError
 from supernet.data.corpus import load_corpus
 from tests.conftest import Quiet

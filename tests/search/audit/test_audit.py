@@ -36,8 +36,7 @@ from search.audit.stratified import (
     features,
     sample_pool,
 )
-from search.config import load_run_config
-from search.workspace import Run
+from search.config import Run, load_run_config
 from space import Architecture, InputError, Workload, genome, load_space
 from space.cost import op_flops, params_cost
 from space.onnx.graph import VERSION
@@ -46,7 +45,7 @@ from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_stand_alone, train
-from tests.conftest import Quiet
+from tests.conftest import Quiet, run_program
 from tests.contracts import TINY_SPACES, every_genome, tiny_space
 from tests.search.records import make_member
 from tests.search.test_pipeline import ROOT
@@ -284,11 +283,16 @@ def test_missing_predictor_error_names_the_command(trained: Run) -> None:
         assert "\n" not in str(found.value)
 
 
+def command(run: Run) -> list[str]:
+    return [
+        "--devices", str(run.devices), "audit", "--run", str(run.folder), "--size", "3", "--steps", "2",
+        "--batch", "2", "--workers", "1", "--json",
+    ]  # fmt: skip
+
+
 def start(run: Run) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from search.cli import main; main()", "--devices", str(run.devices)]
-    command += ["audit", "--run", str(run.folder), "--size", "3", "--steps", "2", "--batch", "2"]
     return subprocess.Popen(
-        [*command, "--workers", "1", "--json"],
+        [sys.executable, "-c", "from search.cli import main; main()", *command(run)],
         cwd=run.folder.parent,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -314,10 +318,9 @@ def test_resume_after_sigkill(trained: Run) -> None:
     assert not (trials.parent / "audit.json").exists()
     kept = {path: path.stat().st_ino for path in trials.glob("*/result.json")}  # a new file is another inode
     logs = {path.parent: (path.parent / "metrics.jsonl").read_text() for path in kept}
-    second = start(trained)
-    out, err = second.communicate(timeout=300)
-    assert second.returncode == 0, err
-    value = json.loads(out)
+    second = run_program(*command(trained))
+    assert second.returncode == 0, second.stderr
+    value = json.loads(second.stdout)
     assert value == json.loads((trials.parent / "audit.json").read_text())
     for path, inode in kept.items():
         assert path.stat().st_ino == inode

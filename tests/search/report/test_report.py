@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.config import load_run_config
+from search.config import Run, load_run_config
 from search.engine.front import FailedEvaluation, Front
 from search.pipeline import execute
 from search.report.figures import MAX_DRAWN_MEMBERS, thinned
@@ -25,7 +25,6 @@ from search.report.history import evaluations, first_to_reach, progress, volume,
 from search.report.images import write_images
 from search.report.page import architecture_kind, figures, headline, limits_in_words, write_report
 from search.report.summary import Summary
-from search.workspace import Run
 from space import Architecture, InputError, LimitMissedError
 from tests.conftest import Program, Quiet
 from tests.search.records import limit_result, make_member

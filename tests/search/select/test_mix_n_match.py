@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latency import Predictor, load_predictor
-from search.config import load_run_config
+from search.config import load_run_config, open_run, open_supernet
 from search.engine.front import BoundedLimit, Choice, FamilyPick, Prediction
 from search.engine.make_front import predictions
 from search.engine.verification import LatencyMeasurement
@@ -18,7 +18,6 @@ from search.problem.problem import Problem
 from search.select.mix_n_match import family, mix_and_match, mix_problem, select_by_limit
 from search.select.picks import select_member
 from search.submodel.verify import judge
-from search.workspace import open_run, open_supernet
 from space import Architecture, InfeasibleError, InputError, Space, Workload, genome, load_space, variation
 from space.cost import memory_bytes, params
 from space.io.artefact import canonical_json

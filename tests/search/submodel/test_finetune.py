@@ -18,11 +18,10 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from search.config import RunConfig
+from search.config import Run, RunConfig, open_run, open_supernet, open_trained
 from search.select.picks import select_member
 from search.submodel import finetune as module
 from search.submodel.finetune import FinetuneConfig
-from search.workspace import Run, open_run, open_supernet, open_trained
 from space import InputError, genome, variation
 from space.io.artefact import file_digest
 from space.io.progress import Reporter

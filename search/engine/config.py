@@ -1,0 +1,167 @@
+"""Settings of searches and of verification, read without torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from search.problem.limit import Limit
+from search.problem.objective import Objective, check_objectives
+from search.problem.problem import Problem, required_precision
+from search.strategies.registry import STRATEGIES, StrategyEntry
+from space import InputError, Space
+
+if TYPE_CHECKING:  # its libraries take seconds to load
+    from latency import Predictor
+
+
+def _registered(name: str) -> str:
+    STRATEGIES.get(name)
+    return name
+
+
+class SearchConfig(BaseModel):
+    """Settings of a search.
+
+    Attributes:
+        limits: such as ``decode@2048<=2ms``.
+        objectives: such as ``loss`` and ``params``; none: loss and the latency of the first profiled workload
+            (as many of them as the strategy can minimise).
+        strategy: the name of a registered strategy.
+        surrogate: candidates are screened by predicted quality, where the strategy does that.
+        generations: None: the strategy's own number.
+        population: architectures of a generation; None: the strategy's own number.
+        confidence: at which predicted costs are held against limits.
+        windows: sequences of an evaluation during the search.
+        front_windows: sequences of the last evaluation of the front.
+        baseline: ``random``: a random search of as many evaluations beside it, for the report.
+        workers: processes that evaluate; 0: this process.
+        ray_address: of a running Ray cluster; None: one is started on this machine.
+        seed: of the search.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limits: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
+    strategy: Annotated[str, AfterValidator(_registered)] = "nsga2"
+    surrogate: bool = True
+    generations: Annotated[int, Field(gt=0)] | None = None
+    population: Annotated[int, Field(gt=1)] | None = None
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.975
+    windows: Annotated[int, Field(gt=0)] = 24
+    front_windows: Annotated[int, Field(gt=0)] = 96
+    baseline: Literal["none", "random"] = "none"
+    workers: Annotated[int, Field(ge=0)] = 2
+    ray_address: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def strategy_entry(self) -> StrategyEntry:
+        """The registered strategy."""
+        return STRATEGIES.get(self.strategy)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Population and generations; the strategy's own numbers where none are given."""
+        entry = self.strategy_entry
+        return self.population or entry.population, self.generations or entry.generations
+
+    def windows_of(self) -> dict[str, int]:
+        """The number of sequences of each evaluation, by its name."""
+        middle = round(math.sqrt(self.windows * self.front_windows))
+        return {"search": self.windows, "middle": middle, "front": self.front_windows}
+
+
+class VerifyConfig(BaseModel):
+    """Settings of the verification of a sub-model.
+
+    Attributes:
+        tokens: of the parity check.
+        copies: sessions that are timed; their memory layouts differ.
+        rounds: of timing.
+        block_ms: least duration of a timed block.
+        searches: greatest number of searches, each with finalists that are measured.
+        max_noise: greatest relative difference between two timings of the same work; None: any.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(default=128, gt=1)
+    copies: int = Field(default=3, gt=0)
+    rounds: int = Field(default=60, ge=4)
+    block_ms: float = Field(default=3.0, gt=0)
+    searches: int = Field(default=3, ge=1)
+    max_noise: float | None = 0.1
+
+
+def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
+    """The precision that a search's limits and objectives ask of a device's models; None where they ask none.
+
+    Args:
+        config: of the search.
+        device: whose models are meant.
+        first: the device of limits and objectives that name none.
+
+    Raises:
+        InputError: they ask for several, or one is not understood.
+    """
+    limits, objectives = map(Limit.parse, config.limits), map(Objective.parse, config.objectives)
+    return required_precision(limits, objectives, device, first)
+
+
+def require_objectives(config: SearchConfig, objectives: Sequence[Objective]) -> None:
+    """Refuse objectives that the strategy of a search cannot minimise.
+
+    Args:
+        config: of the search.
+        objectives: of its problem.
+
+    Raises:
+        InputError: there are too many for the strategy, one is given twice, or none is a quality.
+    """
+    most = config.strategy_entry.max_objectives
+    if most is not None and len(objectives) > most:
+        word = "one objective" if most == 1 else f"at most {most} objectives"
+        texts = ", ".join(objective.text for objective in objectives)
+        raise InputError(f"strategy {config.strategy}: it has {word}, not {texts}")
+    check_objectives(objectives)
+
+
+def make_problem(
+    space: Space,
+    predictors: "Mapping[str, Predictor]",
+    config: SearchConfig,
+    units: "Mapping[str, Predictor] | None" = None,
+) -> Problem:
+    """The problem that a configuration states.
+
+    Args:
+        space: the search space.
+        predictors: by device; the first is meant where a limit or objective names none.
+        config: its limits and objectives.
+        units: predictors by device that relative limits refer to; None: ``predictors``.
+
+    Raises:
+        InputError: a malformed or contradictory limit, an unknown objective or workload.
+    """
+    texts = config.objectives
+    if not texts:
+        if not predictors:
+            raise InputError("objectives: none are given, and there is no device whose latency is minimised")
+        workload = next(iter(next(iter(predictors.values())).models))
+        texts = ("loss", f"latency:{workload}")[: config.strategy_entry.max_objectives]
+    limits = tuple(map(Limit.parse, config.limits))
+    objectives = tuple(map(Objective.parse, texts))
+    require_objectives(config, objectives)
+    problem = Problem(
+        space,
+        objectives=objectives,
+        limits=limits,
+        predictors=predictors,
+        confidence=config.confidence,
+        units=units,
+    )
+    problem.constraints()
+    return problem
