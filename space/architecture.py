@@ -1,8 +1,7 @@
-"""Architectures: what a search chooses, and the frame that a space fixes around it.
+"""Architectures: points of a search space.
 
-An architecture is a value: frozen, hashable, with one canonical JSON form and a key
-made from it. It says nothing of weights; where a layer stands (its slot) matters,
-because the supernet shares weights by slot.
+An architecture is a value: frozen, hashable, with one canonical JSON form and a key derived from it. It does
+not include weights. A layer's slot matters, because the supernet shares weights by slot.
 """
 
 from collections.abc import Mapping
@@ -19,30 +18,43 @@ __all__ = ["Architecture", "Layer", "ModelConfig", "has_heads", "is_windowed"]
 
 
 def has_heads(mixer: str) -> bool:
-    """Whether a layer with this mixer has heads; ``none`` has not."""
+    """True if layers with this mixer have heads.
+
+    Args:
+        mixer: name of a registered mixer, or ``none``.
+    """
     return mixer != "none" and MIXERS.get(mixer).has_heads
 
 
 def is_windowed(mixer: str) -> bool:
-    """Whether a layer with this mixer has a window; ``none`` has not."""
+    """True if layers with this mixer have a window.
+
+    Args:
+        mixer: name of a registered mixer, or ``none``.
+    """
     return mixer != "none" and MIXERS.get(mixer).windowed
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One point of a space: a residual width and one layer for each slot."""
+    """A residual width and one layer per slot.
+
+    Attributes:
+        width: residual width.
+        layers: one layer for each slot; absent layers are empty.
+    """
 
     width: int
     layers: tuple[Layer, ...]
 
     @property
     def depth(self) -> int:
-        """How many layers have something in them."""
+        """Number of layers that are not empty."""
         return sum(layer.present for layer in self.layers)
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """The mixers of the layers that are present, in order."""
+        """Mixers of the layers that are not empty, in order."""
         return tuple(layer.mixer for layer in self.layers if layer.present)
 
     @cached_property
@@ -56,11 +68,11 @@ class Architecture:
         return digest(self.text)[:12]
 
     def describe(self) -> str:
-        """A short human form of the whole architecture."""
+        """Short readable form, such as ``width 96: attention/4:2+ffn256 -``."""
         return f"width {self.width}: " + " ".join(layer.describe() for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """The canonical JSON value; what is absent in a layer is left out."""
+        """The canonical JSON value; zero fields of a layer are omitted."""
         layers = [
             {name: value for name, value in vars(layer).items() if value or name in ("mixer", "ffn")}
             for layer in self.layers
@@ -68,8 +80,12 @@ class Architecture:
         return {"width": self.width, "layers": layers}
 
     @staticmethod
-    def from_json(value: Any, where: str = "architecture") -> "Architecture":
+    def from_json(value: object, where: str = "architecture") -> "Architecture":
         """Read an architecture; the inverse of :meth:`to_json`.
+
+        Args:
+            value: a JSON value.
+            where: its place, for error messages.
 
         Raises:
             InputError: a field is missing, unknown, of another type, or contradicts another.
@@ -84,11 +100,11 @@ class Architecture:
         )
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _layer(item: Any, where: str) -> Layer:
+def _layer(item: object, where: str) -> Layer:
     known = ("mixer", "heads", "kv_heads", "window", "ffn")
     if not isinstance(item, Mapping) or set(item) - set(known) or not {"mixer", "ffn"} <= set(item):
         raise InputError(

@@ -1,8 +1,8 @@
-"""Analytic cost of ops and architectures: parameters, FLOPs and bytes, exactly.
+"""Analytic cost of ops and architectures: parameters, FLOPs and bytes.
 
-A multiply-add counts as two FLOPs. Bytes of weights are those of a workload's precision, all others
-fp32. FLOPs count the projections, the convolution and the mixing itself (for linear mixers the
-recurrent form); norms, gates and activations, some percent of the whole, are left out.
+A multiply-add counts as two FLOPs. Weights have the bytes of the workload's precision, everything else is
+fp32. FLOPs include projections, convolutions and the mixing itself (for linear mixers in recurrent form), but
+not norms, gates and activations, which are a few percent.
 """
 
 from math import prod
@@ -10,7 +10,7 @@ from math import prod
 from space.architecture import Architecture, ModelConfig
 from space.mixers import MIXERS
 from space.ops import Cost, Op, OpTables, count_ops
-from space.precision import FLOAT, matrix_bytes
+from space.precision import FLOAT_BYTES, matrix_bytes
 from space.shapes import end_shapes, ffn_shapes, mixer_shapes, state_shapes
 from space.space import Space
 from space.workload import Workload
@@ -19,7 +19,12 @@ FFN_MATRICES = ("gate", "up", "down")
 
 
 def op_params(op: Op, model_config: ModelConfig) -> int:
-    """Parameters of an op. A tied head has only its norm: its matrix is the embedding's."""
+    """Number of parameters of an op. A tied head has only its norm: its matrix is the embedding's.
+
+    Args:
+        op: the op.
+        model_config: the constants of the space.
+    """
     if op.kind in ("embedding", "head"):
         ends = end_shapes(op.width, model_config)
         names = ("embedding",) if op.kind == "embedding" else ("norm", "head")
@@ -28,21 +33,26 @@ def op_params(op: Op, model_config: ModelConfig) -> int:
 
 
 def op_weight_bytes(op: Op, model_config: ModelConfig, precision: str = "fp32") -> int:
-    """Bytes of an op's weights in an exported graph of a precision.
+    """Bytes of an op's weights in an exported graph.
 
-    A tied head has its matrix in the embedding's op, but for ``int8-dynamic``, which has no operator that
-    reads one quantised tensor both ways.
+    A tied head's matrix belongs to the embedding's op, except in ``int8-dynamic``: no operator there reads
+    one quantised tensor both as rows and as a matrix.
+
+    Args:
+        op: the op.
+        model_config: the constants of the space.
+        precision: one of :data:`space.precision.PRECISIONS`.
     """
     if precision == "fp32":
-        return FLOAT * op_params(op, model_config)
+        return FLOAT_BYTES * op_params(op, model_config)
     matrix = matrix_bytes(model_config.vocab_size, op.width, precision)
     if op.kind == "embedding":  # dynamic: one scale and zero point for all
-        return matrix if precision == "int8" else model_config.vocab_size * op.width + FLOAT + 1
+        return matrix if precision == "int8" else model_config.vocab_size * op.width + FLOAT_BYTES + 1
     if op.kind == "head":
-        return FLOAT * op.width + (0 if model_config.tie_embeddings and precision == "int8" else matrix)
+        return FLOAT_BYTES * op.width + (0 if model_config.tie_embeddings and precision == "int8" else matrix)
     shapes, matrices = _shapes(op, model_config), _matrices(op)
     return sum(
-        matrix_bytes(shape[0], shape[1], precision) if name in matrices else FLOAT * prod(shape)
+        matrix_bytes(shape[0], shape[1], precision) if name in matrices else FLOAT_BYTES * prod(shape)
         for name, shape in shapes.items()
     )
 
@@ -54,7 +64,7 @@ def _shapes(op: Op, model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _matrices(op: Op) -> tuple[str, ...]:
-    """The parameters of a mixer or FFN op that are products' matrices."""
+    """Names of the parameters of a mixer or FFN op that are matrices of products."""
     if op.kind == "ffn":
         return FFN_MATRICES
     mixer = MIXERS.get(op.kind)
@@ -62,7 +72,13 @@ def _matrices(op: Op) -> tuple[str, ...]:
 
 
 def op_flops(op: Op, workload: Workload, model_config: ModelConfig) -> int:
-    """FLOPs of an op in one run of a workload."""
+    """FLOPs of an op in one run of a workload.
+
+    Args:
+        op: the op.
+        workload: the workload.
+        model_config: the constants of the space.
+    """
     tokens = workload.batch * workload.tokens
     if op.kind == "embedding":
         return 0
@@ -76,71 +92,125 @@ def op_flops(op: Op, workload: Workload, model_config: ModelConfig) -> int:
 
 
 def op_state_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
-    """Bytes that an op carries to the next call once a workload's ``length`` tokens are read."""
+    """Bytes of an op's state after a workload's ``length`` tokens.
+
+    Args:
+        op: the op.
+        workload: the workload.
+        model_config: the constants of the space.
+    """
     if op.kind in ("embedding", "head", "ffn"):
         return 0
     shapes = state_shapes(op.layer, op.width, model_config, workload.batch, workload.length)
-    return FLOAT * sum(prod(shape) for shape in shapes.values())
+    return FLOAT_BYTES * sum(prod(shape) for shape in shapes.values())
 
 
 def op_held_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
-    """Bytes of an op's weights, and of its states once a workload's tokens are read."""
+    """Bytes of an op's weights, and of its state after a workload's tokens.
+
+    Args:
+        op: the op.
+        workload: the workload.
+        model_config: the constants of the space.
+    """
     return op_weight_bytes(op, model_config, workload.precision) + op_state_bytes(op, workload, model_config)
 
 
 def op_activation_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
-    """Bytes of the values that stand side by side at the widest node of an op's graph.
+    """Bytes of the values that are alive at the widest node of an op's graph.
 
-    States are not among them, nor what a node uses inside (the scores of attention). An op ends in the node
-    that adds to the residual stream and norms it for the next.
+    States and the memory inside a node (such as the scores of attention) are not included. An op's last node
+    adds to the residual stream and normalises it for the next op.
+
+    Args:
+        op: the op.
+        workload: the workload.
+        model_config: the constants of the space.
     """
     w, tokens = op.width, workload.batch * workload.tokens
     if op.kind == "embedding":
-        return FLOAT * tokens * w
+        return FLOAT_BYTES * tokens * w
     if op.kind == "head":
-        return FLOAT * tokens * max(2 * w, w + model_config.vocab_size)
+        return FLOAT_BYTES * tokens * max(2 * w, w + model_config.vocab_size)
     if op.kind == "ffn":
-        # x and, in turn: pre-norm with packed gate and up; both packed and split; silu with its parts.
-        return FLOAT * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 4 * w)
+        # x, and at successive nodes: pre-norm with packed gate and up; packed and split; SiLU with its parts.
+        return FLOAT_BYTES * tokens * max(2 * w + 2 * op.ffn, w + 4 * op.ffn, 4 * w)
     mixer, shapes = MIXERS.get(op.kind), _shapes(op, model_config)
     packed = sum(shapes[name][0] for name in mixer.projections)
-    return FLOAT * mixer.activations(op.layer, w, packed, workload, model_config)
+    return FLOAT_BYTES * mixer.activations(op.layer, w, packed, workload, model_config)
 
 
 def params(architecture: Architecture, model_config: ModelConfig) -> int:
-    """Parameters of a sub-model."""
+    """Number of parameters of a sub-model.
+
+    Args:
+        architecture: the architecture.
+        model_config: the constants of the space.
+    """
     return sum(n * op_params(op, model_config) for op, n in count_ops(architecture).items())
 
 
 def flops(architecture: Architecture, workload: Workload, model_config: ModelConfig) -> int:
-    """FLOPs of one run of a workload."""
+    """FLOPs of one run of a workload.
+
+    Args:
+        architecture: the architecture.
+        workload: the workload.
+        model_config: the constants of the space.
+    """
     return sum(n * op_flops(op, workload, model_config) for op, n in count_ops(architecture).items())
 
 
 def memory_bytes(architecture: Architecture, workload: Workload, model_config: ModelConfig) -> int:
-    """Weights, states after the workload, and peak activations, in bytes."""
+    """Bytes of weights, of states after a workload, and of peak activations.
+
+    Args:
+        architecture: the architecture.
+        workload: the workload.
+        model_config: the constants of the space.
+    """
     ops = count_ops(architecture)
     held = sum(n * op_held_bytes(op, workload, model_config) for op, n in ops.items())
     return held + max(op_activation_bytes(op, workload, model_config) for op in ops)
 
 
 def flops_table(space: Space, workload: Workload) -> OpTables:
-    """FLOPs by op."""
+    """FLOPs of each op of a space.
+
+    Args:
+        space: the space.
+        workload: the workload.
+    """
     return OpTables(space, lambda op: op_flops(op, workload, space.config))
 
 
 def params_cost(space: Space) -> Cost:
-    """Parameters of each genome."""
+    """Cost of genomes: number of parameters.
+
+    Args:
+        space: the space.
+    """
     return Cost(OpTables(space, lambda op: op_params(op, space.config)))
 
 
 def memory_cost(space: Space, workload: Workload) -> Cost:
-    """Bytes of each genome: weights, states after the workload, peak activations."""
+    """Cost of genomes: bytes of weights, of states after a workload, and of peak activations.
+
+    Args:
+        space: the space.
+        workload: the workload.
+    """
     model_config = space.config
     held = OpTables(space, lambda op: op_held_bytes(op, workload, model_config))
     return Cost(held, max_op=OpTables(space, lambda op: op_activation_bytes(op, workload, model_config)))
 
 
 def row_flops(space: Space, architecture: Architecture, length: int) -> int:
-    """FLOPs of reading so many tokens."""
+    """FLOPs of a prefill of one sequence.
+
+    Args:
+        space: the space.
+        architecture: the architecture.
+        length: tokens of the sequence.
+    """
     return flops(architecture, Workload(phase="prefill", length=length), space.config)

@@ -1,53 +1,67 @@
-"""Genomes: architectures as rows of small integers, and what evolution does to them.
+"""Genomes: architectures as rows of small integers.
 
-A genome has 1 + 3 * slots genes: the width, then for each slot a mixer option, a head
-option and an FFN option, each an index into the space's lists (index 0 of mixer and FFN
-means absent). Genes without effect are 0 in the canonical form, so that one architecture
-has one genome. Everything here works on arrays [N, G] and takes the random generator that
-it draws from; nothing loops until it happens to succeed.
+A genome has 1 + 3 * slots genes: the width, then a mixer option, a head option and an FFN option for each
+slot. Each gene is an index into a list of the space; index 0 of mixer and FFN means absent. Genes without
+effect are 0 in the canonical form, so that every architecture has exactly one genome. Functions work on
+arrays [N, G] of genomes. Sampling, repair, mutation and crossover are in :mod:`space.variation`.
+
+Shape suffixes: N genomes, G genes, L slots, P patterns (layer counts).
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from space.architecture import Architecture, Layer, has_heads
 from space.io.errors import InputError
-from space.space import Space
+from space.space import LayerCounts, Space
 
 Genomes = NDArray[np.int16]
+Option = TypeVar("Option")
 EMPTY, FFN_ONLY, FULL, LINEAR, LOCAL = range(5)
 _CLASS = {"full": FULL, "linear": LINEAR, "local": LOCAL}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """A space's lists as arrays, made once."""
+    """The lists of a space as arrays.
+
+    Attributes:
+        slots: number of layer slots L.
+        cardinalities: number of values of each gene [G].
+        classes: class of each mixer option [mixer options].
+        linear_kinds: index of each mixer option's linear mixer [mixer options]; -1 for other classes.
+        headless: mixer options without heads [mixer options].
+        kind_count: number of linear mixers.
+        must_be_full: slots that must have a full mixer [L].
+        patterns: layer counts of the space [P, 4].
+        least_ffn: smallest FFN gene of a layer with a mixer.
+    """
 
     slots: int
-    cardinalities: NDArray[np.int64]  # [G] number of values of each gene
-    classes: NDArray[np.int64]  # [mixer options] class of each mixer option
-    max_linear_kinds: NDArray[np.int64]  # [mixer options] which linear kind an option is, -1 for the others
-    headless: NDArray[np.bool_]  # [mixer options]
+    cardinalities: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    linear_kinds: NDArray[np.int64]
+    headless: NDArray[np.bool_]
     kind_count: int
-    must_be_full: NDArray[np.bool_]  # [slots] must be full
-    patterns: NDArray[np.int64]  # [P, 4]
-    least_ffn: int  # the smallest FFN gene of a layer that has a mixer
+    must_be_full: NDArray[np.bool_]
+    patterns: NDArray[np.int64]
+    least_ffn: int
 
     @property
     def genes(self) -> int:
-        """Genes of a genome."""
+        """Number of genes G."""
         return len(self.cardinalities)
 
 
 @lru_cache(maxsize=64)
 def encoding(space: Space) -> Encoding:
-    """The arrays that the functions of this module work on."""
+    """The encoding of a space, cached."""
     options = space.mixer_options
     names = sorted({m for m, _ in options[1:] if space.mixer_class(m) == "linear"})
     must_be_full = np.zeros(space.slots, bool)
@@ -57,7 +71,7 @@ def encoding(space: Space) -> Encoding:
         slots=space.slots,
         cardinalities=np.array([len(space.width), *per_slot * space.slots]),
         classes=np.array([EMPTY] + [_CLASS[space.mixer_class(m)] for m, _ in options[1:]]),
-        max_linear_kinds=np.array([names.index(m) if m in names else -1 for m, _ in options]),
+        linear_kinds=np.array([names.index(m) if m in names else -1 for m, _ in options]),
         headless=np.array([not has_heads(m) for m, _ in options]),
         kind_count=len(names),
         must_be_full=must_be_full,
@@ -67,12 +81,20 @@ def encoding(space: Space) -> Encoding:
 
 
 def split(genomes: Genomes) -> tuple[Genomes, Genomes, Genomes, Genomes]:
-    """Views of a genome array: width [N], mixer [N, L], heads [N, L], ffn [N, L]."""
+    """Split genomes [N, G] into views: width [N], mixer [N, L], heads [N, L], ffn [N, L].
+
+    Args:
+        genomes: genomes [N, G].
+    """
     return genomes[:, 0], genomes[:, 1::3], genomes[:, 2::3], genomes[:, 3::3]
 
 
 def encode(space: Space, architectures: Sequence[Architecture]) -> Genomes:
-    """The genomes [N, G] of architectures.
+    """Encode architectures as genomes [N, G].
+
+    Args:
+        space: the space.
+        architectures: the architectures.
 
     Raises:
         InputError: an architecture has a value that the space does not list.
@@ -97,14 +119,19 @@ def encode(space: Space, architectures: Sequence[Architecture]) -> Genomes:
     return rows
 
 
-def _index(options: tuple[Any, ...], value: Any, where: str) -> int:
+def _index(options: Sequence[Option], value: Option, where: str) -> int:
     if value not in options:
         raise ValueError(f"{where}: {value} is not among {', '.join(map(str, options))}")
     return options.index(value)
 
 
 def decode(space: Space, genomes: Genomes) -> list[Architecture]:
-    """The architectures of canonical genomes [N, G]."""
+    """Decode canonical genomes.
+
+    Args:
+        space: the space.
+        genomes: canonical genomes [N, G].
+    """
     return [_decode(space, tuple(int(g) for g in row)) for row in genomes]
 
 
@@ -120,7 +147,12 @@ def _decode(space: Space, genome: tuple[int, ...]) -> Architecture:
 
 
 def canonical(space: Space, genomes: Genomes) -> Genomes:
-    """A copy in which genes without effect are 0."""
+    """Copy genomes with genes without effect set to 0.
+
+    Args:
+        space: the space.
+        genomes: genomes [N, G].
+    """
     genomes = genomes.copy()
     _, mixer, heads, _ = split(genomes)
     heads[encoding(space).headless[mixer]] = 0
@@ -128,26 +160,45 @@ def canonical(space: Space, genomes: Genomes) -> Genomes:
 
 
 def slot_classes(space: Space, genomes: Genomes) -> NDArray[np.int64]:
-    """The class [N, L] of every slot: EMPTY, FFN_ONLY, FULL, LINEAR or LOCAL."""
+    """The class of every slot [N, L]: EMPTY, FFN_ONLY, FULL, LINEAR or LOCAL.
+
+    Args:
+        space: the space.
+        genomes: genomes [N, G].
+    """
     _, mixer, _, ffn = split(genomes)
     classes = encoding(space).classes[mixer]
     return np.where((mixer == 0) & (ffn > 0), FFN_ONLY, classes)
 
 
 def pattern_counts(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many slots [N, 4] are FFN_ONLY, FULL, LINEAR and LOCAL."""
+    """The number of slots that are FFN_ONLY, FULL, LINEAR and LOCAL [N, 4].
+
+    Args:
+        classes: class of every slot [N, L].
+    """
     return np.stack([(classes == c).sum(axis=1) for c in (FFN_ONLY, FULL, LINEAR, LOCAL)], axis=1)
 
 
 def kinds_used(space: Space, genomes: Genomes) -> NDArray[np.int64]:
-    """How many slots [N, kinds] use each kind of linear mixer."""
+    """The number of slots that use each linear mixer [N, kinds].
+
+    Args:
+        space: the space.
+        genomes: genomes [N, G].
+    """
     enc = encoding(space)
-    kinds = enc.max_linear_kinds[split(genomes)[1]]
+    kinds = enc.linear_kinds[split(genomes)[1]]
     return np.asarray((kinds[:, :, None] == np.arange(enc.kind_count)).sum(axis=1))
 
 
 def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
-    """Which rows [N] are canonical genomes of the space."""
+    """Mask of the rows that are canonical genomes of the space [N].
+
+    Args:
+        space: the space.
+        genomes: any integers [N, G].
+    """
     enc = encoding(space)
     genomes = np.asarray(genomes)
     inside = np.asarray(((genomes >= 0) & (genomes < enc.cardinalities)).all(axis=1))
@@ -163,19 +214,26 @@ def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
 
 
 def size(space: Space) -> int:
-    """How many distinct architectures the space has, exactly."""
+    """The exact number of distinct architectures of a space.
+
+    Dynamic programming over slots; the state is the number of layers of each class and the set of linear
+    mixers.
+
+    Args:
+        space: the space.
+    """
     enc = encoding(space)
     heads = {
         option: 1 if enc.headless[option] else len(space.head_options)
-        for option in range(len(enc.max_linear_kinds))
+        for option in range(len(enc.linear_kinds))
     }
     ffns = len(space.ffn_options) - enc.least_ffn
     by_class: Counter[tuple[int, int]] = Counter()  # (class, linear kind) -> choices of one slot
     by_class[EMPTY, -1] = 1
     if "none" in space.layer.mixer:
         by_class[FFN_ONLY, -1] = len(space.ffn_options) - 1
-    for option in range(1, len(enc.max_linear_kinds)):
-        by_class[int(enc.classes[option]), int(enc.max_linear_kinds[option])] += heads[option] * ffns
+    for option in range(1, len(enc.linear_kinds)):
+        by_class[int(enc.classes[option]), int(enc.linear_kinds[option])] += heads[option] * ffns
 
     # (ffn only, full, linear, local, set of kinds) -> ways to fill the slots so far
     ways: Counter[tuple[int, int, int, int, frozenset[int]]] = Counter({(0, 0, 0, 0, frozenset()): 1})
@@ -201,55 +259,51 @@ def size(space: Space) -> int:
     return len(space.width) * sum(n for state, n in ways.items() if state[:4] in allowed)
 
 
-def _extreme(space: Space, *, largest: bool) -> Architecture:
-    """The architecture at one end of every axis."""
-    end = -1 if largest else 0
-    patterns = [
-        p
-        for p in space.all_patterns
-        if p.depth == (max if largest else min)(q.depth for q in space.all_patterns)
-    ]
-    # Most attention and fewest FFN-only layers for the largest, the opposite for the smallest.
-    pattern = max(
-        patterns, key=lambda p: (p[1] - p[0], p[1], p[2]) if largest else (p[0] - p[1], -p[1], -p[3])
-    )
-    enc = encoding(space)
-    must_be_full = [int(s) for s in np.flatnonzero(enc.must_be_full)]
-    spread = [int(s) for s in np.linspace(0, enc.slots - 1, pattern.depth).round()]
-    present = sorted(
-        must_be_full + [s for s in spread if s not in must_be_full][: pattern.depth - len(must_be_full)]
-    )
-    if len(present) < pattern.depth:
-        present = sorted(
-            present + [s for s in range(enc.slots) if s not in present][: pattern.depth - len(present)]
-        )
-    wanted = dict.fromkeys(present, LINEAR)
-    rest = [s for s in present if s not in must_be_full]
-    more = pattern[1] - len(must_be_full)
-    full = (
-        must_be_full + [rest[int(i)] for i in np.linspace(0, len(rest) - 1, more).round()]
-        if more
-        else must_be_full
-    )
-    wanted |= dict.fromkeys(full, FULL)
-    others = [s for s in present if wanted[s] != FULL]
-    wanted |= dict.fromkeys(others[: pattern[0]], FFN_ONLY)
-    wanted |= dict.fromkeys(others[pattern[0] : pattern[0] + pattern[3]], LOCAL)
-    first = {c: int(np.flatnonzero(enc.classes == c)[0]) for c in set(wanted.values()) if c > FFN_ONLY}
-    genome = np.zeros((1, enc.genes), np.int16)
-    genome[0, 0] = len(space.width) - 1 if largest else 0
-    for slot, kind in wanted.items():
-        ffn = len(space.ffn_options) - 1 if largest else (1 if kind == FFN_ONLY else enc.least_ffn)
-        heads = range(len(space.head_options))[end] if kind > FFN_ONLY else 0
-        genome[0, 1 + 3 * slot : 4 + 3 * slot] = (first.get(kind, 0), heads, ffn)
-    return decode(space, canonical(space, genome))[0]
-
-
 def largest(space: Space) -> Architecture:
-    """Every axis at its greatest, with attention wherever the rule allows it."""
-    return _extreme(space, largest=True)
+    """The architecture with the greatest value on every axis and as many full mixers as the space allows."""
+    depth = max(pattern.depth for pattern in space.all_patterns)
+    patterns = [pattern for pattern in space.all_patterns if pattern.depth == depth]
+    pattern = max(patterns, key=lambda p: (p.full - p.ffn_only, p.full, p.linear))
+    ffn = len(space.ffn_options) - 1
+    return _build(space, pattern, len(space.width) - 1, len(space.head_options) - 1, ffn, ffn)
 
 
 def smallest(space: Space) -> Architecture:
-    """Every axis at its least, with as little attention as the rule allows."""
-    return _extreme(space, largest=False)
+    """The architecture with the least value on every axis and as few full mixers as the space allows."""
+    depth = min(pattern.depth for pattern in space.all_patterns)
+    patterns = [pattern for pattern in space.all_patterns if pattern.depth == depth]
+    pattern = max(patterns, key=lambda p: (p.ffn_only - p.full, -p.full, -p.local))
+    return _build(space, pattern, 0, 0, encoding(space).least_ffn, 1)
+
+
+def _build(
+    space: Space, pattern: LayerCounts, width: int, heads: int, ffn: int, ffn_only: int
+) -> Architecture:
+    """The architecture with evenly spread layers of a pattern; the last four arguments are genes."""
+    enc = encoding(space)
+    genome = np.zeros((1, enc.genes), np.int16)
+    genome[0, 0] = width
+    for slot, slot_class in _spread(enc, pattern).items():
+        genes = (0, 0, ffn_only)
+        if slot_class != FFN_ONLY:
+            first_option = int(np.flatnonzero(enc.classes == slot_class)[0])
+            genes = (first_option, heads, ffn)
+        genome[0, 1 + 3 * slot : 4 + 3 * slot] = genes
+    return decode(space, canonical(space, genome))[0]
+
+
+def _spread(enc: Encoding, pattern: LayerCounts) -> dict[int, int]:
+    """The class of each slot that is not empty: layers, and full ones among them, evenly spread."""
+    forced = [int(slot) for slot in np.flatnonzero(enc.must_be_full)]
+    even = [int(slot) for slot in np.linspace(0, enc.slots - 1, pattern.depth).round()]
+    present = forced + [slot for slot in even if slot not in forced][: pattern.depth - len(forced)]
+    unused = [slot for slot in range(enc.slots) if slot not in present]  # rounding may repeat a slot
+    present = sorted(present + unused[: pattern.depth - len(present)])
+    classes = dict.fromkeys(present, LINEAR)
+    rest = [slot for slot in present if slot not in forced]
+    more_full = np.linspace(0, len(rest) - 1, pattern.full - len(forced)).round()
+    classes |= dict.fromkeys(forced + [rest[int(i)] for i in more_full], FULL)
+    others = [slot for slot in present if classes[slot] != FULL]
+    classes |= dict.fromkeys(others[: pattern.ffn_only], FFN_ONLY)
+    classes |= dict.fromkeys(others[pattern.ffn_only : pattern.ffn_only + pattern.local], LOCAL)
+    return classes

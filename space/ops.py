@@ -1,8 +1,8 @@
-"""Ops: the units that a runtime executes and latency measures.
+"""Ops: the units that a runtime executes and a profile measures.
 
-An architecture is a bag of ops: the embedding, one mixer block and one FFN block for each
-layer that has them, and the head. Whatever adds up over ops (parameters, bytes, latency) is
-first tabulated for the ops of a space and then gathered for whole arrays of genomes.
+An architecture consists of the embedding, a mixer block and an FFN block for each layer that has them, and
+the head. Quantities that are sums over ops (parameters, bytes, latency) are tabulated once for the ops of a
+space and then gathered for arrays of genomes. Shape suffixes: N genomes, L slots.
 """
 
 from collections import Counter
@@ -20,7 +20,16 @@ from space.space import Space
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Op:
-    """One block and its shape; ``kind`` is embedding, head, ffn or the name of a mixer."""
+    """One block and its sizes.
+
+    Attributes:
+        kind: ``embedding``, ``head``, ``ffn`` or the name of a mixer.
+        width: residual width.
+        heads: query heads; 0 if the block has none.
+        kv_heads: key and value heads.
+        window: tokens that a windowed mixer sees; 0 for others.
+        ffn: hidden size of an FFN.
+    """
 
     kind: str
     width: int
@@ -31,7 +40,7 @@ class Op:
 
     @property
     def key(self) -> str:
-        """A readable unique name, such as ``attention-w128-h4-k2``."""
+        """Unique readable name, such as ``attention-w128-h4-k2``."""
         letters = (
             ("w", self.width),
             ("h", self.heads),
@@ -43,26 +52,39 @@ class Op:
 
     @staticmethod
     def parse(key: str) -> "Op":
-        """The op of a :attr:`key`."""
+        """The op with a key; the inverse of :attr:`key`.
+
+        Args:
+            key: such as ``attention-w128-h4-k2``.
+        """
         kind, *sizes = key.split("-")
         names = {"w": "width", "h": "heads", "k": "kv_heads", "n": "window", "f": "ffn"}
         return Op(kind=kind, **{names[size[0]]: int(size[1:]) for size in sizes})
 
     @property
     def layer(self) -> Layer:
-        """The layer that has only this op in it."""
+        """A layer that consists of this op only."""
         if self.kind == "ffn":
             return Layer(ffn=self.ffn)
         return Layer(mixer=self.kind, heads=self.heads, kv_heads=self.kv_heads, window=self.window)
 
 
 def mixer_op(width: int, layer: Layer) -> Op:
-    """The mixer op of a layer."""
+    """The op of a layer's mixer.
+
+    Args:
+        width: residual width.
+        layer: a layer with a mixer.
+    """
     return Op(kind=layer.mixer, width=width, heads=layer.heads, kv_heads=layer.kv_heads, window=layer.window)
 
 
 def count_ops(architecture: Architecture) -> Counter[Op]:
-    """The ops of an architecture, with how often each occurs."""
+    """The ops of an architecture with their multiplicity.
+
+    Args:
+        architecture: the architecture.
+    """
     width = architecture.width
     ops = Counter([Op(kind="embedding", width=width), Op(kind="head", width=width)])
     for layer in architecture.layers:
@@ -75,7 +97,11 @@ def count_ops(architecture: Architecture) -> Counter[Op]:
 
 @lru_cache(maxsize=64)
 def space_ops(space: Space) -> tuple[Op, ...]:
-    """Every op that an architecture of the space can have, sorted."""
+    """All ops of a space's architectures, sorted.
+
+    Args:
+        space: the space.
+    """
     ops = set()
     for width in space.width:
         ops |= {Op(kind="embedding", width=width), Op(kind="head", width=width)}
@@ -88,12 +114,21 @@ def space_ops(space: Space) -> tuple[Op, ...]:
 
 @lru_cache(maxsize=64)
 def op_kinds(space: Space) -> tuple[str, ...]:
-    """The kinds of op in the space, sorted."""
+    """The kinds of a space's ops, sorted.
+
+    Args:
+        space: the space.
+    """
     return tuple(sorted({op.kind for op in space_ops(space)}))
 
 
 class OpTables:
-    """One number for each op of a space, laid out for gathering by genes."""
+    """One number for each op of a space, indexed by genes.
+
+    Args:
+        space: the space.
+        number: the number of an op; called once for each op.
+    """
 
     def __init__(self, space: Space, number: Callable[[Op], float]) -> None:
         self.space = space
@@ -121,18 +156,30 @@ class OpTables:
                     self.mixer[i, j, k] = number(mixer_op(width, layer))
 
     def gather(self, genomes: Genomes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The numbers of each slot's mixer and FFN: two arrays [N, L]."""
+        """The numbers of each slot's mixer [N, L] and FFN [N, L].
+
+        Args:
+            genomes: genomes [N, G].
+        """
         width, mixer, heads, ffn = split(genomes)
         return self.mixer[width[:, None], mixer, heads], self.ffn[width[:, None], ffn]
 
     def totals(self, genomes: Genomes) -> NDArray[np.float64]:
-        """The sum over all ops of each genome: [N]."""
+        """The sum over all ops of each genome [N].
+
+        Args:
+            genomes: genomes [N, G].
+        """
         mixers, ffns = self.gather(genomes)
         ends = self.ends.sum(axis=1)[genomes[:, 0]]
         return np.asarray(ends + mixers.sum(axis=1) + ffns.sum(axis=1), dtype=np.float64)
 
     def greatest(self, genomes: Genomes) -> NDArray[np.float64]:
-        """The largest over all ops of each genome: [N]."""
+        """The maximum over all ops of each genome [N].
+
+        Args:
+            genomes: genomes [N, G].
+        """
         mixers, ffns = self.gather(genomes)
         ends = self.ends.max(axis=1)[genomes[:, 0]]
         return np.asarray(
@@ -140,7 +187,11 @@ class OpTables:
         )
 
     def by_kind(self, genomes: Genomes) -> NDArray[np.float64]:
-        """The sum over the ops of each kind, in the order of :func:`op_kinds`: [N, kinds]."""
+        """The sum over the ops of each kind [N, kinds], in the order of :func:`op_kinds`.
+
+        Args:
+            genomes: genomes [N, G].
+        """
         kinds = op_kinds(self.space)
         sums = np.zeros((len(genomes), len(kinds)))
         mixers, ffns = self.gather(genomes)
@@ -157,25 +208,42 @@ class OpTables:
 
 
 def has_full(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
-    """Which genomes have a layer of full attention: [N]."""
+    """Mask of the genomes that have a layer with a full mixer [N].
+
+    Args:
+        space: the space.
+        genomes: genomes [N, G].
+    """
     return np.asarray((encoding(space).classes[split(genomes)[1]] == FULL).any(axis=1))
 
 
 def depths(genomes: Genomes) -> NDArray[np.int64]:
-    """The depth of each genome: [N]."""
+    """The depth of each genome [N]: its number of layers that are not empty.
+
+    Args:
+        genomes: genomes [N, G].
+    """
     _, mixer, _, ffn = split(genomes)
     return np.asarray(((mixer > 0) | (ffn > 0)).sum(axis=1))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an architecture costs in one respect, in a form that can be minimised exactly.
+    """A cost of architectures that can be minimised exactly.
 
-    ``constant + per_layer * depth + sum over ops of table``, plus ``once_full`` where a layer has
-    full attention (what such layers share is paid once), plus, where there is a ``peak``, the
-    greatest of it over the ops. Where there are costs ``above``, the greatest of this one and these: so
-    a convex function of several sums is still made of sums. Where there is a cost ``otherwise``, the lesser
-    of all that and of it.
+    The additive part is ``constant + per_layer * depth + sum of table over ops``, plus ``attention_constant``
+    if a layer has a full mixer, plus the maximum of ``max_op`` over ops. The value is the maximum of the
+    additive part and the costs ``max_with``, capped by the cost ``min_with``: a pointwise maximum of sums
+    represents a convex function of several sums.
+
+    Attributes:
+        table: cost of each op.
+        constant: cost of every architecture.
+        per_layer: cost of a layer, beside its ops.
+        attention_constant: cost that all layers with a full mixer share, such as a mask.
+        max_op: if given, its maximum over the architecture's ops is added.
+        max_with: costs of a pointwise maximum.
+        min_with: cost of a final pointwise minimum.
     """
 
     table: OpTables
@@ -187,7 +255,11 @@ class Cost:
     min_with: "Cost | None" = None
 
     def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
-        """The cost of each genome: [N]."""
+        """Evaluate the cost of each genome [N].
+
+        Args:
+            genomes: genomes [N, G].
+        """
         total = self.constant + self.per_layer * depths(genomes) + self.table.totals(genomes)
         if self.attention_constant:
             total += self.attention_constant * has_full(self.table.space, genomes)

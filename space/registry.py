@@ -1,9 +1,9 @@
-"""Registries: names that a configuration may use, and the plug-ins that add to them.
+"""Registries of the names that a configuration may use, and plug-ins that add to them.
 
-A registry knows its built-in names and the modules that register them, which are imported when a name is
-first asked for. An installed package adds its own through an entry point of the group ``formfit.plugins``,
-whose module calls ``register_mixer``, ``register_metric`` and the like. Plug-ins are imported when a name is
-asked for that is not registered, or when all names are listed; one that cannot be imported gives one line of
+A registry lists built-in names with the modules that register them; such a module is imported when its name
+is first looked up. An installed package adds names through an entry point of the group ``formfit.plugins``
+whose module calls ``register_mixer``, ``register_metric`` and the like. Plug-ins are imported when an
+unregistered name is looked up or all names are listed. A plug-in that cannot be imported logs one line of
 warning.
 """
 
@@ -18,16 +18,16 @@ from space.io.errors import InputError
 
 GROUP = "formfit.plugins"
 Value = TypeVar("Value")
-_loaded: set[str] = set()  # entry points that were tried, by name and value
+_loaded: set[str] = set()  # entry points imported or tried, as name=value
 _log = logging.getLogger("formfit")
 
 
 class Registry(Generic[Value]):
-    """Values by name, some of them registered only when they are asked for.
+    """Values by name; built-in ones are registered on first use.
 
     Args:
-        kind: what is registered, for error messages, such as ``mixer``.
-        builtin: by built-in name, in the order in which names are listed, the module that registers it.
+        kind: kind of the values, for error messages, such as ``mixer``.
+        builtin: module that registers each built-in name, in the order of :meth:`names`.
     """
 
     def __init__(self, kind: str, builtin: Mapping[str, str] | None = None) -> None:
@@ -35,7 +35,11 @@ class Registry(Generic[Value]):
         self._values: dict[str, Value] = {}
 
     def register(self, name: str, value: Value) -> None:
-        """Add a value under a name.
+        """Add a value.
+
+        Args:
+            name: its name.
+            value: the value; registering the same object again is allowed.
 
         Raises:
             InputError: the name is taken.
@@ -48,10 +52,13 @@ class Registry(Generic[Value]):
         self._values[name] = value
 
     def get(self, name: str) -> Value:
-        """The value of a name; plug-ins are loaded if it is not a built-in one.
+        """Look up a value; plug-ins are loaded if the name is not registered yet.
+
+        Args:
+            name: its name.
 
         Raises:
-            InputError: nothing is registered under that name.
+            InputError: the name is not registered.
         """
         if name not in self:
             raise InputError(f"{self.kind} {name!r}: not one of {', '.join(self.names())}")
@@ -71,13 +78,13 @@ class Registry(Generic[Value]):
         return len(self.names())
 
     def names(self) -> tuple[str, ...]:
-        """All names: the built-in ones first, then those of plug-ins."""
+        """All names, built-in ones first; loads plug-ins."""
         load_plugins()
         return (*self.builtin, *(name for name in self._values if name not in self.builtin))
 
 
 def load_plugins() -> None:
-    """Import the modules of the entry point group ``formfit.plugins``, once each."""
+    """Import every plug-in, the modules of the entry point group ``formfit.plugins``, once."""
     for point in entry_points(group=GROUP):
         key = f"{point.name}={point.value}"
         if key in _loaded:
@@ -85,6 +92,6 @@ def load_plugins() -> None:
         _loaded.add(key)
         try:
             point.load()
-        except Exception as error:  # a stranger's code: whatever it raises, formfit goes on without it
+        except Exception as error:  # third-party code may raise anything; continue without it
             reason = " ".join(str(error).split()) or type(error).__name__
             _log.warning("formfit: plug-in %s (%s) is not loaded: %s", point.name, point.value, reason)

@@ -1,15 +1,14 @@
-"""The search space: what a person declares in YAML, checked for contradictions at once.
+"""The search space, declared in YAML and validated as a whole.
 
-A space lists choices; :mod:`space.genome` gives its architectures. The hybrid rule becomes
-a table of *patterns* (how many layers of each class there are), which sampling, repair,
-counting and the feasibility certificate all read.
+A space lists choices; :mod:`space.genome` encodes its architectures. The hybrid rule becomes a table of
+*patterns* (:class:`LayerCounts`), which sampling, repair, counting and the feasibility check read.
 """
 
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
@@ -18,13 +17,13 @@ from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
 from space.mixers import MIXERS, MixerClass, mixers_of_class
 
-MOST = 2**31 - 1
-Positive = Annotated[int, Field(strict=True, gt=0, le=MOST)]
+MAX_INT = 2**31 - 1
+Positive = Annotated[int, Field(strict=True, gt=0, le=MAX_INT)]
 Depth = Annotated[int, Field(strict=True, gt=0, le=256)]
 
 
-def _ratio(value: Any) -> Any:
-    if value in ("full", "linear") or (type(value) is int and 0 < value <= MOST):
+def _ratio(value: object) -> object:
+    if value in ("full", "linear") or (type(value) is int and 0 < value <= MAX_INT):
         return value
     raise ValueError(f"{value!r} is not full, linear, or a whole number above 0")
 
@@ -37,19 +36,35 @@ def _full() -> str:
 
 
 class LayerChoices(BaseModel):
-    """The choices that every layer has."""
+    """Choices of every layer.
+
+    Attributes:
+        mixer: names of registered mixers, and ``none`` for layers without one.
+        heads: numbers of query heads.
+        kv_heads: numbers of key and value heads; None is as many as query heads, unless ``kv_group`` is
+            given.
+        ffn: hidden sizes of the FFN; 0 is no FFN.
+        window: windows of windowed mixers, in tokens.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mixer: tuple[str, ...]
     heads: tuple[Positive, ...]
     kv_heads: tuple[Positive, ...] | None = None
-    ffn: tuple[Annotated[int, Field(strict=True, ge=0, le=MOST)], ...]
-    window: tuple[Annotated[int, Field(strict=True, gt=1, le=MOST)], ...] = ()
+    ffn: tuple[Annotated[int, Field(strict=True, ge=0, le=MAX_INT)], ...]
+    window: tuple[Annotated[int, Field(strict=True, gt=1, le=MAX_INT)], ...] = ()
 
 
 class Hybrid(BaseModel):
-    """Which mixes of full and linear mixers are allowed."""
+    """The hybrid rule: allowed mixtures of full and linear mixers.
+
+    Attributes:
+        ratios: linear layers per full layer; ``full`` and ``linear`` allow only one class.
+        max_linear_kinds: greatest number of distinct linear mixers in an architecture; None is no limit.
+        full_layers: slots that must have a full mixer.
+        local: whether local mixers count as ``linear``, or are ``separate`` and not counted.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,17 +74,45 @@ class Hybrid(BaseModel):
     local: Literal["linear", "separate"] = "linear"
 
 
-class LayerCounts(tuple[int, int, int, int]):
-    """How many layers there are of each class: (ffn only, full, linear, local)."""
+class LayerCounts(NamedTuple):
+    """Number of layers of each class.
+
+    Attributes:
+        ffn_only: layers with an FFN and no mixer.
+        full: layers with a full mixer.
+        linear: layers with a linear mixer.
+        local: layers with a local mixer that counts separately.
+    """
+
+    ffn_only: int
+    full: int
+    linear: int
+    local: int
 
     @property
     def depth(self) -> int:
-        """Layers that have something in them."""
+        """Number of layers that are not empty."""
         return sum(self)
 
 
 class Space(BaseModel):
-    """The set of buildable architectures."""
+    """The set of architectures that a search chooses from.
+
+    Attributes:
+        name: name for files and messages.
+        vocab_size: number of token ids.
+        max_seq_len: longest sequence, in tokens.
+        head_dim: channels per head.
+        tie_embeddings: whether the embedding is the output matrix too.
+        qk_norm: whether softmax mixers normalise queries and keys.
+        kv_group: query heads per kv head; None uses ``layer.kv_heads``.
+        sharing: ``qkvo`` lets all mixers of a slot share q, k, v and o in the supernet; ``none`` gives each
+            its own.
+        width: residual widths, ascending.
+        depth: numbers of layers, ascending.
+        layer: choices of every layer.
+        hybrid: allowed mixtures of mixers.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -90,7 +133,7 @@ class Space(BaseModel):
     def _consistent(self) -> "Space":
         errors = [*self._axis_errors(), *self._head_errors(), *self._mixer_errors()]
         if not errors and not self.patterns:
-            errors.append("hybrid: no depth and ratio together leave an architecture")
+            errors.append("hybrid: no combination of depth and ratio allows an architecture")
         if errors:
             raise ValueError("; ".join(errors))
         return self
@@ -108,7 +151,7 @@ class Space(BaseModel):
             if not values:
                 yield f"{name}: no choice is given"
             if any(b <= a for a, b in pairwise(values)):
-                yield f"{name}: {list(values)} must rise, each value once"
+                yield f"{name}: {list(values)} must be in ascending order, each value once"
         for name in ("width", "layer.ffn"):
             for i, value in enumerate(axes[name]):
                 if value % 16:
@@ -116,13 +159,13 @@ class Space(BaseModel):
         if self.head_dim % 16:
             yield f"head_dim: {self.head_dim} is not a multiple of 16"
         if self.layer.ffn == (0,) and "none" in self.layer.mixer:
-            yield "layer: mixer none and no FFN size above 0 make empty layers; depth says how many are"
+            yield "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead"
 
     def _head_errors(self) -> Iterator[str]:
         heads, kv = self.layer.heads, self.layer.kv_heads
         if self.kv_group is not None:
             if kv is not None:
-                yield "layer.kv_heads: kv_group is given too; give one of them"
+                yield "layer.kv_heads: kv_group is given too; give only one of them"
             for i, value in enumerate(heads):
                 if value % self.kv_group:
                     yield f"layer.heads[{i}]: {value} is not a multiple of kv_group {self.kv_group}"
@@ -192,22 +235,22 @@ class Space(BaseModel):
             yield "hybrid.full_layers: a layer is named twice"
 
     def mixer_class(self, mixer: str) -> MixerClass:
-        """The class that the hybrid rule counts a mixer in, ``full``, ``linear`` or ``local``.
+        """The class of a mixer under the hybrid rule: ``full``, ``linear`` or ``local``.
 
         Args:
-            mixer: name of a registered mixer. Local ones count as linear unless ``hybrid.local`` is separate.
+            mixer: name of a registered mixer; local ones count as linear unless ``hybrid.local`` is separate.
         """
         known = MIXERS.get(mixer).mixer_class
         return "linear" if known == "local" and self.hybrid.local == "linear" else known
 
     @property
     def slots(self) -> int:
-        """The number of layer slots: the greatest depth."""
+        """Number of layer slots, the greatest depth."""
         return max(self.depth)
 
     @property
     def config(self) -> ModelConfig:
-        """What the space fixes for all its architectures."""
+        """The constants of all architectures."""
         return ModelConfig(
             vocab_size=self.vocab_size,
             max_seq_len=self.max_seq_len,
@@ -218,7 +261,7 @@ class Space(BaseModel):
 
     @cached_property
     def mixer_options(self) -> tuple[tuple[str, int], ...]:
-        """Distinct (mixer, window) choices; the first is always (none, 0)."""
+        """Pairs of mixer and window; the first is always ("none", 0)."""
         options: list[tuple[str, int]] = [("none", 0)]
         for mixer in self.layer.mixer:
             if is_windowed(mixer):
@@ -229,7 +272,7 @@ class Space(BaseModel):
 
     @cached_property
     def head_options(self) -> tuple[tuple[int, int], ...]:
-        """Distinct (heads, kv heads) choices in rising order."""
+        """Pairs of query heads and kv heads, ascending."""
         if self.kv_group is not None:
             return tuple((h, h // self.kv_group) for h in self.layer.heads)
         if self.layer.kv_heads is None:
@@ -238,24 +281,29 @@ class Space(BaseModel):
 
     @cached_property
     def ffn_options(self) -> tuple[int, ...]:
-        """FFN sizes in rising order; the first is always 0, for layers that are absent."""
+        """FFN sizes, ascending; the first is always 0, for layers without an FFN."""
         return self.layer.ffn if self.layer.ffn[0] == 0 else (0, *self.layer.ffn)
 
     @property
     def max_linear_kinds(self) -> int:
-        """How many kinds of linear mixer one architecture may have."""
+        """Greatest number of distinct linear mixers in an architecture."""
         kinds = {m for m in self.layer.mixer if m != "none" and self.mixer_class(m) == "linear"}
         return self.hybrid.max_linear_kinds or max(1, len(kinds))
 
     def full_count(self, ratio: Ratio, mixers: int) -> int:
-        """Full-attention layers among ``mixers`` (full plus linear) layers at a ratio r:1, linear to full."""
+        """Number of full layers at a ratio of r linear layers to 1 full one, rounded up.
+
+        Args:
+            ratio: r, ``full`` or ``linear``.
+            mixers: number of full and linear layers together.
+        """
         if ratio == "full":
             return mixers
         return 0 if ratio == "linear" else -(-mixers // (ratio + 1))
 
     @cached_property
     def patterns(self) -> dict[tuple[int, Ratio], tuple[LayerCounts, ...]]:
-        """The patterns that each (depth, ratio) allows; pairs that allow none are left out."""
+        """Patterns of each pair of depth and ratio; pairs without a pattern are omitted."""
         has_local = any(self.mixer_class(m) == "local" for m, _ in self.mixer_options[1:])
         table: dict[tuple[int, Ratio], tuple[LayerCounts, ...]] = {}
         for depth in self.depth:
@@ -266,19 +314,19 @@ class Space(BaseModel):
                         mixers = depth - ffn_only - local
                         full = self.full_count(ratio, mixers)
                         if full >= len(self.hybrid.full_layers):
-                            rows.append(LayerCounts((ffn_only, full, mixers - full, local)))
+                            rows.append(LayerCounts(ffn_only, full, mixers - full, local))
                 if rows:
                     table[depth, ratio] = tuple(rows)
         return table
 
     @cached_property
     def all_patterns(self) -> tuple[LayerCounts, ...]:
-        """The distinct patterns of the space, sorted."""
+        """All distinct patterns, sorted."""
         return tuple(sorted({p for rows in self.patterns.values() for p in rows}))
 
     @cached_property
     def hash(self) -> str:
-        """The sha256 of the space's content, its name aside."""
+        """The sha256 of the space without its name."""
         return digest(canonical_json(self.model_dump(mode="json", exclude={"name"})))
 
 
@@ -286,9 +334,10 @@ def load_space(path: str | Path) -> Space:
     """Read a space from YAML.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        InputError: names every unknown key, wrong type and contradiction, with its path.
+        InputError: the file is missing or invalid; the message lists every unknown key, wrong type and
+            contradiction with its path.
     """
     return parse(Space, load_yaml(Path(path)), str(path))

@@ -1,4 +1,8 @@
-"""Sampling, repair, mutation and crossover of genomes, vectorised over arrays [N, G]."""
+"""Sampling, repair, mutation and crossover of genomes, vectorised over arrays [N, G].
+
+Every function draws from the generator that it is given. Constraints are met by construction, not by
+rejection. Shape suffixes: N genomes, G genes, L slots, P patterns (layer counts).
+"""
 
 from functools import lru_cache
 from math import comb
@@ -22,8 +26,8 @@ from space.genome import (
 from space.space import LayerCounts, Space
 
 
-def _first(keys: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark, in each row, the ``count`` places with the greatest keys; -inf is never marked."""
+def _top(keys: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mask of the ``count`` greatest keys of each row; -inf is never marked."""
     rank = np.argsort(np.argsort(-keys, axis=1, kind="stable"), axis=1, kind="stable")
     return (rank < count[:, None]) & np.isfinite(keys)
 
@@ -35,10 +39,16 @@ def _place(
     kinds: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> Genomes:
-    """The nearest genomes with the given patterns [N, 4] and at most ``kinds`` [N] linear kinds.
+    """Change as few slots as possible to reach given layer counts and numbers of linear mixers.
 
-    Which slots keep their class, and which change it, is drawn at random among those that
-    have to give way; a slot already of the wanted class goes before one that is not.
+    Slots that already have a wanted class keep it first; ties are drawn at random.
+
+    Args:
+        space: the space.
+        genomes: genomes [N, G].
+        patterns: wanted layer counts [N, 4].
+        kinds: greatest number of distinct linear mixers [N].
+        rng: source of randomness.
     """
     enc = encoding(space)
     genomes = genomes.copy()
@@ -47,15 +57,15 @@ def _place(
     classes = slot_classes(space, genomes)
     wanted = np.full((rows, slots), EMPTY)
     free = np.ones((rows, slots), bool)
-    # Those that may stay, then the places still to fill: of slots that must change, then of empty ones.
+    # First slots keep their class; then the remaining counts are filled from other layers, then empty slots.
     for stay in (True, False):
         for kind, column in ((FULL, 1), (FFN_ONLY, 0), (LOCAL, 3), (LINEAR, 2)):
             must_be_full = enc.must_be_full & (kind == FULL)
-            able = free & ((classes == kind) | must_be_full) if stay else free
+            allowed = free & ((classes == kind) | must_be_full) if stay else free
             keys = np.where(
-                able, (classes != EMPTY) + 2.0 * must_be_full + rng.random((rows, slots)), -np.inf
+                allowed, (classes != EMPTY) + 2.0 * must_be_full + rng.random((rows, slots)), -np.inf
             )
-            chosen = _first(keys, patterns[:, column] - (wanted == kind).sum(axis=1))
+            chosen = _top(keys, patterns[:, column] - (wanted == kind).sum(axis=1))
             wanted[chosen] = kind
             free &= ~chosen
 
@@ -84,27 +94,33 @@ def _limit_kinds(
     kinds: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> None:
-    """Where a row has too many kinds of linear mixer, keep the most used and redraw the others' slots."""
+    """In rows with too many linear mixers, keep the most used ones and redraw the slots of the others."""
     enc = encoding(space)
     if enc.kind_count == 0:
         return
-    kind_of = enc.max_linear_kinds[mixer]
+    kind_of = enc.linear_kinds[mixer]
     used = np.stack([(kind_of == k).sum(axis=1) for k in range(enc.kind_count)], axis=1)
     keys = np.where(used > 0, used + rng.random(used.shape), -np.inf)
-    kept = _first(keys, kinds)  # [N, kinds]
-    option_kept = np.zeros((len(mixer), len(enc.max_linear_kinds)), bool)
-    linear = enc.max_linear_kinds >= 0
-    option_kept[:, linear] = kept[:, enc.max_linear_kinds[linear]]
-    draws = rng.random((*mixer.shape, len(enc.max_linear_kinds)))
+    kept = _top(keys, kinds)  # [N, kinds]
+    option_kept = np.zeros((len(mixer), len(enc.linear_kinds)), bool)
+    linear = enc.linear_kinds >= 0
+    option_kept[:, linear] = kept[:, enc.linear_kinds[linear]]
+    draws = rng.random((*mixer.shape, len(enc.linear_kinds)))
     drawn = np.argmax(np.where(option_kept[:, None, :], draws, -1.0), axis=2)
     redraw = (classes == LINEAR) & ~np.take_along_axis(option_kept, mixer.astype(np.int64), axis=1)
     mixer[redraw] = drawn[redraw]
 
 
 def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
-    """Draw genomes [count, G]: depth, ratio and number of kinds first, placement after.
+    """Draw genomes [count, G].
 
-    Depths and ratios are drawn evenly, so that the extremes are as likely as the middle.
+    Depth, ratio and number of linear mixers are drawn first, each uniformly, so that the extremes are as
+    likely as the middle; then the layers' slots, mixers and sizes.
+
+    Args:
+        space: the space.
+        rng: source of randomness.
+        count: number of genomes.
     """
     enc = encoding(space)
     raw = rng.integers(0, enc.cardinalities, (count, enc.genes)).astype(np.int16)
@@ -120,49 +136,62 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
         ratios = [r for depth_, r in cells if depth_ == d]
         picked = (u_ratio[rows] * len(ratios)).astype(int)
         for i, ratio in enumerate(ratios):
-            some = rows[picked == i]
+            chosen = rows[picked == i]
             choices = space.patterns[d, ratio]
             weights = _pattern_weights(space, choices)
-            at = np.searchsorted(weights / weights[-1], u_pattern[some], side="right")
-            patterns[some] = np.array(choices)[np.minimum(at, len(choices) - 1)]
+            at = np.searchsorted(weights / weights[-1], u_pattern[chosen], side="right")
+            patterns[chosen] = np.array(choices)[np.minimum(at, len(choices) - 1)]
     kinds = rng.integers(1, space.max_linear_kinds + 1, count)
     return _place(space, raw, patterns, kinds, rng)
 
 
 @lru_cache(maxsize=1024)
 def _pattern_weights(space: Space, patterns: tuple[LayerCounts, ...]) -> NDArray[np.float64]:
-    """How often each pattern would come up, summed so far."""
+    """Cumulative weights of patterns."""
     return np.array([_pattern_weight(space, p) for p in patterns]).cumsum()
 
 
 def _pattern_weight(space: Space, pattern: LayerCounts) -> float:
-    """How often layers that draw their mixer evenly would give this many FFN-only and local layers."""
+    """The number of mixer sequences with this many FFN-only and local layers, for uniformly drawn mixers."""
     options = len(space.layer.mixer)
     local = sum(space.mixer_class(m) == "local" for m in space.layer.mixer if m != "none")
     ffn_only = 1 if "none" in space.layer.mixer else 0
     rest = max(options - local - ffn_only, 1)
     depth = pattern.depth
-    ways = comb(depth, pattern[0]) * comb(depth - pattern[0], pattern[3])
-    return float(ways * ffn_only ** pattern[0] * local ** pattern[3] * rest ** (pattern[1] + pattern[2]))
+    ways = comb(depth, pattern.ffn_only) * comb(depth - pattern.ffn_only, pattern.local)
+    mixers = ffn_only**pattern.ffn_only * local**pattern.local * rest ** (pattern.full + pattern.linear)
+    return float(ways * mixers)
 
 
 def repair(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
-    """The nearest canonical genomes of the space to any integers [N, G]; ties at random."""
+    """Canonical genomes of the space nearest to any integers; ties are broken at random.
+
+    Args:
+        space: the space.
+        genomes: any integers [N, G].
+        rng: source of randomness.
+    """
     enc = encoding(space)
     clipped = np.clip(genomes, 0, enc.cardinalities - 1).astype(np.int16)
     classes = np.where(enc.must_be_full, FULL, slot_classes(space, clipped))
-    apart = pattern_counts(classes)[:, None, :] - enc.patterns[None]  # [N, P, 4]
-    distance = np.abs(apart).sum(axis=2) + np.abs(apart.sum(axis=2))  # twice the slots that change
+    difference = pattern_counts(classes)[:, None, :] - enc.patterns[None]  # [N, P, 4]
+    distance = np.abs(difference).sum(axis=2) + np.abs(difference.sum(axis=2))  # twice the changes
     nearest = np.argmin(distance + 0.5 * rng.random(distance.shape), axis=1)
     kinds = np.full(len(clipped), space.max_linear_kinds)
     return _place(space, clipped, enc.patterns[nearest], kinds, rng)
 
 
 def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float | None = None) -> Genomes:
-    """Mutated copies: each gene is redrawn with probability ``rate`` (default 2 / genes).
+    """Mutate genomes: redraw each gene with a probability, and repair.
 
-    Half of the rows, at random, also make a move that needs several genes to change together: they
-    exchange two slots, move a full-attention layer, or take the depth and ratio of a fresh sample.
+    Half of the rows, at random, also make a move that changes several genes together: exchange two slots,
+    move a layer with a full mixer, or take the layer counts of a fresh sample.
+
+    Args:
+        space: the space.
+        genomes: canonical genomes [N, G].
+        rng: source of randomness.
+        rate: probability per gene; None is 2 / G.
     """
     enc = encoding(space)
     rate = 2.0 / enc.genes if rate is None else rate
@@ -181,7 +210,7 @@ def mutate(space: Space, genomes: Genomes, rng: np.random.Generator, rate: float
 
 
 def _exchange_slots(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
-    """Copies in which two slots, at random, have changed places."""
+    """Copies with two random slots exchanged."""
     order = np.tile(np.arange(encoding(space).slots), (len(genomes), 1))
     row, (a, b) = np.arange(len(genomes)), rng.integers(0, order.shape[1], (2, len(genomes)))
     order[row, a], order[row, b] = b, a
@@ -189,7 +218,7 @@ def _exchange_slots(space: Space, genomes: Genomes, rng: np.random.Generator) ->
 
 
 def _move_full(space: Space, genomes: Genomes, rng: np.random.Generator) -> Genomes:
-    """Copies in which a full layer and another layer, at random, have exchanged mixer and heads."""
+    """Copies in which a random full layer and another layer have exchanged mixer and heads."""
     enc = encoding(space)
     classes = slot_classes(space, genomes)
     full = (classes == FULL) & ~enc.must_be_full
@@ -197,29 +226,43 @@ def _move_full(space: Space, genomes: Genomes, rng: np.random.Generator) -> Geno
     draws = rng.random((2, *classes.shape))
     a = np.where(full, draws[0], -1).argmax(axis=1)
     b = np.where(other, draws[1], -1).argmax(axis=1)
-    able = np.flatnonzero(full.any(axis=1) & other.any(axis=1))
+    movable = np.flatnonzero(full.any(axis=1) & other.any(axis=1))
     slots = _slots(genomes).copy()
-    slots[able, a[able], :2], slots[able, b[able], :2] = slots[able, b[able], :2], slots[able, a[able], :2]
+    a, b = a[movable], b[movable]
+    slots[movable, a, :2], slots[movable, b, :2] = slots[movable, b, :2], slots[movable, a, :2]
     return _with_slots(genomes, slots)
 
 
 def _slots(genomes: Genomes) -> Genomes:
-    """The genes of every slot [N, L, 3]."""
+    """The mixer, head and FFN gene of every slot [N, L, 3]."""
     return genomes[:, 1:].reshape(len(genomes), genomes.shape[1] // 3, 3)
 
 
 def _with_slots(genomes: Genomes, slots: Genomes) -> Genomes:
-    """Copies of genomes [N, G] with other slots [N, L, 3]."""
+    """Copies of genomes [N, G] with other genes of slots [N, L, 3]."""
     return np.concatenate([genomes[:, :1], slots.reshape(len(genomes), genomes.shape[1] - 1)], axis=1)
 
 
 def crossover(space: Space, first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
-    """Children [N, G] that take the width, and each slot whole, from either parent."""
+    """Uniform crossover by slots, and repair: children take the width and every slot from either parent.
+
+    Args:
+        space: the space.
+        first: parents [N, G].
+        second: other parents [N, G].
+        rng: source of randomness.
+    """
     return repair(space, mix(first, second, rng), rng)
 
 
 def mix(first: Genomes, second: Genomes, rng: np.random.Generator) -> Genomes:
-    """What :func:`crossover` makes before its repair, for children that mutate, which repairs them."""
+    """:func:`crossover` without the repair, for children that :func:`mutate` repairs.
+
+    Args:
+        first: parents [N, G].
+        second: other parents [N, G].
+        rng: source of randomness.
+    """
     choice = rng.random((len(first), 1 + first.shape[1] // 3)) < 0.5
     mask = np.concatenate([choice[:, :1], np.repeat(choice[:, 1:], 3, axis=1)], axis=1)
     return np.where(mask, first, second).astype(np.int16)

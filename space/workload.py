@@ -1,4 +1,4 @@
-"""Workloads: what the device will be asked to do."""
+"""Workloads: runs of a model whose latency and memory are measured, predicted and limited."""
 
 import re
 from dataclasses import dataclass
@@ -7,15 +7,20 @@ from space.io.errors import InputError
 from space.precision import PRECISIONS
 
 PHASES = ("prefill", "decode")
-FORM = "prefill@TOKENS or decode@CONTEXT, then optionally ,batch=B ,threads=T ,precision=P"
+SYNTAX = "prefill@TOKENS or decode@CONTEXT, then optionally ,batch=B ,threads=T ,precision=P"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Workload:
     """One run of a model.
 
-    ``prefill`` reads ``length`` tokens from an empty state; ``decode`` reads one token, the one
-    at place ``length`` of its context (so the state holds the ``length - 1`` before it).
+    Attributes:
+        phase: ``prefill`` reads ``length`` tokens from an empty state; ``decode`` reads one token after a
+            state of ``length - 1`` tokens.
+        length: tokens of the sequence after the run.
+        batch: number of sequences.
+        threads: threads of the runtime.
+        precision: one of :data:`space.precision.PRECISIONS`.
     """
 
     phase: str
@@ -26,7 +31,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens read in one run, per sequence."""
+        """Tokens read in the run, per sequence."""
         return self.length if self.phase == "prefill" else 1
 
     @property
@@ -46,7 +51,10 @@ class Workload:
 
     @staticmethod
     def parse(text: str) -> "Workload":
-        """Read ``phase@length[,batch=B][,threads=T][,precision=P]``.
+        """Parse ``phase@length[,batch=B][,threads=T][,precision=P]``; the inverse of ``str``.
+
+        Args:
+            text: such as ``decode@256,batch=4``.
 
         Raises:
             InputError: the text has another form, or a value is not allowed.
@@ -54,7 +62,7 @@ class Workload:
         head, *options = [part.strip() for part in text.split(",")]
         match = re.fullmatch(r"(\w+)@([0-9]{1,9})", head)
         if not match or match[1] not in PHASES or int(match[2]) == 0:
-            raise InputError(f"workload {text!r}: expected {FORM}")
+            raise InputError(f"workload {text!r}: expected {SYNTAX}")
         values, precision = {"batch": 1, "threads": 1}, "fp32"
         given: set[str] = set()
         for option in options:
@@ -71,5 +79,5 @@ class Workload:
             elif name in values and re.fullmatch("[0-9]{1,9}", value) and int(value) > 0:
                 values[name] = int(value)
             else:
-                raise InputError(f"workload {text!r}: {option!r} is not understood; expected {FORM}")
+                raise InputError(f"workload {text!r}: {option!r} is not understood; expected {SYNTAX}")
         return Workload(phase=match[1], length=int(match[2]), precision=precision, **values)

@@ -1,1 +1,1 @@
-"""Reading and writing files: artefacts, tables, YAML, and the errors that a wrong file raises."""
+"""Reading and writing of files: artefacts, tables and YAML; errors; progress."""

@@ -1,8 +1,8 @@
-"""Artefacts on disk: written whole or not at all, read with their header checked.
+"""Artefacts: files with a header, written atomically and validated when read.
 
-Every JSON artefact is an object whose first key, ``header``, names its kind, its
-schema version and the hashes of what it was made from. A file is written beside
-its final name, synced and renamed, so that a reader never sees half of it.
+Every JSON artefact is an object whose first key, ``header``, holds its kind, its schema version and the
+sha256 of its inputs. A file is written beside its final path, synced and renamed, so that a reader never sees
+an incomplete one.
 """
 
 import hashlib
@@ -19,23 +19,39 @@ from space.io.errors import InputError
 
 
 def digest(data: bytes | str) -> str:
-    """The sha256 of some bytes or text, as 64 hexadecimal digits."""
+    """The sha256 of bytes or text, as 64 hexadecimal digits.
+
+    Args:
+        data: bytes, or text that is encoded as UTF-8.
+    """
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's content, as 64 hexadecimal digits."""
+    """The sha256 of a file's content, as 64 hexadecimal digits.
+
+    Args:
+        path: path of the file.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """The one compact JSON form of a value: sorted keys, no spaces, no NaN."""
+    """The canonical compact JSON text of a value: sorted keys, no spaces, no NaN.
+
+    Args:
+        value: a JSON value.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+    """Sync a folder, so that renames in it survive a power failure.
+
+    Args:
+        folder: the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,7 +61,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends without an error."""
+    """A temporary path that is renamed to ``path`` if the block ends without an exception.
+
+    Args:
+        path: the final path; missing folders are created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -62,26 +82,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes atomically."""
+    """Write bytes atomically.
+
+    Args:
+        path: path of the file.
+        data: its content.
+    """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically, as UTF-8."""
+    """Write text atomically, as UTF-8.
+
+    Args:
+        path: path of the file.
+        text: its content.
+    """
     write_bytes(path, text.encode())
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A kind of file that formfit writes and reads: JSON or Parquet with a header.
-
-    The header names the kind, its schema version and the sha256 of every input, by name.
+    """A kind of file with a header, JSON or Parquet.
 
     Attributes:
-        kind: the kind that the header names.
-        made_by: the command that makes such a file, for error messages.
-        schema: the schema version that is written and read; it rises with every change of keys.
+        kind: the header's kind.
+        made_by: command that writes such a file, for error messages.
+        schema: the header's schema version; it increases with every change of keys.
     """
 
     kind: str
@@ -89,16 +117,20 @@ class Artefact:
     schema: int = 1
 
     def header(self, inputs: Mapping[str, str]) -> dict[str, Any]:
-        """The header of a file that was made from these inputs (sha256 by name)."""
+        """The header of a file.
+
+        Args:
+            inputs: sha256 of everything the file is made from, by name.
+        """
         return {"kind": self.kind, "schema": self.schema, "inputs": dict(inputs)}
 
     def write(self, path: Path, inputs: Mapping[str, str], body: Mapping[str, Any]) -> None:
         """Write a JSON file atomically: the header, then the body.
 
         Args:
-            path: the file.
-            inputs: sha256 of what it was made from, by name.
-            body: JSON values by key; ``header`` is reserved.
+            path: path of the file.
+            inputs: sha256 of everything the file is made from, by name.
+            body: JSON values by key, without ``header``.
         """
         if "header" in body:
             raise ValueError("a body has no key 'header'")
@@ -106,11 +138,11 @@ class Artefact:
         write_text(path, text + "\n")
 
     def read(self, path: Path, made_by: str | None = None) -> dict[str, Any]:
-        """The JSON object of a file, its header checked.
+        """Read a JSON file and check its header.
 
         Args:
-            path: the file.
-            made_by: the command named in errors, where it is more specific than the kind's own.
+            path: path of the file.
+            made_by: command for error messages, if not the kind's own.
 
         Raises:
             InputError: the file is missing, truncated, of another kind or of another schema version.
@@ -125,7 +157,16 @@ class Artefact:
         return self.parse(path, text, command)
 
     def parse(self, path: Path, text: bytes, made_by: str | None = None) -> dict[str, Any]:
-        """The JSON object of a file's text, its header checked; see :meth:`read`."""
+        """Parse the text of a JSON file and check its header.
+
+        Args:
+            path: path of the file, for error messages.
+            text: the file's content.
+            made_by: command for error messages, if not the kind's own.
+
+        Raises:
+            InputError: the text is truncated, of another kind or of another schema version.
+        """
         command = made_by or self.made_by
         try:
             value = json.loads(text)
@@ -144,7 +185,12 @@ class Artefact:
         return dict(value)
 
     def made_from(self, path: Path, inputs: Mapping[str, str]) -> bool:
-        """Whether a complete file is there whose header has these inputs (sha256 by name)."""
+        """True if a complete file exists whose header has the given inputs.
+
+        Args:
+            path: path of the file.
+            inputs: sha256 by name; other inputs of the header are ignored.
+        """
         try:
             header = self.read(path)["header"]
         except InputError:
@@ -153,10 +199,15 @@ class Artefact:
 
 
 def check_inputs(path: Path, artefact: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """Refuse an artefact that was made from other inputs, naming both sides.
+    """Check that an artefact was made from given inputs.
+
+    Args:
+        path: path of the file, for the error message.
+        artefact: the artefact, as read.
+        expected: sha256 by name; other inputs of the header are ignored.
 
     Raises:
-        InputError: an input named in ``expected`` has another hash in the artefact's header.
+        InputError: an input has another hash in the artefact's header; the message names both.
     """
     inputs = artefact["header"].get("inputs")
     inputs = inputs if isinstance(inputs, dict) else {}

@@ -1,4 +1,4 @@
-"""Reading YAML that a person wrote: safely, strictly, and with every error at once."""
+"""Strict reading of YAML configurations, with all errors in one message."""
 
 import difflib
 from collections.abc import Hashable
@@ -14,7 +14,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is given twice."""
+    """The safe loader, with an error for duplicate keys."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -42,10 +42,13 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def load_yaml(path: Path) -> Any:
-    """The value of a YAML file.
+    """Read a YAML file.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        InputError: the file is missing, is not text, or is not YAML.
+        InputError: the file is missing, not text, or not YAML.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -58,15 +61,20 @@ def load_yaml(path: Path) -> Any:
     except RecursionError:
         raise InputError(f"{path}: not valid YAML: nested too deeply") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        # PyYAML's own constructors, on a date 2024-13-45, a number 0x_, a forced tag.
-        raise InputError(f"{path}: not valid YAML: a value is not what its form says ({error})") from None
+        # Raised by PyYAML's constructors for a date 2024-13-45, a number 0x_ or a wrong explicit tag.
+        raise InputError(f"{path}: not valid YAML: a value does not match its type ({error})") from None
 
 
 def parse(model: type[Model], value: Any, where: str) -> Model:
     """Validate a value against a pydantic model.
 
+    Args:
+        model: the model's class.
+        value: keys and values, as read from YAML or JSON.
+        where: name of the source, for error messages.
+
     Raises:
-        InputError: names every error, each with its path and what is allowed there.
+        InputError: the value is invalid; the message lists all errors with their paths and allowed values.
     """
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected keys and values, found {type(value).__name__}")
@@ -95,7 +103,7 @@ def _line(model: type[BaseModel], item: Any) -> str:
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at a place inside a nested model."""
+    """The allowed keys at a path inside a nested model."""
     current: Any = model
     for part in path:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet, written whole or not at all, with a header as JSON artefacts have."""
+"""Parquet tables with an artefact's header, written atomically."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +22,11 @@ def write_table(
     """Write a table atomically.
 
     Args:
-        path: the file.
+        path: path of the file.
         artefact: its kind and schema version.
-        inputs: sha256 of what it was made from, by name.
+        inputs: sha256 of everything the table is made from, by name.
         table: the rows.
-        extra: JSON values kept beside the header, by key.
+        extra: further JSON values of the metadata, by key.
     """
     metadata = {"formfit": canonical_json({"header": artefact.header(inputs), **(extra or {})})}
     arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(metadata)
@@ -37,12 +37,15 @@ def write_table(
 def read_table(
     path: Path, artefact: Artefact, made_by: str | None = None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A table and the JSON object beside it, the header checked.
+    """Read a table and check its header.
 
     Args:
-        path: the file.
-        artefact: the kind and schema version that the header must name.
-        made_by: the command named in errors, where it is more specific than the kind's own.
+        path: path of the file.
+        artefact: expected kind and schema version.
+        made_by: command for error messages, if not the kind's own.
+
+    Returns:
+        The table, and the JSON object of its metadata with ``header``.
 
     Raises:
         InputError: the file is missing, truncated, of another kind or of another schema version.

@@ -1,28 +1,45 @@
-"""How long work tells a person what it is doing."""
+"""Protocols for reporting the progress of long stages."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 
 class Stage(Protocol):
-    """Says what a long stage is doing."""
+    """Reports the progress of one stage."""
 
     def __call__(self, share: float, text: str) -> None:
-        """Report the share that is done, and what is known so far."""
+        """Report progress.
+
+        Args:
+            share: share of the stage that is done, from 0 to 1.
+            text: status in a few words.
+        """
         ...
 
 
 class Reporter(Protocol):
-    """Shows the progress of stages to a person."""
+    """Shows the progress of stages to the user."""
 
     def stage(self, title: str) -> AbstractContextManager[Stage]:
-        """A stage that is about to start."""
+        """Start a stage, which ends with the context.
+
+        Args:
+            title: name of the stage.
+        """
         ...
 
     def skipped(self, title: str) -> None:
-        """A stage whose files are there already."""
+        """Report a stage whose files exist already.
+
+        Args:
+            title: name of the stage.
+        """
         ...
 
     def warn(self, text: str) -> None:
-        """Something to know that stops nothing."""
+        """Show a warning.
+
+        Args:
+            text: one line.
+        """
         ...

@@ -24,20 +24,20 @@ MIXED_JSON = (
 )
 
 
-def test_canonical_json_and_key_never_change() -> None:
+def test_canonical_json_and_key_are_fixed() -> None:
     """Folders and records are named by keys: one that changes orphans them."""
     assert json.dumps(MIXED.to_json(), sort_keys=True, separators=(",", ":")) == MIXED_JSON
     assert MIXED.key == "b2fa498b5e56"
 
 
-def test_what_an_architecture_says_of_itself() -> None:
+def test_properties_and_description() -> None:
     assert MIXED.depth == 3
     assert MIXED.pattern == ("attention", "sliding", "none")
     assert [layer.present for layer in MIXED.layers] == [True, False, True, True]
     assert MIXED.describe() == "width 48: attention/4:2+ffn64 - sliding/2@8+ffn0 none+ffn32"
 
 
-def test_architecture_is_a_frozen_value() -> None:
+def test_architecture_is_frozen_and_hashable() -> None:
     copy = Architecture.from_json(json.loads(MIXED_JSON))
     assert copy == MIXED
     assert hash(copy) == hash(MIXED)
@@ -110,7 +110,7 @@ def edited(path: str, value: Any) -> Any:
         (edited("layers/0/window", 1), ".layers[0].window: 1 does not go with mixer attention"),
     ],
 )
-def test_bad_json_is_refused_with_its_place(value: Any, fragment: str) -> None:
+def test_invalid_json_error_names_place(value: Any, fragment: str) -> None:
     with pytest.raises(InputError) as caught:
         Architecture.from_json(value, "here.json")
     message = str(caught.value)
@@ -132,7 +132,7 @@ PLACES = ["width", "layers", "layers/2"] + [
 @given(st.sampled_from(PLACES), ODD | st.sampled_from(["linear", "sliding", "attention", 4]))
 @example("layers/1/kv_heads", 2)
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_json_either_is_refused_in_one_line_or_has_one_canonical_form(path: str, value: Any) -> None:
+def test_any_json_is_one_line_error_or_has_canonical_form(path: str, value: Any) -> None:
     architecture, message = attempt(lambda: Architecture.from_json(edited(path, value)))
     if architecture is None:
         assert len(message.splitlines()) == 1

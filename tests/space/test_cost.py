@@ -108,7 +108,7 @@ def run_model(model: blocks.Model, workload: Workload) -> dict[int, dict[str, to
 # Ops and their tables.
 
 
-def test_ops_of_an_architecture() -> None:
+def test_ops_of_architecture() -> None:
     attention = Layer(mixer="attention", heads=4, kv_heads=2, ffn=64)
     sliding = Layer(mixer="sliding", heads=4, kv_heads=4, window=8)
     ops = count_ops(Architecture(48, (attention, Layer(), sliding, attention, Layer(ffn=64))))
@@ -122,7 +122,7 @@ def test_ops_of_an_architecture() -> None:
 
 
 @each_space
-def test_space_ops_are_those_of_its_members(space: Space) -> None:
+def test_space_ops_equal_ops_of_all_architectures(space: Space) -> None:
     found = {op for architecture in decode(space, every_genome(space)) for op in count_ops(architecture)}
     assert set(space_ops(space)) == found
     assert all(a < b for a, b in pairwise(space_ops(space)))
@@ -160,7 +160,7 @@ def test_tables_agree_with_counted_ops(space: Space) -> None:
 
 
 @each_space
-def test_gathered_numbers_stand_at_their_slot(space: Space) -> None:
+def test_gathered_numbers_are_in_their_slot(space: Space) -> None:
     genomes, numbers = every_genome(space)[:200], numbered(space)
     mixers, ffns = OpTables(space, numbers.__getitem__).gather(genomes)
     for row, architecture in enumerate(decode(space, genomes)):
@@ -172,7 +172,7 @@ def test_gathered_numbers_stand_at_their_slot(space: Space) -> None:
 
 
 @each_space
-def test_cost_is_constant_and_layers_and_sum_and_peak(space: Space) -> None:
+def test_cost_adds_constant_layers_sum_and_maximum(space: Space) -> None:
     genomes, numbers = every_genome(space)[::3], numbered(space)
     table, peak = OpTables(space, numbers.__getitem__), OpTables(space, lambda op: 7 * numbers[op] % 1013)
     without = Cost(table, constant=3.0, per_layer=0.5)(genomes)
@@ -188,7 +188,7 @@ def test_cost_is_constant_and_layers_and_sum_and_peak(space: Space) -> None:
 
 @each_space
 @each_workload
-def test_costs_of_genomes_are_those_of_architectures(space: Space, workload: Workload) -> None:
+def test_costs_of_genomes_equal_costs_of_architectures(space: Space, workload: Workload) -> None:
     genomes, model_config = sample(space, np.random.default_rng(0), 40), space.config
     architectures = decode(space, genomes)
     memory = [memory_bytes(a, workload, model_config) for a in architectures]
@@ -204,7 +204,7 @@ def test_costs_of_genomes_are_those_of_architectures(space: Space, workload: Wor
 
 
 @each_frame
-def test_params_are_those_of_the_module(model_config: ModelConfig) -> None:
+def test_params_equal_module_parameters(model_config: ModelConfig) -> None:
     architectures = [EVERYTHING, *(only(replace(layer, ffn=16)) for layer in MIXER_LAYERS.values())]
     for architecture in architectures:
         built = sum(parameter.numel() for parameter in blocks.Model(architecture, model_config).parameters())
@@ -212,7 +212,7 @@ def test_params_are_those_of_the_module(model_config: ModelConfig) -> None:
 
 
 @each_space
-def test_params_are_the_sum_of_all_shapes(space: Space) -> None:
+def test_params_equal_sum_of_shapes(space: Space) -> None:
     for architecture in decode(space, every_genome(space)[::7]):
         shapes = model_shapes(architecture, space.config)
         assert params(architecture, space.config) == sum(map(prod, shapes.values()))
@@ -220,7 +220,7 @@ def test_params_are_the_sum_of_all_shapes(space: Space) -> None:
 
 @each_mixer
 @pytest.mark.parametrize("tokens", [1, 2, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5])
-def test_state_bytes_are_those_the_module_returns(mixer: str, tokens: int) -> None:
+def test_state_bytes_equal_module_states(mixer: str, tokens: int) -> None:
     architecture = Architecture(32, (MIXER_LAYERS[mixer], Layer(), replace(MIXER_LAYERS[mixer], ffn=16)))
     model = blocks.Model(architecture, FRAME)
     for phase in ("prefill", "decode"):
@@ -249,7 +249,7 @@ def mixing_flops(layer: Layer, workload: Workload, model_config: ModelConfig) ->
 @each_mixer
 @each_workload
 @each_frame
-def test_flops_are_the_counted_products_and_the_mixing(
+def test_flops_equal_counted_products_and_mixing(
     mixer: str, workload: Workload, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch counts the projections; the convolution's shifted products and the mixing are counted by hand."""
@@ -285,7 +285,7 @@ def test_flops_are_the_counted_products_and_the_mixing(
     )
 
 
-def test_flops_of_ops_add_up_to_the_whole() -> None:
+def test_flops_of_ops_sum_to_flops_of_architecture() -> None:
     workload = Workload(phase="prefill", length=9)
     by_layer = [
         flops(Architecture(48, (layer,)), workload, FRAME) for layer in EVERYTHING.layers if layer.present
@@ -399,7 +399,7 @@ def op_peak_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
     return peak_bytes(graph.model(), feed, result)
 
 
-def test_the_peak_of_a_graph_known_by_heart() -> None:
+def test_peak_of_known_graph() -> None:
     """x and the first sum die at the second, where a third value is born; the weight never counts."""
     graph = Graph(FRAME)
     x = graph.input("x", TensorProto.FLOAT, [3])
@@ -427,7 +427,7 @@ ACTIVATION_OPS = [
 
 
 @pytest.mark.parametrize("op", ACTIVATION_OPS, ids=[op.key for op in ACTIVATION_OPS])
-def test_activation_bytes_are_the_peak_of_the_ops_graph(op: Op) -> None:
+def test_activation_bytes_equal_peak_of_op_graph(op: Op) -> None:
     for model_config in (FRAMES["untied"], FRAMES["q/k norm"]):
         for workload in WORKLOADS:
             assert op_activation_bytes(op, workload, model_config) == op_peak_bytes(
@@ -436,7 +436,7 @@ def test_activation_bytes_are_the_peak_of_the_ops_graph(op: Op) -> None:
 
 
 @each_workload
-def test_memory_is_weights_states_and_the_peak_of_the_whole_graph(workload: Workload) -> None:
+def test_memory_equals_weights_states_and_peak_of_graph(workload: Workload) -> None:
     """All but retnet's decays, which its layers share: they stand beside every op after the first use."""
     for model_config in (FRAME, FRAMES["q/k norm"]):
         for layers in ([m] for m in MIXER_LAYERS.values()), [[*MIXER_LAYERS.values()]]:
@@ -462,7 +462,7 @@ def test_memory_is_weights_states_and_the_peak_of_the_whole_graph(workload: Work
                 assert 0 <= measured - memory_bytes(architecture, workload, model_config) <= slack
 
 
-def test_params_of_the_ends() -> None:
+def test_params_of_embedding_and_head() -> None:
     """A tied head's matrix is the embedding's and counts once."""
     tie_embeddings, untied = FRAME, FRAMES["untied"]
     assert op_params(Op(kind="embedding", width=32), tie_embeddings) == 37 * 32
@@ -470,7 +470,7 @@ def test_params_of_the_ends() -> None:
     assert op_params(Op(kind="head", width=32), untied) == 32 + 37 * 32
 
 
-def test_encode_then_cost_is_cost() -> None:
+def test_cost_of_encoded_architecture_equals_cost() -> None:
     space = SPACES["plain"]
     architecture = decode(space, every_genome(space)[-1:])[0]
     assert params_cost(space)(encode(space, [architecture]))[0] == params(architecture, space.config)

@@ -46,11 +46,11 @@ def as_set(genomes: Genomes) -> set[tuple[int, ...]]:
 
 
 @each_space
-def test_size_is_the_number_of_architectures(space: Space) -> None:
+def test_size_equals_number_of_architectures(space: Space) -> None:
     assert size(space) == len(every_architecture(space)) == len(every_genome(space))
 
 
-def test_size_of_a_space_too_large_to_list() -> None:
+def test_size_of_space_too_large_to_enumerate() -> None:
     """Three equal choices in each of 40 slots, all of them full."""
     space = tiny_space(
         mixer=["attention"], ratios=["full"], heads=[1], ffn=[0, 16, 32], depth=[40], width=[16]
@@ -59,7 +59,7 @@ def test_size_of_a_space_too_large_to_list() -> None:
 
 
 @each_space
-def test_contains_exactly_the_canonical_genomes(space: Space) -> None:
+def test_contains_exactly_canonical_genomes(space: Space) -> None:
     rows = every_row(space)
     members = as_set(every_genome(space))
     expected = [tuple(row) in members for row in rows.tolist()]
@@ -67,7 +67,7 @@ def test_contains_exactly_the_canonical_genomes(space: Space) -> None:
 
 
 @each_space
-def test_contains_agrees_with_the_words(space: Space) -> None:
+def test_contains_agrees_with_definition(space: Space) -> None:
     """A row's architecture is a member if and only if the row in canonical form is contained."""
     rows = every_row(space)[:: max(1, len(every_row(space)) // 1500)]
     expected = [belongs(space, architecture) for architecture in decode(space, rows)]
@@ -75,7 +75,7 @@ def test_contains_agrees_with_the_words(space: Space) -> None:
 
 
 @each_space
-def test_genes_outside_their_alphabet_are_not_contained(space: Space) -> None:
+def test_genes_out_of_range_are_not_contained(space: Space) -> None:
     genome = every_genome(space)[-1:]
     top = every_row(space)[-1]
     for gene in range(genome.shape[1]):
@@ -89,7 +89,7 @@ def test_genes_outside_their_alphabet_are_not_contained(space: Space) -> None:
 
 
 @each_space
-def test_canonical_genome_is_the_first_of_its_architecture(space: Space) -> None:
+def test_canonical_genome_is_first_of_its_architecture(space: Space) -> None:
     rows = every_row(space)
     once = canonical(space, rows)
     assert decode(space, once) == decode(space, rows)
@@ -101,7 +101,7 @@ def test_canonical_genome_is_the_first_of_its_architecture(space: Space) -> None
 # Genomes and architectures.
 
 
-def test_genome_of_an_architecture() -> None:
+def test_genome_of_architecture() -> None:
     space = tiny_space(
         mixer=["attention", "none", "sliding"], window=[4, 8], heads=[2, 4], kv_heads=[1, 2], depth=[4]
     )
@@ -143,7 +143,7 @@ def test_encode_and_decode_are_inverse(space: Space) -> None:
         (16, Layer(mixer="attention", heads=1, kv_heads=1, window=4), ["layers[1]", "('attention', 4)"]),
     ],
 )
-def test_encode_refuses_what_the_space_does_not_list(width: int, layer: Layer, fragments: list[str]) -> None:
+def test_encoding_unlisted_value_is_error(width: int, layer: Layer, fragments: list[str]) -> None:
     good = Layer(mixer="attention", heads=1, kv_heads=1)
     architecture = Architecture(width, (good, layer))
     with pytest.raises(InputError) as caught:
@@ -153,7 +153,7 @@ def test_encode_refuses_what_the_space_does_not_list(width: int, layer: Layer, f
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_encode_refuses_another_number_of_layers(count: int) -> None:
+def test_encoding_other_number_of_layers_is_error(count: int) -> None:
     layers = (Layer(mixer="attention", heads=1, kv_heads=1),) * count
     with pytest.raises(InputError, match=f"{count} layers, the space has 2"):
         encode(tiny_space(), [Architecture(16, layers)])
@@ -163,7 +163,7 @@ def test_encode_refuses_another_number_of_layers(count: int) -> None:
 
 
 @each_space
-def test_samples_are_members_and_every_member_is_sampled(space: Space) -> None:
+def test_samples_are_contained_and_reach_every_architecture(space: Space) -> None:
     rng, everyone = generator(), as_set(every_genome(space))
     reached: set[tuple[int, ...]] = set()
     for _ in range(12):  # the rarest member of these spaces comes once in 10,000 draws
@@ -175,7 +175,7 @@ def test_samples_are_members_and_every_member_is_sampled(space: Space) -> None:
     assert reached == everyone
 
 
-def test_samples_of_a_wide_space_are_members() -> None:
+def test_samples_of_wide_space_are_contained() -> None:
     space = wide_space()
     genomes = sample(space, generator(), 3000)
     assert contains(space, genomes).all()
@@ -183,7 +183,7 @@ def test_samples_of_a_wide_space_are_members() -> None:
     assert sample(space, generator(), 0).shape == (0, genomes.shape[1])
 
 
-def test_depths_and_ratios_are_drawn_evenly() -> None:
+def test_depths_and_ratios_are_uniform() -> None:
     """Placing 7 layers in 7 slots can be done in more ways than 4: depth must not follow the ways."""
     space = tiny_space(depth=[4, 5, 7], ratios=["full", 1, 3, "linear"])
     genomes = sample(space, generator(), 12_000)
@@ -194,14 +194,14 @@ def test_depths_and_ratios_are_drawn_evenly() -> None:
     assert chisquare([drawn[cell] for cell in cells]).pvalue > 1e-3
 
 
-def test_depths_are_drawn_evenly_where_layers_may_lack_a_mixer() -> None:
+def test_depths_are_uniform_with_ffn_only_layers() -> None:
     space = wide_space()
     drawn = Counter(architecture.depth for architecture in decode(space, sample(space, generator(), 8000)))
     assert set(drawn) == set(space.depth)
     assert chisquare(list(drawn.values())).pvalue > 1e-3
 
 
-def test_placements_and_sizes_are_drawn_evenly() -> None:
+def test_slots_and_sizes_are_uniform() -> None:
     """A layer kept among empty ones must not be one with an FFN more often than not."""
     space = tiny_space(depth=[2, 4], ratios=[1], heads=[1, 2, 3])
     architectures = decode(space, sample(space, generator(), 12_000))
@@ -217,7 +217,7 @@ def test_placements_and_sizes_are_drawn_evenly() -> None:
         assert chisquare(list(drawn.values())).pvalue > 1e-3
 
 
-def test_same_seed_same_genomes() -> None:
+def test_equal_seeds_give_equal_genomes() -> None:
     space = wide_space()
     runs = []
     for seed in (1, 1, 2):
@@ -233,7 +233,7 @@ def test_same_seed_same_genomes() -> None:
 
 
 @each_space
-def test_repair_makes_members_of_any_rows(space: Space) -> None:
+def test_repaired_rows_are_contained(space: Space) -> None:
     rows = every_row(space)
     repaired = repair(space, rows, generator())
     assert contains(space, repaired).all()
@@ -243,7 +243,7 @@ def test_repair_makes_members_of_any_rows(space: Space) -> None:
 @pytest.mark.parametrize("space", [*SPACES.values(), wide_space()], ids=[*SPACES, "wide"])
 @given(data=st.data())
 @settings(max_examples=12, derandomize=True, deadline=None)
-def test_repair_makes_members_of_any_integers(space: Space, data: st.DataObject) -> None:
+def test_repaired_integers_are_contained(space: Space, data: st.DataObject) -> None:
     genes = 1 + 3 * space.slots
     kind = data.draw(st.sampled_from([np.int16, np.int64, np.int8, np.uint8]))
     rows = data.draw(arrays(kind, st.tuples(st.integers(0, 6), st.just(genes))))
@@ -254,18 +254,18 @@ def test_repair_makes_members_of_any_integers(space: Space, data: st.DataObject)
 
 
 @each_space
-def test_repair_leaves_members_as_they_are(space: Space) -> None:
+def test_repair_keeps_contained_genomes(space: Space) -> None:
     genomes = every_genome(space)
     np.testing.assert_array_equal(repair(space, genomes, generator()), genomes)
 
 
-def test_repair_leaves_members_of_a_wide_space_as_they_are() -> None:
+def test_repair_keeps_contained_genomes_of_wide_space() -> None:
     genomes = sample(wide_space(), generator(), 2000)
     np.testing.assert_array_equal(repair(wide_space(), genomes, generator(1)), genomes)
 
 
 @each_space
-def test_repair_changes_the_class_of_as_few_slots_as_can_be(space: Space) -> None:
+def test_repair_changes_fewest_slots(space: Space) -> None:
     rows = every_row(space)[:: max(1, len(every_row(space)) // 500)]
     classes = slot_classes(space, rows)
     members = np.unique(slot_classes(space, every_genome(space)), axis=0)
@@ -275,7 +275,7 @@ def test_repair_changes_the_class_of_as_few_slots_as_can_be(space: Space) -> Non
         np.testing.assert_array_equal(changed.sum(axis=1), fewest)
 
 
-def test_what_repair_adds_is_drawn_evenly() -> None:
+def test_repair_draws_uniformly() -> None:
     space = tiny_space(
         mixer=["linear", "retnet", "sliding"], window=[8], ratios=["linear"], depth=[1], ffn=[16, 32]
     )
@@ -288,7 +288,7 @@ def test_what_repair_adds_is_drawn_evenly() -> None:
 
 
 @each_space
-def test_mutants_are_members_and_leave_their_parents_alone(space: Space) -> None:
+def test_mutants_are_contained_and_parents_unchanged(space: Space) -> None:
     parents = sample(space, generator(), 400)
     before = parents.copy()
     for rate in (None, 0.0, 1.0):
@@ -298,7 +298,7 @@ def test_mutants_are_members_and_leave_their_parents_alone(space: Space) -> None
 
 
 @each_space
-def test_mutation_reaches_every_member_from_any(space: Space) -> None:
+def test_mutation_reaches_every_architecture(space: Space) -> None:
     everyone = as_set(every_genome(space))
     rng = generator()
     found = every_genome(space)[:1]
@@ -310,7 +310,7 @@ def test_mutation_reaches_every_member_from_any(space: Space) -> None:
     assert as_set(found) == everyone
 
 
-def test_mutation_changes_something_but_not_all() -> None:
+def test_mutation_changes_some_genes() -> None:
     space = wide_space()
     parents = sample(space, generator(), 4000)
     changed = parents != mutate(space, parents, generator(1))
@@ -319,7 +319,7 @@ def test_mutation_changes_something_but_not_all() -> None:
     assert changed.any(axis=0).all()
 
 
-def test_some_mutants_take_another_depth() -> None:
+def test_some_mutants_change_depth() -> None:
     space = wide_space()
     parents = sample(space, generator(), 4000)
     before, after = (
@@ -358,13 +358,13 @@ def test_some_mutants_exchange_two_slots() -> None:
 
 
 @each_space
-def test_children_of_one_parent_are_that_parent(space: Space) -> None:
+def test_children_of_equal_parents_equal_them(space: Space) -> None:
     parents = every_genome(space)
     np.testing.assert_array_equal(crossover(space, parents, parents, generator()), parents)
 
 
 @each_space
-def test_children_are_members(space: Space) -> None:
+def test_children_are_contained(space: Space) -> None:
     first, second = sample(space, generator(0), 1000), sample(space, generator(1), 1000)
     before = first.copy(), second.copy()
     assert contains(space, crossover(space, first, second, generator(2))).all()
@@ -372,7 +372,7 @@ def test_children_are_members(space: Space) -> None:
     assert crossover(space, first[:0], second[:0], generator()).shape == (0, first.shape[1])
 
 
-def test_children_take_each_slot_whole_from_either_parent() -> None:
+def test_children_take_slots_from_either_parent() -> None:
     """In a space where slots do not depend on one another, nothing needs repair."""
     space = tiny_space(
         mixer=["attention"],
@@ -399,7 +399,7 @@ def test_children_take_each_slot_whole_from_either_parent() -> None:
 
 
 @each_space
-def test_largest_and_smallest_are_at_the_ends_of_every_axis(space: Space) -> None:
+def test_largest_and_smallest_are_extreme_on_every_axis(space: Space) -> None:
     members = every_architecture(space)
     big, small = largest(space), smallest(space)
     assert big in members
@@ -430,7 +430,7 @@ def test_largest_and_smallest_are_at_the_ends_of_every_axis(space: Space) -> Non
     assert all(layer.ffn == least[layer.mixer != "none"] for layer in small.layers if layer.present)
 
 
-def test_ends_of_a_wide_space() -> None:
+def test_largest_and_smallest_of_wide_space() -> None:
     space = wide_space()
     big, small = largest(space), smallest(space)
     assert belongs(space, big)

@@ -35,7 +35,7 @@ layer:
     - 0
     - 128
   window: [64]
-hybrid: {ratios: [full, 1, 3, linear], linear_kinds: 2}
+hybrid: {ratios: [full, 1, 3, linear], max_linear_kinds: 2}
 """
 Refused = Callable[[str | bytes], str]
 
@@ -66,25 +66,28 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"ratios": []}, "hybrid.ratios: no choice is given"),
     ({"mixer": [], "ratios": ["full"]}, "layer.mixer: no mixer but none is given"),
     ({"mixer": ["none"], "ratios": ["full"]}, "layer.mixer: no mixer but none is given"),
-    ({"width": [32, 16]}, "width: [32, 16] must rise, each value once"),
-    ({"depth": [2, 2]}, "depth: [2, 2] must rise, each value once"),
-    ({"heads": [1, 3, 2]}, "layer.heads: [1, 3, 2] must rise, each value once"),
-    ({"heads": [2], "kv_heads": [2, 1]}, "layer.kv_heads: [2, 1] must rise, each value once"),
-    ({"ffn": [16, 0]}, "layer.ffn: [16, 0] must rise, each value once"),
+    ({"width": [32, 16]}, "width: [32, 16] must be in ascending order, each value once"),
+    ({"depth": [2, 2]}, "depth: [2, 2] must be in ascending order, each value once"),
+    ({"heads": [1, 3, 2]}, "layer.heads: [1, 3, 2] must be in ascending order, each value once"),
+    (
+        {"heads": [2], "kv_heads": [2, 1]},
+        "layer.kv_heads: [2, 1] must be in ascending order, each value once",
+    ),
+    ({"ffn": [16, 0]}, "layer.ffn: [16, 0] must be in ascending order, each value once"),
     (
         {"mixer": ["attention", "sliding"], "window": [8, 8]},
-        "layer.window: [8, 8] must rise, each value once",
+        "layer.window: [8, 8] must be in ascending order, each value once",
     ),
     ({"width": [16, 40]}, "width[1]: 40 is not a multiple of 16"),
     ({"ffn": [0, 16, 20]}, "layer.ffn[2]: 20 is not a multiple of 16"),
     ({"head_dim": 8}, "head_dim: 8 is not a multiple of 16"),
     (
         {"mixer": ["attention", "linear", "none"], "ffn": [0]},
-        "layer: mixer none and no FFN size above 0 make empty layers; depth says how many are",
+        "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead",
     ),
     (
         {"heads": [2], "kv_group": 2, "kv_heads": [1]},
-        "layer.kv_heads: kv_group is given too; give one of them",
+        "layer.kv_heads: kv_group is given too; give only one of them",
     ),
     ({"heads": [2, 3], "kv_group": 2}, "layer.heads[1]: 3 is not a multiple of kv_group 2"),
     ({"heads": [2, 4], "kv_heads": [1, 3]}, "layer.kv_heads[1]: 3 does not divide any of heads [2, 4]"),
@@ -139,13 +142,13 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"full_layers": [0, 0]}, "hybrid.full_layers: a layer is named twice"),
     (
         {"ratios": [1], "full_layers": [0, 1]},
-        "hybrid: no depth and ratio together leave an architecture",
+        "hybrid: no combination of depth and ratio allows an architecture",
     ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
-def test_a_contradiction_is_refused(refused: Refused, changes: dict[str, Any], message: str) -> None:
+def test_contradiction_is_error(refused: Refused, changes: dict[str, Any], message: str) -> None:
     assert message in refused(yaml.safe_dump(tiny_value(**changes)))
 
 
@@ -193,7 +196,7 @@ def test_a_contradiction_is_refused(refused: Refused, changes: dict[str, Any], m
         ({"ratios": [["full"]]}, "hybrid.ratios[0]: ['full'] is not full, linear"),
     ],
 )
-def test_a_wrong_value_is_refused(refused: Refused, changes: dict[str, Any], fragment: str) -> None:
+def test_wrong_value_is_error(refused: Refused, changes: dict[str, Any], fragment: str) -> None:
     message = refused(yaml.safe_dump(tiny_value(**changes)))
     assert message.startswith(fragment)
     assert "; " not in message  # nothing else is wrong
@@ -215,7 +218,7 @@ def test_a_wrong_value_is_refused(refused: Refused, changes: dict[str, Any], fra
         ((), 1, "[1]: Keys should be strings, found 1"),
     ],
 )
-def test_an_unknown_key_is_refused_with_what_is_known(
+def test_unknown_key_error_lists_known_keys(
     refused: Refused, place: tuple[str, ...], key: Any, message: str
 ) -> None:
     value = tiny_value()
@@ -226,11 +229,11 @@ def test_an_unknown_key_is_refused_with_what_is_known(
     assert refused(yaml.safe_dump(value)).startswith(message)
 
 
-def test_errors_are_all_named_at_once(refused: Refused) -> None:
+def test_all_errors_are_reported_at_once(refused: Refused) -> None:
     assert refused(
         yaml.safe_dump(tiny_value(width=[24], heads=[2, 1], ratios=["full"], full_layers=[7]))
     ).split("; ") == [
-        "layer.heads: [2, 1] must rise, each value once",
+        "layer.heads: [2, 1] must be in ascending order, each value once",
         "width[0]: 24 is not a multiple of 16",
         "hybrid.ratios: only full is allowed, so that linear can never appear",
         "hybrid.full_layers: 7 is past the last layer 1",
@@ -274,11 +277,11 @@ def test_errors_are_all_named_at_once(refused: Refused) -> None:
         (b"name: \xff", "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused(refused: Refused, text: str | bytes, fragment: str) -> None:
+def test_file_without_mapping_is_error(refused: Refused, text: str | bytes, fragment: str) -> None:
     assert fragment in refused(text)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_space(tmp_path / "space.yaml")
     assert str(caught.value) == f"{tmp_path / 'space.yaml'}: not found"
@@ -392,7 +395,7 @@ def is_read_or_refused(text: str, path: Path) -> None:
 @given(text=spoilt_values())
 @example(text="name: 2024-13-45")
 @settings(max_examples=250, derandomize=True, deadline=None)
-def test_any_value_in_any_place_is_read_or_refused(
+def test_any_value_anywhere_is_read_or_one_line_error(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     is_read_or_refused(text, tmp_path_factory.getbasetemp() / "space.yaml")
@@ -401,7 +404,9 @@ def test_any_value_in_any_place_is_read_or_refused(
 @given(text=spoilt_texts())
 @example(text="? []\n: a")
 @settings(max_examples=250, derandomize=True, deadline=None)
-def test_any_edit_of_the_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_edit_of_text_is_read_or_one_line_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     is_read_or_refused(text, tmp_path_factory.getbasetemp() / "space.yaml")
 
 
@@ -410,7 +415,7 @@ def test_shipped_spaces_load(path: Path) -> None:
     assert load_space(path).name == path.stem
 
 
-def test_text_becomes_a_space(tmp_path: Path) -> None:
+def test_yaml_is_read_into_space(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(TEXT)
     space = load_space(tmp_path / "space.yaml")
     assert space.name == "by-hand"
@@ -474,7 +479,7 @@ def layers_by_class(space: Space, architecture: Architecture) -> tuple[int, int,
 
 
 @pytest.mark.parametrize("name", TINY_SPACES)
-def test_patterns_are_those_that_members_have(name: str) -> None:
+def test_patterns_equal_layer_counts_of_all_architectures(name: str) -> None:
     space = tiny_space(**TINY_SPACES[name])
     assert set(space.all_patterns) == {layers_by_class(space, member) for member in every_architecture(space)}
     assert len(set(space.all_patterns)) == len(space.all_patterns)
@@ -486,7 +491,7 @@ def test_patterns_are_those_that_members_have(name: str) -> None:
         assert {pattern.depth for pattern in patterns} == {depth}
 
 
-def test_hash_is_of_the_content(tmp_path: Path) -> None:
+def test_hash_depends_on_content_only(tmp_path: Path) -> None:
     value = tiny_value(
         mixer=["attention", "linear", "retnet", "sliding"],
         window=[8],
@@ -533,7 +538,7 @@ def tiny_space_of(value: dict[str, Any]) -> Space:
     return tiny_space(**tiny_changes(value))
 
 
-def test_hash_is_the_same_in_every_process(tmp_path: Path) -> None:
+def test_hash_is_equal_in_every_process(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(TEXT)
     script = "import pathlib, space, sys\nprint(space.load_space(pathlib.Path(sys.argv[1])).hash)"
     hashes = {

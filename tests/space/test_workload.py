@@ -35,12 +35,12 @@ def test_text_round_trip(workload: Workload) -> None:
     assert Workload.parse(str(workload)) == workload
 
 
-def test_text_leaves_out_what_is_usual() -> None:
+def test_text_omits_defaults() -> None:
     assert str(Workload(phase="decode", length=9)) == "decode@9"
     assert str(Workload(phase="decode", length=9, batch=2, threads=3)) == "decode@9,batch=2,threads=3"
 
 
-def test_tokens_read_and_tokens_before() -> None:
+def test_tokens_and_past() -> None:
     """Decoding at a context of 5 reads the fifth token, with four in the state."""
     prefill, decode = (
         Workload(phase="prefill", length=5, batch=7),
@@ -77,7 +77,7 @@ def test_tokens_read_and_tokens_before() -> None:
         ("prefill@4,batch=2\nthreads=2", "is not understood"),
     ],
 )
-def test_bad_text_is_refused_in_one_line(text: str, fragment: str) -> None:
+def test_invalid_text_is_one_line_error(text: str, fragment: str) -> None:
     with pytest.raises(InputError) as caught:
         Workload.parse(text)
     message = str(caught.value)
@@ -88,7 +88,7 @@ def test_bad_text_is_refused_in_one_line(text: str, fragment: str) -> None:
 
 @given(st.text(alphabet="prefildco@0123456789,=batchs \n\N{FULLWIDTH DIGIT ONE}", max_size=24))
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_one_line_error(text: str) -> None:
     for whole in (text, f"prefill@4,{text}", f"decode@{text}"):
         workload, message = attempt(partial(Workload.parse, whole))
         if workload is None:

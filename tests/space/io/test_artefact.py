@@ -30,9 +30,7 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("end", [ValueError, Stop])
-def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, end: type[BaseException]
-) -> None:
+def test_exception_keeps_old_file(tmp_path: Path, end: type[BaseException]) -> None:
     path = tmp_path / "card.json"
     write_text(path, "old")
 
@@ -48,7 +46,7 @@ def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(
     assert names(tmp_path) == {"card.json"}
 
 
-def test_a_block_that_raises_makes_no_file(tmp_path: Path) -> None:
+def test_exception_writes_no_file(tmp_path: Path) -> None:
     def fail() -> None:
         with atomic_path(tmp_path / "card.json") as temporary:
             temporary.write_text("{")
@@ -59,7 +57,7 @@ def test_a_block_that_raises_makes_no_file(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+def test_killed_process_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     write_text(path, "old")
     script = (
@@ -73,7 +71,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_content_is_synced_before_the_name_and_the_folder_after(
+def test_content_is_synced_before_rename_and_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, events = tmp_path / "card.json", []
@@ -94,7 +92,7 @@ def test_content_is_synced_before_the_name_and_the_folder_after(
     assert events == [("sync", "whole"), ("rename", "card.json"), ("sync", tmp_path.name)]
 
 
-def test_written_files_are_whole_readable_and_alone(tmp_path: Path) -> None:
+def test_written_files_are_complete_readable_and_alone(tmp_path: Path) -> None:
     path = tmp_path / "devices" / "this" / "card.bin"  # folders are made
     write_bytes(path, b"first")
     write_bytes(path, b"\x00second")
@@ -114,7 +112,7 @@ def test_digests(tmp_path: Path) -> None:
     assert file_digest(tmp_path / "tau") == digest(tau)
 
 
-def test_canonical_json_is_one_form() -> None:
+def test_canonical_json_is_unique() -> None:
     assert (
         canonical_json({"b": [1, None], "a": {"d": 1.5, "c": "x y"}})
         == '{"a":{"c":"x y","d":1.5},"b":[1,null]}'
@@ -143,14 +141,14 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_an_artefact_is_its_header_and_its_body(tmp_path: Path) -> None:
+def test_artefact_is_header_and_body(tmp_path: Path) -> None:
     path = card(tmp_path / "card.json")
     header = {"kind": "card", "schema": 1, "inputs": {"space": "ab" * 32}}
     assert CARD.read(path) == {"header": header, **BODY}
     assert next(iter(json.loads(path.read_text()))) == "header"
 
 
-def test_a_body_cannot_replace_the_header(tmp_path: Path) -> None:
+def test_body_with_header_is_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="header"):
         CARD.write(tmp_path / "card.json", {}, {"header": {"kind": "front", "schema": 1}})
     assert names(tmp_path) == set()
@@ -165,11 +163,11 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
     assert names(tmp_path) == {"card.json"}
 
 
-def test_a_missing_artefact_names_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_missing_file_error_names_command(tmp_path: Path) -> None:
     assert "not found; `formfit profile` makes it" in refusal(tmp_path / "card.json")
 
 
-def test_an_artefact_truncated_at_any_byte_is_refused(tmp_path: Path) -> None:
+def test_truncation_at_any_byte_is_error(tmp_path: Path) -> None:
     path = card(tmp_path / "card.json")
     whole = path.read_bytes()
     assert whole.endswith(b"}\n")
@@ -183,7 +181,7 @@ def test_an_artefact_truncated_at_any_byte_is_refused(tmp_path: Path) -> None:
     [b"\xff\xfe\xfa", b"[" * 100_000, b'{"header": ' + b"9" * 5000 + b"}", b'{"a":1}{"b":2}', b"\x00" * 64],
     ids=["bytes", "deep", "long number", "two values", "zeros"],
 )
-def test_an_artefact_of_anything_else_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_content_is_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "card.json"
     path.write_bytes(content)
     assert "not a whole card file" in refusal(path)
@@ -193,32 +191,32 @@ def test_an_artefact_of_anything_else_is_refused(tmp_path: Path, content: bytes)
     "value",
     [[], 3, None, "card", {}, {"header": []}, {"header": {}}, {"header": {"kind": "front", "schema": 1}}],
 )
-def test_an_artefact_of_another_kind_is_refused(tmp_path: Path, value: Any) -> None:
+def test_other_kind_is_error(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "card.json"
     path.write_text(json.dumps(value))
     assert "not a card file" in refusal(path)
 
 
 @pytest.mark.parametrize("schema", [0, 2, "1", None, "a\nb"])
-def test_an_artefact_of_another_schema_is_refused(tmp_path: Path, schema: Any) -> None:
+def test_other_schema_is_error(tmp_path: Path, schema: Any) -> None:
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"header": {"kind": "card", "schema": schema}}))
     message = refusal(path)
     assert f"schema version {schema!r}, this formfit reads 1" in message
 
 
-def test_a_folder_in_the_place_of_an_artefact_is_refused(tmp_path: Path) -> None:
+def test_folder_instead_of_file_is_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         CARD.read(tmp_path)
 
 
-def test_inputs_that_agree_pass(tmp_path: Path) -> None:
+def test_equal_inputs_pass(tmp_path: Path) -> None:
     artefact = CARD.read(card(tmp_path / "card.json"))
     check_inputs(tmp_path / "card.json", artefact, {"space": "ab" * 32})
     check_inputs(tmp_path / "card.json", artefact, {})
 
 
-def test_inputs_that_differ_are_refused_naming_both_sides(tmp_path: Path) -> None:
+def test_different_inputs_error_names_both(tmp_path: Path) -> None:
     path = card(tmp_path / "card.json")
     artefact = CARD.read(path)
     with pytest.raises(InputError) as caught:
@@ -227,7 +225,7 @@ def test_inputs_that_differ_are_refused_naming_both_sides(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("inputs", [{}, None, [], "space", {"space": None}, {"spaces": "ab" * 32}])
-def test_inputs_that_are_missing_are_refused(tmp_path: Path, inputs: Any) -> None:
+def test_missing_inputs_are_error(tmp_path: Path, inputs: Any) -> None:
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"header": {"kind": "card", "schema": 1, "inputs": inputs}}))
     with pytest.raises(InputError, match="made for space None, but the space given is abababababab"):
