@@ -1,7 +1,7 @@
 """The stages of a run: train, profile, search and verify, summarise, report.
 
 Each stage writes files whose headers name the sha256 of their inputs. A stage whose files exist with the same
-inputs is skipped, and an interrupted stage resumes.
+inputs is skipped, and an interrupted stage resumes. The audit, which is no stage, is exported from here too.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,9 @@ from latency.card import open_card
 from latency.predictor.predictor import PREDICTOR
 from latency.profiling import profile, settings_digest
 from latency.runtimes.registry import open_runtime
-from search.audit.page import audit_section
+from search.audit.audit import AuditConfig, audit
+from search.audit.page import CORRELATION_COLUMNS, audit_section, correlation_rows
+from search.audit.result import AuditResult
 from search.config import Run, open_run
 from search.engine.front import Choice, Front, Member
 from search.engine.run import search_supernet
@@ -31,6 +33,23 @@ from supernet.data.corpus import Corpus, load_corpus, window_starts
 from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint
 from supernet.training.train import load_supernet, train, training_inputs
+
+__all__ = [
+    "CORRELATION_COLUMNS",
+    "AuditConfig",
+    "AuditResult",
+    "Summary",
+    "audit",
+    "correlation_rows",
+    "execute",
+    "profiled",
+    "rewrite_report",
+    "searched",
+    "summarised",
+    "text_quality",
+    "trained",
+    "verified",
+]
 
 
 def execute(run: Run, reporter: Reporter) -> Summary:

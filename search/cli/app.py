@@ -23,8 +23,7 @@ from space.io.errors import FormfitError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from search.audit.result import AuditResult
-    from search.report.summary import Summary
+    from search.pipeline import AuditResult, Summary
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
@@ -174,12 +173,13 @@ def audit(
 
     trained_config(run)
 
-    from search.audit.audit import AuditConfig
-    from search.audit.audit import audit as carry_out
+    from search import pipeline
     from search.config import open_run
 
-    config = AuditConfig(size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers)
-    found = carry_out(open_run(run, context.obj), config, device, Bars())
+    config = pipeline.AuditConfig(
+        size=size, seeds=seeds, steps=steps, batch=batch, workload=workload, workers=workers
+    )
+    found = pipeline.audit(open_run(run, context.obj), config, device, Bars())
     show(found.document(), as_json, lambda: [audit_table(found)])
     if not as_json:
         for result in found.sets.values():
@@ -245,7 +245,7 @@ def audit_table(result: "AuditResult") -> "Table":
     Args:
         result: of the audit.
     """
-    from search.audit.page import CORRELATION_COLUMNS, correlation_rows
+    from search.pipeline import CORRELATION_COLUMNS, correlation_rows
 
     title = "Rank correlation with stand-alone training"
     return make_table(title, CORRELATION_COLUMNS, correlation_rows(result))

@@ -84,6 +84,7 @@ def search(
 ) -> None:
     """Search a supernet for the Pareto front under limits. Resumes."""
     from search.config import trained_config
+    from search.engine.config import check_search
 
     run_config = trained_config(run)
     given = {
@@ -100,7 +101,9 @@ def search(
         "baseline": baseline,
     }
     config = search_config(run_config, given)
-    check_search(config, device, name)
+    for given_name in (*device, *([name] if name else [])):
+        check_name(given_name)
+    check_search(config, device)
     if max_noise is not None:
         measuring = run_config.verify.model_copy(update={"max_noise": max_noise / 100})
         run_config = run_config.model_copy(update={"verify": measuring})
@@ -146,27 +149,6 @@ def search_config(run: "RunConfig", given: Mapping[str, Any]) -> "SearchConfig":
 
     changes = {name: value for name, value in given.items() if value is not None}
     return parse(SearchConfig, run.search.model_dump() | changes, "search")
-
-
-def check_search(config: "SearchConfig", devices: list[str], name: str | None) -> None:
-    """Check names, limits and objectives before anything is loaded that takes seconds.
-
-    Args:
-        config: settings of the search.
-        devices: names of the devices.
-        name: of the search, if one is given.
-
-    Raises:
-        InputError: one of them is malformed, or two contradict each other.
-    """
-    from search.engine.config import precision_of
-    from search.problem.limit import Limit, check_limits
-
-    for given in (*devices, *([name] if name else [])):
-        check_name(given)
-    check_limits(map(Limit.parse, config.limits))
-    for device in devices:
-        precision_of(config, device, devices[0])
 
 
 def search_tables(result: "SearchResult") -> "list[Table]":

@@ -43,7 +43,7 @@ def extract(
 ) -> None:
     """Copy a sub-network of the supernet into a plain model."""
     from search.config import trained_config
-    from search.problem.limit import Limit
+    from search.engine.config import SearchConfig, check_search
     from search.submodel.formats import check_formats
 
     check_formats(format_ or (), precision or ())
@@ -54,7 +54,7 @@ def extract(
         raise InputError("give one of --search NAME, --architecture FILE and --pick LIMIT")
     trained_config(run)
     if limit:
-        Limit.parse(limit)
+        check_search(SearchConfig(limits=(limit,)), [])
 
     from search.config import open_run, open_supernet
     from search.select.picks import read_architecture, select_member

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from search.problem.limit import Limit
+from search.problem.limit import Limit, check_limits
 from search.problem.objective import Objective, check_objectives
 from search.problem.problem import Problem, required_precision
 from search.strategies.registry import STRATEGIES, StrategyEntry
@@ -109,6 +109,21 @@ def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
     """
     limits, objectives = map(Limit.parse, config.limits), map(Objective.parse, config.objectives)
     return required_precision(limits, objectives, device, first)
+
+
+def check_search(config: SearchConfig, devices: Sequence[str]) -> None:
+    """Check limits and objectives as far as that needs no predictor, which takes seconds to load.
+
+    Args:
+        config: of the search.
+        devices: names of the devices; the first is that of limits and objectives that name none.
+
+    Raises:
+        InputError: one is malformed, two bound the same quantity, or a device's models need two precisions.
+    """
+    check_limits(map(Limit.parse, config.limits))
+    for device in devices:
+        precision_of(config, device, devices[0])
 
 
 def require_objectives(config: SearchConfig, objectives: Sequence[Objective]) -> None:
