@@ -24,7 +24,8 @@ import ray
 from driver import refused
 from threadpoolctl import threadpool_limits
 
-from latency.predictor.design import initial_design, op_design, stack_heights, stacks
+from latency.predictor.design import op_design, stack_heights, stacks
+from latency.predictor.initial_design import initial_design
 from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
 from latency.predictor.predictor import Predictor
 from latency.predictor.workload_model import WorkloadModel

@@ -19,16 +19,9 @@ from latency.card import load_card, open_card
 from latency.config import ProfileConfig
 from latency.device_runner.timer import Run, measure, pinned
 from latency.device_runner.timing import Measurements
-from latency.predictor.design import (
-    ModelRole,
-    OpDesign,
-    choose_models,
-    initial_design,
-    op_design,
-    stack_heights,
-    stacks,
-)
-from latency.predictor.op_latencies import OpLatencies, Point
+from latency.predictor.design import ModelRole, OpDesign, choose_models, op_design, stack_heights, stacks
+from latency.predictor.initial_design import Point, initial_design
+from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import Predictor
 from latency.records import FIT_ROLES, Records, model_name, stack_name
 from latency.runtimes.protocol import Runtime

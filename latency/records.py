@@ -17,8 +17,9 @@ from latency.device_runner.timing import Timing
 from latency.predictor.composition import OpTimes
 from latency.predictor.design import ModelRole, stack_heights
 from latency.predictor.fit import MeasuredModels, fit_predictor
+from latency.predictor.initial_design import Point
 from latency.predictor.memory import MemoryModel, fit_memory
-from latency.predictor.op_latencies import OpLatencies, Point, fit_op_latencies
+from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
 from latency.predictor.predictor import Predictor
 from latency.runtimes.protocol import ANCHOR_SIDE
 from latency.runtimes.reference import card_scale

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from latency.config import ProfileConfig
 from latency.predictor.design import ModelRole
-from latency.predictor.op_latencies import Point
+from latency.predictor.initial_design import Point
 from space import Architecture, InputError, Space, Workload
 from space.io.artefact import Artefact, check_inputs
 from space.onnx.graph import VERSION

@@ -16,8 +16,8 @@ from latency.device_runner.plan import KitGroup, KitItem
 from latency.kit.manifest import KIT_RUNTIME, KitManifest, KitModel
 from latency.kit.writer import KitWriter, reference_stacks, workload_io_bindings, write_plan
 from latency.predictor.composition import OpTimes
-from latency.predictor.design import choose_models, initial_design, stacks
-from latency.predictor.op_latencies import Point
+from latency.predictor.design import choose_models, stacks
+from latency.predictor.initial_design import Point, initial_design
 from latency.runtimes.onnx_graphs import stack_graph
 from latency.runtimes.protocol import random_weights
 from space import Architecture, InputError, Space, Workload

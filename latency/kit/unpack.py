@@ -10,7 +10,7 @@ from latency.device_runner.timing import Timing
 from latency.kit.manifest import KIT_RUNTIME, KitManifest, KitModel
 from latency.kit.result import Result, ResultGroup, read_result, read_timings
 from latency.predictor.design import ModelRole, stack_heights
-from latency.predictor.op_latencies import Point
+from latency.predictor.initial_design import Point
 from latency.predictor.predictor import Predictor
 from latency.profiling import load_prior, settings_digest
 from latency.records import Records, model_name, stack_name

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.predictor.composition import SAMPLED_MODELS, OpTimes, design_matrix, held_bytes, op_sums
-from latency.predictor.op_latencies import OpLatencies, Point, features, grouped
+from latency.predictor.initial_design import Point, d_optimal
+from latency.predictor.op_latencies import OpLatencies
 from space import Architecture, InputError, Space, Workload, genome, variation
 from space.cost import op_held_bytes
 from space.ops import Op, count_ops
@@ -32,8 +33,6 @@ MAX_DRAWS = 20  # rounds of drawing random architectures until enough are allowe
 CANDIDATES = 600  # random architectures that the D-optimal models are chosen from
 HELD_OUT_CANDIDATES = 10  # random architectures per held-out model, over whose latencies these are spread
 MIN_MODELS = 3  # to fit on, and to test on
-EXTRA_POINTS = 3  # of an initial design beyond one for each size that varies
-RIDGE = 100.0  # prior variance of the coefficients of a D-optimal design
 
 
 @dataclass(frozen=True)
@@ -152,24 +151,6 @@ def op_design(space: Space, ops: Sequence[Op], workloads: Sequence[Workload]) ->
                     row[place[op, workload]] = count
             rows.append(row)
     return OpDesign(points, np.array(rows))
-
-
-def initial_design(points: Sequence[Point], extra: int = EXTRA_POINTS) -> list[Point]:
-    """A D-optimal choice of points for each op kind and phase.
-
-    Args:
-        points: points to choose from.
-        extra: points per kind and phase beyond one for each size that varies.
-    """
-    found = []
-    for places in grouped(points).values():
-        group = [points[i] for i in places]
-        sizes = features(group)
-        varying = sizes[:, np.ptp(sizes, axis=0) > 0]
-        scaled = (varying - varying.mean(axis=0)) / np.maximum(np.ptp(varying, axis=0), 1e-9)
-        design = np.column_stack([np.ones(len(group)), scaled, scaled**2])
-        found += [group[i] for i in d_optimal([design], varying.shape[1] + extra)]
-    return found
 
 
 def stack_heights(space: Space, op: Op, workload: Workload) -> tuple[int, int]:
@@ -310,34 +291,3 @@ def _distinct(
         if len(found) >= count:
             break
     return list(islice(found.values(), count))
-
-
-def d_optimal(designs: Sequence[NDArray[np.float64]], count: int) -> list[int]:
-    """Choose rows greedily that maximise the information of several designs.
-
-    Each choice maximises the sum over designs of log det(I/100 + X^T X), by the matrix determinant lemma. The
-    criterion is D-optimality (Fedorov 1972).
-
-    Args:
-        designs: design matrices over the same rows: [N, P] each.
-        count: maximum number of rows.
-
-    Returns:
-        Indices of the rows.
-    """
-    inverses = [np.eye(design.shape[1]) * RIDGE for design in designs]
-    chosen: list[int] = []
-    for _ in range(min(count, len(designs[0]))):
-        gain = sum(
-            np.log1p(np.einsum("ij,jk,ik->i", design, inverse, design))
-            for design, inverse in zip(designs, inverses, strict=True)
-        )
-        gain = np.asarray(gain)
-        gain[chosen] = -np.inf
-        best = int(np.argmax(gain))
-        chosen.append(best)
-        # Sherman-Morrison update of each inverse information matrix.
-        for i, design in enumerate(designs):
-            v = inverses[i] @ design[best]
-            inverses[i] = inverses[i] - np.outer(v, v) / (1 + design[best] @ v)
-    return chosen

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.device_runner.timing import JsonObject
+from latency.predictor.initial_design import Point, features, grouped
 from latency.predictor.op_model import Observations, OpModel, Process, fit_op_model
 from space import ModelConfig, Workload
 from space.cost import op_activation_bytes, op_flops, op_state_bytes, op_weight_bytes
@@ -19,25 +20,7 @@ from space.ops import Op
 from space.precision import matrix_bytes
 
 Array = NDArray[np.float64]
-Point = tuple[Op, Workload]
 MEASURED_EFFECT_VARIANCE = 0.1  # of an op's effect once it was measured, as a share of that before
-
-
-def features(points: Sequence[Point]) -> Array:
-    """Sizes of ops and workloads, as logarithms to base 2.
-
-    Args:
-        points: N ops and workloads.
-
-    Returns:
-        Width, heads, kv heads, window, FFN width, length and batch; a size that an op does not have counts
-        as 1: [N, 7].
-    """
-    sizes = [
-        (op.width, op.heads, op.kv_heads, op.window, op.ffn, workload.length, workload.batch)
-        for op, workload in points
-    ]
-    return np.asarray(np.log2(np.maximum(np.array(sizes, dtype=np.float64), 1.0)))
 
 
 def work(points: Sequence[Point], model_config: ModelConfig) -> Array:
@@ -165,18 +148,6 @@ class OpLatencies:
         op_effect = {(op, workload): effect for op, workload, effect in value["op_effect"]}
         source = OpLatencies.from_json(model_config, value["source"]) if value["source"] else None
         return OpLatencies(model_config, models, op_effect, source)
-
-
-def grouped(points: Sequence[Point]) -> dict[tuple[str, str], list[int]]:
-    """Indices of points by kind of op and phase.
-
-    Args:
-        points: ops and workloads.
-    """
-    found: dict[tuple[str, str], list[int]] = {}
-    for i, (op, workload) in enumerate(points):
-        found.setdefault((op.kind, workload.phase), []).append(i)
-    return found
 
 
 def fit_op_latencies(

@@ -29,7 +29,7 @@ def describe_space(space: "Space") -> dict[str, Any]:
     Args:
         space: the space.
     """
-    from latency.predictor.design import initial_design
+    from latency.predictor.initial_design import initial_design
     from space import Workload, genome
     from space.cost import params
     from space.ops import space_ops

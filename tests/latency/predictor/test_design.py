@@ -8,8 +8,8 @@ import pytest
 from latency import ProfileConfig, load_card
 from latency.config import minutes
 from latency.predictor.composition import held_bytes
-from latency.predictor.design import STACK_HEIGHTS, initial_design, stack_heights, stacks
-from latency.predictor.op_latencies import features, grouped
+from latency.predictor.design import STACK_HEIGHTS, stack_heights, stacks
+from latency.predictor.initial_design import features, grouped, initial_design
 from latency.profiling import profile
 from space import InputError, Space, Workload, load_space, variation
 from space.cost import op_held_bytes

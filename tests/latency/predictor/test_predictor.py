@@ -20,8 +20,8 @@ from latency.predictor.composition import (
     hinge_bytes,
     leave_one_out,
 )
-from latency.predictor.design import d_optimal
 from latency.predictor.fit import MeasuredModels, fit_predictor
+from latency.predictor.initial_design import d_optimal
 from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import Predictor, load_predictor
 from space import InputError, Space, Workload, genome, variation
