@@ -25,7 +25,7 @@ MIXED_JSON = (
 
 
 def test_canonical_json_and_key_are_fixed() -> None:
-    """Folders and records are named by keys: one that changes orphans them."""
+    """Folders and records are named by keys, so a changed key would orphan them."""
     assert json.dumps(MIXED.to_json(), sort_keys=True, separators=(",", ":")) == MIXED_JSON
     assert MIXED.key == "b2fa498b5e56"
 
@@ -58,7 +58,7 @@ def test_json_round_trip_and_distinct_keys(name: str) -> None:
 
 
 def edited(path: str, value: Any) -> Any:
-    """The mixed architecture's JSON with one place set, or taken away by ``...``."""
+    """The mixed architecture's JSON with one value replaced, or removed by ``...``."""
     whole = MIXED.to_json()
     *way, last = path.split("/")
     place: Any = whole

@@ -78,7 +78,7 @@ EVERYTHING = Architecture(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for one another make these small models slow on a busy machine."""
+    """Use one thread: several are slow for small models on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,7 +96,7 @@ def bytes_of(states: dict[int, dict[str, torch.Tensor]]) -> int:
 
 
 def run_model(model: blocks.Model, workload: Workload) -> dict[int, dict[str, torch.Tensor]]:
-    """The states after a workload; what comes before it is read in one piece."""
+    """The states after a workload; preceding tokens are read in one call."""
     tokens = torch.zeros(workload.batch, workload.length, dtype=torch.int64)
     states = None
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_space_ops_equal_ops_of_all_architectures(space: Space) -> None:
 
 
 def numbered(space: Space) -> dict[Op, int]:
-    """A different whole number for each op: sums of them are exact."""
+    """A different whole number for each op, so that sums are exact."""
     numbers = np.random.default_rng(0).permutation(10_000)[: len(space_ops(space))]
     return dict(zip(space_ops(space), (1 + numbers).tolist(), strict=True))
 
@@ -230,7 +230,7 @@ def test_state_bytes_equal_module_states(mixer: str, tokens: int) -> None:
 
 
 def mixing_flops(layer: Layer, workload: Workload, model_config: ModelConfig) -> int:
-    """Multiply-adds of the mixing itself, one by one, times two."""
+    """FLOPs of the mixing itself: its multiply-adds, counted one by one, times two."""
     width, done = model_config.head_dim, 0
     for place in range(workload.past, workload.length):
         if layer.mixer == "short_conv":
@@ -252,7 +252,7 @@ def mixing_flops(layer: Layer, workload: Workload, model_config: ModelConfig) ->
 def test_flops_equal_counted_products_and_mixing(
     mixer: str, workload: Workload, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch counts the projections; the convolution's shifted products and the mixing are counted by hand."""
+    """torch counts the projections; convolution and mixing are counted in the test."""
     layer = replace(MIXER_LAYERS[mixer], ffn=48)
     model = blocks.Model(only(layer), model_config)
     tokens = torch.zeros(workload.batch, workload.length, dtype=torch.int64)
@@ -299,7 +299,7 @@ def test_flops_of_ops_sum_to_flops_of_architecture() -> None:
 
 
 def inlined(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:
-    """The graph with the branch that so many tokens take in the place of each choice."""
+    """The graph with every ``If`` replaced by the branch for a number of tokens."""
     found, nodes = onnx.ModelProto(), []
     found.CopyFrom(model)
     for node in found.graph.node:
@@ -317,7 +317,7 @@ def inlined(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:
 
 
 def run_with_all_values(model: onnx.ModelProto, feed: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Every value of a graph, each node run as it stands."""
+    """Every value of a graph, by running its nodes one by one."""
     open_model = onnx.ModelProto()
     open_model.CopyFrom(model)
     known = {output.name for output in open_model.graph.output}
@@ -371,7 +371,7 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
 
 
 def op_peak_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
-    """The peak of a graph that has only this op in it."""
+    """The peak of a graph that consists of one op."""
     graph, feed = Graph(model_config), dict[str, NDArray[Any]]()
     if op.kind == "embedding":
         feed["tokens"] = np.zeros((workload.batch, workload.tokens), np.int64)
@@ -400,7 +400,7 @@ def op_peak_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
 
 
 def test_peak_of_known_graph() -> None:
-    """x and the first sum die at the second, where a third value is born; the weight never counts."""
+    """x and the first sum are freed at the second, where a third value is created; weights do not count."""
     graph = Graph(FRAME)
     x = graph.input("x", TensorProto.FLOAT, [3])
     weight = graph.constant("w", np.ones((3, 50), np.float32))
@@ -437,7 +437,7 @@ def test_activation_bytes_equal_peak_of_op_graph(op: Op) -> None:
 
 @each_workload
 def test_memory_equals_weights_states_and_peak_of_graph(workload: Workload) -> None:
-    """All but retnet's decays, which its layers share: they stand beside every op after the first use."""
+    """All but retnet's decays, which its layers share and which stay alive after their first use."""
     for model_config in (FRAME, FRAMES["q/k norm"]):
         for layers in ([m] for m in MIXER_LAYERS.values()), [[*MIXER_LAYERS.values()]]:
             for mixers in layers:
@@ -464,9 +464,9 @@ def test_memory_equals_weights_states_and_peak_of_graph(workload: Workload) -> N
 
 def test_params_of_embedding_and_head() -> None:
     """A tied head's matrix is the embedding's and counts once."""
-    tie_embeddings, untied = FRAME, FRAMES["untied"]
-    assert op_params(Op(kind="embedding", width=32), tie_embeddings) == 37 * 32
-    assert op_params(Op(kind="head", width=32), tie_embeddings) == 32
+    tied, untied = FRAME, FRAMES["untied"]
+    assert op_params(Op(kind="embedding", width=32), tied) == 37 * 32
+    assert op_params(Op(kind="head", width=32), tied) == 32
     assert op_params(Op(kind="head", width=32), untied) == 32 + 37 * 32
 
 

@@ -20,7 +20,7 @@ each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 
 @lru_cache(maxsize=1)
 def wide_space() -> Space:
-    """Every feature at once, too large to list."""
+    """All features at once; too large to enumerate."""
     return tiny_space(
         mixer=["attention", "sliding", "linear", "retnet", "gated_deltanet", "none"],
         heads=[2, 4, 6],
@@ -68,7 +68,7 @@ def test_contains_exactly_canonical_genomes(space: Space) -> None:
 
 @each_space
 def test_contains_agrees_with_definition(space: Space) -> None:
-    """A row's architecture is a member if and only if the row in canonical form is contained."""
+    """A row's architecture is in the space if and only if the canonical row is contained."""
     rows = every_row(space)[:: max(1, len(every_row(space)) // 1500)]
     expected = [belongs(space, architecture) for architecture in decode(space, rows)]
     np.testing.assert_array_equal(contains(space, canonical(space, rows)), expected)
@@ -184,7 +184,7 @@ def test_samples_of_wide_space_are_contained() -> None:
 
 
 def test_depths_and_ratios_are_uniform() -> None:
-    """Placing 7 layers in 7 slots can be done in more ways than 4: depth must not follow the ways."""
+    """Depths are uniform although there are more architectures of 7 layers than of 4."""
     space = tiny_space(depth=[4, 5, 7], ratios=["full", 1, 3, "linear"])
     genomes = sample(space, generator(), 12_000)
     drawn = Counter((a.depth, a.pattern.count("attention")) for a in decode(space, genomes))
@@ -202,7 +202,7 @@ def test_depths_are_uniform_with_ffn_only_layers() -> None:
 
 
 def test_slots_and_sizes_are_uniform() -> None:
-    """A layer kept among empty ones must not be one with an FFN more often than not."""
+    """A layer kept among empty ones has an FFN as often as not."""
     space = tiny_space(depth=[2, 4], ratios=[1], heads=[1, 2, 3])
     architectures = decode(space, sample(space, generator(), 12_000))
     shallow = [a for a in architectures if a.depth == 2]
@@ -330,7 +330,7 @@ def test_some_mutants_change_depth() -> None:
 
 
 def test_some_mutants_move_a_full_layer() -> None:
-    """No gene is redrawn, and depth and ratio are fixed: two mixers change places, FFNs stay."""
+    """With no gene redrawn and fixed depth and ratio, two mixers are exchanged and FFNs stay."""
     space = tiny_space(
         mixer=["attention", "linear"], ratios=[2], heads=[1], ffn=[0, 16, 32], width=[16], depth=[6]
     )
@@ -343,7 +343,7 @@ def test_some_mutants_move_a_full_layer() -> None:
 
 
 def test_some_mutants_exchange_two_slots() -> None:
-    """Where slots do not depend on one another and no gene is redrawn, nothing else is left to do."""
+    """With independent slots and no gene redrawn, only the exchange changes a genome."""
     space = tiny_space(mixer=["attention"], ratios=["full"], heads=[1, 2, 3, 4], ffn=[0, 16, 32], depth=[5])
     parents = sample(space, generator(), 3000)
     mutants = decode(space, mutate(space, parents, generator(1), 0.0))
@@ -373,7 +373,7 @@ def test_children_are_contained(space: Space) -> None:
 
 
 def test_children_take_slots_from_either_parent() -> None:
-    """In a space where slots do not depend on one another, nothing needs repair."""
+    """In a space with independent slots, nothing needs repair."""
     space = tiny_space(
         mixer=["attention"],
         ratios=["full"],

@@ -42,7 +42,7 @@ Refused = Callable[[str | bytes], str]
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Refused:
-    """The message with which a file's text is refused, without the path that it starts with."""
+    """The error message for a file's text, without the leading path."""
     path = tmp_path / "space.yaml"
 
     def load(text: str | bytes) -> str:
@@ -353,7 +353,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 @st.composite
 def spoilt_values(draw: st.DrawFn) -> str:
-    """A valid space with one to three of its values replaced, taken away or added."""
+    """A valid space with one to three values replaced, removed or added."""
     value = deepcopy(draw(st.sampled_from([tiny_value(**changes) for changes in TINY_SPACES.values()])))
     for _ in range(draw(st.integers(1, 3))):
         container, key = draw(st.sampled_from(places(value)))
@@ -373,7 +373,7 @@ def spoilt_values(draw: st.DrawFn) -> str:
 
 @st.composite
 def spoilt_texts(draw: st.DrawFn) -> str:
-    """The text of a valid space with pieces put in, taken away or repeated."""
+    """The text of a valid space with pieces inserted, removed or repeated."""
     text = TEXT
     for _ in range(draw(st.integers(1, 3))):
         at, length = draw(st.integers(0, len(text))), draw(st.integers(0, 6))
@@ -463,7 +463,7 @@ def test_hybrid_ratio_rounds_towards_full() -> None:
 
 
 def layers_by_class(space: Space, architecture: Architecture) -> tuple[int, int, int, int]:
-    """How many layers are (FFN only, full, linear, local)."""
+    """Number of layers of each class: FFN only, full, linear, local."""
     apart = ("sliding", "short_conv") if space.hybrid.local == "separate" else ()
     count = Counter(
         "full"

@@ -26,7 +26,7 @@ def names(folder: Path) -> set[str]:
 
 
 class Stop(BaseException):
-    """An end that is no error, as Ctrl-C is."""
+    """An exception that is not an Exception, like KeyboardInterrupt."""
 
 
 @pytest.mark.parametrize("end", [ValueError, Stop])
