@@ -80,7 +80,7 @@ def answered(tmp_path: Path) -> Path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(text)
     (tmp_path / "typo.yaml").write_text(f"{text}\ntrian: {{}}\n")
-    (tmp_path / "limit.yaml").write_text(text.replace("search:", "search:\n  limits: [decode<=2ms]"))
+    (tmp_path / "limit.yaml").write_text(text.replace("prefill@256<=60%", "decode<=2ms"))
     (tmp_path / "nothing.zip").write_text("")
     return tmp_path
 
