@@ -1,7 +1,7 @@
 """The front of a search as a record: ``front.json`` and the values in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,18 @@ class Prediction:
     Attributes:
         params: parameters.
         latency: by device and workload.
+        costs: metrics of plug-ins that objectives and limits name, by their text, in base units.
     """
 
     params: int
     latency: Mapping[str, Mapping[str, LatencyPrediction]]
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
         """The JSON object."""
-        latency = {
-            d: {w: dict(vars(p)) for w, p in by_workload.items()} for d, by_workload in self.latency.items()
-        }
-        return {"params": self.params, "latency": latency}
+        latency = {d: {w: dict(vars(p)) for w, p in of.items()} for d, of in self.latency.items()}
+        costs = {"costs": dict(self.costs)} if self.costs else {}
+        return {"params": self.params, "latency": latency, **costs}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Prediction":
@@ -53,7 +54,7 @@ class Prediction:
             device: {workload: LatencyPrediction(**item) for workload, item in by_workload.items()}
             for device, by_workload in value["latency"].items()
         }
-        return Prediction(params=value["params"], latency=latency)
+        return Prediction(params=value["params"], latency=latency, costs=value.get("costs", {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class BoundedLimit:
     Attributes:
         limit: the user's text, such as ``decode@256<=60%``.
         bound: in ``unit``.
-        unit: ``seconds``, ``bytes`` or ``parameters``.
+        unit: the metric's base unit, such as ``seconds``, ``bytes`` or ``parameters``.
     """
 
     limit: str

@@ -19,9 +19,11 @@ from search.engine.front import (
     Prediction,
     SurrogateAgreement,
 )
+from search.problem.metric import BUILTIN_METRICS
 from search.problem.problem import Problem
 from space import Architecture, genome
 from space.cost import params_cost
+from space.ops import Cost
 
 
 def make_front(
@@ -111,7 +113,25 @@ def predictions(problem: Problem, architecture: Architecture) -> Prediction:
             )
             for w in dict.fromkeys([*predictor.models, *filter(None, limited)])
         }
-    return Prediction(params=int(params_cost(problem.space)(row)[0]), latency=latency)
+    return Prediction(
+        params=int(params_cost(problem.space)(row)[0]),
+        latency=latency,
+        costs={text: float(cost(row)[0]) for text, cost in _registered_costs(problem).items()},
+    )
+
+
+def _registered_costs(problem: Problem) -> dict[str, Cost]:
+    """The costs of metrics of plug-ins, by the text of the objective or the subject of the limit."""
+    costs = {
+        limit.subject: problem.limit_cost(limit, problem.predictors, None)
+        for limit in problem.limits
+        if limit.metric.name not in BUILTIN_METRICS
+    }
+    for objective in problem.objectives:
+        cost = problem.objective_cost(objective)
+        if cost is not None and objective.metric and objective.metric.name not in BUILTIN_METRICS:
+            costs[objective.text] = cost
+    return costs
 
 
 def picks(members: pd.DataFrame, problem: Problem) -> dict[str, str]:

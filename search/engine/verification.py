@@ -7,6 +7,7 @@ from typing import Any
 
 from search.engine.front import BoundedLimit, LatencyPrediction
 from space.io.artefact import Artefact
+from space.io.record import mapping_of, read_document, read_record, tuple_of
 
 JsonObject = dict[str, Any]
 VERIFICATION = Artefact("verification", "formfit verify", schema=3)
@@ -68,15 +69,11 @@ class LatencyComparison:
             {name.removeprefix(prefix): v for name, v in value.items() if name.startswith(prefix)}
             for prefix in COMPARISON_PREFIXES
         )
-        low, high = measured.pop("interval_ms")
+        problems = value.get("problems", ())
+        readers = dict.fromkeys(("interval_ms", "copies_ms", "problems"), tuple)
         return LatencyComparison(
             predicted=LatencyPrediction(**predicted),
-            measured=LatencyMeasurement(
-                interval_ms=(low, high),
-                copies_ms=tuple(measured.pop("copies_ms")),
-                problems=tuple(value["problems"]),
-                **measured,
-            ),
+            measured=read_record(LatencyMeasurement, {**measured, "problems": problems}, **readers),
         )
 
 
@@ -119,12 +116,7 @@ class Parity:
     @staticmethod
     def from_json(value: JsonObject) -> "Parity":
         """The inverse of :meth:`to_json`."""
-        return Parity(
-            errors=value["errors"],
-            bound=value["bound"],
-            tokens=value["tokens"],
-            unmeasured=tuple(value[UNMEASURED]),
-        )
+        return read_record(Parity, {**value, "unmeasured": tuple(value[UNMEASURED])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +141,7 @@ class PrecisionResult:
     @staticmethod
     def from_json(value: JsonObject) -> "PrecisionResult":
         """The inverse of :meth:`to_json`."""
-        loss = value["loss_nats"]
-        return PrecisionResult(**value | {"loss_nats": None if loss == UNMEASURED else loss})
+        return read_record(PrecisionResult, value, loss_nats=lambda x: None if x == UNMEASURED else x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +181,7 @@ class LimitResult:
     @staticmethod
     def from_json(value: JsonObject) -> "LimitResult":
         """The inverse of :meth:`to_json`."""
-        names = BoundedLimit.__dataclass_fields__
-        return LimitResult(limit=BoundedLimit(**{n: value[n] for n in names}), found=value["found"])
+        return read_record(LimitResult, {**value, "limit": read_record(BoundedLimit, value)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,24 +252,11 @@ class Verification:
     @staticmethod
     def from_json(value: JsonObject) -> "Verification":
         """The record of an object that :meth:`document` gave."""
-        return Verification(
-            key=value["key"],
-            device=value["device"],
-            runtime=value["runtime"],
-            parity=Parity.from_json(value["parity"]),
-            latency=latencies_from_json(value["latency"]),
-            precisions={name: PrecisionResult.from_json(item) for name, item in value["precisions"].items()},
-            rss_bytes=value["rss_bytes"],
-            limits=limits_from_json(value["limits"]),
-            inputs=value["header"]["inputs"],
+        return read_document(
+            Verification,
+            value,
+            parity=Parity.from_json,
+            latency=mapping_of(LatencyComparison.from_json),
+            precisions=mapping_of(PrecisionResult.from_json),
+            limits=tuple_of(LimitResult.from_json),
         )
-
-
-def latencies_from_json(value: JsonObject) -> dict[str, LatencyComparison]:
-    """The inverse of ``to_json`` for comparisons by workload."""
-    return {workload: LatencyComparison.from_json(item) for workload, item in value.items()}
-
-
-def limits_from_json(value: list[JsonObject]) -> tuple[LimitResult, ...]:
-    """The inverse of ``to_json`` for a list of limit results."""
-    return tuple(map(LimitResult.from_json, value))

@@ -124,6 +124,7 @@ class Metric:
         return self.measured_by(architecture, model_config, workload) if callable(self.measured_by) else None
 
 
+BUILTIN_METRICS = ("prefill", "decode", "memory", "rss", "params")
 METRICS: Registry[Metric] = Registry("metric")
 
 

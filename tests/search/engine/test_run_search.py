@@ -6,11 +6,13 @@ import pytest
 
 from search.engine.front import Front
 from search.engine.run import run_search
+from search.problem.metric import METRICS, Metric, Unit, register_metric
 from search.problem.objective import QUALITIES, register_objective
 from search.problem.problem import Problem
 from search.testing import contract_space
-from space import Architecture, InfeasibleError, InputError
-from space.cost import params
+from space import Architecture, InfeasibleError, InputError, Space, Workload
+from space.cost import memory_cost, params
+from space.ops import Cost
 from tests.synthetic import loss
 
 SPACE = contract_space()
@@ -113,3 +115,25 @@ def test_folder_of_another_search_is_refused(tmp_path: Path) -> None:
         run_search(problem(), loss, tmp_path, population=4, generations=1, seed=1)
     with pytest.raises(InputError, match="made for model"):
         run_search(problem(), loss, tmp_path, population=4, generations=1, inputs={"model": "b" * 64})
+
+
+def test_registered_metric_is_limited_minimised_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METRICS, "_values", dict(METRICS._values))
+    unit = Unit(name="joules", parsed={"J": 1.0}, printed=(" uJ", " mJ", " J"), smallest=1e-6)
+
+    def energy(space: Space, _predictor: object, workload: Workload | None, _confidence: object) -> Cost:
+        assert workload is not None
+        return memory_cost(space, workload)
+
+    register_metric(Metric(name="energy", unit=unit, phase="decode", cost=energy))
+    asked = problem(objectives=["loss", "energy@32"], limits=["energy@32<=60%", "energy@16<=90%"])
+    front = run_search(asked, loss, tmp_path, population=8, generations=2)
+    assert front.limits[0].unit == "joules"
+    for member in front.members:
+        assert member.predicted.costs["energy@32"] <= front.limits[0].bound
+        assert member.predicted.costs["energy@16"] <= front.limits[1].bound
+    fastest = front.member("fastest").predicted.costs["energy@32"]
+    assert fastest == min(member.predicted.costs["energy@32"] for member in front.members)
+    assert Front.read(tmp_path / "front.json") == front
