@@ -27,7 +27,7 @@ from latency.runtimes.registry import graph_version
 from space import Architecture, Space, Workload, genome
 from space.cost import op_flops
 from space.io.artefact import canonical_json
-from space.mixers import mixers_of_class
+from space.mixers import MIXERS
 from space.ops import Op, space_ops
 
 if TYPE_CHECKING:
@@ -263,7 +263,9 @@ class Records:
         # The work that full-attention layers share appears as the intercept of their stacks.
         constant = 0.0
         if len(rows):
-            full = rows["op"].str.split("-").str[0].isin(mixers_of_class("full"))
+            known = MIXERS.known_names()  # listing all mixers would load plug-ins
+            kinds = [name for name in known if MIXERS.get(name).mixer_class == "full"]
+            full = rows["op"].str.split("-").str[0].isin(kinds)
             constant = max(0.0, float(rows["intercept"][full].median())) if full.any() else 0.0
         by_key = {op.key: float(s) for op, s in zip(names, seconds, strict=True)}
         return OpTimes(workload, by_key, constant)

@@ -80,6 +80,10 @@ class Registry(Generic[Value]):
     def names(self) -> tuple[str, ...]:
         """All names, built-in ones first; loads plug-ins."""
         load_plugins()
+        return self.known_names()
+
+    def known_names(self) -> tuple[str, ...]:
+        """The names known so far, built-in ones first; loads no plug-ins."""
         return (*self.builtin, *(name for name in self._values if name not in self.builtin))
 
 

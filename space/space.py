@@ -219,9 +219,9 @@ class Space(BaseModel):
         if hybrid.max_linear_kinds is not None and hybrid.max_linear_kinds > len(linear):
             count = f"the {len(linear)} linear mixers"
             yield f"hybrid.max_linear_kinds: {hybrid.max_linear_kinds} is more than {count}"
-        local = mixers_of_class("local")
-        if hybrid.local == "separate" and not set(mixers) & set(local):
-            yield f"hybrid.local: separate, but layer.mixer has none of {', '.join(local)}"
+        if hybrid.local == "separate" and all(MIXERS.get(m).mixer_class != "local" for m in mixers):
+            known = ", ".join(mixers_of_class("local"))  # listing all mixers loads plug-ins
+            yield f"hybrid.local: separate, but layer.mixer has none of {known}"
         if hybrid.full_layers:
             yield from self._full_layer_errors(bool(full))
 

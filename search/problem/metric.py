@@ -147,7 +147,7 @@ def metric_named(quantity: str, phase: str | None) -> Metric | None:
         quantity: such as ``latency``, which is two metrics.
         phase: of the objective's workload; None where no workload is given.
     """
-    metrics = [METRICS.get(name) for name in METRICS]
+    metrics = [METRICS.get(name) for name in METRICS.known_names()]
     found = [
         m for m in metrics if (m.quantity or m.name) == quantity and (m.phase is None) == (phase is None)
     ]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from search.problem.limit import Subject, parse_subject
 from search.problem.metric import METRICS, Metric, metric_named
 from space import InputError, Workload
-from space.registry import Registry
+from space.registry import Registry, load_plugins
 
 if TYPE_CHECKING:  # it needs torch
     from supernet.evaluate import QualityFunction
@@ -95,18 +95,30 @@ class Objective:
             InputError: there is no such objective or workload.
         """
         text = text.strip()
-        if text in QUALITIES:
-            return Objective(text=text)
-        subject = _quantity_of_workload(text) or _subject(text)
-        if subject is None or (subject.device and not subject.metric.needs_device):
+        objective = _known_objective(text)
+        if objective is None:
+            load_plugins()
+            objective = _known_objective(text)
+        if objective is None:
             raise InputError(f"objective {text!r}: not one of {objective_forms()}")
-        return Objective(text=text, metric=subject.metric, device=subject.device, workload=subject.workload)
+        return objective
+
+
+def _known_objective(text: str) -> Objective | None:
+    """The objective of a text by the names known so far; None if there is none."""
+    if text in QUALITIES.known_names():
+        return Objective(text=text)
+    subject = _quantity_of_workload(text) or _subject(text)
+    if subject is None or (subject.device and not subject.metric.needs_device):
+        return None
+    return Objective(text=text, metric=subject.metric, device=subject.device, workload=subject.workload)
 
 
 def _quantity_of_workload(text: str) -> Subject | None:
     """The cost of ``[DEVICE:]QUANTITY:WORKLOAD``; None where the text has another form."""
     match = re.fullmatch(r"(?:([^:]*):)?(\w+):([^:]+)", text)
-    if not match or not any(match[2] == (m.quantity or m.name) for m in map(METRICS.get, METRICS)):
+    known = map(METRICS.get, METRICS.known_names())
+    if not match or not any(match[2] == (m.quantity or m.name) for m in known):
         return None
     workload = Workload.parse(match[3])
     metric = metric_named(match[2], workload.phase)
@@ -116,7 +128,8 @@ def _quantity_of_workload(text: str) -> Subject | None:
 def _subject(text: str) -> Subject | None:
     """The cost of a text as limits name it, ``[DEVICE:]METRIC[@N]``; None where it names no metric."""
     match = re.match(r"(?:[^:]*:)?\s*(\w+)", text)
-    return parse_subject(text, f"objective {text!r}") if match and match[1] in METRICS else None
+    known = match is not None and match[1] in METRICS.known_names()
+    return parse_subject(text, f"objective {text!r}") if known else None
 
 
 def objective_forms() -> str:

@@ -103,7 +103,7 @@ def modelling_file(mixers: Iterable[str] = ()) -> str:
         InputError: a plug-in's mixer cannot be copied.
     """
     used = set(mixers)
-    plugins = [name for name in MIXERS if name in used and name not in MIXERS.builtin]
+    plugins = [name for name in MIXERS.known_names() if name in used and name not in MIXERS.builtin]
     table, packages = mixer_table([*MIXERS.builtin, *plugins])
     try:
         return one_file(
