@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from space.io.record import mapping_of, read_record
+
 RESAMPLES = 2000
 COVERAGE = 95  # percent
 TRUSTED = 0.5  # tau: three of four pairs are in the right order
+DIFFERENCE_KEY = "supernet_minus_params_kendall_tau"
 Array = NDArray[np.float64]
 
 
@@ -72,16 +75,18 @@ class RankCorrelations:
         return {
             "kendall_tau": {name: e.to_json() for name, e in self.kendall_tau.items()},
             "spearman_rho": {name: e.to_json() for name, e in self.spearman_rho.items()},
-            "supernet_minus_params_kendall_tau": self.supernet_minus_params.to_json(),
+            DIFFERENCE_KEY: self.supernet_minus_params.to_json(),
         }
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "RankCorrelations":
         """The inverse of :meth:`to_json`."""
-        return RankCorrelations(
-            kendall_tau={name: Estimate.from_json(e) for name, e in value["kendall_tau"].items()},
-            spearman_rho={name: Estimate.from_json(e) for name, e in value["spearman_rho"].items()},
-            supernet_minus_params=Estimate.from_json(value["supernet_minus_params_kendall_tau"]),
+        estimates = mapping_of(Estimate.from_json)
+        return read_record(
+            RankCorrelations,
+            {**value, "supernet_minus_params": Estimate.from_json(value[DIFFERENCE_KEY])},
+            kendall_tau=estimates,
+            spearman_rho=estimates,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from search.audit.rank_correlation import RankCorrelations
 from space import Architecture
 from space.io.artefact import Artefact
+from space.io.record import mapping_of, optional, read_document, read_record, tuple_of
 from supernet.evaluate import Losses
 
 AUDIT = Artefact("audit", "formfit audit", schema=2)
@@ -51,7 +52,7 @@ class AuditSettings:
     @staticmethod
     def from_json(value: JsonObject) -> "AuditSettings":
         """The inverse of :meth:`to_json`."""
-        return AuditSettings(**value | {"seeds": tuple(value["seeds"])})
+        return read_record(AuditSettings, value, seeds=tuple)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,16 @@ class StandAlone:
 
     seed: int
     losses: Losses
+
+    def to_json(self) -> JsonObject:
+        """The JSON object."""
+        return {"seed": self.seed, **self.losses}
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "StandAlone":
+        """The inverse of :meth:`to_json`."""
+        losses = dict(value)
+        return StandAlone(seed=losses.pop("seed"), losses=losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,22 +125,19 @@ class AuditedArchitecture:
             "flops": self.flops,
             "predicted_latency_ms": self.predicted_latency_ms,
             "supernet": dict(self.supernet),
-            "stand_alone": [{"seed": item.seed, **item.losses} for item in self.stand_alone],
+            "stand_alone": [item.to_json() for item in self.stand_alone],
         }
 
     @staticmethod
     def from_json(value: JsonObject) -> "AuditedArchitecture":
         """The inverse of :meth:`to_json`."""
-        trainings = []
-        for item in value["stand_alone"]:
-            losses = dict(item)
-            trainings.append(StandAlone(seed=losses.pop("seed"), losses=losses))
-        changed = {
-            "architecture": Architecture.from_json(value["architecture"]),
-            "sets": tuple(value["sets"]),
-            "stand_alone": tuple(trainings),
-        }
-        return AuditedArchitecture(**{k: v for k, v in value.items() if k != "key"} | changed)
+        return read_record(
+            AuditedArchitecture,
+            value,
+            architecture=Architecture.from_json,
+            sets=tuple,
+            stand_alone=tuple_of(StandAlone.from_json),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +171,13 @@ class SetResult:
     @staticmethod
     def from_json(value: JsonObject) -> "SetResult":
         """The inverse of :meth:`to_json`."""
-        recall = value["recall_loss"]
-        changed = {
-            "architectures": tuple(value["architectures"]),
-            "loss": RankCorrelations.from_json(value["loss"]),
-            "recall_loss": recall and RankCorrelations.from_json(recall),
-        }
-        return SetResult(**value | changed)
+        return read_record(
+            SetResult,
+            value,
+            architectures=tuple,
+            loss=RankCorrelations.from_json,
+            recall_loss=optional(RankCorrelations.from_json),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +249,10 @@ class AuditResult:
     @staticmethod
     def from_json(value: JsonObject) -> "AuditResult":
         """The record of an object that :meth:`document` gave."""
-        names = ("space", "supernet_step", "recall_share", "equal_latency_ms")
-        return AuditResult(
-            **{name: value[name] for name in names},
-            settings=AuditSettings.from_json(value["settings"]),
-            sets={name: SetResult.from_json(item) for name, item in value["sets"].items()},
-            architectures=tuple(map(AuditedArchitecture.from_json, value["architectures"])),
-            inputs=value["header"]["inputs"],
+        return read_document(
+            AuditResult,
+            value,
+            settings=AuditSettings.from_json,
+            sets=mapping_of(SetResult.from_json),
+            architectures=tuple_of(AuditedArchitecture.from_json),
         )

@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from search.engine.front import QUALITY_KEYS, Front, Member
-from search.problem.limit import Limit
 from search.problem.metric import BYTES, PARAMETERS, SECONDS, Metric
 from search.problem.objective import Objective
 from search.report.figures import MEASURED, RANDOM, SEARCHED, Drawn, finish
@@ -93,6 +92,8 @@ def position(member: Member, axis: Axis, table: pd.DataFrame) -> float:
         return latency.latency_ms
     if axis.quantity == "params":
         return member.predicted.params * axis.scale
+    if axis.column in member.predicted.costs:
+        return member.predicted.costs[axis.column] * axis.scale
     rows = table[table["key"] == member.key] if axis.column in table else table[:0]
     return float(rows[axis.column].iloc[0]) * axis.scale if len(rows) else np.nan
 
@@ -120,7 +121,7 @@ def limit_of(front: Front, axis: Axis) -> tuple[str, float] | None:
     """
     first = next(iter(front.members[0].predicted.latency))
     for item in front.limits:
-        limit = Limit.parse(item.limit)
+        limit = item.parsed
         quantity = limit.metric.quantity or limit.metric.name
         workload = "" if limit.workload is None else str(limit.workload)
         same_device = not limit.metric.needs_device or (limit.device or first) == axis.device
@@ -284,7 +285,7 @@ def add_picks(
 
 
 def above_points(x: Array, y: Array) -> list[bool]:
-    """Whether the name of each point [N] on a front is written above it; else it is below, to the left.
+    """Flags for points [N] on a front: True writes the name above the point, False below, to the left.
 
     The leftmost point has no space to its left, nor has a point with another one close to it.
 

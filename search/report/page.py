@@ -13,7 +13,6 @@ from pathlib import Path
 from latency import Card
 from search.engine.front import Front
 from search.engine.verification import UNMEASURED, LimitResult
-from search.problem.limit import Limit
 from search.problem.metric import Metric, format_quantity
 from search.report.figures import Drawn, layers_figure, prediction_figure, progress_figure
 from search.report.front_figure import axis_of, front_figure, picked_members, quality_unit
@@ -63,7 +62,7 @@ def architecture_kind(architecture: Architecture) -> str:
 
 
 def limits_in_words(limits: Sequence[LimitResult]) -> str:
-    """Whether limits were kept, in words.
+    """A phrase that tells if limits were kept.
 
     Args:
         limits: with their measured values.
@@ -138,7 +137,7 @@ def limit_bars(limits: Sequence[LimitResult]) -> str:
     """
     bars = []
     for item in limits:
-        metric = Limit.parse(item.limit.limit).metric
+        metric = item.limit.parsed.metric
         status, used, bound = escape(item.status), item.used or 0.0, shown(metric, item.limit.bound)
         text = f"{bound} at most"
         if item.found is not None:

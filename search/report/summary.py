@@ -6,15 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from search.engine.front import Member
-from search.engine.verification import (
-    LatencyComparison,
-    LimitResult,
-    Parity,
-    Verification,
-    latencies_from_json,
-    limits_from_json,
-)
+from search.engine.verification import LatencyComparison, LimitResult, Parity, Verification
 from space.io.artefact import Artefact
+from space.io.record import mapping_of, read_document, read_record, tuple_of
 
 SUMMARY = Artefact("summary", "formfit run", schema=2)
 MEASURED_NAMES = ("latency", "limits", "parity")
@@ -69,11 +63,13 @@ class VerifiedMember:
     @staticmethod
     def from_json(value: JsonObject) -> "VerifiedMember":
         """The inverse of :meth:`to_json`."""
-        return VerifiedMember(
-            member=Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES}),
-            latency=latencies_from_json(value["latency"]),
-            limits=limits_from_json(value["limits"]),
-            parity=Parity.from_json(value["parity"]),
+        member = Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES})
+        return read_record(
+            VerifiedMember,
+            {**value, "member": member},
+            latency=mapping_of(LatencyComparison.from_json),
+            limits=tuple_of(LimitResult.from_json),
+            parity=Parity.from_json,
         )
 
 
@@ -127,12 +123,13 @@ class PredictorErrors:
     @staticmethod
     def from_json(value: JsonObject) -> "PredictorErrors":
         """The errors of a workload, as the predictor's file holds them."""
-        held_out = value["held_out"]
-        names = ("mape_percent", "within_10_percent", "spearman", "span")
-        return PredictorErrors(
-            **{name: held_out[name] for name in names},
-            repeatability_percent=value["repeatability_mape_percent"],
-            flops_and_params_percent=value["flops_and_params"]["mape_percent"],
+        return read_record(
+            PredictorErrors,
+            {
+                **value["held_out"],
+                "repeatability_percent": value["repeatability_mape_percent"],
+                "flops_and_params_percent": value["flops_and_params"]["mape_percent"],
+            },
         )
 
 
@@ -212,17 +209,14 @@ class Summary:
     @staticmethod
     def from_json(value: JsonObject) -> "Summary":
         """The record of an object that :meth:`document` gave."""
-        fingerprint = dict(value["device"])
-        return Summary(
-            space=value["space"]["name"],
-            architectures=value["space"]["architectures"],
-            device=fingerprint.pop("name"),
-            fingerprint=fingerprint,
-            text=TextQuality(**value["text"]),
-            predictor=value["predictor"],
-            front=tuple(map(Member.from_json, value["front"])),
-            rounds=value["rounds"],
-            chosen=VerifiedMember.from_json(value["chosen"]),
-            verified={pick: VerifiedMember.from_json(item) for pick, item in value["verified"].items()},
-            inputs=value["header"]["inputs"],
+        space, fingerprint = value["space"], dict(value["device"])
+        flat = {"space": space["name"], "architectures": space["architectures"]}
+        flat |= {"device": fingerprint.pop("name"), "fingerprint": fingerprint}
+        return read_document(
+            Summary,
+            {**value, **flat},
+            text=lambda item: TextQuality(**item),
+            front=tuple_of(Member.from_json),
+            chosen=VerifiedMember.from_json,
+            verified=mapping_of(VerifiedMember.from_json),
         )

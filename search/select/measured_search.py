@@ -14,7 +14,6 @@ from search.engine.config import SearchConfig
 from search.engine.front import Front, Member
 from search.engine.run import search_supernet
 from search.engine.search import Known
-from search.problem.limit import Limit
 from search.select.measurements import (
     MEASURED_SEARCH,
     SAFETY_MARGIN,
@@ -123,7 +122,8 @@ class _Rounds:
         )
         best = best_kept(self.store.used, self.quality)
         settled = best.kept and TARGET_USE <= best.used <= 1 - SAFETY_MARGIN
-        return bool(measured) and not settled and any(_needs_device(item.limit) for item in front.limits)
+        measurable = any(item.parsed.metric.needs_device for item in front.limits)
+        return bool(measured) and measurable and not settled
 
     def recalibrate(self) -> None:
         """Correct the predictor by all measurements, and lower the confidence for the rounds to come."""
@@ -155,7 +155,7 @@ class _Rounds:
         return result
 
     def _inputs(self, front: Front) -> dict[str, str]:
-        """What measurements of finalists depend on: the search, and the units of the card."""
+        """The sha256 of what measurements of finalists depend on: the search, and the card's units."""
         names = ("supernet", "search")
         return {**{name: front.inputs[name] for name in names}, "card": self.verifier.card_digest}
 
@@ -163,11 +163,6 @@ class _Rounds:
         choice = front.choice(member)
         submodel = self.verifier.extract(member.architecture, choice)
         return MeasuredFinalist.of(member, choice, self.verifier.verify(submodel, self.reporter))
-
-
-def _needs_device(limit: str) -> bool:
-    """True for a limit on a cost that only measuring on the device decides."""
-    return Limit.parse(limit).metric.needs_device
 
 
 def best_members(front: Front, measured: set[str], count: int = FINALISTS_PER_ROUND) -> list[Member]:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from latency.predictor.predictor import RUN_SPREAD
 from search.engine.front import Choice, Member
-from search.engine.verification import LimitResult, Verification, limits_from_json
-from search.problem.limit import Limit
+from search.engine.verification import LimitResult, Verification
 from space import Space, Workload, genome
 from space.io.artefact import Artefact, check_inputs
+from space.io.record import read_document, read_record, tuple_of
 
 MEASURED_SEARCH = Artefact("measured search", "formfit search --verify")
 MEASURED_FINALISTS = Artefact("measured finalists", "formfit search --verify")
@@ -90,18 +90,18 @@ class MeasuredFinalist:
     @staticmethod
     def from_json(value: JsonObject) -> "MeasuredFinalist":
         """The inverse of :meth:`to_json`."""
-        given = {name: value[name] for name in MEASURED_NAMES}
-        return MeasuredFinalist(
-            member=Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES}),
-            limits=limits_from_json(given.pop("limits")),
-            choice=Choice.from_json(given.pop("choice")),
-            **given,
+        member = Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES})
+        return read_record(
+            MeasuredFinalist,
+            {**value, "member": member},
+            limits=tuple_of(LimitResult.from_json),
+            choice=Choice.from_json,
         )
 
 
 def is_measured(result: LimitResult) -> bool:
     """True for a limit on a cost that only measuring on the device decides."""
-    return Limit.parse(result.limit.limit).metric.needs_device
+    return result.limit.parsed.metric.needs_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,7 @@ class Round:
     @staticmethod
     def from_json(value: JsonObject) -> "Round":
         """The inverse of :meth:`to_json`."""
-        finalists = tuple(map(MeasuredFinalist.from_json, value["finalists"]))
-        return Round(**value | {"finalists": finalists})
+        return read_record(Round, value, finalists=tuple_of(MeasuredFinalist.from_json))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +186,8 @@ class MeasuredSearch:
         value = MEASURED_SEARCH.read(path)
         if front is not None:
             check_inputs(path, value, {"front": front})
-        return MeasuredSearch(
-            device=value["device"],
-            chosen=MeasuredFinalist.from_json(value["chosen"]),
-            rounds=tuple(map(Round.from_json, value["rounds"])),
-            inputs=value["header"]["inputs"],
+        return read_document(
+            MeasuredSearch, value, chosen=MeasuredFinalist.from_json, rounds=tuple_of(Round.from_json)
         )
 
 
@@ -217,7 +213,8 @@ class FinalistStore:
         if path.exists():
             value = MEASURED_FINALISTS.read(path)
             check_inputs(path, value, self.inputs)
-            self.stored = {item["key"]: MeasuredFinalist.from_json(item) for item in value["measured"]}
+            finalists = map(MeasuredFinalist.from_json, value["measured"])
+            self.stored = {finalist.key: finalist for finalist in finalists}
 
     @property
     def keys(self) -> set[str]:

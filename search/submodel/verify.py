@@ -21,7 +21,7 @@ from latency.runtimes.protocol import ExportedModel
 from latency.runtimes.reference import card_scale, reference_items, require_stable
 from latency.runtimes.registry import open_card_runtime, precisions
 from search.engine.config import VerifyConfig
-from search.engine.front import Choice
+from search.engine.front import BoundedLimit, Choice
 from search.engine.verification import (
     VERIFICATION,
     LatencyComparison,
@@ -31,7 +31,6 @@ from search.engine.verification import (
     PrecisionResult,
     Verification,
 )
-from search.problem.limit import Limit
 from search.submodel.decoder import Decoder
 from search.submodel.export import exported, models_digest
 from search.submodel.parity import parity
@@ -144,7 +143,7 @@ def measure_rss(submodel: SubModel, card: Card) -> dict[str, int]:
         submodel: with its exported graphs and the limits that it was chosen under.
         card: the device's; nothing is measured if its runtime cannot measure memory.
     """
-    limits = [Limit.parse(item.limit) for item in Choice.from_json(submodel.chosen).limits]
+    limits = [item.parsed for item in Choice.from_json(submodel.chosen).limits]
     workloads = [limit.workload for limit in limits if limit.metric.measured_by == "rss" and limit.workload]
     runtime = open_card_runtime(card)
     if not workloads or not runtime.supports_rss:
@@ -171,7 +170,8 @@ def judge(
     predicted = choice.predicted.latency if choice.predicted else {}
     default = next(iter(predicted), device)
 
-    def value(limit: Limit) -> float | None:
+    def value(item: BoundedLimit) -> float | None:
+        limit = item.parsed
         metric, workload = limit.metric, str(limit.workload)
         if metric.needs_device and (limit.device or default) != device:
             return None
@@ -181,7 +181,7 @@ def judge(
             return measured[workload].latency_ms / 1e3 if workload in measured else None
         return metric.count(submodel.architecture, submodel.model_config, limit.workload)
 
-    return tuple(LimitResult(limit=item, found=value(Limit.parse(item.limit))) for item in choice.limits)
+    return tuple(LimitResult(limit=item, found=value(item)) for item in choice.limits)
 
 
 def verify(
