@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from latency.config import ProfileConfig
     from latency.predictor.predictor import Predictor, load_predictor
     from latency.profiling import profile
+    from latency.runtimes.registry import register_runtime
     from search.engine.config import SearchConfig
     from search.engine.front import Front, Member
     from search.engine.run import run_search
@@ -70,6 +71,7 @@ __all__ = [
     "register_metric",
     "register_mixer",
     "register_objective",
+    "register_runtime",
     "register_strategy",
     "run_search",
     "train",
@@ -106,6 +108,7 @@ _MODULE_OF = {
     "register_metric": "search.problem.metric",
     "register_mixer": "space.mixers",
     "register_objective": "search.problem.objective",
+    "register_runtime": "latency.runtimes.registry",
     "register_strategy": "search.strategies.registry",
     "run_search": "search.engine.run",
     "train": "supernet.training.train",

@@ -147,7 +147,7 @@ def profile_command(device: str) -> str:
     return f"formfit profile --space SPACE --device {device}"
 
 
-def load_card(devices: Path, name: str) -> Card:
+def load_card(devices: str | Path, name: str) -> Card:
     """Read a card.
 
     Args:
@@ -157,6 +157,7 @@ def load_card(devices: Path, name: str) -> Card:
     Raises:
         InputError: there is no card of that name, or it is not whole.
     """
+    devices = Path(devices)
     path = devices / name / "device.json"
     if not path.exists():
         known = sorted(p.parent.name for p in devices.glob("*/device.json"))

@@ -40,7 +40,7 @@ Report = Callable[[str, float], None]  # called with the current work and the sh
 
 def profile(
     space: Space,
-    devices: Path,
+    devices: str | Path,
     name: str,
     config: ProfileConfig,
     report: Report | None = None,
@@ -63,6 +63,7 @@ def profile(
         InputError: the card is of another device, the machine is too noisy, the runtime is not available, or
             a workload is not possible.
     """
+    devices = Path(devices)
     if config.threads > (os.cpu_count() or 1):
         raise InputError(f"profile.threads: {config.threads}, this machine has {os.cpu_count()} cores")
     runtime = open_runtime(config.runtime, config.threads, config.precision)

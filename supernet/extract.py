@@ -124,7 +124,7 @@ def extract(supernet: Supernet, architecture: Architecture) -> dict[str, Tensor]
 
 
 def write_submodel(
-    folder: Path,
+    folder: str | Path,
     supernet: Supernet,
     architecture: Architecture,
     inputs: Mapping[str, str],
@@ -147,6 +147,7 @@ def write_submodel(
     Raises:
         InputError: ``folder`` is a file.
     """
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give a sub-model's folder, an empty one, or a new path")
     remove_derived(folder)

@@ -252,7 +252,7 @@ class Predictor:
         PREDICTOR.write(path, {"space": self.space.hash, **inputs}, body)
 
 
-def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
+def load_predictor(path: str | Path, space: Space, made_by: str = "formfit profile") -> Predictor:
     """Read a predictor.
 
     Args:
@@ -263,6 +263,7 @@ def load_predictor(path: Path, space: Space, made_by: str) -> Predictor:
     Raises:
         InputError: the file is missing, not whole, or made for another space or another graph version.
     """
+    path = Path(path)
     value = PREDICTOR.read(path, made_by)
     check_inputs(path, value, {"space": space.hash})
     graphs = value["header"]["inputs"].get("graphs", NO_GRAPHS)

@@ -40,7 +40,7 @@ def training_inputs(
 def train(
     space: Space,
     config: TrainConfig,
-    root: Path,
+    root: str | Path,
     report: Report | None = None,
     corpus: Corpus | None = None,
     architecture: Architecture | None = None,
@@ -64,7 +64,7 @@ def train(
         InputError: invalid data, a checkpoint of other inputs, a loss that is not finite, or a folder that
             another training writes to.
     """
-    corpus = corpus or load_corpus(config.data)
+    root, corpus = Path(root), corpus or load_corpus(config.data)
     inputs = training_inputs(space, config, corpus, architecture)
 
     def take() -> None:
