@@ -188,7 +188,14 @@ class Space(BaseModel):
             yield f"layer.mixer: {list(mixers)} names a mixer twice"
         if not set(mixers) - {"none"}:
             yield "layer.mixer: no mixer but none is given"
-        windowed = [m for m in mixers if is_windowed(m)]
+        yield from self._window_errors()
+        classes = {m: self.mixer_class(m) for m in mixers if m != "none"}
+        full, linear = ([m for m, c in classes.items() if c == kind] for kind in ("full", "linear"))
+        yield from self._ratio_errors(full, linear)
+        yield from self._hybrid_errors(bool(full), len(linear))
+
+    def _window_errors(self) -> Iterator[str]:
+        windowed = [m for m in self.layer.mixer if is_windowed(m)]
         if windowed and not self.layer.window:
             yield f"layer.window: mixer {windowed[0]} needs at least one window"
         if self.layer.window and not windowed:
@@ -197,36 +204,34 @@ class Space(BaseModel):
         for i, window in enumerate(self.layer.window):
             if window > self.max_seq_len:
                 yield f"layer.window[{i}]: {window} is more than max_seq_len {self.max_seq_len}"
-        yield from self._hybrid_errors()
 
-    def _hybrid_errors(self) -> Iterator[str]:
-        hybrid, mixers = self.hybrid, [m for m in self.layer.mixer if m != "none"]
-        full = [m for m in mixers if self.mixer_class(m) == "full"]
-        linear = [m for m in mixers if self.mixer_class(m) == "linear"]
-        if not hybrid.ratios:
+    def _ratio_errors(self, full: list[str], linear: list[str]) -> Iterator[str]:
+        ratios = self.hybrid.ratios
+        if not ratios:
             yield "hybrid.ratios: no choice is given"
-        if len(set(hybrid.ratios)) < len(hybrid.ratios):
-            yield f"hybrid.ratios: {list(hybrid.ratios)} names a ratio twice"
-        for i, ratio in enumerate(hybrid.ratios):
+        if len(set(ratios)) < len(ratios):
+            yield f"hybrid.ratios: {list(ratios)} names a ratio twice"
+        for i, ratio in enumerate(ratios):
             if ratio != "full" and not linear:
                 yield f"hybrid.ratios[{i}]: {ratio} needs a linear mixer, and layer.mixer has none"
             if ratio != "linear" and not full:
                 yield f"hybrid.ratios[{i}]: {ratio} needs a full mixer, and layer.mixer has none of {_full()}"
-        if linear and set(hybrid.ratios) == {"full"}:
+        if linear and set(ratios) == {"full"}:
             yield f"hybrid.ratios: only full is allowed, so that {', '.join(linear)} can never appear"
-        if full and set(hybrid.ratios) == {"linear"}:
+        if full and set(ratios) == {"linear"}:
             yield f"hybrid.ratios: only linear is allowed, so that {', '.join(full)} can never appear"
-        if hybrid.max_linear_kinds is not None and hybrid.max_linear_kinds > len(linear):
-            count = f"the {len(linear)} linear mixers"
+
+    def _hybrid_errors(self, has_full: bool, linear_count: int) -> Iterator[str]:
+        hybrid, mixers = self.hybrid, [m for m in self.layer.mixer if m != "none"]
+        if hybrid.max_linear_kinds is not None and hybrid.max_linear_kinds > linear_count:
+            count = f"the {linear_count} linear mixers"
             yield f"hybrid.max_linear_kinds: {hybrid.max_linear_kinds} is more than {count}"
         if hybrid.local == "separate" and all(MIXERS.get(m).mixer_class != "local" for m in mixers):
             known = ", ".join(mixers_of_class("local"))  # listing all mixers loads plug-ins
             yield f"hybrid.local: separate, but layer.mixer has none of {known}"
-        if hybrid.full_layers:
-            yield from self._full_layer_errors(bool(full))
-
-    def _full_layer_errors(self, has_full: bool) -> Iterator[str]:
-        places = self.hybrid.full_layers
+        places = hybrid.full_layers
+        if not places:
+            return
         if not has_full:
             yield f"hybrid.full_layers: layer.mixer has none of {_full()}"
         if self.depth and max(places) >= self.slots:

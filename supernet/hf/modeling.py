@@ -1,10 +1,10 @@
-"""A sub-model as transformers knows models: the source of a folder's ``modeling_formfit.py``.
+"""A sub-model as a transformers model: the source of a folder's ``modeling_formfit.py``.
 
-:func:`supernet.hf.export.write_hf` puts these classes and what they need of :mod:`space` into one
-file. What is easily got wrong:
+:func:`supernet.hf.export.write_hf` puts these classes, and the definitions of :mod:`space` that they use,
+into one file. Easy to get wrong:
 
-- What earlier calls leave behind is ``cache`` in transformers 5.24 and ``past_key_values`` in older
-  5.x; both names are taken, and the output has the one that the installed version knows.
+- The state of earlier calls is ``cache`` in transformers 5.24 and ``past_key_values`` in older 5.x; both
+  names are accepted, and the output has the one that the installed version knows.
 - A tied head is the embedding, used twice. It is one parameter, so transformers has nothing to tie.
 - States cannot be cut back to an earlier token: no assisted generation.
 - Positions count padding, which changes nothing: the mixers see only how far apart tokens are.
@@ -32,9 +32,18 @@ REFUSED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_
 
 
 class FormfitConfig(PretrainedConfig):
-    """What a model is: ``architecture`` and ``model_config``, as in ``architecture.json``.
+    """The configuration of a model.
 
-    The sizes that transformers asks for by its own names follow from the two.
+    Sizes under the names of transformers follow from the first two.
+
+    Args:
+        architecture: as in ``architecture.json``.
+        model_config: settings of the space, as in ``architecture.json``.
+        use_cache: a call returns a cache unless it says otherwise.
+        bos_token_id: first token of a sequence.
+        eos_token_id: token that ends generation.
+        pad_token_id: token that fills a batch on the left.
+        kwargs: other settings of transformers.
     """
 
     model_type = "formfit"
@@ -50,7 +59,7 @@ class FormfitConfig(PretrainedConfig):
         pad_token_id: int | None = 0,
         **kwargs: Any,
     ) -> None:
-        # transformers makes a config without arguments too, to see what differs from it.
+        # transformers also makes a config without arguments, to find what differs from it.
         architecture = architecture or {"width": 16, "layers": [{"mixer": "none", "ffn": 16}]}
         model_config = model_config or {"vocab_size": 256, "max_seq_len": 256, "head_dim": 16}
         read = Architecture.from_json(architecture, "config.json: architecture")
@@ -68,14 +77,14 @@ class FormfitConfig(PretrainedConfig):
             "pad_token_id": pad_token_id,
         }
         super().__init__(**kwargs | settings)
-        for name, value in settings.items():  # transformers drops those that it takes for generate()'s
+        for name, value in settings.items():  # transformers drops those that it knows as generate()'s
             setattr(self, name, value)
 
 
 class FormfitCache:
-    """What a model remembers of B sequences: how many tokens, padding included, and each slot's state.
+    """The state of B sequences: the number of tokens read, padding included, and the states of each slot.
 
-    A call with a cache changes it in place. States are of fixed size but for softmax attention's.
+    A call with a cache changes it in place.
     """
 
     is_compileable = False
@@ -87,17 +96,21 @@ class FormfitCache:
         self.states: dict[int, State] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens it has seen."""
+        """Number of tokens read; transformers asks by layer, and all are alike."""
         return self.position
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at these places, in this order: indices [B']."""
+        """Keep some of the sequences.
+
+        Args:
+            indices: their places, in the new order [B'].
+        """
         for state in self.states.values():
             for name, value in state.items():
                 state[name] = value.index_select(0, indices.to(value.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The same, as beam search asks for it."""
+        """The same under the name that beam search uses."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -134,7 +147,7 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """First values for what no file gave."""
+        """Draw the parameters of a module that no file gave."""
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, (), device="cpu")))
         for name, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
@@ -159,7 +172,18 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """A step's arguments of :meth:`forward`: of the tokens [B, T] those that the cache has not seen."""
+        """The arguments of :meth:`forward` in a step of generation.
+
+        Args:
+            input_ids: all tokens, or the new ones [B, T].
+            next_sequence_length: number of new tokens; None before transformers 5.24.
+            cache: the cache of the step before.
+            past_key_values: the same, by its older name.
+            attention_mask: [B, tokens in all].
+            use_cache: as in :meth:`forward`.
+            logits_to_keep: as in :meth:`forward`.
+            kwargs: other arguments of transformers, which no formfit model needs.
+        """
         cache = cache if cache is not None else past_key_values
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
@@ -191,32 +215,26 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T].
             attention_mask: [B, tokens in the cache + T], 0 for padding, which stands on the left.
-            cache: what an earlier call returned; it is changed.
+            cache: the cache that an earlier call returned; changed in place.
             past_key_values: the same, by its older name.
-            labels: [B, T], the tokens themselves, -100 where nothing is to be learned.
-            use_cache: whether to return a cache; what the config says, and not in training, if None.
-            logits_to_keep: how many of the last tokens get logits, 0 for all; or the tokens' places.
-            return_dict: False for a tuple.
-            num_items_in_batch: what the summed loss is divided by; the number of labels if None.
-            kwargs: what transformers passes and no formfit model needs.
+            labels: [B, T], the tokens themselves; -100 is ignored.
+            use_cache: return a cache; None follows the config, and is False in training.
+            logits_to_keep: number of last tokens that get logits, 0 for all; or the tokens' places.
+            return_dict: False returns a tuple.
+            num_items_in_batch: divisor of the summed loss; None is the number of labels.
+            kwargs: other arguments of transformers, which no formfit model needs.
 
         Returns:
             logits [B, T or fewer, vocabulary], the loss where there are labels, and the cache.
 
         Raises:
-            ValueError: the mask has another length, or an argument asks for what the model has not.
-            TypeError: the cache is of another kind.
+            ValueError: the mask has another length, or an argument is not supported.
+            TypeError: the cache is of another class.
         """
-        asked = [name for name in REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
-        if asked:
-            raise ValueError(f"{', '.join(asked)}: formfit models take no such argument")
-        cache = cache if cache is not None else past_key_values
+        _refuse(kwargs)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
-        if use_cache and cache is None:
-            cache = FormfitCache()
-        if cache is not None and not isinstance(cache, FormfitCache):
-            raise TypeError(f"cache: a {type(cache).__name__}, expected the FormfitCache of an earlier call")
+        cache = _cache(cache if cache is not None else past_key_values, use_cache)
         position, states = (cache.position, cache.states) if cache is not None else (0, None)
         total = position + input_ids.shape[1]
         mask = _padding(attention_mask, (input_ids.shape[0], total))
@@ -228,14 +246,32 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.position, cache.states = total, states
         loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep]
-        elif logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
+        logits = _kept(logits, logits_to_keep)
         held: dict[str, Any] = {CACHE: cache if use_cache else None}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
+
+
+def _refuse(arguments: dict[str, Any]) -> None:
+    """Raise for an argument that asks for what the model has not."""
+    asked = [name for name in REFUSED if arguments.get(name) is not None and arguments[name] is not False]
+    if asked:
+        raise ValueError(f"{', '.join(asked)}: formfit models take no such argument")
+
+
+def _cache(cache: FormfitCache | None, wanted: bool) -> FormfitCache | None:
+    """The cache of a call: the given one, a new one if one is wanted, or None."""
+    if cache is not None and not isinstance(cache, FormfitCache):
+        raise TypeError(f"cache: a {type(cache).__name__}, expected the FormfitCache of an earlier call")
+    return FormfitCache() if wanted and cache is None else cache
+
+
+def _kept(logits: Tensor, places: int | Tensor) -> Tensor:
+    """The logits [B, T, V] of the last so many tokens (all for 0), or of the tokens at these places."""
+    if isinstance(places, Tensor):
+        return logits[:, places]
+    return logits[:, -places:] if places else logits
 
 
 def _padding(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

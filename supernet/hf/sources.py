@@ -169,18 +169,22 @@ class Module:
         first = min(part.lineno for part in [node, *getattr(node, "decorator_list", ())]) - 1
         while first and self.lines[first - 1].startswith("#"):
             first -= 1
-        lines: list[str | None] = [*self.lines[first : node.end_lineno]]
-        inside = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+        kept = set(range(first, node.end_lineno or 0))
         direct = {id(n) for f in ast.walk(node) if isinstance(f, ast.FunctionDef) for n in f.body}
-        for statement in inside:
-            bare = isinstance(statement, ast.Import) and any(
-                self.sources.own(n.name) for n in statement.names
-            )
-            if id(statement) not in direct or bare:
-                raise ValueError(f"{self.name}.{name}: {ast.unparse(statement)}: not an import to move")
-            names.add(statement, self.sources)
-            last = (statement.end_lineno or statement.lineno) - first
-            lines[statement.lineno - 1 - first : last] = [None] * (last - (statement.lineno - 1 - first))
-            if last < len(lines) and lines[last] == "":
-                lines[last] = None
-        return Definition("\n".join(line for line in lines if line is not None), node, names)
+        for statement in ast.walk(node):
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                if id(statement) not in direct or not self._is_movable(statement):
+                    raise ValueError(f"{self.name}.{name}: {ast.unparse(statement)}: not an import to move")
+                names.add(statement, self.sources)
+                end = statement.end_lineno or statement.lineno
+                kept -= {*range(statement.lineno - 1, end), *([end] if self.lines[end] == "" else [])}
+        return Definition("\n".join(self.lines[i] for i in sorted(kept)), node, names)
+
+    def _is_movable(self, statement: ast.Import | ast.ImportFrom) -> bool:
+        """Whether an import is alone on its lines, and binds no package of ours."""
+        after = self.lines[(statement.end_lineno or statement.lineno) - 1][statement.end_col_offset or 0 :]
+        if after.strip() and not after.strip().startswith("#"):
+            return False
+        return isinstance(statement, ast.ImportFrom) or not any(
+            self.sources.own(item.name) for item in statement.names
+        )
