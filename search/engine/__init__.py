@@ -1,1 +1,1 @@
-"""The search engine: evaluation, the record, the front."""
+"""The search engine: evaluators, the record of evaluations, the front."""

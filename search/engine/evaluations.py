@@ -1,9 +1,8 @@
-"""The record of a search: what was evaluated, generation by generation.
+"""The record of a search: its evaluations, generation by generation.
 
-``evaluations/part-NNNN.parquet`` is the truth; each part is written whole, and says which
-search it belongs to. The Optuna study in ``study.log`` is its projection for dashboards and
-plots: it is mended when a search goes on, since a process that is killed may leave half a
-line, after which Optuna could not read the journal again, or a lock that nobody holds.
+A generation is one file, ``evaluations/part-NNNN.parquet``, written atomically, whose header names the inputs
+of the search. A search continues from these files alone; the Optuna study in ``study.log`` only projects them
+(see :mod:`search.engine.optuna_study`).
 """
 
 from collections.abc import Mapping
@@ -21,20 +20,32 @@ EVALUATIONS = Artefact("evaluations", "formfit search", schema=2)
 
 
 class Record:
-    """The evaluations of one search."""
+    """The evaluations of one search.
+
+    Args:
+        folder: the search's.
+        inputs: sha256 of what the search is made from, by name.
+    """
 
     def __init__(self, folder: Path, inputs: Mapping[str, str]) -> None:
         self.folder, self.inputs = folder / "evaluations", dict(inputs)
 
     def path(self, part: str) -> Path:
-        """The file of a part."""
+        """The file of a part.
+
+        Args:
+            part: four digits of the generation, or the name of an evaluation of the front.
+        """
         return self.folder / f"part-{part}.parquet"
 
     def read(self, part: str) -> pd.DataFrame | None:
-        """A part that was evaluated, or None.
+        """The evaluations of a part, a row each; None if it was not evaluated.
+
+        Args:
+            part: see :meth:`path`.
 
         Raises:
-            InputError: it is not whole, or belongs to a search with other inputs.
+            InputError: the file is not whole, or belongs to a search with other inputs.
         """
         path = self.path(part)
         if not path.exists():
@@ -47,10 +58,19 @@ class Record:
         return table
 
     def write(self, part: str, table: pd.DataFrame) -> None:
-        """Keep a part that was evaluated whole."""
+        """Write the evaluations of a whole part.
+
+        Args:
+            part: see :meth:`path`.
+            table: a row for each evaluation.
+        """
         write_table(self.path(part), EVALUATIONS, self.inputs, table)
 
 
 def genomes_of(table: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """The genomes [N, G] of a table of evaluations."""
+    """The genomes [N, G] of evaluations.
+
+    Args:
+        table: N rows with a column ``genome``.
+    """
     return np.stack([np.asarray(g, np.int16) for g in table["genome"]])

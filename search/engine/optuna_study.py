@@ -1,4 +1,8 @@
-"""The record of a search as an Optuna study, for dashboards and plots."""
+"""The record of a search as an Optuna study, for dashboards and plots.
+
+The journal is repaired when a search continues: a killed process may leave half a line, after which Optuna
+cannot read the journal, or a lock that no process holds.
+"""
 
 import json
 import warnings
@@ -22,7 +26,12 @@ from space.io.artefact import write_bytes
 
 
 def summary_params(space: Space, architecture: Architecture) -> dict[str, Any]:
-    """A few readable numbers of an architecture, for plots: width, depth, mixes and sizes."""
+    """Readable parameters of an architecture, for plots: width, depth, mixers and sizes.
+
+    Args:
+        space: gives the classes of mixers.
+        architecture: to be summarised.
+    """
     layers = [layer for layer in architecture.layers if layer.present]
     classes = [space.mixer_class(layer.mixer) for layer in layers if layer.mixer != "none"]
     linear = Counter(m.mixer for m in layers if m.mixer != "none" and space.mixer_class(m.mixer) == "linear")
@@ -38,7 +47,7 @@ def summary_params(space: Space, architecture: Architecture) -> dict[str, Any]:
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:
-    """The ranges of :func:`summary_params` over a space."""
+    """The ranges of :func:`summary_params` in a space."""
     kinds = sorted({m for m, _ in space.mixer_options[1:] if space.mixer_class(m) == "linear"})
     slots = space.slots
     return {
@@ -52,8 +61,12 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
     }
 
 
-def mend_journal(path: Path) -> None:
-    """Cut a journal back to its last whole line and remove a lock left by a dead process."""
+def repair_journal(path: Path) -> None:
+    """Cut a journal back to its last whole line, and remove the lock of a dead process.
+
+    Args:
+        path: the journal, which need not exist.
+    """
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
     if not path.exists():
         return
@@ -72,10 +85,10 @@ def mend_journal(path: Path) -> None:
 
 
 class _Journal(BaseJournalBackend):
-    """Optuna's journal in a file, written a part at a time and left to the system to sync.
+    """Optuna's journal in a file, written once a generation and not synced.
 
-    The study is only a projection: what a power cut takes of it is added again. Optuna reads back what it
-    wrote after every trial, which is kept in memory until it is written.
+    A power cut may take trials, which are added again from the record. Optuna reads its entries back after
+    every trial, so they are kept in memory until they are written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +107,7 @@ class _Journal(BaseJournalBackend):
         self.pending += logs
 
     def write(self) -> None:
-        """Write what was added since the last time."""
+        """Append the entries in memory to the file."""
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in self.pending)
         self.lock.acquire()
         try:
@@ -107,14 +120,26 @@ class _Journal(BaseJournalBackend):
 
 
 class Projection:
-    """The Optuna study of a search, to which evaluations are added."""
+    """The Optuna study of a search, to which evaluations are added.
+
+    Args:
+        study: of the search.
+        journal: the study's.
+    """
 
     def __init__(self, study: optuna.Study, journal: _Journal) -> None:
         self.study, self._journal = study, journal
         self.count = len(study.get_trials(deepcopy=False))
 
     def add(self, space: Space, part: pd.DataFrame, objectives: Sequence[str], before: int) -> None:
-        """Add those of a part's evaluations that it lacks; before them stand so many others."""
+        """Add the evaluations of a part that the study does not have yet.
+
+        Args:
+            space: of the architectures.
+            part: evaluations, a row each.
+            objectives: columns of the part.
+            before: the number of evaluations in earlier parts.
+        """
         lacking = part.iloc[max(self.count - before, 0) :]
         if lacking.empty:
             return
@@ -124,14 +149,20 @@ class Projection:
 
 
 def open_study(path: Path, name: str, objectives: Sequence[str], space: str) -> Projection:
-    """The study of a search over a space of this hash, mended first.
+    """The study of a search, whose journal is repaired first.
+
+    Args:
+        path: the journal; made if it does not exist.
+        name: of the study.
+        objectives: their names.
+        space: the hash of the search space.
 
     Raises:
         InputError: the study has other objectives, or is of another space.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mend_journal(path)
+    repair_journal(path)
     journal = _Journal(path)
     storage = JournalStorage(journal)
     study = optuna.create_study(

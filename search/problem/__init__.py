@@ -1,1 +1,1 @@
-"""What is searched for: objectives, limits, and whether they can be met."""
+"""The problem of a search: metrics, objectives, limits and their feasibility."""

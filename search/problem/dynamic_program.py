@@ -26,7 +26,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Options:
-    """The distinct (mixer, heads) options of a space: four arrays [O]."""
+    """The distinct pairs of mixer and heads of a space, as arrays [O].
+
+    Attributes:
+        mixer: index of the mixer option.
+        heads: index of the head option.
+        classes: FULL, LINEAR or LOCAL.
+        kinds: index of the linear kind.
+    """
 
     mixer: Ints
     heads: Ints
@@ -36,7 +43,11 @@ class Options:
 
 @lru_cache(maxsize=64)
 def options_of(space: Space) -> Options:
-    """The distinct (mixer, heads) options of a space."""
+    """The distinct pairs of mixer and heads of a space.
+
+    Args:
+        space: its options.
+    """
     enc = encoding(space)
     heads = [1 if enc.headless[m] else len(space.head_options) for m in range(len(enc.linear_kinds))]
     mixer, head = np.array([(m, h) for m in range(1, len(enc.linear_kinds)) for h in range(heads[m])]).T
@@ -45,7 +56,17 @@ def options_of(space: Space) -> Options:
 
 @dataclass(frozen=True)
 class Prices:
-    """One cost at one width: of the ends, of a layer, of each mixer option [O] and FFN option [F]."""
+    """One cost at one width, in parts.
+
+    Attributes:
+        fixed: embedding, head and the cost's constant.
+        per_layer: of every layer.
+        attention_constant: once, if any layer has full attention.
+        mixer: of a layer's mixer [O].
+        ffn: of a layer's FFN [F].
+        mixer_peak: contribution of a mixer to the largest op [O].
+        ffn_peak: contribution of an FFN to the largest op [F].
+    """
 
     fixed: float
     per_layer: float
@@ -57,7 +78,15 @@ class Prices:
 
 
 def prices_at(space: Space, cost: Cost, width: int) -> Prices:
-    """Prices; a peak below that of the ends is theirs, and without a peak all are 0."""
+    """A cost at one width, in parts.
+
+    Peaks below those of embedding and head are raised to them; they are 0 for a cost without a largest op.
+
+    Args:
+        space: the search space.
+        cost: one sum, without maxima and minima.
+        width: index of the width.
+    """
     at = options_of(space)
     table, peak = cost.table, cost.max_op
     mixer, ffn = table.mixer[width, at.mixer, at.heads], table.ffn[width]
@@ -72,11 +101,17 @@ def prices_at(space: Space, cost: Cost, width: int) -> Prices:
 
 
 def cheapest(space: Space, prices: Prices) -> tuple[Floats, Ints, Ints]:
-    """The least totals [T, P] by level of the peak and pattern, and the options that have them.
+    """The least totals [T, P] by level of the largest op and by pattern, and the options that have them.
 
-    A level T allows only options whose peak is at most it, and charges it in full: the least
-    over the levels is the least total with the peak at its own value. The options are [T, 4]
-    indices by class: of mixers (without meaning for FFN_ONLY) and of FFNs.
+    A level allows only options whose peak is at most it, and charges the level in full. The minimum over the
+    levels is therefore the least total with the largest op at its own value.
+
+    Args:
+        space: the search space.
+        prices: of one cost at one width.
+
+    Returns:
+        The totals, then indices of mixers [T, 4] (without meaning for FFN_ONLY) and of FFNs [T, 4], by class.
     """
     enc, at = encoding(space), options_of(space)
     levels = np.unique(np.concatenate([prices.mixer_peak, prices.ffn_peak]))
@@ -95,19 +130,26 @@ def cheapest(space: Space, prices: Prices) -> tuple[Floats, Ints, Ints]:
             chosen[0, :, column] = of_kind.argmin(axis=1)
             layer = layer + of_kind.min(axis=1)
         count = enc.patterns[:, column]
-        with np.errstate(invalid="ignore"):  # 0 layers of infinite cost
+        with np.errstate(invalid="ignore"):  # 0 layers times an infinite cost
             totals += np.where(count == 0, 0.0, count * layer[:, None])
     return totals, chosen[0], chosen[1]
 
 
 def assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
-    """A genome [1, G] with so many of each mixer option [O] and FFN option [F]."""
+    """A genome [1, G] with the given counts.
+
+    Args:
+        space: the search space.
+        width: index of the width.
+        mixers: number of layers with each mixer option [O].
+        ffns: number of layers with each FFN option [F].
+    """
     enc, at = encoding(space), options_of(space)
     options = np.repeat(np.arange(len(mixers)), mixers)
     options = options[
         np.argsort(at.classes[options] != FULL, kind="stable")
-    ]  # full ones to the must_be_full slots
-    sizes = np.repeat(np.arange(len(ffns)), ffns)  # rising: the layers without a mixer get the last ones
+    ]  # full attention first, for the slots that must be full
+    sizes = np.repeat(np.arange(len(ffns)), ffns)  # ascending: layers without a mixer get the largest
     slots = np.concatenate([np.flatnonzero(enc.must_be_full), np.flatnonzero(~enc.must_be_full)])[
         : len(sizes)
     ]
@@ -120,7 +162,15 @@ def assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
 
 
 def least_sum(space: Space, cost: Cost) -> tuple[float, Architecture]:
-    """The least value of a sum in a space, exactly, and an architecture that has it."""
+    """The exact minimum of a sum over a space, and an architecture that has it.
+
+    Args:
+        space: the search space.
+        cost: without maxima and minima; they are ignored.
+
+    Returns:
+        An infinite value and the smallest architecture if every architecture has an op of infinite cost.
+    """
     tables = [cheapest(space, prices_at(space, cost, width)) for width in range(len(space.width))]
     width = int(np.argmin([totals.min() for totals, _, _ in tables]))
     totals, mixer_at, ffn_at = tables[width]

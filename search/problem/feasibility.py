@@ -1,20 +1,8 @@
-"""Whether limits can be met at all: decided exactly, before a search starts.
+"""Feasibility of limits, decided exactly before a search starts.
 
-All slots of a space have the same options and the same costs, so an architecture costs what
-its *counts* cost: how many layers take each mixer with its heads, and how many each FFN. The
-hybrid rule speaks of counts too (``space.all_patterns``); slots matter only in that the forced
-ones must be full, and every pattern has enough full layers for them.
-
-One cost: the dynamic programme over slots collapses to the cheapest option of each class, for
-each width, pattern and level of the peak (:func:`least`). That at most so many linear kinds
-are allowed cannot bind there, since the cheapest layer is of one kind.
-
-Several together: one integer programme a width over the counts (:func:`feasible`). The solver
-works to 1e-6 of what it is given, so its rows are scaled, and whatever it finds is priced
-again, exactly; where that still shows a bound passed, the found counts alone are cut away and
-the rest is searched on. A cost that is the greatest of several sums is bounded by bounding each; one that is
-the lesser of two costs is bounded where either is, so both are tried.
-Infinity in a table marks an op that cannot be had; peaks are never negative.
+One limit is decided by the dynamic programme of :mod:`search.problem.dynamic_program`, several together by
+the integer programmes of :mod:`search.problem.milp`. Error messages name the fewest limits that cannot be met
+together, the least value that each can have, and the least relaxation of all limits that would do.
 """
 
 import math
@@ -38,40 +26,49 @@ from space import Architecture, InfeasibleError, Space
 from space.genome import Genomes, decode, encode
 from space.ops import Cost
 
-_NEAR = 5e-3  # relative: how near the nearest point is come
+RELAXATION_TOLERANCE = 5e-3  # relative: distance from the least relaxation at which the search stops
 _LACKS = "every architecture needs an op that the device lacks"
 
 
 def check_feasible(space: Space, asked: Sequence[Constraint]) -> None:
-    """Refuse limits that no architecture of the space keeps.
+    """Refuse limits that no architecture of a space keeps.
+
+    Args:
+        space: the search space.
+        asked: the limits on it.
 
     Raises:
         InfeasibleError: names each limit that cannot be met even alone, with the least possible value
-            and an architecture that has it; or, where there is none, the fewest limits that
-            cannot be met together, each with the least value that the others leave.
+            and an architecture that has it; if there is none, the fewest limits that cannot be met together,
+            each with the least value that the others leave.
     """
-    alone = []
+    impossible = []
     for one in asked:
         value, architecture = least(space, one.cost)
         exact = not one.cost.max_with and not one.cost.min_with
-        if not within(value, one.bound) and (exact or not _together(space, [one])):
+        if not within(value, one.bound) and (exact or not _are_feasible(space, [one])):
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
-            alone.append(f"{one.text} cannot be met: {reason}")
-    if alone:
-        raise InfeasibleError(f"space {space.name}: {'; '.join(alone)}{_nearest_text(space, asked)}")
-    if not asked or _together(space, asked):
+            impossible.append(f"{one.text} cannot be met: {reason}")
+    if impossible:
+        raise InfeasibleError(f"space {space.name}: {'; '.join(impossible)}{_relaxation(space, asked)}")
+    if not asked or _are_feasible(space, asked):
         return
     for size in range(2, len(asked) + 1):
-        for some in combinations(asked, size):
-            if not _together(space, some):
-                text = f"{_conflict(space, some)}{_nearest_text(space, asked)}"
+        for subset in combinations(asked, size):
+            if not _are_feasible(space, subset):
+                text = f"{_conflict(space, subset)}{_relaxation(space, asked)}"
                 raise InfeasibleError(f"space {space.name}: {text}")
 
 
 def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, Architecture] | None:
-    """The architecture whose greatest cost over its bound is least, within 0.5%, and that ratio.
+    """The least factor on all bounds that makes limits feasible, within 0.5%, and its architecture.
 
-    None where every architecture needs an op that a device lacks.
+    Args:
+        space: the search space.
+        asked: the limits on it.
+
+    Returns:
+        None if every architecture needs an op that a device lacks.
     """
     costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
 
@@ -81,12 +78,12 @@ def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, 
             return None
         return max(float(c(found)[0]) / b for c, b in zip(costs, bounds, strict=True)), found
 
-    start = within_times(math.inf)  # the least sum of all
+    start = within_times(math.inf)  # the least sum of costs over bounds
     if start is None:
         return None
     high, best = start
     low = max(least(space, cost)[0] / bound for cost, bound in zip(costs, bounds, strict=True))
-    while high > low * (1 + _NEAR):
+    while high > low * (1 + RELAXATION_TOLERANCE):
         middle = math.sqrt(low * high)
         found = within_times(middle)
         if found is None:
@@ -96,8 +93,8 @@ def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, 
     return high, decode(space, best)[0]
 
 
-def _nearest_text(space: Space, asked: Sequence[Constraint]) -> str:
-    """What comes nearest to limits that cannot be met, for people; nothing for a single one."""
+def _relaxation(space: Space, asked: Sequence[Constraint]) -> str:
+    """The least relaxation of limits that cannot be met, as a clause; empty for a single limit."""
     found = least_relaxation(space, asked) if len(asked) > 1 else None
     if found is None:
         return ""
@@ -107,12 +104,12 @@ def _nearest_text(space: Space, asked: Sequence[Constraint]) -> str:
     return f"; with all limits {factor:.3g} times as large {_has(values, architecture)} would do"
 
 
-def _together(space: Space, asked: Sequence[Constraint]) -> bool:
+def _are_feasible(space: Space, asked: Sequence[Constraint]) -> bool:
     return feasible(space, [one.cost for one in asked], [one.bound for one in asked]) is not None
 
 
 def _conflict(space: Space, some: Sequence[Constraint]) -> str:
-    """What each of the limits can reach where the others are met; all but any one can be met together."""
+    """The least value of each limit under the others, which can be met together without it."""
     leasts = []
     for one in some:
         others = [other for other in some if other is not one]
@@ -135,7 +132,7 @@ def _conflict(space: Space, some: Sequence[Constraint]) -> str:
 def _least_beside(
     space: Space, cost: Cost, others: Sequence[Cost], bounds: Sequence[float]
 ) -> Genomes | None:
-    """The genome [1, G] of the least of a cost where others keep their bounds; None if there is none."""
+    """The genome [1, G] with the least cost under bounds on others; None if there is none."""
     sums, limits = split_maxima([replace(cost, max_with=()), *others], [np.inf, *bounds])
     genome = optimum(space, sums, limits, [1.0] + [0.0] * (len(sums) - 1))
     return None if genome is None else lowered(space, cost, genome, others, bounds)

@@ -38,17 +38,21 @@ INFEASIBLE = 2  # milp's status
 
 
 def least(space: Space, cost: Cost) -> tuple[float, Architecture]:
-    """The least value of a cost in a space, and an architecture that has it.
+    """The minimum of a cost over a space, and an architecture that has it.
 
-    The value is exact for a sum, and within 1e-6 for the greatest of several sums. It is infinite where
-    every architecture has an op of infinite cost (then all are least).
+    The value is exact for a sum, and within 1e-6 for a maximum of sums. It is infinite if every architecture
+    has an op of infinite cost.
+
+    Args:
+        space: the search space.
+        cost: a sum, a maximum of sums, or the minimum of two of these.
     """
     found = [_least_greatest(space, way) for (way,) in alternatives([cost])]
     return min(found, key=lambda pair: pair[0])
 
 
 def _least_greatest(space: Space, cost: Cost) -> tuple[float, Architecture]:
-    """The least of a sum, or of the greatest of several."""
+    """The minimum of a sum, or of a maximum of sums."""
     value, architecture = least_sum(space, replace(cost, max_with=()))
     if not cost.max_with or not np.isfinite(value):
         return value, architecture
@@ -57,7 +61,11 @@ def _least_greatest(space: Space, cost: Cost) -> tuple[float, Architecture]:
 
 
 def alternatives(costs: Sequence[Cost]) -> Iterator[tuple[Cost, ...]]:
-    """The costs, of each that is the lesser of two the one or the other: every combination."""
+    """All combinations of costs in which every minimum of two costs is replaced by one of them.
+
+    Args:
+        costs: with or without minima.
+    """
     options = [
         (cost,) if cost.min_with is None else (replace(cost, min_with=None), cost.min_with) for cost in costs
     ]
@@ -67,7 +75,15 @@ def alternatives(costs: Sequence[Cost]) -> Iterator[tuple[Cost, ...]]:
 def lowered(
     space: Space, cost: Cost, best: Genomes, others: Sequence[Cost], bounds: Sequence[float]
 ) -> Genomes:
-    """The genome [1, G] of the least greatest of sums, by halving; ``best`` has the least first sum."""
+    """The genome [1, G] with the least maximum of sums, by bisection.
+
+    Args:
+        space: the search space.
+        cost: a maximum of sums.
+        best: a genome [1, G] with the least first sum.
+        others: further costs.
+        bounds: of the further costs.
+    """
     low, high = float(replace(cost, max_with=())(best)[0]), float(cost(best)[0])
     while high > low * (1 + BISECTION_TOLERANCE):
         middle = (low + high) / 2
@@ -81,7 +97,12 @@ def lowered(
 
 
 def split_maxima(costs: Sequence[Cost], bounds: Sequence[float]) -> tuple[list[Cost], list[float]]:
-    """The sums that each cost is the greatest of, the cost's own first, each with the cost's bound."""
+    """The sums of which each cost is the maximum, its own first, each with the bound of the cost.
+
+    Args:
+        costs: maxima of sums.
+        bounds: of the costs.
+    """
     pairs = [
         (part, bound)
         for cost, bound in zip(costs, bounds, strict=True)
@@ -91,7 +112,7 @@ def split_maxima(costs: Sequence[Cost], bounds: Sequence[float]) -> tuple[list[C
 
 
 def _undominated(values: Floats, groups: Ints) -> Ints:
-    """The rows of finite values [N, D] that no other row of their group [N] matches or betters everywhere."""
+    """The finite rows of values [N, D] that no other row of their group [N] equals or beats everywhere."""
     better = (values[None] <= values[:, None]).all(axis=2) & (groups[None] == groups[:, None])  # [row, by]
     order = np.arange(len(values))
     better &= ~better.T | (order[None] < order[:, None])  # of equal rows the first stays
@@ -100,24 +121,34 @@ def _undominated(values: Floats, groups: Ints) -> Ints:
 
 @dataclass(frozen=True)
 class _Program:
-    """An integer programme over the counts of one width; the first columns are mixers, then FFNs."""
+    """An integer programme over the counts of one width; C columns: mixers, FFNs, then indicators.
 
-    objective: Floats  # [columns]
+    Attributes:
+        objective: [C].
+        rows: the constraints.
+        highest: upper bound of each column [C]; the lower bounds are 0.
+        mixers: the mixer option of each of the first columns.
+        ffns: the FFN option of each of the following columns.
+    """
+
+    objective: Floats
     rows: LinearConstraint
-    highest: Floats  # [columns]
-    mixers: Ints  # the mixer option of each of the first columns
-    ffns: Ints  # the FFN option of each of the following
+    highest: Floats
+    mixers: Ints
+    ffns: Ints
 
 
 def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats, patterns: Ints) -> _Program:
-    """The programme: least weighted sum of costs, each at most its bound; one of the patterns [P, 4].
+    """The programme that minimises a weighted sum of costs, each at most its bound, over patterns [P, 4].
 
-    Columns: counts of mixers and FFNs, then 0 or 1 for each pattern, for each linear kind where
-    their number is limited, and for each level of each cost's peak.
+    Columns: counts of mixers (x) and FFNs (u), then indicators of the pattern (p), of the linear kinds in use
+    if their number is limited (k), and of the level of each cost's largest op (t).
     """
     enc, at = encoding(space), options_of(space)
-    few = space.max_linear_kinds < enc.kind_count
+    few = space.max_linear_kinds < enc.kind_count  # otherwise the number of kinds needs no rows
     values = [np.stack([p.mixer, p.mixer_peak], axis=1) for p in prices]
+    # Dominated options are left out, but only beside options that may take their place: of the same class,
+    # and of the same linear kind if the number of kinds is limited.
     groups = np.where(few & (at.classes == LINEAR), LOCAL + 1 + at.kinds, at.classes)
     mixers = _undominated(np.concatenate(values, axis=1), groups)
     values = [np.stack([p.ffn, p.ffn_peak], axis=1) for p in prices]
@@ -132,7 +163,7 @@ def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats
     counts = slice(0, u.stop)
     highest = np.ones(ends[-1])
     highest[counts] = space.slots
-    rows: list[tuple[Floats, float, float]] = []  # factors, least and greatest sum
+    rows: list[tuple[Floats, float, float]] = []  # coefficients [C], least and greatest sum
 
     def add(low: float, high: float, *terms: tuple[slice, NDArray[np.generic] | int]) -> None:
         row = np.zeros(ends[-1])
@@ -140,21 +171,21 @@ def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats
             row[part] = factors
         rows.append((row, low, high))
 
-    add(1, 1, (p, 1))
+    add(1, 1, (p, 1))  # exactly one pattern, with its number of layers of each class
     for column, kind in ((1, FULL), (2, LINEAR), (3, LOCAL)):
         add(0, 0, (x, at.classes[mixers] == kind), (p, -patterns[:, column]))
     add(0, 0, (u, 1), (p, -patterns.sum(axis=1)))
-    add(-np.inf, 0, (u, ffns == 0), (p, -patterns[:, 1:].sum(axis=1)))  # layers with an FFN only have one
+    add(-np.inf, 0, (u, ffns == 0), (p, -patterns[:, 1:].sum(axis=1)))  # a layer without a mixer has an FFN
     if few:
         add(0, space.max_linear_kinds, (k, 1))
         for kind, one in enumerate(np.eye(enc.kind_count)):
-            add(-np.inf, 0, (x, at.kinds[mixers] == kind), (k, -space.slots * one))
+            add(-np.inf, 0, (x, at.kinds[mixers] == kind), (k, -space.slots * one))  # a used kind is marked
     objective = np.zeros(ends[-1])
     for price, peak, level, part, bound, weight in zip(
         prices, peaks, levels, t, bounds, weights, strict=True
     ):
-        add(1, 1, (part, 1))
-        for value in level[:-1]:  # what peaks above a level needs a higher one
+        add(1, 1, (part, 1))  # exactly one level of the largest op
+        for value in level[:-1]:  # an option whose peak is above a level needs a higher level
             add(-np.inf, 0, (counts, peak > value), (part, -2 * space.slots * (level > value)))
         cost = np.zeros(ends[-1])
         cost[x], cost[u] = price.mixer[mixers], price.ffn[ffns]
@@ -176,7 +207,7 @@ def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats
 def _solve(
     space: Space, width: int, program: _Program, costs: Sequence[Cost], bounds: Floats, weights: Floats
 ) -> tuple[float, Genomes] | None:
-    """The optimum of a programme, priced exactly; None where there is none within the bounds."""
+    """The optimum of a programme by exact costs, with its genome [1, G]; None if none keeps the bounds."""
     best: tuple[float, Genomes] | None = None
     boxes = [(np.zeros_like(program.highest), program.highest)]
     while boxes:
@@ -186,7 +217,7 @@ def _solve(
             integrality=np.ones(len(program.objective), int),
             bounds=Bounds(low, high),
             constraints=program.rows,
-            # Presolve gains nothing here, and with it HiGHS prints a line on stdout now and then.
+            # Presolve saves no time here, and makes HiGHS print to stdout now and then.
             options={"mip_rel_gap": 0.0, "presolve": False},
         )
         if result.status == INFEASIBLE:
@@ -205,7 +236,8 @@ def _solve(
             if best is None or total < best[0]:
                 best = total, genome
             continue
-        # Passed a bound by less than the solver sees: the boxes around these counts cover all others.
+        # A bound is exceeded by less than the solver's tolerance. Cut these counts away: the boxes below and
+        # above them in each dimension cover all other counts.
         low, high = low.copy(), high.copy()
         for i in range(len(program.mixers) + len(program.ffns)):
             for end, start in ((found[i] - 1, low[i]), (high[i], found[i] + 1)):
@@ -220,7 +252,14 @@ def _solve(
 def optimum(
     space: Space, costs: Sequence[Cost], bounds: Sequence[float], weights: Sequence[float]
 ) -> Genomes | None:
-    """The genome [1, G] of the least weighted sum of costs, each at most its bound; None if there is none."""
+    """The genome [1, G] with the least weighted sum of costs, each at most its bound; None if there is none.
+
+    Args:
+        space: the search space.
+        costs: sums, without maxima and minima.
+        bounds: of the costs; infinite: the cost need only be finite.
+        weights: of the costs in the objective.
+    """
     limits, factors = np.array(bounds, float), np.array(weights, float)
     best: tuple[float, Genomes] | None = None
     ready = []
@@ -241,10 +280,14 @@ def optimum(
 
 
 def feasible(space: Space, costs: Sequence[Cost], bounds: Sequence[float]) -> Architecture | None:
-    """An architecture of the space that keeps every bound, or None where there is none.
+    """An architecture that keeps every bound; None if there is none.
 
-    It is the one with the least sum of cost over bound, and so not at the edge of what is
-    allowed. Bounds are above 0; an infinite one asks only that the cost be finite.
+    It has the least sum of cost over bound, so it is not just below one of the bounds.
+
+    Args:
+        space: the search space.
+        costs: to be bounded.
+        bounds: above 0; infinite: the cost need only be finite.
     """
     if min(bounds, default=0) <= 0:
         raise ValueError(f"bounds must be given and above 0, not {list(bounds)}")
@@ -255,7 +298,14 @@ def feasible(space: Space, costs: Sequence[Cost], bounds: Sequence[float]) -> Ar
 def most_room(
     space: Space, costs: Sequence[Cost], bounds: Sequence[float], scales: Sequence[float]
 ) -> Genomes | None:
-    """The genome [1, G] of the least sum of cost over scale within the bounds; None if there is none."""
+    """The genome [1, G] with the least sum of cost over scale within the bounds; None if there is none.
+
+    Args:
+        space: the search space.
+        costs: to be bounded.
+        bounds: of the costs.
+        scales: of the costs in the sum; infinite: the cost has no weight.
+    """
     best: tuple[float, Genomes] | None = None
     for way in alternatives(costs):
         sums, limits = split_maxima(way, bounds)

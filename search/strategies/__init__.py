@@ -1,1 +1,1 @@
-"""Search strategies by ask and tell."""
+"""Search strategies with an ask-and-tell interface."""

@@ -1,4 +1,4 @@
-"""HAT's evolution: one objective, the best quarter as parents."""
+"""The evolutionary search of HAT: one objective, the best fifth of the population as parents."""
 
 import numpy as np
 
@@ -9,10 +9,13 @@ from space.variation import crossover, mutate
 
 
 class Hat(Strategy):
-    """The evolution of HAT (Wang et al. 2020): one objective, the best quarter as parents.
+    """The evolutionary search of HAT (Wang et al. 2020).
 
-    A population of 125 has 25 parents, 50 mutants with 0.3 as the probability of a gene, and 50
-    crossed; parents are not evaluated again.
+    A population of 125 has 25 parents, 50 mutants (each gene mutates with probability 0.3) and 50 crossovers;
+    parents are not evaluated again.
+
+    Args:
+        task: a problem with one objective.
     """
 
     def __init__(self, task: Task) -> None:
@@ -21,22 +24,28 @@ class Hat(Strategy):
         self.values = np.empty((0, len(task.costs)))
 
     def ask(self) -> Genomes:
-        """The next genomes: mutants and crossed; first the seeds and samples."""
+        """The next genomes: mutants and crossovers; at first the seeds and samples."""
         task, rng = self.task, self.rng()
         if not len(self.parents):
             return self.fill(task.seeds, task.population, rng)
-        each = 2 * task.population // 5
-        draws = rng.integers(0, len(self.parents), (3, OVERSAMPLE * each))
+        half = 2 * task.population // 5
+        draws = rng.integers(0, len(self.parents), (3, OVERSAMPLE * half))
         mutants = mutate(task.space, self.parents[draws[0]], rng, 0.3)
         crossed = crossover(task.space, self.parents[draws[1]], self.parents[draws[2]], rng)
-        first = unseen(self.kept(mutants), self.seen, each)
-        return self.fill(np.concatenate([first, crossed, mutants]), 2 * each, rng)
+        first = unseen(self.kept(mutants), self.seen, half)
+        return self.fill(np.concatenate([first, crossed, mutants]), 2 * half, rng)
 
     def tell(self, genomes: Genomes, values: Array) -> None:
-        """Keep the parents."""
+        """Take the evaluations of a generation; the best of all are the next parents.
+
+        Args:
+            genomes: [N, G].
+            values: the objective [N, 1], minimised; not finite where an evaluation failed.
+        """
         super().tell(genomes, values)
-        everyone = np.concatenate([self.parents, genomes])
-        reached = np.concatenate([self.values, values])
-        kept = np.isfinite(reached[:, 0])
-        best = np.flatnonzero(kept)[np.argsort(reached[kept, 0], kind="stable")][: self.task.population // 5]
-        self.parents, self.values = everyone[best], reached[best]
+        rivals = np.concatenate([self.parents, genomes])
+        objectives = np.concatenate([self.values, values])
+        kept = np.isfinite(objectives[:, 0])
+        order = np.argsort(objectives[kept, 0], kind="stable")
+        best = np.flatnonzero(kept)[order][: self.task.population // 5]
+        self.parents, self.values = rivals[best], objectives[best]

@@ -1,9 +1,9 @@
-"""Evolution: NSGA-II whose children are screened by a surrogate, and HAT's single-objective search.
+"""NSGA-II whose children are screened by a surrogate.
 
-NSGA-II (Deb et al. 2002) keeps the best of all that was evaluated; parents meet by binary tournament, cross
-and mutate. With a surrogate (:mod:`search.strategies.surrogate`) a generation is the outcome of several
-that are only predicted, in the manner of NSGANetV2 (Lu et al. 2020): costs are known exactly, the qualities
-are predicted from what was evaluated, and the children evaluated in the end are those that would survive.
+NSGA-II (Deb et al. 2002) keeps the best evaluations as parents; binary tournaments choose which of them cross
+and mutate. With a surrogate (:mod:`search.strategies.surrogate`), several surrogate generations precede each
+evaluated one, as in NSGANetV2 (Lu et al. 2020): costs are known exactly, qualities are predicted, and the
+children that would survive are evaluated.
 """
 
 import numpy as np
@@ -14,14 +14,18 @@ from search.strategies.surrogate import Surrogate
 from space.genome import Genomes
 from space.variation import mix, mutate, sample
 
-IMAGINED = 4  # generations that are only predicted, before one is evaluated
-CROWD = 2  # how many times the population such a generation keeps,
-BORN = 4  # and is born in it
-DRAWN = 64  # samples for each of the first generation, which is taken from them
+SURROGATE_GENERATIONS = 4  # predicted generations before one is evaluated
+SURROGATE_POPULATION = 2  # genomes that a predicted generation keeps, in populations
+OFFSPRING = 4  # children of a predicted generation, in populations
+INITIAL_POOL = 64  # samples from which the first generation is selected, in populations
 
 
 class NSGA2(Strategy):
-    """NSGA-II over everything that was evaluated."""
+    """NSGA-II over all evaluations.
+
+    Args:
+        task: the problem; its ``surrogate`` decides if children are screened.
+    """
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -30,52 +34,64 @@ class NSGA2(Strategy):
         self.surrogate = Surrogate(task) if task.surrogate else None
 
     def ask(self) -> Genomes:
-        """The next genomes: children that are expected to survive; first the seeds and samples far apart."""
+        """The next genomes: children that are expected to survive; at first the seeds and distant samples."""
         task, rng = self.task, self.rng()
         if not len(self.parents):
-            far = far_apart(task, self.kept(sample(task.space, rng, DRAWN * task.population)))
-            return self.fill(np.concatenate([task.seeds, far]), task.population, rng)
+            pool = self.kept(sample(task.space, rng, INITIAL_POOL * task.population))
+            spread = spread_over_costs(task, pool)
+            return self.fill(np.concatenate([task.seeds, spread]), task.population, rng)
         if self.surrogate is None or not self.surrogate.ready:
             candidates = children(task, self.parents, OVERSAMPLE * task.population, rng)
         else:
-            candidates = self._imagined(self.surrogate, rng)
+            candidates = self._surrogate_evolution(self.surrogate, rng)
         return self.fill(candidates, task.population, rng)
 
     def tell(self, genomes: Genomes, values: Array) -> None:
-        """Keep the best of what was evaluated, and fit the surrogate to all of it."""
+        """Take the evaluations of a generation; the best of all are the next parents.
+
+        Args:
+            genomes: [N, G].
+            values: objectives [N, M], minimised; not finite where an evaluation failed.
+        """
         super().tell(genomes, values)
-        everyone = np.concatenate([self.parents, genomes])
-        reached = np.concatenate([self.values, values])
-        failed = np.where(np.isfinite(reached).all(axis=1), 0.0, np.inf)
-        best = survivors(reached, failed, self.task.population)
+        rivals = np.concatenate([self.parents, genomes])
+        objectives = np.concatenate([self.values, values])
+        failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
+        best = survivors(objectives, failed, self.task.population)
         best = best[failed[best] == 0]
-        self.parents, self.values = everyone[best], reached[best]
+        self.parents, self.values = rivals[best], objectives[best]
         if self.surrogate:
             self.surrogate.tell(genomes, values)
 
     def predicted(self, genomes: Genomes) -> Array | None:
-        """What the surrogate expects."""
+        """Objectives [N, M] that the surrogate predicts; None without one, or before enough evaluations.
+
+        Args:
+            genomes: [N, G].
+        """
         return self.surrogate(genomes) if self.surrogate and self.surrogate.ready else None
 
-    def _imagined(self, surrogate: Surrogate, rng: np.random.Generator) -> Genomes:
-        """New genomes that survive generations of which nothing is evaluated, best first."""
+    def _surrogate_evolution(self, surrogate: Surrogate, rng: np.random.Generator) -> Genomes:
+        """New genomes that survive the surrogate generations, best first."""
         task = self.task
-        crowd = self.parents
-        for _ in range(IMAGINED):
-            born = children(task, crowd, BORN * task.population, rng)
-            everyone = np.unique(np.concatenate([crowd, born]), axis=0)
-            best = survivors(
-                surrogate(everyone), task.constraint_violation(everyone), CROWD * task.population
-            )
-            crowd = everyone[best]
-        return unseen(crowd, self.seen, len(crowd))
+        current = self.parents
+        for _ in range(SURROGATE_GENERATIONS):
+            offspring = children(task, current, OFFSPRING * task.population, rng)
+            rivals = np.unique(np.concatenate([current, offspring]), axis=0)
+            violation, kept = task.constraint_violation(rivals), SURROGATE_POPULATION * task.population
+            current = rivals[survivors(surrogate(rivals), violation, kept)]
+        return unseen(current, self.seen, len(current))
 
 
-def far_apart(task: Task, genomes: Genomes) -> Genomes:
-    """As many of genomes [N, G] as the population, each as far as can be in cost from those before.
+def spread_over_costs(task: Task, genomes: Genomes) -> Genomes:
+    """A population of genomes, each as far as possible in cost from those before it.
 
-    Sums over many layers crowd around their mean: plain samples leave both ends of a front empty, and a
-    surrogate knows nothing of where there was no example.
+    Costs are sums over many layers and concentrate around their mean: plain samples leave both ends of a
+    front empty, and the surrogate without examples there.
+
+    Args:
+        task: its costs are the axes, scaled to the range of the genomes.
+        genomes: to choose from [N, G].
     """
     costs = [cost(genomes) for cost in task.costs if cost is not None]
     if not costs or not len(genomes):
@@ -92,7 +108,14 @@ def far_apart(task: Task, genomes: Genomes) -> Genomes:
 
 
 def children(task: Task, parents: Genomes, count: int, rng: np.random.Generator) -> Genomes:
-    """Genomes [count, G] of parents that stand best first: by binary tournament, crossed and mutated."""
+    """Genomes [count, G] by binary tournament, crossover and mutation.
+
+    Args:
+        task: its space is searched.
+        parents: [N, G], the best first.
+        count: the number of children.
+        rng: draws tournaments, crossovers and mutations.
+    """
     picks = rng.integers(0, len(parents), (4, count))
     first, second = np.minimum(picks[0], picks[1]), np.minimum(picks[2], picks[3])
     return mutate(task.space, mix(parents[first], parents[second], rng), rng)

@@ -1,9 +1,9 @@
 """Optuna's samplers as strategies: its NSGA-II, and its tree-structured Parzen estimator.
 
-A sampler draws one parameter a gene; what it draws is repaired into the space. An architecture that was
-evaluated before gets its values again and costs nothing; one that breaks a limit is told as failed.
-A sampler's state is that of its own random generator, so telling a record to a new strategy asks for every
-generation once more and compares.
+A sampler draws one parameter per gene, and its draws are repaired into the space. An architecture that was
+evaluated before is told its values again without an evaluation; one that breaks a limit is told as failed.
+A sampler keeps a random state of its own. A new strategy that is told a record therefore asks the sampler for
+every generation again, and refuses the record if the proposals differ.
 """
 
 import warnings
@@ -21,11 +21,16 @@ from space import InputError
 from space.genome import Genomes, encoding
 from space.variation import repair
 
-TRIES = 8  # draws for each architecture that is wanted
+MAX_DRAWS = 8  # for each architecture that is wanted
 
 
 class OptunaStrategy(Strategy):
-    """One of Optuna's samplers."""
+    """A strategy that takes its proposals from a sampler of Optuna.
+
+    Args:
+        task: the problem.
+        sampler: Optuna's.
+    """
 
     accepts_foreign_evaluations = False
 
@@ -43,7 +48,7 @@ class OptunaStrategy(Strategy):
         self.asked: tuple[Genomes, list[Trial]] | None = None
 
     def ask(self) -> Genomes:
-        """The next genomes; first the seeds."""
+        """The next genomes; at first the seeds."""
         self.asked = self._propose()
         return self.asked[0]
 
@@ -54,7 +59,7 @@ class OptunaStrategy(Strategy):
         trials: list[Trial] = []
         if self.generation == 0:
             self._enqueue(self.kept(task.seeds))
-        for _ in range(TRIES * task.population):
+        for _ in range(MAX_DRAWS * task.population):
             if len(wanted) == task.population:
                 break
             trial = self.study.ask(self.genes)
@@ -74,10 +79,14 @@ class OptunaStrategy(Strategy):
         return genomes, trials
 
     def tell(self, genomes: Genomes, values: Array) -> None:
-        """Tell the sampler; a generation that was not asked for here is asked for first.
+        """Take the evaluations of a generation; one that was not asked for here is asked for first.
+
+        Args:
+            genomes: [N, G].
+            values: objectives [N, M], minimised; not finite where an evaluation failed.
 
         Raises:
-            InputError: the sampler would not have proposed these.
+            InputError: the sampler proposes others.
         """
         proposed, trials = self.asked or self._propose()
         if not np.array_equal(proposed, genomes):
@@ -85,10 +94,10 @@ class OptunaStrategy(Strategy):
                 f"generation {self.generation}: not what Optuna {optuna.__version__} proposes; "
                 "the search was begun with another version, and cannot go on with this one"
             )
-        for row, trial, reached in zip(genomes, trials, values, strict=True):
-            if np.isfinite(reached).all():
-                self.known[row.tobytes()] = reached.tolist()
-                self.study.tell(trial, reached.tolist())
+        for row, trial, objectives in zip(genomes, trials, values, strict=True):
+            if np.isfinite(objectives).all():
+                self.known[row.tobytes()] = objectives.tolist()
+                self.study.tell(trial, objectives.tolist())
             else:
                 self.study.tell(trial, state=TrialState.FAIL)
         self.asked = None
@@ -100,12 +109,12 @@ class OptunaStrategy(Strategy):
 
 
 def nsga2(task: Task) -> OptunaStrategy:
-    """Optuna's NSGA-II."""
+    """Optuna's NSGA-II for a task."""
     return OptunaStrategy(task, NSGAIISampler(population_size=task.population, seed=task.seed))
 
 
 def tpe(task: Task) -> OptunaStrategy:
-    """Optuna's tree-structured Parzen estimator, told of what is being evaluated."""
+    """Optuna's tree-structured Parzen estimator for a task; running trials get the constant liar."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return OptunaStrategy(task, TPESampler(seed=task.seed, constant_liar=True))

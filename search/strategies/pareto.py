@@ -1,8 +1,9 @@
-"""Which architectures are better than others, where several things are to be small at once.
+"""Pareto dominance, ranking, crowding distance and hypervolume; all objectives are minimised.
 
-Domination under limits as in NSGA-II (Deb et al. 2002): what keeps the limits goes before what
-breaks them; those that keep them are ranked by non-dominated fronts and crowding distance, those
-that break them by how much. Everything works on arrays; objectives are minimised.
+Constrained dominance as in NSGA-II (Deb et al. 2002): rows that keep the limits come before rows that break
+them. The former are ranked by non-dominated fronts and crowding distance, the latter by their violation.
+
+Shapes: N rows, M objectives.
 """
 
 import numpy as np
@@ -12,8 +13,12 @@ Array = NDArray[np.float64]
 
 
 def non_dominated(objectives: Array) -> NDArray[np.bool_]:
-    """Which rows of [N, M] no other row dominates; of equal rows all stay."""
-    left = np.lexsort(objectives.T[::-1])  # nothing dominates what stands before it
+    """A mask [N] of the rows that no other row dominates; all of equal rows are kept.
+
+    Args:
+        objectives: [N, M].
+    """
+    left = np.lexsort(objectives.T[::-1])  # sorted, so that no row dominates one before it
     kept = np.zeros(len(objectives), bool)
     while len(left):
         best = objectives[left[0]]
@@ -26,10 +31,14 @@ def non_dominated(objectives: Array) -> NDArray[np.bool_]:
 
 
 def ranks(objectives: Array, constraint_violation: Array, count: int | None = None) -> NDArray[np.int64]:
-    """The front that each row [N, M] belongs to, 0 the best.
+    """The rank [N] of each row: the number of its non-dominated front, 0 the best.
 
-    Those that break the limits come after all others, in the order of their violations [N]. Where only the
-    best ``count`` matter, the rest of those that keep the limits is left in one last front.
+    Rows that break the limits are ranked after all others, by their violation.
+
+    Args:
+        objectives: [N, M].
+        constraint_violation: [N]; 0 if the limits are kept.
+        count: only the best so many are ranked exactly; the rest that keeps the limits shares one rank.
     """
     rank = np.zeros(len(objectives), np.int64)
     kept = np.flatnonzero(constraint_violation <= 0)
@@ -49,7 +58,11 @@ def ranks(objectives: Array, constraint_violation: Array, count: int | None = No
 
 
 def crowding(objectives: Array) -> Array:
-    """Crowding distance of each row of one front: [N]; infinite at the ends."""
+    """The crowding distance [N] of each row of one front; infinite at the ends.
+
+    Args:
+        objectives: [N, M].
+    """
     count, dimensions = objectives.shape
     distance = np.zeros(count)
     for m in range(dimensions):
@@ -63,7 +76,13 @@ def crowding(objectives: Array) -> Array:
 
 
 def survivors(objectives: Array, constraint_violation: Array, count: int) -> NDArray[np.int64]:
-    """The indices of the best ``count`` rows, best first: by rank, then by crowding."""
+    """The indices of the best rows, best first: by rank, then by crowding distance.
+
+    Args:
+        objectives: [N, M].
+        constraint_violation: [N]; 0 if the limits are kept.
+        count: the number of rows, if there are as many.
+    """
     rank = ranks(objectives, constraint_violation, count)
     distance = np.zeros(len(rank))
     for level in np.unique(rank[np.argsort(rank, kind="stable")[:count]]):
@@ -73,10 +92,11 @@ def survivors(objectives: Array, constraint_violation: Array, count: int) -> NDA
 
 
 def hypervolume(objectives: Array, reference: Array) -> float:
-    """The volume between rows [N, M] and a reference point [M] that is worse than they are.
+    """The hypervolume that rows dominate below a reference point, by slicing objectives (HSO).
 
-    It slices along the last objective (Zitzler's hypervolume by slicing objectives); rows that
-    are not better than the reference everywhere add nothing.
+    Args:
+        objectives: [N, M]; rows that are not below the reference in every objective add nothing.
+        reference: [M].
     """
     inside = objectives[(objectives < reference).all(axis=1)]
     if not len(inside):

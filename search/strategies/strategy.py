@@ -1,13 +1,13 @@
-"""What proposes architectures, by ask and tell.
+"""The interface of search strategies: ask for genomes, tell their objectives.
 
-``ask`` gives the next generation: members of the space that keep the limits, none of them given before;
-fewer than wanted, or none, where the space has no more. ``tell`` says what those reached.
-Between two strategies with the same task that were told the same there is no difference: what they draw comes
-from the seed and the number of generations told. So a search that was killed goes on after telling a new
-strategy what its record holds, generation by generation.
+A strategy proposes generations of genomes that keep the limits, none of them twice. Limits bound predicted
+costs, which are known without an evaluation, so candidates that break one are dropped at once.
 
-Limits bear on predicted costs, which cost nothing to know: candidates that break one are dropped
-before they are evaluated.
+The proposals are a function of the task and the evaluations told before: random numbers come from the task's
+seed and the number of generations told. A search that was interrupted therefore continues after its record is
+told to a new strategy, generation by generation.
+
+Shapes: N genomes, G genes, M objectives.
 """
 
 from abc import ABC, abstractmethod
@@ -22,29 +22,48 @@ from space.genome import Genomes
 from space.ops import Cost
 from space.variation import mutate, sample
 
-OVERSAMPLE = 16  # candidates drawn for each one that is wanted
-DRAWS = 8  # how often they are drawn before a generation stays short
+OVERSAMPLE = 16  # candidates drawn for each genome that is wanted
+MAX_DRAWS = 8  # before a generation stays short
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a strategy is to solve: objectives to be minimised, limits, and how many to propose at a time."""
+    """A problem as a strategy sees it.
+
+    Attributes:
+        space: the search space.
+        costs: one for each objective [M]; None for a quality, which is known only after evaluation.
+        constraint_violation: of genomes [N, G], a number [N] each: 0 if all limits are kept, infinite if a
+            device cannot run the architecture.
+        seeds: genomes [S, G] to start from; one keeps the limits if any architecture does.
+        population: genomes of a generation.
+        seed: of the random numbers.
+        surrogate: candidates may be screened by predicted quality.
+    """
 
     space: Space
-    costs: tuple[Cost | None, ...]  # of each objective; None where it is only known after evaluation
-    constraint_violation: Callable[
-        [Genomes], Array
-    ]  # [N]; 0 where the limits are kept, inf where nothing runs
-    seeds: Genomes  # to begin with; where some keep the limits, one is here
+    costs: tuple[Cost | None, ...]
+    constraint_violation: Callable[[Genomes], Array]
+    seeds: Genomes
     population: int
     seed: int
     surrogate: bool = True
 
 
 class Strategy(ABC):
-    """What all strategies have in common: the generations told, and what was proposed."""
+    """Base of all strategies; it counts generations and remembers their genomes.
 
-    accepts_foreign_evaluations = True  # it may be told what it would not have asked for
+    Args:
+        task: the problem.
+
+    Attributes:
+        accepts_foreign_evaluations: evaluations that the strategy did not ask for may be told too.
+        task: the problem.
+        generation: the number of generations told.
+        seen: the genomes told, as bytes.
+    """
+
+    accepts_foreign_evaluations = True
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -53,31 +72,47 @@ class Strategy(ABC):
 
     @abstractmethod
     def ask(self) -> Genomes:
-        """The next genomes to evaluate [N, G], distinct and never given before."""
+        """The next genomes to evaluate [N, G].
+
+        They keep the limits, are distinct and were not told before. N is at most the population; it is 0 if
+        the space has no others.
+        """
 
     def tell(self, genomes: Genomes, values: Array) -> None:
-        """Say what genomes [N, G] reached: values [N, M] by objective; not finite where one failed."""
+        """Take the evaluations of a generation.
+
+        Args:
+            genomes: [N, G].
+            values: objectives [N, M], minimised; not finite where an evaluation failed.
+        """
         self.seen |= {row.tobytes() for row in genomes}
         self.generation += 1
 
     def predicted(self, genomes: Genomes) -> Array | None:
-        """The values [N, M] that it expects of genomes; None where it expects nothing."""
+        """Predicted objectives [N, M]; None without a surrogate.
+
+        Args:
+            genomes: [N, G].
+        """
         return None
 
     def rng(self) -> np.random.Generator:
-        """The generator of this generation."""
+        """The random number generator of this generation."""
         return np.random.default_rng([self.task.seed, self.generation])
 
     def fill(self, candidates: Genomes, count: int, rng: np.random.Generator) -> Genomes:
-        """The first ``count`` new ones of candidates [N, G] that keep the limits, then others that do.
+        """The first new candidates that keep the limits, filled up with samples and mutants of the seeds.
 
-        Others are samples, and mutants of the seeds, of which one keeps the limits where any does.
+        Args:
+            candidates: [N, G], in order of preference.
+            count: the number of genomes wanted; fewer are returned if no others are found.
+            rng: draws samples and mutants.
         """
         task = self.task
         candidates = self.kept(candidates)
         near = self.kept(np.concatenate([task.seeds, candidates[:count]]))
         chosen = unseen(candidates, self.seen, count)
-        for turn in range(DRAWS):
+        for turn in range(MAX_DRAWS):
             if len(chosen) == count or not len(near):
                 break
             more = self.kept(sample(task.space, rng, 2 * count if turn == 0 else OVERSAMPLE * count))
@@ -89,21 +124,27 @@ class Strategy(ABC):
         return chosen
 
     def kept(self, genomes: Genomes) -> Genomes:
-        """Those that keep the limits."""
+        """The rows of genomes [N, G] that keep the limits."""
         return genomes[self.task.constraint_violation(genomes) <= 0]
 
 
 class Random(Strategy):
-    """Samples that keep the limits."""
+    """Random search: samples that keep the limits."""
 
     def ask(self) -> Genomes:
-        """The next genomes: samples; in the first generation the seeds before them."""
+        """The next genomes: samples, after the seeds in the first generation."""
         first = self.task.seeds if self.generation == 0 else self.task.seeds[:0]
         return self.fill(first, self.task.population, self.rng())
 
 
 def unseen(genomes: Genomes, seen: Set[bytes], count: int) -> Genomes:
-    """The first ``count`` distinct rows of genomes [N, G] that are not in ``seen``."""
+    """The first distinct rows that were not seen.
+
+    Args:
+        genomes: [N, G].
+        seen: rows to leave out, as bytes.
+        count: the greatest number of rows.
+    """
     chosen, taken = [], set()
     for row in genomes:
         key = row.tobytes()

@@ -1,4 +1,4 @@
-"""The study: a projection of the record that optuna-dashboard opens, and whose plots say something."""
+"""The Optuna study equals the record, and optuna-dashboard opens it."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def asked(app: Any, path: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_the_dashboard_opens_the_study_and_its_plots_say_something(folder: Path) -> None:
+def test_dashboard_opens_the_study_and_draws_its_plots(folder: Path) -> None:
     dashboard = pytest.importorskip("optuna_dashboard")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -67,7 +67,7 @@ def test_the_dashboard_opens_the_study_and_its_plots_say_something(folder: Path)
         assert drawn["data"], plot
 
 
-def test_trials_are_the_record(folder: Path, run_folder: Path) -> None:
+def test_trials_equal_the_record(folder: Path, run_folder: Path) -> None:
     space = load_run_config(run_folder / "run" / "config.yaml").space
     study = open_study(folder / "study.log", "desk", objectives_of(folder), space.hash).study
     part, _ = read_table(folder / "evaluations" / "part-0001.parquet", EVALUATIONS)
@@ -84,7 +84,7 @@ def test_trials_are_the_record(folder: Path, run_folder: Path) -> None:
         assert trial.params["ffn"] == sum(layer.ffn for layer in present)
 
 
-def test_a_study_of_another_space_or_of_other_objectives_is_refused(folder: Path) -> None:
+def test_study_of_another_space_or_other_objectives_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="made for space"):
         open_study(folder / "study.log", "desk", objectives_of(folder), "0" * 64)
     with pytest.raises(InputError, match="objectives are"):

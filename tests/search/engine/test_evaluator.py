@@ -1,19 +1,23 @@
-"""Evaluators: what raises or dies is recorded, and losing workers or nodes changes nothing."""
+"""Evaluators: failures are recorded, lost workers change nothing, registered objectives are evaluated."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from search.engine.config import SearchConfig
+from search.engine.evaluations import EVALUATIONS, Record
 from search.engine.evaluator import Failed, Outcome, attempt
 from search.engine.optuna_study import open_study
 from search.engine.search import Search
+from search.engine.supernet_evaluator import evaluator
 from search.engine.workers import pool
+from search.problem.objective import QUALITIES, register_objective
 from search.problem.problem import Problem
 from space import Architecture, InputError, genome, variation
+from space.io.parquet import read_table
 from supernet.evaluate import Quality
 from tests.contracts import tiny_space
 from tests.synthetic import Synthetic
@@ -31,7 +35,7 @@ def losses(found: Sequence[Outcome]) -> list[float | None]:
     return [None if isinstance(outcome, Failed) else outcome.loss_nats for outcome in found]
 
 
-def test_what_raises_is_tried_three_times_and_recorded() -> None:
+def test_raising_evaluation_is_tried_three_times_and_recorded() -> None:
     one = Synthetic({SOME[0].key: "raises", SOME[1].key: "diverges"})
     assert attempt(one, SOME[0], "search") == Failed(f"ValueError: no weights for {SOME[0].key}")
     assert one.tries == 3
@@ -41,7 +45,7 @@ def test_what_raises_is_tried_three_times_and_recorded() -> None:
     )
 
 
-def test_workers_that_raise_and_die_give_the_same_as_none_that_do() -> None:
+def test_dying_workers_change_no_other_outcome() -> None:
     marks = {SOME[2].key: "raises", SOME[7].key: "diverges"}
     here = outcomes(marks, 0)
     there = outcomes({**marks, SOME[5].key: "dies"}, 2)
@@ -50,7 +54,7 @@ def test_workers_that_raise_and_die_give_the_same_as_none_that_do() -> None:
     assert here[:5] + here[6:] == there[:5] + there[6:]
 
 
-def test_one_that_cannot_be_evaluated_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
+def test_search_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     """In the record, the study and the front; where all of the front fails, one line says so."""
     import optuna
 
@@ -78,7 +82,7 @@ def test_one_that_cannot_be_evaluated_is_recorded_and_the_search_goes_on(tmp_pat
         Search(problem, config, tmp_path / "again", {}).run(none)
 
 
-def test_an_address_at_which_nothing_answers_is_refused_at_once() -> None:
+def test_unreachable_cluster_is_refused() -> None:
     began = time.monotonic()
     with pytest.raises(InputError, match="nothing answers"):
         pool(Synthetic, ({},), 1, "127.0.0.1:1").__enter__()
@@ -87,6 +91,47 @@ def test_an_address_at_which_nothing_answers_is_refused_at_once() -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_worker_that_cannot_be_made_ends_the_search() -> None:
+def test_worker_that_cannot_start_ends_the_search() -> None:
     with pytest.raises(InputError, match="a worker cannot be made"), pool(Synthetic, (), 1) as evaluate:
         list(evaluate(SOME, "search"))
+
+
+def test_registered_objective_is_evaluated_on_the_supernet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its values are columns of the record, qualities of the members and an objective of the front."""
+    import torch
+
+    from supernet.evaluate import EvaluationSet
+    from supernet.supernet import Supernet
+
+    monkeypatch.setattr(QUALITIES, "_values", dict(QUALITIES._values))
+
+    def error_rate(model: Callable[[torch.Tensor], torch.Tensor], data: EvaluationSet) -> float:
+        wrong = model(torch.from_numpy(data.tokens)).argmax(-1).numpy() != data.targets
+        return float(wrong.mean())
+
+    register_objective("error_rate", error_rate)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SPACE.config.vocab_size, (4, 17))
+    data = EvaluationSet(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], recallable=np.ones((4, 16), bool), text_bytes=None
+    )
+    torch.manual_seed(0)
+    supernet = Supernet(SPACE)
+    problem = Problem(SPACE, objectives=["error_rate", "params"])
+    config = SearchConfig(generations=2, population=4, workers=0)
+    sets = dict.fromkeys(config.windows_of(), data)
+    with evaluator(supernet, sets, 0, objectives=problem.registered_qualities) as evaluate:
+        front = Search(problem, config, tmp_path, {}).run(evaluate)
+    assert front.quality == "error_rate"
+    for member in front.members:
+        assert 0 < member.quality("error_rate") <= 1
+        assert member.loss_nats > 0
+    table = Record(tmp_path, {}).path("front")
+    assert set(read_table(table, EVALUATIONS)[0]["error_rate"]) >= {
+        member.quality("error_rate") for member in front.members
+    }
+    register_objective("given_only")
+    with pytest.raises(InputError, match="no function that evaluates"):
+        evaluator(supernet, sets, 0, objectives=["given_only"])

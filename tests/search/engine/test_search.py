@@ -58,7 +58,7 @@ def test_workers_change_no_byte(run_folder: Path, expected: bytes, workers: int,
     assert front_of(done, run_folder, name) == expected
 
 
-def test_another_seed_is_another_search(run_folder: Path, expected: bytes, call: Program) -> None:
+def test_another_seed_gives_another_front(run_folder: Path, expected: bytes, call: Program) -> None:
     done = call(run_folder, "--name", "other", "--workers", "0", "--seed", "1")
     assert front_of(done, run_folder, "other") != expected
 
@@ -83,7 +83,7 @@ def descendants(root: int) -> set[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("moment", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))])
-def test_a_killed_search_goes_on_to_the_same_front(run_folder: Path, expected: bytes, moment: int) -> None:
+def test_killed_search_continues_to_the_same_front(run_folder: Path, expected: bytes, moment: int) -> None:
     """A real SIGKILL of the process group and of Ray's processes at any moment, then the same command."""
     rng = np.random.default_rng()
     folder = run_folder / "run" / "searches" / "killed"
@@ -113,7 +113,7 @@ def test_a_killed_search_goes_on_to_the_same_front(run_folder: Path, expected: b
     assert front_of(done, run_folder, "killed") == expected
 
 
-def test_a_cluster_that_loses_a_node_gives_the_same_front(run_folder: Path, expected: bytes) -> None:
+def test_cluster_that_loses_a_node_gives_the_same_front(run_folder: Path, expected: bytes) -> None:
     """Two real nodes of a local cluster, joined by address; one is killed while it evaluates."""
     from ray.cluster_utils import Cluster
 
@@ -137,7 +137,7 @@ def test_a_cluster_that_loses_a_node_gives_the_same_front(run_folder: Path, expe
     assert (folder / "front.json").read_bytes() == expected
 
 
-def test_the_front_is_what_was_evaluated_and_keeps_the_limits(finished_run: Path) -> None:
+def test_front_is_non_dominated_and_keeps_the_limits(finished_run: Path) -> None:
     folder = finished_run / "run" / "searches" / "desk"
     front = json.loads((folder / "front.json").read_text())
     space = load_space_of(finished_run)
@@ -172,7 +172,7 @@ def test_no_architecture_is_evaluated_twice(finished_run: Path) -> None:
     assert len(keys) == len(set(keys)) == 32
 
 
-def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
+def test_study_equals_the_record(run_folder: Path) -> None:
     from search.engine.optuna_study import open_study
 
     folder = run_folder / "run" / "searches" / "desk"
@@ -191,7 +191,7 @@ def test_the_study_says_the_same_as_the_record(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("lock", [False, True])
-def test_a_journal_is_mended_wherever_its_last_line_was_cut(tmp_path: Path, lock: bool) -> None:
+def test_truncated_journal_is_repaired(tmp_path: Path, lock: bool) -> None:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -219,7 +219,7 @@ def test_a_journal_is_mended_wherever_its_last_line_was_cut(tmp_path: Path, lock
         assert open_study(path, "s", ["loss"], "space").count == 2
 
 
-def test_a_record_of_another_search_is_refused(run_folder: Path, call: Program) -> None:
+def test_record_of_another_search_is_refused(run_folder: Path, call: Program) -> None:
     front = run_folder / "run" / "searches" / "desk" / "front.json"
     front.unlink()
     done = call(run_folder, "--seed", "9", "--workers", "0")
@@ -232,7 +232,7 @@ def test_a_record_of_another_search_is_refused(run_folder: Path, call: Program) 
     assert "part-0001.parquet: not a whole evaluations file" in done.stderr
 
 
-def test_an_impossible_limit_is_refused_with_what_is_possible(run_folder: Path, call: Program) -> None:
+def test_infeasible_limit_is_refused_with_the_least_value(run_folder: Path, call: Program) -> None:
     done = call(run_folder, "--name", "no", "--limit", "prefill@64<=1ns")
     assert done.returncode == 3
     assert "prefill@64<=1ns" in done.stderr
@@ -254,9 +254,7 @@ def card_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("limit", ["params<=95%", "prefill@64<=9s"])
-def test_what_a_device_lacks_stays_out_of_its_searches(
-    run_folder: Path, limit: str, formfit: Program
-) -> None:
+def test_ops_that_a_device_lacks_are_not_searched(run_folder: Path, limit: str, formfit: Program) -> None:
     path = card_file(run_folder)
     value = json.loads(path.read_text())
     for model in value["workloads"].values():
@@ -272,7 +270,7 @@ def test_what_a_device_lacks_stays_out_of_its_searches(
         assert all(layer["mixer"] != "linear" for layer in member["architecture"]["layers"])
 
 
-def test_a_percentage_of_what_cannot_run_is_refused(run_folder: Path, formfit: Program) -> None:
+def test_percentage_of_an_architecture_that_cannot_run_is_refused(run_folder: Path, formfit: Program) -> None:
     path = card_file(run_folder)
     value = json.loads(path.read_text())
     for model in value["workloads"].values():
@@ -295,13 +293,13 @@ def test_rss_is_a_limit_and_an_objective(run_folder: Path, formfit: Program) -> 
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "desk/random", ".", ""])
-def test_a_name_that_is_no_folder_is_refused(run_folder: Path, formfit: Program, name: str) -> None:
+def test_invalid_search_name_is_refused(run_folder: Path, formfit: Program, name: str) -> None:
     done = formfit(*words(run_folder)[:-1], name or " ")
     assert done.returncode == 2
     assert done.stderr.startswith("formfit: name ")
 
 
-def test_two_searches_do_not_share_a_folder(
+def test_two_searches_at_once_in_a_folder_are_refused(
     run_folder: Path, formfit: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from supernet.training import checkpoint
@@ -314,7 +312,7 @@ def test_two_searches_do_not_share_a_folder(
     assert "another process writes here" in done.stderr.splitlines()[-1]
 
 
-def test_a_search_ends_where_the_limits_leave_no_more(run_folder: Path, formfit: Program) -> None:
+def test_search_ends_when_no_architecture_is_left(run_folder: Path, formfit: Program) -> None:
     """Beside it random search, which ends likewise; the same command again does nothing."""
     from latency import load_predictor
     from search.problem.milp import least
@@ -346,13 +344,13 @@ def test_each_strategy_searches(run_folder: Path, formfit: Program) -> None:
     assert "strategy hat: it has one objective" in done.stderr
 
 
-def test_limits_of_two_devices_bind_at_once(run_folder: Path, formfit: Program) -> None:
+def test_limits_of_two_devices_are_kept(run_folder: Path, formfit: Program) -> None:
     """A card under another name, whose ops all take twice as long."""
     shutil.copytree(run_folder / "devices" / "desk", run_folder / "devices" / "slow")
     path = next((run_folder / "devices" / "slow" / "predictors").glob("*.json"))
     value = json.loads(path.read_text())
     model = value["workloads"]["prefill@64"]
-    for name in ("constant_seconds", "once_full_seconds", "per_layer_seconds"):
+    for name in ("constant_seconds", "attention_constant_seconds", "per_layer_seconds"):
         model[name] *= 2
     model["kinds"] = {kind: 2 * factor for kind, factor in model["kinds"].items()}
     model["hinge_seconds"] = [2 * seconds for seconds in model["hinge_seconds"]]
@@ -375,7 +373,7 @@ def test_limits_of_two_devices_bind_at_once(run_folder: Path, formfit: Program) 
     assert "device moon: not among those given (desk)" in refused.stderr.splitlines()[-1]
 
 
-def test_a_card_of_another_onnxruntime_is_warned_of(run_folder: Path, formfit: Program) -> None:
+def test_card_of_another_onnxruntime_gives_a_warning(run_folder: Path, formfit: Program) -> None:
     path = run_folder / "devices" / "desk" / "device.json"
     value = json.loads(path.read_text())
     version = value["fingerprint"]["runtime_version"]
@@ -388,9 +386,7 @@ def test_a_card_of_another_onnxruntime_is_warned_of(run_folder: Path, formfit: P
     assert f"formfit profile --space SPACE --device desk-{version}" in done.stderr
 
 
-def test_limits_between_the_profiled_lengths_are_predicted_and_so_verified(
-    run_folder: Path, call: Program
-) -> None:
+def test_limit_between_profiled_lengths_is_among_the_predictions(run_folder: Path, call: Program) -> None:
     """What a limit asks for stands among the predictions, which are what verification measures."""
     path = card_file(run_folder)
     value = json.loads(path.read_text())
