@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from search.engine.config import SearchConfig, make_problem, require_objectives
 from search.engine.evaluator import EvaluateArchitecture, Evaluator, FunctionEvaluate
@@ -140,12 +140,6 @@ def search_supernet(
                     evaluate_all, lambda done, total, text: stage(done / total, f"random search, {text}")
                 )
     return Front.read(path)
-
-
-def search_front(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """:func:`search_supernet` as the JSON object with its header; to be removed."""
-    search_supernet(*args, **kwargs)
-    return FRONT.read(args[0] / "front.json")
 
 
 def _inputs(problem: Problem, evaluated: Mapping[str, str]) -> dict[str, str]:
