@@ -1,153 +1,16 @@
 """The front of a search as a record: ``front.json`` and the values in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.problem.limit import Limit
+from search.engine.choice import BoundedLimit, Choice, JsonObject, Prediction
 from space import Architecture, InputError
 from space.io.artefact import Artefact
 
-JsonObject = dict[str, Any]
 QUALITY_KEYS = {"loss": "loss_nats", "recall_loss": "recall_loss_nats"}  # JSON keys of the built-in qualities
 FRONT = Artefact("front", "formfit search", schema=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyPrediction:
-    """Predicted latency of one workload on one device.
-
-    Attributes:
-        latency_ms: the mean.
-        upper_ms: the upper bound at the search's confidence; limits are held against it.
-    """
-
-    latency_ms: float
-    upper_ms: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """Predicted costs of an architecture.
-
-    Attributes:
-        params: parameters.
-        latency: by device and workload.
-        costs: metrics of plug-ins that objectives and limits name, by their text, in base units.
-    """
-
-    params: int
-    latency: Mapping[str, Mapping[str, LatencyPrediction]]
-    costs: Mapping[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> JsonObject:
-        """The JSON object."""
-        latency = {d: {w: dict(vars(p)) for w, p in of.items()} for d, of in self.latency.items()}
-        costs = {"costs": dict(self.costs)} if self.costs else {}
-        return {"params": self.params, "latency": latency, **costs}
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Prediction":
-        """The inverse of :meth:`to_json`."""
-        latency = {
-            device: {workload: LatencyPrediction(**item) for workload, item in by_workload.items()}
-            for device, by_workload in value["latency"].items()
-        }
-        return Prediction(params=value["params"], latency=latency, costs=value.get("costs", {}))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoundedLimit:
-    """A limit with its bound in base units.
-
-    Attributes:
-        limit: the user's text, such as ``decode@256<=60%``.
-        bound: in ``unit``.
-        unit: the metric's base unit, such as ``seconds``, ``bytes`` or ``parameters``.
-    """
-
-    limit: str
-    bound: float
-    unit: str
-
-    @property
-    def parsed(self) -> Limit:
-        """The limit as a value."""
-        return Limit.parse(self.limit)
-
-    def format(self, value: float) -> str:
-        """A value of the limited metric for people, such as ``3.21 ms``.
-
-        Args:
-            value: in ``unit``.
-        """
-        return self.parsed.metric.unit.format(value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FamilyPick:
-    """The rule by which a member of an architecture's family was picked.
-
-    Attributes:
-        how: the rule, such as ``mix'n'match``.
-        base: the key of the architecture whose family it is.
-        family: the number of members.
-    """
-
-    how: str
-    base: str
-    family: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The limits and predictions under which a sub-model was chosen.
-
-    Its JSON object is kept beside the sub-model, in ``architecture.json``.
-
-    Attributes:
-        limits: the limits of the search.
-        confidence: at which latency limits were held.
-        predicted: predicted costs; None where no device was given.
-        loss_nats: held-out loss inside the supernet, in nats per token; None where it was not evaluated.
-        picked: the rule that gave the architecture; None where it is a front's member.
-    """
-
-    limits: tuple[BoundedLimit, ...] = ()
-    confidence: float | None = None
-    predicted: Prediction | None = None
-    loss_nats: float | None = None
-    picked: FamilyPick | None = None
-
-    def to_json(self) -> JsonObject:
-        """The JSON object; fields that are None are left out."""
-        value: JsonObject = {"limits": [dict(vars(limit)) for limit in self.limits]}
-        if self.confidence is not None:
-            value["confidence"] = self.confidence
-        if self.predicted is not None:
-            value["predicted"] = self.predicted.to_json()
-        if self.loss_nats is not None:
-            value["loss_nats"] = self.loss_nats
-        if self.picked is not None:
-            value["picked"] = dict(vars(self.picked))
-        return value
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Choice":
-        """The inverse of :meth:`to_json`; an empty object is a choice without limits."""
-        predicted = value.get("predicted")
-        return Choice(
-            limits=tuple(BoundedLimit(**item) for item in value.get("limits", ())),
-            confidence=value.get("confidence"),
-            predicted=Prediction.from_json(predicted) if predicted else None,
-            loss_nats=value.get("loss_nats"),
-            picked=FamilyPick(**value["picked"]) if "picked" in value else None,
-        )
-
-    def workloads(self, device: str) -> dict[str, LatencyPrediction]:
-        """Predicted latencies on a device, by workload; empty where nothing was predicted."""
-        return dict(self.predicted.latency.get(device, {})) if self.predicted else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +63,11 @@ class Member:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Member":
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            value: the JSON object.
+        """
         names = {key: name for name, key in QUALITY_KEYS.items()}
         other = ("key", "architecture", "predicted")
         return Member(
@@ -286,7 +153,11 @@ class Front:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Front":
-        """The front of an object that :meth:`to_json` gave, with or without its header."""
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            value: the JSON object, with or without a file's header.
+        """
         return Front(
             space=value["space"],
             objectives=tuple(value["objectives"]),
@@ -306,13 +177,20 @@ class Front:
     def read(path: Path) -> "Front":
         """The front of a ``front.json``.
 
+        Args:
+            path: the file.
+
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
         return Front.from_json(FRONT.read(path))
 
     def write(self, path: Path) -> None:
-        """Write ``front.json`` atomically."""
+        """Write ``front.json`` atomically.
+
+        Args:
+            path: the file.
+        """
         FRONT.write(path, self.inputs, self.to_json())
 
     @property

@@ -9,16 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from search.engine.choice import BoundedLimit, LatencyPrediction, Prediction
 from search.engine.config import SearchConfig
-from search.engine.front import (
-    BoundedLimit,
-    FailedEvaluation,
-    Front,
-    LatencyPrediction,
-    Member,
-    Prediction,
-    SurrogateAgreement,
-)
+from search.engine.front import FailedEvaluation, Front, Member, SurrogateAgreement
 from search.problem.metric import BUILTIN_METRICS
 from search.problem.problem import Problem
 from space import Architecture, genome

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search.engine.front import BoundedLimit, LatencyPrediction
+from search.engine.choice import BoundedLimit, LatencyPrediction
 from space.io.artefact import Artefact
 from space.io.record import mapping_of, read_document, read_record, tuple_of
 

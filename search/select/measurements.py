@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.predictor.predictor import RUN_SPREAD
-from search.engine.front import Choice, Member
+from search.engine.choice import Choice
+from search.engine.front import Member
 from search.engine.verification import LimitResult, Verification
 from space import Space, Workload, genome
 from space.io.artefact import Artefact, check_inputs

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from latency import Predictor
 from search.config import Run
+from search.engine.choice import BoundedLimit, Choice, FamilyPick
 from search.engine.config import SearchConfig
 from search.engine.devices import open_targets
-from search.engine.front import BoundedLimit, Choice, FamilyPick
 from search.engine.make_front import predictions
 from search.problem.limit import ROUNDING_TOLERANCE, Constraint, Limit
 from search.problem.problem import Problem

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from search.config import Run
-from search.engine.front import Choice, Front
+from search.engine.choice import Choice
+from search.engine.front import Front
 from search.select.measurements import MeasuredSearch
 from space import Architecture, InputError, Workload, genome
 from space.io.artefact import file_digest

@@ -8,8 +8,9 @@ from typing import Any
 
 from latency import Card, Predictor
 from search.config import Run, open_trained
+from search.engine.choice import Choice
 from search.engine.config import SearchConfig
-from search.engine.front import FRONT, Choice, Front, Member
+from search.engine.front import FRONT, Front, Member
 from search.engine.run import search_supernet
 from search.engine.verification import Verification
 from search.select.finalist import Finalist, FinalistsConfig

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 
 from latency import Card
+from search.engine.choice import Choice
 from search.engine.config import VerifyConfig
-from search.engine.front import Choice
 from search.engine.verification import VERIFICATION, Verification
 from search.select.picks import Selection
 from search.submodel.export import export, models_digest

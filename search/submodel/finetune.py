@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from search.engine.front import Choice
+from search.engine.choice import Choice
 from space import InputError, genome
 from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.progress import Reporter

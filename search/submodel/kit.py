@@ -23,8 +23,8 @@ from latency.device_runner.timer import TimerConfig
 from latency.kit.result import read_result, read_timings
 from latency.kit.writer import KitWriter, reference_stacks, workload_io_bindings, write_plan
 from latency.runtimes.reference import reference_work
+from search.engine.choice import Choice
 from search.engine.config import VerifyConfig
-from search.engine.front import Choice
 from search.engine.verification import Verification
 from search.submodel.export import exported, models_digest
 from search.submodel.parity import flat, fp64_model, parity, parity_tokens

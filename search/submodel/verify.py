@@ -20,8 +20,8 @@ from latency.device_runner.timing import Timing
 from latency.runtimes.protocol import ExportedModel
 from latency.runtimes.reference import card_scale, reference_items, require_stable
 from latency.runtimes.registry import open_card_runtime, precisions
+from search.engine.choice import BoundedLimit, Choice
 from search.engine.config import VerifyConfig
-from search.engine.front import BoundedLimit, Choice
 from search.engine.verification import (
     VERIFICATION,
     LatencyComparison,

@@ -1,6 +1,7 @@
 """Records for tests: members of a front with distinct architectures."""
 
-from search.engine.front import BoundedLimit, Member, Prediction
+from search.engine.choice import BoundedLimit, Prediction
+from search.engine.front import Member
 from search.engine.verification import LimitResult
 from space import Architecture, Layer
 

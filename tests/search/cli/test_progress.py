@@ -4,7 +4,8 @@ import pytest
 
 from search.cli.output import Bars, ProgressLines, make_table, show
 from search.cli.tables import front_tables
-from search.engine.front import LatencyPrediction, Member, Prediction
+from search.engine.choice import LatencyPrediction, Prediction
+from search.engine.front import Member
 from space import Architecture, Layer
 
 

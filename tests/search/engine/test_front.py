@@ -5,17 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from search.engine.front import (
-    BoundedLimit,
-    Choice,
-    FailedEvaluation,
-    FamilyPick,
-    Front,
-    LatencyPrediction,
-    Member,
-    Prediction,
-    SurrogateAgreement,
-)
+from search.engine.choice import BoundedLimit, Choice, FamilyPick, LatencyPrediction, Prediction
+from search.engine.front import FailedEvaluation, Front, Member, SurrogateAgreement
 from space import Architecture, InputError, Layer
 
 PREDICTED = Prediction(

@@ -10,7 +10,7 @@ import pytest
 from latency import load_predictor
 from latency.predictor.predictor import RUN_SPREAD, Predictor
 from search.config import load_run_config
-from search.engine.front import Choice
+from search.engine.choice import Choice
 from search.select.measured_search import TARGET_USE
 from search.select.measurements import MeasuredFinalist, best_kept
 from space import Workload, genome, variation
@@ -70,7 +70,7 @@ def test_optimistic_predictor_is_recalibrated(run_folder: Path, formfit: Program
     path = next((run_folder / "devices" / "desk" / "predictors").glob("*.json"))
     value = json.loads(path.read_text())
     model = value["workloads"]["prefill@64"]
-    for name in ("constant_seconds", "once_full_seconds", "per_layer_seconds"):
+    for name in ("constant_seconds", "attention_constant_seconds", "per_layer_seconds"):
         model[name] /= 3
     model["kinds"] = {kind: factor / 3 for kind, factor in model["kinds"].items()}
     model["hinge_seconds"] = [seconds / 3 for seconds in model["hinge_seconds"]]

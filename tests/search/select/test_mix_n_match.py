@@ -10,7 +10,7 @@ import pytest
 
 from latency import Predictor, load_predictor
 from search.config import load_run_config, open_run, open_supernet
-from search.engine.front import BoundedLimit, Choice, FamilyPick, Prediction
+from search.engine.choice import BoundedLimit, Choice, FamilyPick, Prediction
 from search.engine.make_front import predictions
 from search.engine.verification import LatencyMeasurement
 from search.problem.limit import Limit, within

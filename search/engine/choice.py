@@ -1,0 +1,157 @@
+"""The limits and predictions under which an architecture was chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from search.problem.limit import Limit
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyPrediction:
+    """Predicted latency of one workload on one device.
+
+    Attributes:
+        latency_ms: the mean.
+        upper_ms: the upper bound at the search's confidence; limits are held against it.
+    """
+
+    latency_ms: float
+    upper_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted costs of an architecture.
+
+    Attributes:
+        params: parameters.
+        latency: by device and workload.
+        costs: metrics of plug-ins that objectives and limits name, by their text, in base units.
+    """
+
+    params: int
+    latency: Mapping[str, Mapping[str, LatencyPrediction]]
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> JsonObject:
+        """The JSON object."""
+        latency = {d: {w: dict(vars(p)) for w, p in of.items()} for d, of in self.latency.items()}
+        costs = {"costs": dict(self.costs)} if self.costs else {}
+        return {"params": self.params, "latency": latency, **costs}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Prediction":
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            value: the JSON object.
+        """
+        latency = {
+            device: {workload: LatencyPrediction(**item) for workload, item in by_workload.items()}
+            for device, by_workload in value["latency"].items()
+        }
+        return Prediction(params=value["params"], latency=latency, costs=value.get("costs", {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedLimit:
+    """A limit with its bound in base units.
+
+    Attributes:
+        limit: the user's text, such as ``decode@256<=60%``.
+        bound: in ``unit``.
+        unit: the metric's base unit, such as ``seconds``, ``bytes`` or ``parameters``.
+    """
+
+    limit: str
+    bound: float
+    unit: str
+
+    @property
+    def parsed(self) -> Limit:
+        """The limit as a value."""
+        return Limit.parse(self.limit)
+
+    def format(self, value: float) -> str:
+        """A value of the limited metric for people, such as ``3.21 ms``.
+
+        Args:
+            value: in ``unit``.
+        """
+        return self.parsed.metric.unit.format(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyPick:
+    """The rule by which a member of an architecture's family was picked.
+
+    Attributes:
+        how: the rule, such as ``mix'n'match``.
+        base: the key of the architecture whose family it is.
+        family: the number of members.
+    """
+
+    how: str
+    base: str
+    family: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The limits and predictions under which a sub-model was chosen.
+
+    Its JSON object is kept beside the sub-model, in ``architecture.json``.
+
+    Attributes:
+        limits: the limits of the search.
+        confidence: at which latency limits were held.
+        predicted: predicted costs; None where no device was given.
+        loss_nats: held-out loss inside the supernet, in nats per token; None where it was not evaluated.
+        picked: the rule that gave the architecture; None where it is a front's member.
+    """
+
+    limits: tuple[BoundedLimit, ...] = ()
+    confidence: float | None = None
+    predicted: Prediction | None = None
+    loss_nats: float | None = None
+    picked: FamilyPick | None = None
+
+    def to_json(self) -> JsonObject:
+        """The JSON object; fields that are None are left out."""
+        value: JsonObject = {"limits": [dict(vars(limit)) for limit in self.limits]}
+        if self.confidence is not None:
+            value["confidence"] = self.confidence
+        if self.predicted is not None:
+            value["predicted"] = self.predicted.to_json()
+        if self.loss_nats is not None:
+            value["loss_nats"] = self.loss_nats
+        if self.picked is not None:
+            value["picked"] = dict(vars(self.picked))
+        return value
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Choice":
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            value: the JSON object; an empty one is a choice without limits.
+        """
+        predicted = value.get("predicted")
+        return Choice(
+            limits=tuple(BoundedLimit(**item) for item in value.get("limits", ())),
+            confidence=value.get("confidence"),
+            predicted=Prediction.from_json(predicted) if predicted else None,
+            loss_nats=value.get("loss_nats"),
+            picked=FamilyPick(**value["picked"]) if "picked" in value else None,
+        )
+
+    def workloads(self, device: str) -> dict[str, LatencyPrediction]:
+        """Predicted latencies by workload; empty without predictions.
+
+        Args:
+            device: the name of the device.
+        """
+        return dict(self.predicted.latency.get(device, {})) if self.predicted else {}
