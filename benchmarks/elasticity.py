@@ -21,8 +21,9 @@ from search.audit.stratified import choose_diverse, sample_pool
 from space import Architecture, genome, load_space
 from space.blocks import forward
 from supernet.supernet import Supernet, add_gradients, leaves, sources
+from supernet.training.precision import cast_matrices, matrix_type
 from supernet.training.recipe import TrainConfig
-from supernet.training.trainer import cast_matrices, distillation_loss, matrix_type
+from supernet.training.trainer import distillation_loss
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "small.yaml"
 BATCH, LENGTH = 8, 256

@@ -169,8 +169,8 @@ class Headline:
             found[family] = min(scalings(members, self.seconds(workload)(members), least), key=self.loss)
         spent = sum(one["evaluations"] for one in measured_search["rounds"])
         best = self.search(workload, limit, RANDOM, (population, -(-spent // population)))
-        members = {m["key"]: m for m in best["members"]}
-        found[RANDOM] = Architecture.from_json(members[best["picks"]["best"]]["architecture"])
+        rows = {m["key"]: m for m in best["members"]}
+        found[RANDOM] = Architecture.from_json(rows[best["picks"]["best"]]["architecture"])
         part = attention_space(self.run.space)
         found["HAT"] = hat(
             part, self.seconds(workload), self.losses, bound, population, lambda done: done < generations

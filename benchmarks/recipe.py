@@ -143,9 +143,9 @@ def audited_rows(path: Path | None) -> dict[str, list[tuple[dict[str, Any], floa
     rows = json.loads(path.read_text())["architectures"] if path else []
     found: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for row in rows:
-        alone = float(np.mean([item["loss_nats"] for item in row["alone"]]))
+        loss = float(np.mean([item["loss_nats"] for item in row["stand_alone"]]))
         for part in row["sets"]:
-            found.setdefault(part, []).append((row["architecture"], alone))
+            found.setdefault(part, []).append((row["architecture"], loss))
     return found
 
 
@@ -179,7 +179,7 @@ def score(
     }
     for part, rows in audited.items():
         inside = losses([Architecture.from_json(architecture) for architecture, _ in rows])
-        value[f"tau_{part}"] = float(kendalltau(inside, [alone for _, alone in rows]).statistic)
+        value[f"tau_{part}"] = float(kendalltau(inside, [loss for _, loss in rows]).statistic)
     return value
 
 

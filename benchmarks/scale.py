@@ -24,12 +24,13 @@ import ray
 from driver import refused
 from threadpoolctl import threadpool_limits
 
+from latency.config import ProfileConfig
 from latency.predictor.design import op_design, stack_heights, stacks
 from latency.predictor.initial_design import initial_design
 from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
 from latency.predictor.predictor import Predictor
 from latency.predictor.workload_model import WorkloadModel
-from latency.profiling import BUILD_SECONDS, ProfileConfig
+from latency.profiling import BUILD_SECONDS
 from latency.runtimes.protocol import random_weights
 from search.engine.config import SearchConfig, make_problem
 from search.engine.search import Search
@@ -149,7 +150,7 @@ def synthetic(space: Space) -> tuple[Predictor, dict[Any, float]]:
     kinds = dict.fromkeys(op_kinds(space), 1.0)
     models = {w: WorkloadModel(op_seconds={op.key: table[op, w] for op in ops}, kinds=kinds, constant=1e-6,
                                attention_constant=1e-6, per_layer=1e-6, hinges=(1e-6,) * 4,
-                               scale=0.02, errors={})
+                               scale=0.02, errors=None)
               for w in workloads}  # fmt: skip
     return Predictor(
         space=space, ops=OpLatencies(model_config, {}, {}), models=models, residuals=[-1, 1, 2]

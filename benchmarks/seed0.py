@@ -194,11 +194,12 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def differences(before: Path, after: Path) -> list[str]:
     """Return the differences between two files in words."""
     if before.suffix != ".json":
-        old, new = before.read_bytes(), after.read_bytes()
+        left, right = before.read_bytes(), after.read_bytes()
         first = next(
-            (i for i, (x, y) in enumerate(zip(old, new, strict=False)) if x != y), min(map(len, (old, new)))
+            (i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y),
+            min(len(left), len(right)),
         )
-        return [f"{len(old)} and {len(new)} bytes; the first difference is at byte {first}"]
+        return [f"{len(left)} and {len(right)} bytes; the first difference is at byte {first}"]
     old, new = (dict(leaves(json.loads(path.read_text()))) for path in (before, after))
     paths = [path for path in {**old, **new} if old.get(path, KeyError) != new.get(path, KeyError)]
     shown = [f"{path}: {old.get(path, 'missing')} -> {new.get(path, 'missing')}" for path in paths[:SHOWN]]
