@@ -8,7 +8,6 @@ the whole batch, up to rounding.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from space import Architecture, InputError, Space, genome
 from space.blocks import Model, forward
-from space.shapes import is_half_precision
 from supernet.data.corpus import Corpus, require_fits, train_batch, train_windows
 from supernet.hf.pretrained import load_pretrained
 from supernet.supernet import Sources, Supernet, add_gradients, leaves, prefix, sources
 from supernet.training.checkpoint import Checkpoint
 from supernet.training.optimiser import PrefixAdamW
+from supernet.training.precision import cast_matrices, matrix_type
 from supernet.training.recipe import TrainConfig, step_rate, step_subnets, subnet_count
 
 Weights = Mapping[str, Tensor]
@@ -49,42 +48,12 @@ def distillation_loss(
     return (1 - distillation) * text + distillation * (soft * (flat_targets >= 0)).sum()
 
 
-def cast_matrices(
-    parameters: Weights, dtype: torch.dtype, architecture: Architecture | None = None
-) -> dict[str, Tensor]:
-    """Detach parameters and cast large matrices; done once a step, before any slicing.
-
-    Args:
-        parameters: parameters by name.
-        dtype: type of the matrices.
-        architecture: of a sub-model; None for the parameters of a supernet.
-    """
-    return {
-        name: p.detach().to(dtype if is_half_precision(name, p.shape, architecture) else p.dtype)
-        for name, p in parameters.items()
-    }
-
-
-def matrix_type(config: TrainConfig) -> torch.dtype:
-    """Data type of matrix products in training; ``auto`` is bf16 if the CPU has instructions for it.
-
-    Args:
-        config: the training settings.
-    """
-    if config.precision == "auto":
-        fast = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
-
-
-def cpu_flags() -> frozenset[str]:
-    """Feature flags of the CPU; empty if the operating system does not list them."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    lines = [line for line in text.splitlines() if line.startswith("flags")]
-    return frozenset(lines[0].split(":", 1)[1].split()) if lines else frozenset()
+def _sandwich_metrics(losses: Sequence[float]) -> dict[str, float]:
+    """The losses of a sandwich step by name; the order is that of :func:`step_subnets`."""
+    row = {"loss_nats": losses[0], "smallest_nats": losses[1]}
+    if len(losses) > 2:
+        row["sampled_nats"] = sum(losses[2:]) / len(losses[2:])
+    return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +196,7 @@ class Trainer:
             InputError: a loss or gradient is not finite; the message names the step and the architecture.
         """
         weights = cast_matrices(self.parameters, self.dtype, self.architecture)
-        subnets = [self.architecture] if self.architecture else step_subnets(self.space, self.config, step)
+        subnets = self._subnets(step)
         sandwich = self.config.rule == "sandwich" and len(subnets) > 1
         teacher = self._step_teacher(subnets) if sandwich else None
         per_subnet = self.config.update == "per_subnet"
@@ -240,6 +209,7 @@ class Trainer:
             for source, shape in table.values():
                 parts[source] = tuple(map(max, parts.get(source, shape), shape))
             if teacher and architecture != teacher and batch.teacher_probs is None:
+                # The teacher's forward pass without gradients, once for each batch of rows.
                 teacher_weights = leaves(weights, self._sources(teacher))
                 teacher_probs = self._teacher_probs(Teacher(teacher, teacher_weights), batch.tokens)
                 batch = replace(batch, teacher_probs=teacher_probs)
@@ -250,12 +220,13 @@ class Trainer:
             if per_subnet or i == len(subnets) - 1:
                 self._update(weights, parts, 1 if per_subnet else len(subnets), step, architecture)
                 parts.clear()
-        if not sandwich:
-            return {"loss_nats": sum(losses) / len(losses)}
-        row = {"loss_nats": losses[0], "smallest_nats": losses[1]}
-        if len(losses) > 2:
-            row["sampled_nats"] = sum(losses[2:]) / len(losses[2:])
-        return row
+        return _sandwich_metrics(losses) if sandwich else {"loss_nats": sum(losses) / len(losses)}
+
+    def _subnets(self, step: int) -> list[Architecture]:
+        """The architectures that a step trains."""
+        if self.architecture:
+            return [self.architecture]
+        return step_subnets(self.space, self.config, step)
 
     def _step_teacher(self, subnets: Sequence[Architecture]) -> Architecture | None:
         """The sub-network whose probabilities the others of a step learn from; None without distillation."""

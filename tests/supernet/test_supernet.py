@@ -14,7 +14,7 @@ from space.mixers import MIXERS
 from space.shapes import model_shapes
 from supernet.extract import extract
 from supernet.supernet import Supernet, add_gradients, leaves, sources, supernet_shapes
-from supernet.training.trainer import cast_matrices
+from supernet.training.precision import cast_matrices
 from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
 

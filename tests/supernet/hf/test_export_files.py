@@ -22,7 +22,7 @@ from supernet.hf.bundle import one_file
 from supernet.hf.export import load_hf, modelling_file, write_hf
 from supernet.hf.llama import read_llama
 from supernet.hf.modeling import FormfitConfig, FormfitForCausalLM
-from supernet.training.trainer import cast_matrices
+from supernet.training.precision import cast_matrices
 from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
 
@@ -115,7 +115,7 @@ def test_the_code_is_the_sources(code: str) -> None:
     assert not re.search(r"(?m)^\s*(import|from) (space|supernet|fla|triton)", code)
 
 
-HOUSE = {
+FILES = {
     "supernet/top.py": "from space import part\nfrom space.one import first\n\n\n"
     "class Main:\n    def run(self, second=None):\n        return first(self), part.second(), part.é()\n",
     "space/one.py": "import math\n\n# What it adds.\nSTEP = math.pi\nUNUSED = nowhere\n\n\n"
@@ -125,11 +125,11 @@ HOUSE = {
 }
 
 
-def built(folder: Path, **changes: str) -> str:
-    for path, text in (HOUSE | {f"space/{name}.py": text for name, text in changes.items()}).items():
+def built(folder: Path, packages: tuple[str, ...] = (), **changes: str) -> str:
+    for path, text in (FILES | {f"space/{name}.py": text for name, text in changes.items()}).items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
-    return one_file("supernet.top", ["Main"], folder)
+    return one_file("supernet.top", ["Main"], folder, packages=packages)
 
 
 def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
     assert body == (
         "\n\n# space/one.py: \n\n\n# What it adds.\nSTEP = math.pi\n\n\n"
         "@property\ndef first(x):\n    return x + STEP\n"
-        "\n\n# space/part.py: \n\n\ndef part_second():\n    return math.tau\n\n\n"
-        "def part_é():\n    return [second for second in range(3)]\n"
+        "\n\n# space/part.py: \n\n\ndef second():\n    return math.tau\n\n\n"
+        "def é():\n    return [second for second in range(3)]\n"
         "\n\n# supernet/top.py: \n\n\nclass Main:\n    def run(self, second=None):\n"
-        "        return first(self), part_second(), part_é()\n"
+        "        return first(self), second(), é()\n"
     )
 
 
@@ -155,8 +155,27 @@ def test_imports_inside_functions_are_taken_out(tmp_path: Path) -> None:
     one = "from space.constants import STEP\ndef first(x): return x\n"
     text = built(tmp_path, part=part, one=one, constants="STEP = 1\n")
     assert "from decimal import Decimal" in text
-    assert "def part_second() -> Decimal:\n    return step * math.tau\n" in text
-    assert "# space/constants.py: \n\n\nstep = 1\n" in text
+    assert "def second() -> Decimal:\n    return STEP * math.tau\n" in text
+    assert "# space/constants.py: \n\n\nSTEP = 1\n" in text
+
+
+def test_definitions_of_other_packages_get_the_name_of_their_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("STEP = 2\n")
+    (tmp_path / "other" / "first.py").write_text(
+        "from other import STEP\nfrom space.one import first as ours\n\n\nclass Base:\n    step = STEP\n\n\n"
+        "def first(x, second=STEP):\n    return first, ours(x), Base, second\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    part = "from other.first import first as second\ndef é(): pass\n"
+    text = built(tmp_path, ("other",), part=part)
+    assert "class other_first_Base:\n    step = other_STEP\n" in text
+    assert "def other_first_first(x, second=other_STEP):\n" in text
+    assert "    return other_first_first, first(x), other_first_Base, second\n" in text
+    assert "        return first(self), other_first_first(), é()\n" in text
+    assert "# other/__init__.py: \n\n\nother_STEP = 2\n" in text
 
 
 @pytest.mark.parametrize(
@@ -165,7 +184,8 @@ def test_imports_inside_functions_are_taken_out(tmp_path: Path) -> None:
         ({"part": "STEP = 1\ndef second(): return STEP\ndef é(): pass\n"}, "STEP is space.(one|part)"),
         ({"part": "import cmath as math\ndef second(): return math\ndef é(): pass\n"}, "math is import "),
         ({"part": "def second(): return first\ndef é(): pass\n"}, "space.part.second uses first, which"),
-        ({"part": "def second(): return second\ndef é(): pass\n"}, "space.part.second is used as "),
+        ({"part": "def second(): pass\ndef é(): pass\nCOUNT = 1\n", "one": "from space.part import COUNT as "
+          "size\ndef first(x): return [lambda size: size, size]\n"}, "size has two meanings"),
         ({"part": "def second(): pass\n"}, "space.part does not define é"),
         ({"part": "def second(): pass\ndef é():\n    import space.one\n    pass\n"}, "import space.one: not"),
         ({"part": "def second(): pass\ndef é():\n    if 1:\n        import math\n"}, "import math: not an"),
