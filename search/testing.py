@@ -129,12 +129,22 @@ class StrategyContract:
         return STRATEGIES.get(self.name)
 
     def task(self, max_params: float = np.inf, space: Space | None = None, **changes: int) -> Task:
-        """A task with as many objectives as the strategy can minimise, at most two."""
+        """A task with as many objectives as the strategy can minimise, at most two.
+
+        Args:
+            max_params: the limit on parameters.
+            space: None: :func:`contract_space`.
+            changes: the population or the seed.
+        """
         objectives = min(2, self.entry.max_objectives or 2)
         return contract_task(objectives, max_params=max_params, space=space, **changes)
 
     def make(self, task: Task) -> Strategy:
-        """The strategy of a task."""
+        """The strategy of a task.
+
+        Args:
+            task: what it is to solve.
+        """
         return make_strategy(self.name, task)
 
     def test_generations_are_new_members_within_the_limits(self) -> None:
@@ -157,7 +167,7 @@ class StrategyContract:
             strategy.tell(asked, objective_values(task, asked))
 
     def test_resumed_strategy_equals_uninterrupted(self) -> None:
-        """One that was told a record proposes the same as the one that made it."""
+        """A strategy that is told a record proposes the same as the one that made it."""
         task = self.task()
         first = self.make(task)
         record = []
@@ -247,7 +257,11 @@ class MetricContract:
         return None
 
     def cost(self, confidence: float | None = None) -> Cost:
-        """The metric's cost of the space."""
+        """The metric's cost of the space.
+
+        Args:
+            confidence: of an upper bound; None: the mean.
+        """
         return self.metric.cost(self.space(), self.predictor(), self.workload, confidence)
 
     def rows(self) -> Genomes:

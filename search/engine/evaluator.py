@@ -81,7 +81,11 @@ def quality_value(quality: Quality, name: str) -> float:
 
 
 def make_quality(values: Mapping[str, float]) -> Quality:
-    """A quality of values by name; the inverse of :func:`quality_value`."""
+    """A quality of values by name; the inverse of :func:`quality_value`.
+
+    Args:
+        values: of the qualities; NaN for a loss that is missing.
+    """
     return Quality(
         loss_nats=float(values.get("loss", math.nan)),
         recall_loss_nats=float(values.get("recall_loss", math.nan)),
@@ -104,7 +108,7 @@ def attempt(
     for _ in range(1 + RETRIES):
         try:
             quality = evaluate_one(architecture, data)
-        except Exception as error:  # whatever it is, the search goes on
+        except Exception as error:  # of any kind: the search continues
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
             values = {name: quality_value(quality, name) for name in required}

@@ -33,8 +33,8 @@ class Quality:
 
     Attributes:
         name: in objectives, and of the column in the evaluations.
-        evaluate: ``evaluate(model, data)`` gives the value; lower is better. None for those that evaluations
-            have anyway, and those that only an evaluator of the caller's gives.
+        evaluate: ``evaluate(model, data)`` gives the value; lower is better. None for the built-in losses,
+            and for qualities that only the caller's evaluator gives.
     """
 
     name: str

@@ -104,7 +104,11 @@ class Problem:
         return found
 
     def timed(self, limit: Limit) -> str | None:
-        """The device whose latency a limit bounds; None for a limit on another metric."""
+        """The device whose latency a limit bounds; None for a limit on another metric.
+
+        Args:
+            limit: one of the problem's or another.
+        """
         return self.device(limit.device) if limit.metric.measured_by == "latency" else None
 
     def limit_cost(

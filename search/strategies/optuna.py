@@ -109,12 +109,20 @@ class OptunaStrategy(Strategy):
 
 
 def nsga2(task: Task) -> OptunaStrategy:
-    """Optuna's NSGA-II for a task."""
+    """Optuna's NSGA-II.
+
+    Args:
+        task: the problem.
+    """
     return OptunaStrategy(task, NSGAIISampler(population_size=task.population, seed=task.seed))
 
 
 def tpe(task: Task) -> OptunaStrategy:
-    """Optuna's tree-structured Parzen estimator for a task; running trials get the constant liar."""
+    """Optuna's tree-structured Parzen estimator; running trials get the constant liar.
+
+    Args:
+        task: the problem.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return OptunaStrategy(task, TPESampler(seed=task.seed, constant_liar=True))

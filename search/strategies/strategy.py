@@ -124,7 +124,11 @@ class Strategy(ABC):
         return chosen
 
     def kept(self, genomes: Genomes) -> Genomes:
-        """The rows of genomes [N, G] that keep the limits."""
+        """The rows that keep the limits.
+
+        Args:
+            genomes: [N, G].
+        """
         return genomes[self.task.constraint_violation(genomes) <= 0]
 
 

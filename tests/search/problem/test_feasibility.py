@@ -123,7 +123,7 @@ def priced(costs: list[Cost], genomes: Genomes) -> Floats:
 
 @pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
-def test_least_is_that_of_brute_force(name: str, style: str) -> None:
+def test_least_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(0)
     for _ in range(25):
@@ -144,7 +144,7 @@ def greatest_of(space: Space, rng: np.random.Generator, style: str, count: int) 
 
 @pytest.mark.parametrize("style", ["any", "ties", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
-def test_the_greatest_of_sums_is_that_of_brute_force(name: str, style: str) -> None:
+def test_least_maximum_of_sums_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(5)
     bent = 0
@@ -167,7 +167,7 @@ def test_the_greatest_of_sums_is_that_of_brute_force(name: str, style: str) -> N
 
 @pytest.mark.parametrize("style", ["any", "ties", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
-def test_the_lesser_of_two_is_that_of_brute_force(name: str, style: str) -> None:
+def test_least_minimum_of_two_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(7)
     turns = set()
@@ -193,7 +193,7 @@ def test_the_lesser_of_two_is_that_of_brute_force(name: str, style: str) -> None
     assert turns
 
 
-def test_the_lesser_of_two_is_refused_with_what_it_can_reach() -> None:
+def test_infeasible_minimum_of_two_is_refused_with_its_least_value() -> None:
     name = "no FFN"
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(8)
@@ -219,7 +219,7 @@ def test_the_lesser_of_two_is_refused_with_what_it_can_reach() -> None:
     assert together
 
 
-def test_the_greatest_of_sums_is_refused_with_what_it_can_reach() -> None:
+def test_infeasible_maximum_is_refused_with_its_least_value() -> None:
     name = "no FFN"
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(6)
@@ -270,7 +270,7 @@ def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
 
 @pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
-def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None:
+def test_joint_feasibility_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(1)
     decided = set()
@@ -293,7 +293,7 @@ def test_joint_feasibility_is_that_of_brute_force(name: str, style: str) -> None
 
 
 @pytest.mark.parametrize("name", ["no FFN", "one kind of two, layers may be absent"])
-def test_what_the_solver_takes_for_kept_is_priced_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solutions_beyond_a_bound_are_cut_away(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs about 1e-7 apart, in a solver made too coarse to tell: its finds must be cut away one by one."""
     monkeypatch.setattr(integer, "SCALE", 1.0)
     solved = 0
@@ -321,7 +321,7 @@ def test_what_the_solver_takes_for_kept_is_priced_exactly(name: str, monkeypatch
     assert solved > 100
 
 
-def test_an_option_that_another_kind_betters_may_still_be_needed() -> None:
+def test_option_dominated_by_another_kind_is_kept() -> None:
     """One kind allowed, two layers within (6, 6): linear with both its heads, though retnet betters one."""
     space = SPACES["one kind of two, layers may be absent"]
     numbers = {("linear", 1): (1, 5), ("linear", 2): (5, 1), ("retnet", 1): (1, 4), ("retnet", 2): (9, 9)}
@@ -340,7 +340,7 @@ def test_an_option_that_another_kind_betters_may_still_be_needed() -> None:
     ]
 
 
-def test_bounds_that_are_not_above_zero_are_refused() -> None:
+def test_bounds_not_above_zero_are_refused() -> None:
     space = SPACES["no FFN"]
     with pytest.raises(ValueError, match="above 0"):
         feasible(space, [params_cost(space)], [0.0])
@@ -378,7 +378,7 @@ def named_architectures(message: str, name: str) -> Genomes:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_each_limit_that_fails_alone_is_named_with_its_least(name: str) -> None:
+def test_infeasible_limits_are_named_with_their_least_values(name: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(2)
     costs = [random_cost(space, rng, "any") for _ in range(4)]
@@ -411,7 +411,7 @@ def conflicting(values: Floats, together: int, rng: np.random.Generator) -> Floa
 
 @pytest.mark.parametrize("together", [2, 3])
 @pytest.mark.parametrize("name", SPACES)
-def test_the_fewest_limits_that_conflict_are_named_with_what_the_others_leave(
+def test_fewest_conflicting_limits_are_named_with_the_least_values_that_others_leave(
     name: str, together: int
 ) -> None:
     space, genomes = SPACES[name], everything(name)
@@ -445,7 +445,7 @@ def test_the_fewest_limits_that_conflict_are_named_with_what_the_others_leave(
     pytest.fail(f"only {checked} conflicts of {together} limits were drawn")
 
 
-def test_limits_that_can_be_met_pass_and_none_are_no_limits() -> None:
+def test_feasible_limits_and_no_limits_pass() -> None:
     space = SPACES["no FFN"]
     rng = np.random.default_rng(4)
     costs = [random_cost(space, rng, "any") for _ in range(3)]
@@ -453,7 +453,7 @@ def test_limits_that_can_be_met_pass_and_none_are_no_limits() -> None:
     check_feasible(space, asked_of(costs, priced(costs, everything("no FFN"))[77]))
 
 
-def test_a_value_is_shown_with_digits_that_tell_it_from_the_bound() -> None:
+def test_value_is_shown_with_enough_digits_to_differ_from_the_bound() -> None:
     cost = params_cost(SPACES["no FFN"])
     one = Constraint(Limit.parse("decode@8<=2ms"), cost, 2e-3)
     assert [one.show(v) for v in (3e-3, 2.001e-3, 2e-3)] == ["3 ms", "2.001 ms", "2 ms"]
@@ -461,7 +461,7 @@ def test_a_value_is_shown_with_digits_that_tell_it_from_the_bound() -> None:
     assert (one.text, half.text) == ("decode@8<=2ms", "decode@8<=50% (2 ms)")
 
 
-def test_ops_that_a_device_lacks_altogether_are_said_so() -> None:
+def test_space_whose_ops_a_device_lacks_is_refused() -> None:
     space = SPACES["no FFN"]
     lacking = Cost(OpTables(space, lambda op: np.inf if op.heads else 1.0))
     held = params_cost(space)
@@ -489,7 +489,7 @@ def test_ops_that_a_device_lacks_altogether_are_said_so() -> None:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
-def test_the_quickstart_space_with_its_own_costs(share: float) -> None:
+def test_quickstart_space_with_its_own_costs(share: float) -> None:
     space = load_space(Path("configs/spaces/quickstart.yaml"))
     prefill = Cost(flops_table(space, Workload(phase="prefill", length=256)), 0.0, 1e4)
     costs = [prefill, memory_cost(space, Workload(phase="prefill", length=512)), params_cost(space)]
@@ -506,7 +506,7 @@ def test_the_quickstart_space_with_its_own_costs(share: float) -> None:
 
 @pytest.mark.parametrize("style", ["any", "ties", "lacking"])
 @pytest.mark.parametrize("name", SPACES)
-def test_the_nearest_point_is_that_of_brute_force(name: str, style: str) -> None:
+def test_least_relaxation_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(3)
     for count in (2, 3, 2):

@@ -115,7 +115,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "canonical", "device", "metric", "workload", "bound", "relative"), GOOD)
-def test_a_limit_reads_as_written(
+def test_limit_is_read_as_written(
     text: str,
     canonical: str,
     device: str | None,
@@ -142,7 +142,7 @@ def test_a_limit_reads_as_written(
 
 
 @pytest.mark.parametrize(("text", "message"), BAD, ids=[text[:30] for text, _ in BAD])
-def test_a_wrong_limit_is_refused_in_one_line_that_teaches(text: str, message: str) -> None:
+def test_malformed_limit_is_refused_with_the_expected_form(text: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         Limit.parse(text)
     assert message in str(error.value)
@@ -150,7 +150,7 @@ def test_a_wrong_limit_is_refused_in_one_line_that_teaches(text: str, message: s
     assert "\n" not in str(error.value)
 
 
-def test_a_bound_in_percent_is_of_the_reference() -> None:
+def test_percentage_is_of_the_reference() -> None:
     assert Limit.parse("decode@64<=25%").resolve(8e-3) == pytest.approx(2e-3, rel=1e-12)
     assert Limit.parse("decode@64<=2ms").resolve(8e-3) == 2e-3
 
@@ -171,7 +171,7 @@ def test_two_limits_on_one_quantity_are_refused(first: str, second: str) -> None
     assert repr(limits[2].text) in str(error.value)
 
 
-def test_limits_on_other_devices_metrics_and_workloads_go_together() -> None:
+def test_limits_on_different_quantities_are_accepted() -> None:
     texts: tuple[str, ...] = (
         "decode@64<=2ms",
         "a:decode@64<=2ms",
@@ -209,5 +209,5 @@ def test_limits_on_other_devices_metrics_and_workloads_go_together() -> None:
         ("params", 61_728, "61.7K parameters"),
     ],
 )
-def test_quantities_for_people(metric: str, value: float, text: str) -> None:
+def test_quantities_are_printed_in_readable_units(metric: str, value: float, text: str) -> None:
     assert format_quantity(metric, value) == text

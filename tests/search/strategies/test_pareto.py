@@ -23,7 +23,7 @@ def better(a: np.ndarray, b: np.ndarray, va: float, vb: float) -> bool:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("broken", [False, True])
-def test_ranks_by_peeling(grid: np.ndarray, broken: bool) -> None:
+def test_ranks_equal_peeled_fronts(grid: np.ndarray, broken: bool) -> None:
     rng = np.random.default_rng(0)
     constraint_violation = rng.integers(0, 3, len(grid)).astype(float) if broken else np.zeros(len(grid))
     expected = np.full(len(grid), -1)
@@ -44,7 +44,7 @@ def test_ranks_by_peeling(grid: np.ndarray, broken: bool) -> None:
     assert (non_dominated(grid) == (ranks(grid, np.zeros(len(grid))) == 0)).all()
 
 
-def test_crowding_by_hand() -> None:
+def test_crowding_equals_values_by_hand() -> None:
     points = np.array([[0.0, 4.0], [1.0, 2.0], [3.0, 1.0], [4.0, 0.0]])
     found = crowding(points)
     assert np.isinf(found[[0, 3]]).all()
@@ -52,7 +52,7 @@ def test_crowding_by_hand() -> None:
     assert found[2] == pytest.approx(3 / 4 + 2 / 4)
 
 
-def test_survivors_are_the_best_ranks_and_then_the_least_crowded() -> None:
+def test_survivors_have_the_best_ranks_then_the_largest_crowding_distances() -> None:
     rng = np.random.default_rng(3)
     points, constraint_violation = rng.random((60, 2)), np.where(rng.random(60) < 0.3, rng.random(60), 0.0)
     rank = ranks(points, constraint_violation)
@@ -63,7 +63,7 @@ def test_survivors_are_the_best_ranks_and_then_the_least_crowded() -> None:
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3, 4])
-def test_hypervolume_by_counting_cells(dimensions: int) -> None:
+def test_hypervolume_equals_counted_cells(dimensions: int) -> None:
     """Points on a grid of whole numbers dominate whole cells."""
     rng = np.random.default_rng(dimensions)
     for count in (1, 4, 12):
@@ -73,7 +73,7 @@ def test_hypervolume_by_counting_cells(dimensions: int) -> None:
         assert hypervolume(points, np.full(dimensions, 5.0)) == pytest.approx(dominated)
 
 
-def test_only_as_many_fronts_are_told_apart_as_matter() -> None:
+def test_ranks_stop_after_the_wanted_rows() -> None:
     points = np.random.default_rng(1).random((200, 2))
     full = ranks(points, np.zeros(200))
     some = ranks(points, np.zeros(200), 20)

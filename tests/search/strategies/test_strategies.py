@@ -94,7 +94,7 @@ def test_nsga2_beats_random_and_a_surrogate_improves_nsga2() -> None:
     assert means[0] < means[1] < means[2]
 
 
-def test_hat_keeps_the_best_quarter_as_parents() -> None:
+def test_hat_keeps_the_best_fifth_as_parents() -> None:
     task = contract_task(1, population=25)
     strategy = Hat(task)
     asked = strategy.ask()
