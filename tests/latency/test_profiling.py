@@ -1,4 +1,4 @@
-"""Profiling for real, on a tiny space: cards, resuming, other machines, bad files."""
+"""Profiling a tiny space: cards, resuming, other machines, malformed files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def space() -> Space:
 
 
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
-def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_profile_measures_only_what_is_missing(tmp_path: Path) -> None:
     seen: list[tuple[str, float]] = []
     profile(space(), tmp_path, "this", QUICK, lambda what, share: seen.append((what, share)))
     shares = [share for _, share in seen]
@@ -81,7 +81,7 @@ def test_a_profile_makes_a_card_and_goes_on_where_it_was(tmp_path: Path) -> None
     assert len(load_card(tmp_path, "this").table("ops")) > len(ops)
 
 
-def test_models_of_the_test_are_not_those_of_the_fit() -> None:
+def test_held_out_models_are_disjoint_from_the_fit() -> None:
     prefill = Workload.parse("prefill@64")
     ops = {prefill: OpTimes(prefill, {op.key: 1e-3 for op in space_ops(space())})}
     chosen = choose_models(space(), QUICK.counts(), ops)
@@ -93,7 +93,7 @@ def test_models_of_the_test_are_not_those_of_the_fit() -> None:
     assert {a.key for a in chosen["repeat"]} <= held
 
 
-def test_another_machines_card_is_refused(tmp_path: Path) -> None:
+def test_card_of_another_machine_is_refused(tmp_path: Path) -> None:
     here = OnnxRuntime().fingerprint()
     card = Card(tmp_path / "far", replace(here, cpu="Another"))
     card.save()
@@ -105,7 +105,7 @@ def test_another_machines_card_is_refused(tmp_path: Path) -> None:
         load_card(tmp_path / "nowhere", "near")
 
 
-def test_a_truncated_card_is_refused(tmp_path: Path) -> None:
+def test_truncated_card_is_refused(tmp_path: Path) -> None:
     card = Card(tmp_path / "d", OnnxRuntime().fingerprint())
     card.save()
     card.append("ops", [{"op": "x", "seconds": 1.0, "half_width": 0.1, "timing": "{}"}])
@@ -122,7 +122,7 @@ def test_a_truncated_card_is_refused(tmp_path: Path) -> None:
         card.table("ops")
 
 
-def test_workloads_must_fit_the_space() -> None:
+def test_workloads_that_do_not_fit_the_space_are_refused() -> None:
     with pytest.raises(InputError, match="longer than the context 64"):
         ProfileConfig(workloads=("prefill@65",)).parsed(space())
     with pytest.raises(InputError, match="profiling runs on 1 threads"):
@@ -130,7 +130,7 @@ def test_workloads_must_fit_the_space() -> None:
     assert [str(w) for w in ProfileConfig().parsed(space())] == ["prefill@64", "decode@64"]
 
 
-def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_mixer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     change_mixer(monkeypatch, "kda", write=unknown_operator)
     runtime, model_config, workload = (
         OnnxRuntime(),
@@ -148,7 +148,7 @@ def test_a_mixer_that_the_runtime_lacks_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kind", [*MIXERS, "ffn"])
-def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
+def test_stack_of_two_applies_both_copies(kind: str) -> None:
     """A stack of two is the first copy followed by the second: no copy is optimised away."""
     model_config = tiny_space().config
     if kind == "ffn":
@@ -176,8 +176,8 @@ def test_a_stack_computes_its_blocks_in_a_row(kind: str) -> None:
     assert np.abs(first - x).max() > 1e-3
 
 
-def test_preallocated_caches_give_the_same_logits() -> None:
-    """What is timed (a cache bound in place, longer than the past) computes what a plain call computes."""
+def test_preallocated_caches_give_equal_logits() -> None:
+    """A cache that is bound in place and longer than the past gives the logits of a plain call."""
     made = space()
     architecture = genome.largest(made)
     weights = random_weights(model_shapes(architecture, made.config), 0)
@@ -204,7 +204,7 @@ def test_preallocated_caches_give_the_same_logits() -> None:
     run(3)
 
 
-def test_a_known_device_is_a_prior(tmp_path: Path) -> None:
+def test_known_device_serves_as_prior(tmp_path: Path) -> None:
     config = QUICK.model_copy(update={"op_error": 9.0})
     profile(space(), tmp_path, "known", QUICK)
     source = load_prior(space(), tmp_path, "known", QUICK)
@@ -221,7 +221,7 @@ def test_a_known_device_is_a_prior(tmp_path: Path) -> None:
         load_prior(space(), tmp_path, "moon", QUICK)
 
 
-def test_memory_is_measured_beside_latency(tmp_path: Path) -> None:
+def test_memory_is_measured_with_latency(tmp_path: Path) -> None:
     predictor = profile(space(), tmp_path, "this", QUICK.model_copy(update={"rss": True, "rss_models": 2}))
     rows = variation.sample(space(), np.random.default_rng(0), 50)
     mean, upper = (predictor.memory_cost(Workload.parse("prefill@64"), c)(rows) for c in (None, 0.9))
@@ -232,7 +232,7 @@ def test_memory_is_measured_beside_latency(tmp_path: Path) -> None:
     assert predictor.memory[Workload.parse("prefill@64")].errors.models == 2
 
 
-def test_lengths_between_the_measured_ones_are_predicted(tmp_path: Path) -> None:
+def test_lengths_between_measured_ones_are_interpolated(tmp_path: Path) -> None:
     config = QUICK.model_copy(update={"workloads": ("prefill@8", "prefill@64")})
     predictor = profile(space(), tmp_path, "this", config)
     rows = variation.sample(space(), np.random.default_rng(0), 20)

@@ -1,4 +1,4 @@
-"""The timer under simulated time: items move a fake clock, so the real code runs, exactly repeatable."""
+"""The timer under simulated time: items advance a fake clock, so results are exactly reproducible."""
 
 import gc
 import itertools
@@ -84,7 +84,7 @@ def timing(**changes: Any) -> Timing:
 
 
 @pytest.mark.parametrize("felt", [True, False], ids=["anchor feels it", "anchor does not"])
-def test_drift_cancels_where_the_anchors_feel_it(felt: bool) -> None:
+def test_drift_cancels_if_the_anchors_have_it_too(felt: bool) -> None:
     machine = Machine(slowness=lambda seconds: 1 + min(seconds / 3.5, 1))
     config = TimerConfig(anchor_every=1)  # few items: else the anchors would be few for such a drift
     costs = {"short": 0.3e-3, "long": 33e-3}
@@ -104,7 +104,7 @@ def test_drift_cancels_where_the_anchors_feel_it(felt: bool) -> None:
     assert (run.anchor_spread > 0.1) is felt
 
 
-def test_the_reference_is_the_geometric_mean_of_the_anchors() -> None:
+def test_reference_is_the_geometric_mean_of_the_anchors() -> None:
     machine = Machine()
     run = machine.measure(
         {"op": machine.item(LONG)}, TimerConfig(), anchors=[machine.item(1e-3), machine.item(4e-3)]
@@ -128,7 +128,7 @@ def test_loops_fill_the_sample_and_samples_the_block(cost: float) -> None:
     assert op.seconds == pytest.approx(cost, rel=1e-3)
 
 
-def test_the_quickest_sample_of_a_block_counts() -> None:
+def test_fastest_sample_of_a_block_counts() -> None:
     machine = Machine()
     disturbed = itertools.cycle([1.5, 1.4, 1.0, 1.3, 1.2])
     op = machine.measure_one(machine.item(2e-3, factor=lambda: next(disturbed)))
@@ -136,7 +136,7 @@ def test_the_quickest_sample_of_a_block_counts() -> None:
     assert op.raw == pytest.approx([2e-3] * len(op.raw))
 
 
-def test_an_item_longer_than_the_block_runs_once() -> None:
+def test_item_longer_than_the_block_runs_once() -> None:
     machine = Machine()
     op = machine.measure_one(machine.item(LONG, "op"))
     assert op.loops == 1
@@ -144,7 +144,7 @@ def test_an_item_longer_than_the_block_runs_once() -> None:
     assert {loops for name, loops in machine.log if name == "op"} == {1}
 
 
-def test_a_slow_first_run_does_not_shorten_the_blocks() -> None:
+def test_slow_first_run_does_not_shorten_the_blocks() -> None:
     machine = Machine()
     first = itertools.chain([500.0], itertools.repeat(1.0))
     op = machine.measure_one(machine.item(1e-4, factor=lambda: next(first)))
@@ -152,7 +152,7 @@ def test_a_slow_first_run_does_not_shorten_the_blocks() -> None:
     assert op.seconds == pytest.approx(1e-4, rel=1e-3)
 
 
-def test_a_warm_up_is_discarded() -> None:
+def test_warm_up_is_discarded() -> None:
     machine = Machine()
     cooling = (1 + 3 * 0.5**n for n in itertools.count())
     op = machine.measure_one(machine.item(LONG, factor=lambda: next(cooling)))
@@ -160,7 +160,7 @@ def test_a_warm_up_is_discarded() -> None:
     assert max(op.raw) < LONG * 1.02
 
 
-def test_what_never_settles_is_measured_and_reported() -> None:
+def test_item_that_never_settles_is_measured_and_reported() -> None:
     machine = Machine()
     swinging = itertools.cycle([1.0, 1.5])
     item = machine.item(LONG, factor=lambda: next(swinging))
@@ -201,7 +201,7 @@ def test_work_that_ignores_loops_is_refused() -> None:
 # Rounds
 
 
-def test_an_item_stops_when_its_interval_is_narrow_enough() -> None:
+def test_item_stops_when_its_interval_is_narrow_enough() -> None:
     machine = Machine()
     items = {
         "exact": machine.item(2e-3),
@@ -236,7 +236,7 @@ def rounds_of(seed: int) -> list[list[str]]:
     return [visits[0][-len(visits[1]) :], *visits[1:]]
 
 
-def test_every_round_has_its_own_order_which_the_seed_fixes() -> None:
+def test_order_of_a_round_depends_on_the_seed() -> None:
     rounds = rounds_of(seed=0)
     orders = [tuple(name for name in visits if name != "anchor") for visits in rounds]
     assert all(sorted(order) == list("abcdefgh") for order in orders)
@@ -245,12 +245,12 @@ def test_every_round_has_its_own_order_which_the_seed_fixes() -> None:
     assert rounds_of(seed=1) != rounds
 
 
-def test_anchors_stand_between_the_items() -> None:
+def test_anchors_are_visited_between_the_items() -> None:
     for visits in rounds_of(seed=0):
         assert [place for place, name in enumerate(visits) if name == "anchor"] == [3, 7, 10]
 
 
-def test_the_collector_rests_in_timed_blocks_only() -> None:
+def test_garbage_collector_is_off_in_timed_blocks_only() -> None:
     machine = Machine()
     enabled: list[bool] = []
 
@@ -288,7 +288,7 @@ def low_quantile(values: Any, axis: int = -1) -> Any:
 
 @pytest.mark.parametrize("count", [8, 15, 30])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_interval_is_scipys(count: int, seed: int) -> None:
+def test_interval_equals_scipy(count: int, seed: int) -> None:
     values = np.random.default_rng(seed).lognormal(sigma=0.1, size=count)
 
     def expected(level: float) -> tuple[float, float]:
@@ -306,7 +306,7 @@ def test_the_interval_is_scipys(count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("count", [50, 120])
-def test_the_interval_covers_what_it_should(count: int) -> None:
+def test_interval_has_its_nominal_coverage(count: int) -> None:
     """The nominal 95% is less with so few values beyond the quantile; timer.py says so."""
     samples = np.random.default_rng(1).lognormal(sigma=0.1, size=(1000, count))
     intervals = np.array([bootstrap_interval(sample.tolist()) for sample in samples])
@@ -363,7 +363,7 @@ def test_problems_of_a_run() -> None:
     ]
 
 
-def test_a_timing_survives_json() -> None:
+def test_timing_round_trips_through_json() -> None:
     machine = Machine()
     op = machine.measure_one(machine.item(2e-3, factor=noise(0.05)))
     back = Timing.from_json(json.loads(json.dumps(op.to_json(), allow_nan=False)))
@@ -384,12 +384,12 @@ def test_a_timing_survives_json() -> None:
         {"surprise": 1},
     ],
 )
-def test_what_is_no_timing_is_refused(changes: dict[str, Any]) -> None:
+def test_malformed_timing_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not a timing"):
         Timing.from_json({**timing().to_json(), **changes})
 
 
-def test_a_missing_field_is_named() -> None:
+def test_missing_field_is_named() -> None:
     value = timing().to_json()
     del value["loops"]
     with pytest.raises(ValueError, match=r"not a timing.*loops"):
@@ -405,7 +405,7 @@ def test_contradictory_settings_are_refused(settings: dict[str, Any]) -> None:
         TimerConfig(**settings)
 
 
-def test_nothing_to_measure_is_refused() -> None:
+def test_measuring_no_item_is_refused() -> None:
     machine = Machine()
     with pytest.raises(ValueError, match="given 0 and 1"):
         machine.measure({}, TimerConfig())
@@ -429,7 +429,7 @@ def test_pinning_is_undone() -> None:
         pass
 
 
-def test_where_pinning_is_impossible_no_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_pinning_yields_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 

@@ -1,4 +1,4 @@
-"""A kit packed, run by a Python that gets nothing but the zip, and unpacked; and results that lie."""
+"""Kits: packing, running in a Python with nothing but the zip, reading the result, invalid results."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ def space() -> Space:
 
 
 def run_kit(kit: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """As a person does on the device; -I keeps this repository off the path."""
+    """Run a kit as a user does on the device; -I keeps this repository off the path."""
     command = [sys.executable, "-I", str(kit), "--out", str(out), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
@@ -59,7 +59,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_probe_needs_only_an_old_python_numpy_and_onnxruntime() -> None:
+def test_device_runner_needs_only_python_3_8_numpy_and_onnxruntime() -> None:
     own = {part.__name__ for part in DEVICE_MODULES}
     for part in DEVICE_MODULES:
         tree = ast.parse(Path(str(part.__file__)).read_text(), feature_version=(3, 8))
@@ -70,7 +70,7 @@ def test_the_probe_needs_only_an_old_python_numpy_and_onnxruntime() -> None:
         assert outside <= {"latency", "numpy", "onnxruntime"}
 
 
-def test_a_kit_is_small_and_a_result_makes_a_card(measured: Path) -> None:
+def test_kit_is_small_and_its_result_makes_a_card(measured: Path) -> None:
     assert (measured / "kit.zip").stat().st_size < 20 * 2**20
     with zipfile.ZipFile(measured / "kit.zip") as kit:
         assert all(not name.startswith(("/", "..")) for name in kit.namelist())
@@ -89,7 +89,7 @@ def test_a_kit_is_small_and_a_result_makes_a_card(measured: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
 @pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
-def test_a_kit_of_another_precision_draws_bytes(precision: str, tmp_path: Path) -> None:
+def test_kit_of_another_precision_draws_integer_weights(precision: str, tmp_path: Path) -> None:
     config = QUICK.model_copy(update={"precision": precision, "workloads": ("decode@16",)})
     folder = tmp_path / "devices" / "far"
     pack(space(), folder, config, tmp_path / "kit.zip")
@@ -106,7 +106,7 @@ def test_a_kit_of_another_precision_draws_bytes(precision: str, tmp_path: Path) 
     assert load_card(tmp_path / "devices", "far").predictor_path("tiny", "onnxruntime", 1, precision).exists()
 
 
-def test_an_unplugged_device_goes_on(measured: Path, tmp_path: Path) -> None:
+def test_interrupted_kit_resumes(measured: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     process = subprocess.Popen(
         [sys.executable, "-I", str(measured / "kit.zip"), "--out", str(out)], stderr=subprocess.DEVNULL
@@ -127,12 +127,12 @@ def test_an_unplugged_device_goes_on(measured: Path, tmp_path: Path) -> None:
 
 
 def packed_for(measured: Path, folder: Path) -> Path:
-    """The folder of a card-to-be, for which the same kit was packed."""
+    """The folder of a future card, with the manifest of the same kit."""
     folder.mkdir(parents=True)
     return Path(shutil.copy(measured / "devices" / "far" / "kit.json", folder)).parent
 
 
-def test_what_a_device_lacks_stays_out(measured: Path, tmp_path: Path) -> None:
+def test_unsupported_mixer_is_left_out(measured: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = run_kit(measured / "kit.zip", out, "--refuse", "linear")
     assert done.returncode == 0, done.stderr
@@ -158,14 +158,14 @@ def first_timing(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def faster(value: dict[str, Any]) -> None:
-    """Every time a millionth of what it was, and consistent."""
+    """Divide all times by a million, consistently."""
     for group in value["groups"]:
         for timing in group["timings"].values():
             for series in ("raw", "values"):
                 timing[series] = [t * 1e-6 for t in timing[series]]
 
 
-LIES: dict[str, tuple[Callable[[str], str], str]] = {
+INVALID_RESULTS: dict[str, tuple[Callable[[str], str], str]] = {
     "truncated": (lambda text: text[: len(text) // 2], "not a result"),
     "edited": (lambda text: text.replace('"threads": 1', '"threads": 2'), "changed since it was measured"),
     "another kit": (
@@ -233,9 +233,9 @@ def change(text: str, how: Callable[[dict[str, Any]], object]) -> str:
     return with_checksum(value)
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_result_that_lies_is_refused_in_one_line(lie: str, measured: Path, tmp_path: Path) -> None:
-    how, expected = LIES[lie]
+@pytest.mark.parametrize("case", INVALID_RESULTS)
+def test_invalid_result_is_refused_in_one_line(case: str, measured: Path, tmp_path: Path) -> None:
+    how, expected = INVALID_RESULTS[case]
     path = tmp_path / "result.json"
     path.write_text(how((measured / "result.json").read_text()))
     packed_for(measured, tmp_path / "devices" / "far")
@@ -245,7 +245,7 @@ def test_a_result_that_lies_is_refused_in_one_line(lie: str, measured: Path, tmp
     assert not (tmp_path / "devices" / "far" / "device.json").exists()
 
 
-def test_a_hundred_megabytes_are_not_read(measured: Path, tmp_path: Path) -> None:
+def test_oversized_result_is_not_read(measured: Path, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     with path.open("wb") as file:
         file.truncate(100 * 2**20)
@@ -254,15 +254,15 @@ def test_a_hundred_megabytes_are_not_read(measured: Path, tmp_path: Path) -> Non
         unpack(space(), tmp_path / "devices" / "far", path)
 
 
-def test_the_same_kit_is_packed_twice(tmp_path: Path) -> None:
+def test_packing_twice_gives_the_same_kit(tmp_path: Path) -> None:
     first = pack(space(), tmp_path / "a", QUICK, tmp_path / "a.zip")
     second = pack(space(), tmp_path / "b", QUICK, tmp_path / "b.zip")
     assert first.kit == second.kit
     assert Workload.parse("prefill@16") in QUICK.parsed(space())
 
 
-def test_a_card_is_extended_and_never_mixed(measured: Path, tmp_path: Path) -> None:
-    """The same kit again keeps the card's anchor; another device's card is refused and stays as it is."""
+def test_card_is_extended_but_not_by_another_device(measured: Path, tmp_path: Path) -> None:
+    """The same kit again keeps the card's units; the result of another device is refused."""
     folder = packed_for(measured, tmp_path / "devices" / "far")
     unpack(space(), folder, measured / "result.json")
     first = load_card(tmp_path / "devices", "far")
@@ -278,12 +278,12 @@ def test_a_card_is_extended_and_never_mixed(measured: Path, tmp_path: Path) -> N
         unpack(space(), folder, tmp_path / "other.json")
 
 
-def test_a_space_without_plain_models_is_packed(tmp_path: Path) -> None:
+def test_space_without_plain_models_is_packed(tmp_path: Path) -> None:
     linear = tiny_space(mixer=["linear", "retnet"], ratios=["linear"], ffn=[16, 32], depth=[1, 2, 3])
     assert pack(linear, tmp_path / "far", QUICK, tmp_path / "kit.zip").models == 4 + 2 + 3 + 1
 
 
-def test_a_space_of_too_few_architectures_is_refused(tmp_path: Path) -> None:
+def test_space_of_too_few_architectures_is_refused(tmp_path: Path) -> None:
     few = tiny_space(mixer=["attention"], ratios=["full"], width=[16], heads=[1], ffn=[16], depth=[1, 2])
     with pytest.raises(InputError, match="at least 3 of each are needed"):
         pack(few, tmp_path / "far", QUICK, tmp_path / "kit.zip")

@@ -1,4 +1,4 @@
-"""What is measured: seeds of every kind, stacks as large as models, and an end when the budget is spent."""
+"""Choice of measurements: initial design, stack heights, budget."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ STACKED = [(space, op) for space in (SMALL, LARGE) for op in space_ops(space)[::
 @pytest.mark.parametrize(
     ("space", "op"), STACKED, ids=lambda value: value.name if isinstance(value, Space) else value.key
 )
-def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(space: Space, op: Op) -> None:
+def test_stack_holds_the_bytes_of_a_model_or_more_than_a_cache(space: Space, op: Op) -> None:
     low, high = stack_heights(space, op, DECODE)
     assert 2 <= low < high <= STACK_HEIGHTS[1]
     drawn = variation.sample(space, np.random.default_rng(3), 2000)
@@ -41,7 +41,7 @@ def test_a_stack_holds_what_a_model_of_its_width_holds_or_more_than_a_cache(spac
     assert stack_heights(space, op, PREFILL)[1] == STACK_HEIGHTS[0]
 
 
-def test_stacks_follow_the_median_model_where_that_is_large() -> None:
+def test_stacks_hold_the_bytes_of_a_large_median_model() -> None:
     ends = [
         stack_heights(LARGE, op, DECODE)[1] * op_held_bytes(op, DECODE, LARGE.config)
         for op in space_ops(LARGE)
@@ -49,7 +49,7 @@ def test_stacks_follow_the_median_model_where_that_is_large() -> None:
     assert max(ends) > 2 * 12 * 2**20
 
 
-def test_seeds_are_of_every_kind_and_phase_and_vary_in_every_size() -> None:
+def test_initial_design_has_every_kind_and_phase_and_varies_every_size() -> None:
     points = [(op, w) for op in space_ops(SMALL) for w in (DECODE, PREFILL, Workload.parse("decode@64"))]
     chosen = initial_design(points)
     assert len(chosen) < len(points) / 2
@@ -60,7 +60,7 @@ def test_seeds_are_of_every_kind_and_phase_and_vary_in_every_size() -> None:
         assert ((np.ptp(some, axis=0) > 0) == (np.ptp(all_of, axis=0) > 0)).all()
 
 
-def test_stacks_are_shared_by_the_workloads_that_want_their_height() -> None:
+def test_workloads_of_one_height_share_a_stack() -> None:
     op = Op(kind="ffn", width=96, ffn=128)
     found = stacks(SMALL, [(op, DECODE), (op, PREFILL)], [(op, DECODE)])
     low, high = stack_heights(SMALL, op, DECODE)
@@ -75,7 +75,7 @@ def many_shapes() -> Space:
     )
 
 
-def test_a_budget_ends_the_ops_and_progress_says_what_is_known(tmp_path: Path) -> None:
+def test_budget_ends_the_ops_and_progress_tells_their_accuracy(tmp_path: Path) -> None:
     config = ProfileConfig(
         workloads=("decode@16",), block_ms=0.2, min_rounds=2, op_rounds=2, max_rounds=2, optimal_models=4,
         random_models=2, held_out_models=3, repeated_models=1, max_noise=None, op_error=1e-6, group=8,
@@ -91,11 +91,11 @@ def test_a_budget_ends_the_ops_and_progress_says_what_is_known(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 1.5), ("10m", 10.0), ("1.5h", 90.0)])
-def test_a_budget_is_a_time(text: str, expected: float) -> None:
+def test_budget_is_parsed_as_minutes(text: str, expected: float) -> None:
     assert minutes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "10", "m", "-1m", "0s", "1d", "1m30s", "nan m"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_malformed_budget_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected a time above 0 such as 90s, 10m"):
         minutes(text)

@@ -1,4 +1,4 @@
-"""Peak memory: a law is recovered, and a real session needs at least what it holds."""
+"""Peak memory: a known law is recovered, and larger sessions measure larger."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def law(genomes: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
-def test_a_known_law_is_recovered() -> None:
+def test_known_law_is_recovered() -> None:
     rng = np.random.default_rng(0)
     fitted, others = variation.sample(SPACE, rng, 30), variation.sample(SPACE, rng, 100)
     model = fit_memory(SPACE, W, fitted, law(fitted), others, law(others))
@@ -41,7 +41,7 @@ def test_a_known_law_is_recovered() -> None:
 
 
 @pytest.mark.skipif(not rss.is_supported(), reason="only Linux tells a process's peak memory")
-def test_a_real_session_takes_more_where_it_holds_more() -> None:
+def test_larger_model_has_larger_rss() -> None:
     large = tiny_space(width=[64, 256], ffn=[0, 1024], depth=[1, 4], heads=[2], max_seq_len=64)
     small_, large_ = genome.smallest(large), genome.largest(large)
     runtime = OnnxRuntime(1)
@@ -51,7 +51,7 @@ def test_a_real_session_takes_more_where_it_holds_more() -> None:
 
 
 @pytest.mark.skipif(not rss.is_supported(), reason="only Linux tells a process's peak memory")
-def test_what_does_not_run_is_said_in_one_line(tmp_path: Path) -> None:
+def test_model_that_does_not_run_gives_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no model")
     with pytest.raises(OSError, match=r"model\.onnx does not run") as caught:

@@ -1,4 +1,4 @@
-"""The model of op latencies on laws that are known, and its algebra against scikit-learn and brute force."""
+"""The op model on known laws, and its algebra against scikit-learn and brute force."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def mape(model: OpModel, wanted: Observations) -> float:
     return float(np.abs(np.exp(mean) / wanted.seconds - 1).mean())
 
 
-def test_a_smooth_law_is_learned_from_sixty_shapes() -> None:
+def test_smooth_law_is_learned_from_sixty_shapes() -> None:
     seen, wanted = law(60, 0, noise=0.003), law(400, 1)
     rates = fit_rates(seen.work, seen.seconds)
     assert (rates >= 0).all()
@@ -42,7 +42,7 @@ def test_a_smooth_law_is_learned_from_sixty_shapes() -> None:
     assert error < roofline / 3
 
 
-def test_slow_rows_do_not_bend_it() -> None:
+def test_slow_rows_do_not_change_the_fit() -> None:
     wanted = law(400, 1)
     clean = mape(fit_op_model(law(80, 0, noise=0.003)), wanted)
     spoilt = mape(fit_op_model(law(80, 0, noise=0.003, slow=0.2)), wanted)
@@ -50,7 +50,7 @@ def test_slow_rows_do_not_bend_it() -> None:
     assert spoilt < clean + 0.02
 
 
-def test_intervals_hold_what_was_not_seen() -> None:
+def test_intervals_cover_unseen_shapes() -> None:
     model, wanted = fit_op_model(law(25, 2, noise=0.01)), law(400, 3)
     mean, covariance = model.predict(wanted.features, wanted.work)
     off = np.abs(np.log(wanted.seconds) - mean) / np.sqrt(np.diag(covariance) + model.white)
@@ -62,7 +62,7 @@ def process() -> Process:
     return fit_op_model(law(20, 4, noise=0.01)).processes[0]
 
 
-def test_the_posterior_is_scikit_learns(process: Process) -> None:
+def test_posterior_equals_scikit_learn(process: Process) -> None:
     theirs = GaussianProcessRegressor(process.kernel, alpha=process.noise, optimizer=None)
     theirs.fit(process.inputs, process.residuals)
     wanted = law(30, 5).features
@@ -72,7 +72,7 @@ def test_the_posterior_is_scikit_learns(process: Process) -> None:
     np.testing.assert_allclose(ours[1], covariance, atol=1e-9)
 
 
-def test_left_out_densities_are_those_of_leaving_out(process: Process) -> None:
+def test_loo_densities_equal_refits(process: Process) -> None:
     for i, density in enumerate(process.loo_log_density()):
         keep = np.arange(len(process.residuals)) != i
         rest = replace(
@@ -87,14 +87,14 @@ def test_left_out_densities_are_those_of_leaving_out(process: Process) -> None:
         assert density == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_a_model_survives_its_file(process: Process) -> None:
+def test_process_round_trips_through_json(process: Process) -> None:
     again = Process.from_json(json.loads(json.dumps(process.to_json())))
     wanted = law(10, 6).features
     for ours, theirs in zip(process.posterior(wanted), again.posterior(wanted), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_known_device_helps_where_it_is_alike_and_is_ignored_where_not() -> None:
+def test_known_device_helps_if_alike_and_is_ignored_if_not() -> None:
     seen, wanted = law(12, 7, noise=0.003), law(300, 8)
 
     def known(rows: Observations) -> Observations:
@@ -116,7 +116,7 @@ def test_a_known_device_helps_where_it_is_alike_and_is_ignored_where_not() -> No
     assert mape(model, noise[1]) < 1.5 * mape(fit_op_model(seen), wanted)
 
 
-def test_what_tells_most_is_what_brute_force_finds() -> None:
+def test_expected_variance_reduction_equals_brute_force() -> None:
     rng = np.random.default_rng(0)
     points = rng.uniform(0, 8, (12, 2))
     covariance = np.asarray(kernel(2)(points))

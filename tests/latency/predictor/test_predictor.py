@@ -1,4 +1,4 @@
-"""The predictor on latencies whose law is known."""
+"""The predictor on latencies that follow a known law."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,7 +88,7 @@ def fitted_to(law: Law, times: dict[Workload, OpTimes], train: Any, held: Any) -
     return fit_predictor(space(), UNMEASURED, times, models, tested, {W: 1.0})
 
 
-def test_a_known_law_is_recovered() -> None:
+def test_known_law_is_recovered() -> None:
     predictor, held, ops = fitted(noise=0.0)
     predicted = predictor.cost(W)(held)
     assert np.abs(predicted / truth(held, ops, 0.0, 0) - 1).max() < 0.02
@@ -99,7 +99,7 @@ def test_a_known_law_is_recovered() -> None:
     assert errors.test.held_out.mape_percent < errors.test.flops_and_params.mape_percent / 2
 
 
-def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() -> None:
+def test_coefficients_are_not_negative_and_near_the_prior() -> None:
     rng = np.random.default_rng(0)
     ops = op_seconds()
     design = design_matrix(space(), OpTimes(W, ops), variation.sample(space(), rng, 8))
@@ -111,7 +111,7 @@ def test_coefficients_are_not_negative_and_stay_near_the_prior_without_data() ->
     assert np.abs(coefficients[2:-5] - 1).max() < 0.05
 
 
-def test_a_noisy_timing_counts_less() -> None:
+def test_noisy_timing_counts_less() -> None:
     ops, rng = op_seconds(), np.random.default_rng(0)
     design = design_matrix(space(), OpTimes(W, ops), variation.sample(space(), rng, 20))
     exact = design[:, 2:-5].sum(axis=1)
@@ -122,7 +122,7 @@ def test_a_noisy_timing_counts_less() -> None:
     assert found[1] < found[0] / 3
 
 
-def test_leave_one_out_leaves_one_out() -> None:
+def test_leave_one_out_equals_a_fit_to_the_others() -> None:
     ops = op_seconds()
     genomes = variation.sample(space(), np.random.default_rng(0), 20)
     design, seconds = design_matrix(space(), OpTimes(W, ops), genomes), truth(genomes, ops, 0.01, 0)
@@ -134,7 +134,7 @@ def test_leave_one_out_leaves_one_out() -> None:
     assert residuals[7] == pytest.approx(seconds[7] / alone - 1)
 
 
-def test_upper_is_the_mean_times_one_factor_and_covers() -> None:
+def test_upper_is_the_mean_times_one_factor_and_has_its_coverage() -> None:
     covered = []
     for seed in range(6):
         predictor, held, ops = fitted(noise=0.02, seed=seed)
@@ -152,7 +152,7 @@ def test_upper_is_the_mean_times_one_factor_and_covers() -> None:
     assert certain.factor(W, 0.9) - 1 == pytest.approx(0.02 * np.sort(predictor.residuals)[-4], rel=0.5)
 
 
-def test_saved_and_read_and_refused(tmp_path: Path) -> None:
+def test_predictor_round_trips_and_refuses_other_spaces(tmp_path: Path) -> None:
     predictor, held, _ = fitted()
     path = tmp_path / "p.json"
     predictor.save(path, {})
@@ -171,7 +171,7 @@ def test_saved_and_read_and_refused(tmp_path: Path) -> None:
             load_predictor(path, space(), "formfit profile")
 
 
-def test_accuracy_by_hand() -> None:
+def test_accuracy_equals_hand_computation() -> None:
     found = accuracy(np.array([1.0, 2.1, 3.0]), np.array([1.0, 2.0, 4.0]))
     assert found.mape_percent == pytest.approx(100 * (0 + 0.05 + 0.25) / 3)
     assert found.within_10_percent == pytest.approx(2 / 3)
@@ -179,7 +179,7 @@ def test_accuracy_by_hand() -> None:
     assert found.spearman == pytest.approx(1.0)
 
 
-def test_d_optimal_beats_random_choices() -> None:
+def test_d_optimal_has_more_information_than_random_choices() -> None:
     rng = np.random.default_rng(0)
     pool = np.exp(rng.standard_normal((200, 5)))
     chosen = d_optimal([pool], 10)
@@ -192,7 +192,7 @@ def test_d_optimal_beats_random_choices() -> None:
     assert all(information(rng.choice(200, 10, replace=False)) < best for _ in range(200))
 
 
-def test_what_full_attention_shares_is_paid_once() -> None:
+def test_attention_constant_counts_once_per_model() -> None:
     ops = op_seconds()
     rng = np.random.default_rng(0)
     train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 100)
@@ -207,7 +207,7 @@ def test_what_full_attention_shares_is_paid_once() -> None:
     assert predictor.models[W].errors.test.held_out.mape_percent < 1.5
 
 
-def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
+def test_hinges_are_fitted_and_the_cost_is_their_maximum() -> None:
     """A law with a hinge: beyond some bytes, each more costs; the cost is the greatest of sums."""
     ops, rng = op_seconds(), np.random.default_rng(0)
     train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
@@ -229,7 +229,7 @@ def test_models_that_hold_more_pay_for_it_and_limits_see_it() -> None:
     assert cost(held) == pytest.approx(parts[0] + over @ model.hinges)
 
 
-def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_is_fitted_and_caps_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A law of a cache: up to some bytes nothing is fetched, from twice as many on everything is."""
     monkeypatch.setattr(composition, "CACHE_SIZES", tuple(2**10 * 2 ** (i / 2) for i in range(20)))
     ops, rng = op_seconds(), np.random.default_rng(0)
@@ -266,7 +266,7 @@ def test_models_that_a_cache_holds_save_and_limits_see_it(monkeypatch: pytest.Mo
     assert without.cost(W).min_with is None
 
 
-def test_a_saving_survives_its_file(tmp_path: Path) -> None:
+def test_saving_round_trips_through_its_file(tmp_path: Path) -> None:
     predictor, _, _ = fitted()
     saving = Saving(1e6, 3e6, 2e-11)
     changed = replace(predictor, models={W: replace(predictor.models[W], saving=saving)})

@@ -1,4 +1,4 @@
-"""A machine on which the same work differs makes no claims."""
+"""The reference work and the refusal of noisy machines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from space import InputError, ModelConfig, Workload
 from space.ops import Op
 
 
-class Unfair(OnnxRuntime):
-    """Some sessions run their work twice: what a machine does to whoever comes at the wrong time."""
+class Disturbed(OnnxRuntime):
+    """A runtime with disturbances: every third session runs its work twice."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -31,13 +31,13 @@ class Unfair(OnnxRuntime):
         return {w: slowed(run) for w, run in super().stack(op, height, workloads, model_config).items()}
 
 
-def test_a_noisy_machine_is_refused_with_advice() -> None:
+def test_noisy_machine_is_refused_with_advice() -> None:
     with pytest.raises(
         InputError, match=r"too noisy for claims.*differs by \d+.*stop other programs"
     ) as caught:
-        require_stable(time_references(Unfair()), 0.1)
+        require_stable(time_references(Disturbed()), 0.1)
     assert "\n" not in str(caught.value)
 
 
-def test_noise_is_a_relative_difference() -> None:
+def test_aa_difference_is_relative() -> None:
     assert 0 < require_stable(time_references(OnnxRuntime(1)), 9.0) < 1

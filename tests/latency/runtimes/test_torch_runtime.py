@@ -1,4 +1,4 @@
-"""torch as a runtime: every op and model runs, and a profile makes a card; on a GPU where there is one."""
+"""torch as a runtime: ops, models and profiles; on a GPU if there is one."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_whole_models_run_in_every_workload() -> None:
             run(1)
 
 
-def test_a_profile_makes_a_card_of_its_own(tmp_path: Path) -> None:
+def test_profile_of_torch_makes_a_card(tmp_path: Path) -> None:
     small = tiny_space(width=[16], heads=[1], depth=[1, 2, 3])
     predictor = profile(small, tmp_path, "here", ProfileConfig(**QUICK, runtime="torch"))
     card = load_card(tmp_path, "here")
@@ -72,7 +72,7 @@ def test_compiled_models_run() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_profiled(tmp_path: Path) -> None:
+def test_gpu_is_profiled(tmp_path: Path) -> None:
     config = ProfileConfig(
         **{**QUICK, "block_ms": 5.0, "min_rounds": 8, "max_rounds": 8}, runtime="torch-cuda"
     )
