@@ -44,7 +44,7 @@ def mixer_table(names: Iterable[str]) -> tuple[str, set[str]]:
                 "which a Hugging Face folder needs; extract it with --format onnx"
             )
         imports.add((place, name))
-        return name
+        return _alias(place, name)
 
     lines = []
     for mixer in map(MIXERS.get, names):
@@ -56,7 +56,12 @@ def mixer_table(names: Iterable[str]) -> tuple[str, set[str]]:
     text = [
         '"""The mixers of this file by name: the part of formfit\'s registry that runs a model."""',
         "from types import SimpleNamespace",
-        *(f"from {place} import {name}" for place, name in sorted(imports)),
+        *(f"from {place} import {name} as {_alias(place, name)}" for place, name in sorted(imports)),
         *("MIXERS = {", *lines, "}"),
     ]
     return "\n".join(text) + "\n", {place.split(".")[0] for place, _ in imports}
+
+
+def _alias(place: str, name: str) -> str:
+    """A name that functions of two modules do not share; MixerCall and the types keep theirs."""
+    return name if place == "space.mixers.mixer" else f"{place.replace('.', '_')}_{name}"

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import re
+import symtable
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +26,17 @@ class Sources:
     packages: Collection[str] = ()
     replaced: Mapping[str, str] = field(default_factory=dict)
 
+    def is_ours(self, module: str) -> bool:
+        """Whether a module is of formfit."""
+        return module.split(".")[0] in OURS
+
     def own(self, module: str) -> bool:
         """Whether definitions of a module are copied, not imported."""
-        package = module.split(".")[0]
-        return package in OURS or package in self.packages
+        return self.is_ours(module) or module.split(".")[0] in self.packages
 
     def path(self, module: str) -> Path | None:
         """The file of a module; None if there is none."""
-        if module.split(".")[0] in OURS:
+        if self.is_ours(module):
             place = self.folder / module.replace(".", "/")
             found = [p for p in (place.with_suffix(".py"), place / "__init__.py") if p.exists()]
             return found[0] if found else None
@@ -75,6 +80,9 @@ class Names:
     whole: dict[str, str] = field(default_factory=dict)
     others: dict[str, set[str]] = field(default_factory=dict)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.ours or name in self.others
+
     def add(self, node: ast.Import | ast.ImportFrom, sources: Sources) -> None:
         """Take over the names of an import statement.
 
@@ -111,19 +119,70 @@ class Definition:
     node: ast.stmt
     names: Names
 
-    def members(self, whole: Mapping[str, str]) -> Iterator[tuple[str, str, int, int]]:
-        """Uses of a member of a module: (module's name, member, line, column).
+    def members(self, whole: Collection[str]) -> Iterator[tuple[str, str, ast.Attribute]]:
+        """Uses of a member of a module: (the module's name, the member, the expression).
 
         Args:
-            whole: by name, the modules of ours that are imported as such.
+            whole: names of modules that are imported as such.
         """
         for node in ast.walk(ast.parse(self.text)):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id in whole
-            ):
-                yield node.value.id, node.attr, node.lineno, node.col_offset
+            if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+                continue
+            if node.value.id in whole:
+                yield node.value.id, node.attr, node
+
+    def renamed(self, names: Mapping[str, str]) -> str:
+        """The text with other names for what it defines and uses.
+
+        Args:
+            names: new names by old ones, also of members (``part.name``).
+
+        Raises:
+            ValueError: an old name means something else in a part of the text, or stands in an f-string.
+        """
+        modules = {name.split(".")[0] for name in names if "." in name}
+        edits: list[tuple[ast.expr, str]] = [
+            (node, f"{of}.{what}") for of, what, node in self.members(modules)
+        ]
+        edits += [
+            (n, n.id) for n in ast.walk(ast.parse(self.text)) if isinstance(n, ast.Name) and n.id in names
+        ]
+        hidden = bound_names(self.text) & names.keys()
+        if hidden:
+            raise ValueError(f"{', '.join(sorted(hidden))} has two meanings in one definition")
+        lines = [line.encode() for line in self.text.split("\n")]  # columns count bytes
+        for node, old in sorted(edits, key=lambda edit: -edit[0].col_offset):  # from right to left
+            row, start = lines[node.lineno - 1], node.col_offset
+            if not row[start:].startswith(old.encode()):
+                raise ValueError(f"{old} stands where it cannot be renamed")
+            lines[node.lineno - 1] = row[:start] + names[old].encode() + row[start + len(old.encode()) :]
+        text = b"\n".join(lines).decode()
+        if isinstance(self.node, ast.FunctionDef | ast.ClassDef) and self.node.name in names:
+            pattern = rf"(?m)^(def |class ){self.node.name}\b"
+            text = re.sub(pattern, rf"\g<1>{names[self.node.name]}", text, count=1)
+        return text
+
+
+def free_names(text: str) -> set[str]:
+    """The names that a text uses and does not itself bind where it uses them."""
+
+    def of(table: symtable.SymbolTable) -> set[str]:
+        top = table.get_type() == "module"
+        found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+        return found.union(*map(of, table.get_children()))
+
+    return of(symtable.symtable(text, "definition", "exec"))
+
+
+def bound_names(text: str) -> set[str]:
+    """The names that are bound inside the definitions of a text."""
+
+    def of(table: symtable.SymbolTable) -> set[str]:
+        return {s.get_name() for s in table.get_symbols() if s.is_local()}.union(
+            *map(of, table.get_children())
+        )
+
+    return set().union(*map(of, symtable.symtable(text, "definition", "exec").get_children()))
 
 
 class Module:
