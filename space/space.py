@@ -289,7 +289,7 @@ class Space(BaseModel):
         """FFN sizes, ascending; the first is always 0, for layers without an FFN."""
         return self.layer.ffn if self.layer.ffn[0] == 0 else (0, *self.layer.ffn)
 
-    @property
+    @cached_property
     def max_linear_kinds(self) -> int:
         """Greatest number of distinct linear mixers in an architecture."""
         kinds = {m for m in self.layer.mixer if m != "none" and self.mixer_class(m) == "linear"}
