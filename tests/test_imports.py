@@ -19,8 +19,8 @@ PACKAGES = {
 }
 # Modules that count as nodes of their own: mixers write graphs, and the graph of a model is made of mixers.
 OWN_NODES = {"space/onnx/block.py": "onnx.block", "space/onnx/graph.py": "onnx.graph"}
-# By package and node (a sub-package, or a module beside them), the nodes that it imports anywhere in its files,
-# for type checkers too. The public names of a package's own __init__ are left out.
+# By package and node (a sub-package, or a module beside them), the nodes that its files import anywhere, for
+# type checkers too. The public names of a package's own __init__ are left out.
 EDGES: dict[str, dict[str, str]] = {
     "space": {
         "io": "",
