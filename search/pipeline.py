@@ -17,13 +17,10 @@ from search.audit.audit import AuditConfig, audit
 from search.audit.page import CORRELATION_COLUMNS, audit_section, correlation_rows
 from search.audit.result import AuditResult
 from search.config import Run, open_run
-from search.engine.front import Choice, Front, Member
-from search.engine.run import search_supernet
-from search.report.images import write_images
-from search.report.page import figures, write_report
+from search.report.page import report_search
 from search.report.summary import SUMMARY, Summary, TextQuality, VerifiedMember
 from search.select.measured_search import require_kept, run_measured_search
-from search.select.measurements import MeasuredSearch
+from search.select.verified_picks import VerifiedPicks, verify_picks
 from search.select.verifier import Verifier
 from space import genome
 from space.io.artefact import canonical_json, digest
@@ -44,7 +41,6 @@ __all__ = [
     "execute",
     "profiled",
     "rewrite_report",
-    "searched",
     "summarised",
     "text_quality",
     "trained",
@@ -67,9 +63,9 @@ def execute(run: Run, reporter: Reporter) -> Summary:
     corpus = load_corpus(run.config.train.data)
     checkpoint = trained(run, reporter, corpus)
     predictor = profiled(run, reporter)
-    measured, results = verified(run, reporter, checkpoint, predictor, corpus)
-    summary = summarised(run, checkpoint, corpus, predictor, measured, results)
-    require_kept(measured)
+    picks = verified(run, reporter, checkpoint, predictor, corpus)
+    summary = summarised(run, checkpoint, corpus, predictor, picks)
+    require_kept(picks.measured)
     return summary
 
 
@@ -132,34 +128,9 @@ def profiled(run: Run, reporter: Reporter) -> Predictor:
         )
 
 
-def searched(
-    run: Run, reporter: Reporter, checkpoint: Checkpoint, predictor: Predictor, corpus: Corpus
-) -> Front:
-    """Search the supernet, unless its front exists.
-
-    Args:
-        run: its folder and configuration.
-        reporter: shows the progress.
-        checkpoint: the supernet's last.
-        predictor: of this machine.
-        corpus: of the run.
-
-    Raises:
-        InfeasibleError: no architecture can meet the limits.
-    """
-    card = load_card(run.devices, run.config.device)
-    return search_supernet(
-        run.folder / "searches" / card.name,
-        run.trained(checkpoint, corpus),
-        {card.name: predictor},
-        run.config.search,
-        reporter,
-    )
-
-
 def verified(
     run: Run, reporter: Reporter, checkpoint: Checkpoint, predictor: Predictor, corpus: Corpus
-) -> tuple[MeasuredSearch, dict[str, VerifiedMember]]:
+) -> VerifiedPicks:
     """Run the measured search, and verify the picks.
 
     Args:
@@ -169,9 +140,6 @@ def verified(
         predictor: of this machine.
         corpus: of the run.
 
-    Returns:
-        The measured search, and the verified members by pick; the first is ``chosen``.
-
     Raises:
         InfeasibleError: no architecture can meet the limits.
     """
@@ -179,26 +147,11 @@ def verified(
     verifier = Verifier(run.folder / "submodels", run.trained(checkpoint, corpus), card, run.config.verify)
     folder = run.folder / "searches" / card.name
     measured = run_measured_search(folder, verifier, {card.name: predictor}, run.config.search, reporter)
-    front, finalists = Front.read(folder / "front.json"), measured.finalists
-    picked: dict[str, tuple[Member, Choice]] = {"chosen": (measured.chosen.member, measured.chosen.choice)}
-    for pick in run.config.picks:
-        member = front.member(pick)
-        finalist = finalists.get(member.key)
-        picked[pick] = (finalist.member, finalist.choice) if finalist else (member, front.choice(member))
-    results = {}
-    for pick, (member, choice) in picked.items():
-        submodel = verifier.extract(member.architecture, choice)
-        results[pick] = VerifiedMember.of(member, verifier.verify(submodel, reporter))
-    return measured, results
+    return verify_picks(folder, verifier, measured, run.config.picks, reporter)
 
 
 def summarised(
-    run: Run,
-    checkpoint: Checkpoint,
-    corpus: Corpus,
-    predictor: Predictor,
-    measured: MeasuredSearch,
-    results: Mapping[str, VerifiedMember],
+    run: Run, checkpoint: Checkpoint, corpus: Corpus, predictor: Predictor, picks: VerifiedPicks
 ) -> Summary:
     """Write ``summary.json`` and the report, unless they exist.
 
@@ -207,15 +160,13 @@ def summarised(
         checkpoint: the supernet's last.
         corpus: of the run.
         predictor: of this machine.
-        measured: the measured search.
-        results: verified members by pick; ``chosen`` is one.
+        picks: verified members.
     """
     card = load_card(run.devices, run.config.device)
-    folder = run.folder / "searches" / card.name
-    front = Front.read(folder / "front.json")
+    results = {pick: VerifiedMember.of(*member) for pick, member in picks.members.items()}
     inputs = {
         "supernet": checkpoint.digest,
-        "front": digest(canonical_json([member.to_json() for member in front.members])),
+        "front": digest(canonical_json([member.to_json() for member in picks.front.members])),
         "verified": digest(canonical_json([member.to_json() for member in results.values()])),
     }
     path = run.folder / "summary.json"
@@ -228,16 +179,16 @@ def summarised(
         device=card.name,
         fingerprint=card.fingerprint.to_json(),
         text=text_quality(run, checkpoint, corpus, chosen.member.loss_nats),
-        predictor={str(w): m.errors.to_json() for w, m in predictor.models.items() if m.errors},
-        front=front.members,
-        rounds=len(measured.rounds),
+        predictor={str(w): model.errors for w, model in predictor.models.items() if model.errors},
+        front=picks.front.members,
+        rounds=len(picks.measured.rounds),
         chosen=chosen,
         verified=results,
         inputs=inputs,
     )
     summary.write(path)
     audited = audit_section(run.folder, checkpoint.digest)
-    write_report(folder / "report.html", run.space, front, summary, card, audited)
+    report_search(run.folder / "searches" / card.name, run.space, summary, card, audited)
     return summary
 
 
@@ -289,9 +240,6 @@ def rewrite_report(folder: Path, devices: Path, png: Path | None = None) -> list
         InputError: the run is not finished, or images cannot be drawn on this machine.
     """
     run, summary = open_run(folder, devices), Summary.read(folder / "summary.json")
-    search = folder / "searches" / summary.device
-    front = Front.read(search / "front.json")
-    path = search / "report.html"
+    card = load_card(devices, summary.device)
     audited = audit_section(folder, summary.inputs["supernet"])
-    write_report(path, run.space, front, summary, load_card(devices, summary.device), audited)
-    return [path, *(write_images(png, figures(run.space, front, summary, search)) if png else [])]
+    return report_search(folder / "searches" / card.name, run.space, summary, card, audited, png)

@@ -105,6 +105,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) ->
     """A folder with ``run`` (trained and searched) and ``devices``."""
     from search import pipeline
     from search.config import Run, load_run_config
+    from search.engine.run import search_supernet
     from supernet.data.corpus import load_corpus
 
     folder = tmp_path_factory.mktemp("finished")
@@ -113,7 +114,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) ->
     corpus = load_corpus(run.config.train.data)
     checkpoint = pipeline.trained(run, Quiet(), corpus)
     predictor = pipeline.profiled(run, Quiet())
-    front = pipeline.searched(run, Quiet(), checkpoint, predictor, corpus)
+    front = search_supernet(
+        run.folder / "searches" / "desk", run.trained(checkpoint, corpus), {"desk": predictor},
+        run.config.search, Quiet(),
+    )  # fmt: skip
     assert json.loads(json.dumps(front.to_json())) == front.to_json()
     return folder
 

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from latency import Card
+from latency.predictor.accuracy import PredictorErrors
 from search.engine.front import Front
 from search.engine.verification import UNMEASURED, LimitResult
 from search.problem.metric import Metric, format_quantity
@@ -18,7 +19,8 @@ from search.report.figures import Drawn, layers_figure, prediction_figure, progr
 from search.report.front_figure import axis_of, front_figure, picked_members, quality_unit
 from search.report.history import evaluations, progress
 from search.report.html import page, section, table
-from search.report.summary import PredictorErrors, Summary, TextQuality, VerifiedMember
+from search.report.images import write_images
+from search.report.summary import Summary, TextQuality, VerifiedMember
 from space import Architecture, Space
 from space.io.artefact import write_text
 
@@ -230,19 +232,20 @@ def predictor_table(workloads: Mapping[str, PredictorErrors]) -> str:
     """Errors of the predictor on whole models that it was not fitted to.
 
     Args:
-        workloads: errors by workload.
+        workloads: errors by workload; those without held-out models are left out.
     """
     rows = [
         [
             escape(workload),
-            percent(errors.mape_percent),
-            percent(100 * errors.within_10_percent, 0),
-            "-" if errors.spearman is None else f"{errors.spearman:.4f}",
-            percent(errors.repeatability_percent),
-            percent(errors.flops_and_params_percent),
-            f"{errors.span:.1f}x",
+            percent(test.held_out.mape_percent),
+            percent(100 * test.held_out.within_10_percent, 0),
+            "-" if test.held_out.spearman is None else f"{test.held_out.spearman:.4f}",
+            percent(test.repeatability_mape_percent),
+            percent(test.flops_and_params.mape_percent),
+            f"{test.held_out.span:.1f}x",
         ]
         for workload, errors in workloads.items()
+        if (test := errors.test)
     ]
     columns = ["workload", "MAPE", "within 10%", "Spearman", "repeatability", "FLOPs+params", "span"]
     return table(columns, rows)
@@ -264,6 +267,30 @@ def text_section(text: TextQuality) -> str:
     cells = ["-" if value is None else f"{value:.3f}" for value in values.values()]
     note = f"{escape(str(text.source))}; {held_out} bytes held out."
     return f'{table(list(values), [cells])}<p class="note">{note}</p>'
+
+
+def report_search(
+    folder: Path, space: Space, summary: Summary, card: Card, more: str = "", png: Path | None = None
+) -> list[Path]:
+    """Write the report of a search into its folder, and optionally its figures as images.
+
+    Args:
+        folder: the search's.
+        space: that was searched.
+        summary: of the run.
+        card: the device's.
+        more: HTML at the end of the page.
+        png: folder of the images; None for none.
+
+    Returns:
+        The page, then the images.
+
+    Raises:
+        InputError: a file of the search cannot be read, or images cannot be drawn on this machine.
+    """
+    front, path = Front.read(folder / "front.json"), folder / "report.html"
+    write_report(path, space, front, summary, card, more)
+    return [path, *(write_images(png, figures(space, front, summary, folder)) if png else [])]
 
 
 def write_report(
@@ -296,7 +323,6 @@ def write_report(
     device = card.fingerprint
     machine = f"{device.cpu}, {device.runtime} {device.runtime_version}; profiled {str(card.measured)[:10]}"
     facts = search_facts(front, summary)
-    errors = {workload: PredictorErrors.from_json(value) for workload, value in summary.predictor.items()}
     body = [
         f'<p class="eyebrow">formfit: {title}</p><h1>{escape(headline(front, summary))}</h1>',
         f'<p class="note">{escape(machine)}</p>',
@@ -310,7 +336,7 @@ def write_report(
         noise_note(picks),
         section(drawn["progress"], more=facts) if "progress" in drawn else f"<h2>The search</h2>{facts}",
         "<h2>The predictor on held-out whole models</h2>",
-        predictor_table(errors),
+        predictor_table(summary.predictor),
         "<h2>Bits per byte on the same held-out text</h2>",
         text_section(summary.text),
         more,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latency.predictor.accuracy import PredictorErrors
 from search.engine.front import Member
 from search.engine.verification import LatencyComparison, LimitResult, Parity, Verification
 from space.io.artefact import Artefact
@@ -101,39 +102,6 @@ class TextQuality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictorErrors:
-    """Errors of a predictor on whole models that it was not fitted to, for one workload.
-
-    Attributes:
-        mape_percent: mean absolute relative error.
-        within_10_percent: share of the models whose error is at most 10%.
-        spearman: rank correlation of predictions and measurements; None if it is undefined.
-        span: ratio of the largest to the smallest latency.
-        repeatability_percent: mean absolute relative difference of two measurements; None if unknown.
-        flops_and_params_percent: mean absolute relative error of a fit on FLOPs and parameters.
-    """
-
-    mape_percent: float
-    within_10_percent: float
-    spearman: float | None
-    span: float
-    repeatability_percent: float | None
-    flops_and_params_percent: float
-
-    @staticmethod
-    def from_json(value: JsonObject) -> "PredictorErrors":
-        """The errors of a workload, as the predictor's file holds them."""
-        return read_record(
-            PredictorErrors,
-            {
-                **value["held_out"],
-                "repeatability_percent": value["repeatability_mape_percent"],
-                "flops_and_params_percent": value["flops_and_params"]["mape_percent"],
-            },
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The result of a run: the content of ``summary.json``.
 
@@ -143,7 +111,7 @@ class Summary:
         device: the name of the device's card.
         fingerprint: the card's machine and runtime.
         text: quality on held-out text.
-        predictor: errors of the predictor by workload, as its file holds them.
+        predictor: errors of the predictor by workload.
         front: members of the first round's front.
         rounds: of the measured search.
         chosen: the member that was chosen.
@@ -156,7 +124,7 @@ class Summary:
     device: str
     fingerprint: Mapping[str, Any]
     text: TextQuality
-    predictor: Mapping[str, JsonObject]
+    predictor: Mapping[str, PredictorErrors]
     front: tuple[Member, ...]
     rounds: int
     chosen: VerifiedMember
@@ -174,7 +142,7 @@ class Summary:
             "space": {"name": self.space, "architectures": self.architectures},
             "device": {"name": self.device, **self.fingerprint},
             "text": dict(vars(self.text)),
-            "predictor": dict(self.predictor),
+            "predictor": {workload: errors.to_json() for workload, errors in self.predictor.items()},
             "front": [member.to_json() for member in self.front],
             "rounds": self.rounds,
             "limits": [item.to_json() for item in self.limits],
@@ -216,6 +184,7 @@ class Summary:
             Summary,
             {**value, **flat},
             text=lambda item: TextQuality(**item),
+            predictor=mapping_of(PredictorErrors.from_json),
             front=tuple_of(Member.from_json),
             chosen=VerifiedMember.from_json,
             verified=mapping_of(VerifiedMember.from_json),
