@@ -25,6 +25,7 @@ TABLES = {
     name: Artefact(f"device {name}", "formfit profile", schema=schema)
     for name, schema in (("ops", 3), ("models", 2), ("memory", 1))
 }
+PREDICTOR = Artefact("latency predictor", "formfit profile", schema=3)
 MEASURED_COLUMNS = ("seconds", "half_width", "intercept", "timing", "bytes")  # all others identify a row
 MAX_PROBLEMS = 50  # that a card keeps, the latest
 

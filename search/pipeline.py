@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latency import Predictor, load_card, load_predictor
-from latency.card import open_card
-from latency.predictor.predictor import PREDICTOR
+from latency.card import PREDICTOR, open_card
 from latency.profiling import profile, settings_digest
 from latency.runtimes.registry import open_runtime
 from search.audit.audit import AuditConfig, audit

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from latency.card import PREDICTOR
 from latency.device_runner.timing import JsonObject
 from latency.predictor.composition import conformal
 from latency.predictor.memory import MemoryModel
@@ -20,11 +21,10 @@ from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.workload_model import WorkloadModel, finite_seconds
 from space import InputError, Space, Workload
 from space.genome import Genomes
-from space.io.artefact import Artefact, check_inputs
+from space.io.artefact import check_inputs
 from space.onnx.graph import VERSION
 from space.ops import Cost, space_ops
 
-PREDICTOR = Artefact("latency predictor", "formfit profile", schema=3)
 RUN_SPREAD = 0.02  # relative standard deviation between runs of different hours; see docs/adr/0004
 NO_GRAPHS = "0"  # graph version of a runtime that builds models in its own way
 Array = NDArray[np.float64]

@@ -12,9 +12,12 @@ where ``open_tvm(threads, precision)`` returns a :class:`latency.runtimes.protoc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from latency.device_runner.fingerprint import Fingerprint
 from space import InputError
 from space.registry import Registry
 
@@ -102,6 +105,21 @@ def open_card_runtime(card: Card, threads: int = 1) -> Runtime:
         InputError: the runtime is not registered, or this machine does not have it.
     """
     return open_runtime(card.fingerprint.runtime, threads)
+
+
+def local_fingerprint(name: str) -> Fingerprint:
+    """The fingerprint of this machine under a runtime; that of onnxruntime does not import its library.
+
+    Args:
+        name: the registered name.
+
+    Raises:
+        InputError: the name is not registered, or this machine does not have the runtime.
+    """
+    if name == "onnxruntime":
+        with suppress(PackageNotFoundError):  # other distributions have the library too, onnxruntime-gpu
+            return Fingerprint.local(name, version(name))
+    return open_runtime(name, 1).fingerprint()
 
 
 def graph_version(name: str) -> int:

@@ -250,8 +250,7 @@ def devices(
 
 def _device_entry(card: "Card") -> dict[str, Any]:
     """A card as a JSON object."""
-    from latency.card import differences, outdated
-    from latency.predictor.predictor import PREDICTOR
+    from latency.card import PREDICTOR, differences, outdated
 
     predictors = {}
     for path in sorted((card.folder / "predictors").glob("*.json")):
@@ -294,13 +293,12 @@ def _device_tables(root: Path, entries: list[dict[str, Any]], details: bool) -> 
 
 def _fingerprint(card: "Card") -> "Fingerprint":
     """Fingerprint of this machine with the card's runtime, or with onnxruntime if that is not installed."""
-    from latency import OnnxRuntime
-    from latency.runtimes.registry import open_card_runtime
+    from latency.runtimes.registry import local_fingerprint
 
     try:
-        return open_card_runtime(card).fingerprint()
+        return local_fingerprint(card.fingerprint.runtime)
     except InputError:
-        return OnnxRuntime().fingerprint()
+        return local_fingerprint("onnxruntime")
 
 
 def _age_days(measured: str | None) -> float:

@@ -11,7 +11,14 @@ from latency.device_runner.fingerprint import Fingerprint
 from latency.device_runner.timer import Run
 from latency.runtimes.onnxruntime import OnnxRuntime
 from latency.runtimes.protocol import Runtime
-from latency.runtimes.registry import RUNTIMES, graph_version, open_card_runtime, open_runtime, precisions
+from latency.runtimes.registry import (
+    RUNTIMES,
+    graph_version,
+    local_fingerprint,
+    open_card_runtime,
+    open_runtime,
+    precisions,
+)
 from latency.testing import RuntimeContract
 from space import InputError, ModelConfig, Workload, variation
 from space.onnx.graph import VERSION
@@ -57,6 +64,8 @@ class FullOnly(OnnxRuntime):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RUNTIMES.builtin:  # a module registers once a process: not into what is undone here
+        RUNTIMES.get(name)
     monkeypatch.setattr(RUNTIMES, "_values", dict(RUNTIMES._values))
     register_runtime("full-only", FullOnly)
 
@@ -102,3 +111,10 @@ def test_taken_and_unknown_names_are_refused() -> None:
         register_runtime("torch", FullOnly)
     with pytest.raises(InputError, match="runtime 'tvm': not one of onnxruntime, torch"):
         open_runtime("tvm", 1)
+
+
+def test_local_fingerprint_is_the_runtimes_own() -> None:
+    assert local_fingerprint("onnxruntime") == OnnxRuntime().fingerprint()
+    assert local_fingerprint("torch") == open_runtime("torch", 1).fingerprint()
+    with pytest.raises(InputError, match="runtime 'none': not one of"):
+        local_fingerprint("none")
