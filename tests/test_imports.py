@@ -54,7 +54,7 @@ EDGES: dict[str, dict[str, str]] = {
     "latency": {
         "device_runner": "",
         "card": "device_runner",
-        "predictor": "device_runner",
+        "predictor": "card device_runner",
         "runtimes": "card device_runner",
         "config": "device_runner predictor runtimes",
         "records": "card device_runner predictor runtimes",
