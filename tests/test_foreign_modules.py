@@ -87,22 +87,19 @@ def test_workers_are_set_up_only_where_a_foreign_module_is(
 DRIVER = """
 import sys
 import formfit
-from search.engine.workers import pool
-from space import genome
 
-def size(architecture, data):
-    from supernet.evaluate import Quality
-
-    return Quality(loss_nats=float(architecture.depth), recall_loss_nats=1.0)
+def evaluate(architecture):
+    return 3.0 - 0.1 * architecture.depth
 
 if __name__ == "__main__":
-    smallest = genome.smallest(formfit.load_space(sys.argv[1]))
-    with pool(lambda: size, (), 1) as evaluate:
-        print([outcome.loss_nats for outcome in evaluate([smallest], "all")] == [smallest.depth])
+    space = formfit.load_space(sys.argv[1])
+    problem = formfit.Problem(space, objectives=["loss"])
+    front = formfit.run_search(problem, evaluate, "out", population=4, generations=1, workers=1)
+    print(len(front.failed), front.evaluations)
 """
 
 
-def test_ray_workers_run_beside_foreign_modules(foreign: Path) -> None:
+def test_search_with_a_ray_worker_runs_beside_foreign_modules(foreign: Path) -> None:
     (foreign / "driver.py").write_text(DRIVER)
     done = program(foreign, sys.executable, "driver.py", SPACE, path=(foreign,))
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "0 4\n", done.stderr
