@@ -4,6 +4,9 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +85,29 @@ def test_tables_mark_missed_goals(tables: ModuleType) -> None:
     page = tables.PAGES[0].read_text()
     rows = [line for line in tables.written(page, missed).splitlines() if "`python benchmarks/" in line]
     assert sum("**missed:**" in row for row in rows) == len(tables.CLAIMS)
+
+
+def test_extensions_of_contributing_can_be_registered() -> None:
+    blocks = re.findall(
+        r"^ *```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) == 5  # mixer, runtime, strategy, metric, objective
+    program = (
+        "\n".join(textwrap.dedent(block) for block in blocks)
+        + """
+from formfit import Limit, Objective
+from latency.runtimes.registry import open_runtime
+from search.strategies.registry import STRATEGIES
+from space.mixers import MIXERS
+assert MIXERS.get("shift").mixer_class == "local"
+assert open_runtime("my-runtime", 1, "int8").fingerprint().runtime == "my-runtime"
+assert STRATEGIES.get("hill-climbing").max_objectives == 1
+assert Limit.parse("flops@64<=5M").bound == 5e6
+assert Objective.parse("worst_loss").is_quality
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 SCRIPTS = [
