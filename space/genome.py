@@ -61,7 +61,11 @@ class Encoding:
 
 @lru_cache(maxsize=64)
 def encoding(space: Space) -> Encoding:
-    """The encoding of a space, cached."""
+    """The encoding of a space, cached.
+
+    Args:
+        space: the space.
+    """
     options = space.mixer_options
     names = sorted({m for m, _ in options[1:] if space.mixer_class(m) == "linear"})
     must_be_full = np.zeros(space.slots, bool)
@@ -260,7 +264,11 @@ def size(space: Space) -> int:
 
 
 def largest(space: Space) -> Architecture:
-    """The architecture with the greatest value on every axis and as many full mixers as the space allows."""
+    """The architecture with the greatest value on every axis and as many full mixers as the space allows.
+
+    Args:
+        space: the space.
+    """
     depth = max(pattern.depth for pattern in space.all_patterns)
     patterns = [pattern for pattern in space.all_patterns if pattern.depth == depth]
     pattern = max(patterns, key=lambda p: (p.full - p.ffn_only, p.full, p.linear))
@@ -269,7 +277,11 @@ def largest(space: Space) -> Architecture:
 
 
 def smallest(space: Space) -> Architecture:
-    """The architecture with the least value on every axis and as few full mixers as the space allows."""
+    """The architecture with the least value on every axis and as few full mixers as the space allows.
+
+    Args:
+        space: the space.
+    """
     depth = min(pattern.depth for pattern in space.all_patterns)
     patterns = [pattern for pattern in space.all_patterns if pattern.depth == depth]
     pattern = max(patterns, key=lambda p: (p.ffn_only - p.full, -p.full, -p.local))

@@ -199,7 +199,11 @@ def draw_subnets(
 
 
 def allowed_depths(space: Space) -> list[int]:
-    """Depths of the architectures of a space, ascending."""
+    """Depths of the architectures of a space, ascending.
+
+    Args:
+        space: the space.
+    """
     return sorted({depth for depth, _ in space.patterns})
 
 
