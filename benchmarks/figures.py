@@ -155,7 +155,7 @@ def layers_figure(found: Outcome) -> Figure:
 
 
 def limits_figure(found: Outcome) -> Figure:
-    """How much of each limit the model that was handed over used, as measured in a new process."""
+    """Return the figure of measured latency relative to each limit."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for phase, colour in (("prefill", "#0072B2"), ("decode", "#D55E00")):
