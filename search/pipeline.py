@@ -28,6 +28,7 @@ from supernet.data.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.data.corpus import Corpus, load_corpus, window_starts
 from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint
+from supernet.training.loop import row_share
 from supernet.training.train import load_supernet, train, training_inputs
 
 __all__ = [
@@ -96,7 +97,7 @@ def trained(run: Run, reporter: Reporter, corpus: Corpus) -> Checkpoint:
 
         def report(row: Mapping[str, Any]) -> None:
             text = f"loss {row['loss_nats']:.3f} nats, {row['tokens_per_second']:,.0f} tokens/s"
-            stage(row["step"] / row["steps"], text)
+            stage(row_share(row), text)
 
         return train(run.space, run.config.train, root, report, corpus)
 

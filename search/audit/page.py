@@ -97,7 +97,7 @@ def losses_figure(result: AuditResult) -> go.Figure:
         ]
         figure.add_scatter(
             x=means,
-            y=[item.supernet["loss_nats"] for item in members],
+            y=[item.supernet_loss_nats for item in members],
             error_x={
                 "array": [max(by_seed) - mean for by_seed, mean in zip(losses, means, strict=True)],
                 "arrayminus": [mean - min(by_seed) for by_seed, mean in zip(losses, means, strict=True)],
@@ -165,7 +165,7 @@ def write_audit_page(path: Path, result: AuditResult) -> None:
         [
             f"<code>{escape(item.key)}</code>",
             escape(", ".join(SETS[name] for name in item.sets)),
-            f"{item.supernet['loss_nats']:.4f}",
+            f"{item.supernet_loss_nats:.4f}",
             ", ".join(f"{loss:.4f}" for loss in item.stand_alone_loss_nats),
             f"{item.params:,}",
             f"{item.predicted_latency_ms:.3f}",

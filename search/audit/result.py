@@ -106,6 +106,11 @@ class AuditedArchitecture:
         return self.architecture.key
 
     @property
+    def supernet_loss_nats(self) -> float:
+        """Loss inside the supernet in nats per token."""
+        return self.supernet["loss_nats"] or 0.0
+
+    @property
     def stand_alone_loss_nats(self) -> list[float]:
         """Stand-alone losses in nats per token, by seed."""
         return [item.losses["loss_nats"] or 0.0 for item in self.stand_alone]

@@ -16,6 +16,7 @@ from space.cost import row_flops
 from space.io.artefact import Artefact
 from supernet.data.corpus import Corpus
 from supernet.evaluate import EvaluationSet, Losses, evaluate, losses
+from supernet.training.loop import row_share
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_stand_alone, train
 from supernet.training.trainer import Trainer
@@ -145,7 +146,7 @@ def _run(
 
 def _train(trial: Trial, shared: tuple[Space, Corpus, EvaluationSet], tell: Share) -> None:
     space, corpus, data = shared
-    train_stand_alone(space, trial, corpus, data, lambda row: tell(row["step"] / row["steps"]))
+    train_stand_alone(space, trial, corpus, data, lambda row: tell(row_share(row)))
 
 
 def _size(space: Space, trial: Trial) -> int:

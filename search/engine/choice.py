@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search.problem.limit import Limit
+from space.io.record import mapping_of, read_record, tuple_of
 
 JsonObject = dict[str, Any]
 
@@ -49,11 +50,8 @@ class Prediction:
         Args:
             value: the JSON object.
         """
-        latency = {
-            device: {workload: LatencyPrediction(**item) for workload, item in by_workload.items()}
-            for device, by_workload in value["latency"].items()
-        }
-        return Prediction(params=value["params"], latency=latency, costs=value.get("costs", {}))
+        by_workload = mapping_of(lambda item: LatencyPrediction(**item))
+        return read_record(Prediction, value, latency=mapping_of(by_workload))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +119,14 @@ class Choice:
 
     def to_json(self) -> JsonObject:
         """The JSON object; fields that are None are left out."""
-        value: JsonObject = {"limits": [dict(vars(limit)) for limit in self.limits]}
-        if self.confidence is not None:
-            value["confidence"] = self.confidence
-        if self.predicted is not None:
-            value["predicted"] = self.predicted.to_json()
-        if self.loss_nats is not None:
-            value["loss_nats"] = self.loss_nats
-        if self.picked is not None:
-            value["picked"] = dict(vars(self.picked))
-        return value
+        value: JsonObject = {
+            "limits": [dict(vars(limit)) for limit in self.limits],
+            "confidence": self.confidence,
+            "predicted": self.predicted and self.predicted.to_json(),
+            "loss_nats": self.loss_nats,
+            "picked": self.picked and dict(vars(self.picked)),
+        }
+        return {name: item for name, item in value.items() if item is not None}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Choice":
@@ -139,13 +135,12 @@ class Choice:
         Args:
             value: the JSON object; an empty one is a choice without limits.
         """
-        predicted = value.get("predicted")
-        return Choice(
-            limits=tuple(BoundedLimit(**item) for item in value.get("limits", ())),
-            confidence=value.get("confidence"),
-            predicted=Prediction.from_json(predicted) if predicted else None,
-            loss_nats=value.get("loss_nats"),
-            picked=FamilyPick(**value["picked"]) if "picked" in value else None,
+        return read_record(
+            Choice,
+            value,
+            limits=tuple_of(lambda item: BoundedLimit(**item)),
+            predicted=lambda item: Prediction.from_json(item) if item else None,
+            picked=lambda item: FamilyPick(**item),
         )
 
     def workloads(self, device: str) -> dict[str, LatencyPrediction]:

@@ -8,6 +8,7 @@ from typing import Any
 from search.engine.choice import BoundedLimit, Choice, JsonObject, Prediction
 from space import Architecture, InputError
 from space.io.artefact import Artefact
+from space.io.record import mapping_of, read_document, tuple_of
 
 QUALITY_KEYS = {"loss": "loss_nats", "recall_loss": "recall_loss_nats"}  # JSON keys of the built-in qualities
 FRONT = Artefact("front", "formfit search", schema=2)
@@ -158,19 +159,14 @@ class Front:
         Args:
             value: the JSON object, with or without a file's header.
         """
-        return Front(
-            space=value["space"],
-            objectives=tuple(value["objectives"]),
-            strategy=value["strategy"],
-            confidence=value["confidence"],
-            seed=value["seed"],
-            evaluations=value["evaluations"],
-            failed=tuple(FailedEvaluation(**item) for item in value["failed"]),
-            surrogate={name: SurrogateAgreement(**item) for name, item in value["surrogate"].items()},
-            limits=tuple(BoundedLimit(**item) for item in value["limits"]),
-            picks=value["picks"],
-            members=tuple(Member.from_json(item) for item in value["members"]),
-            inputs=value.get("header", {}).get("inputs", {}),
+        return read_document(
+            Front,
+            value,
+            objectives=tuple,
+            failed=tuple_of(lambda item: FailedEvaluation(**item)),
+            surrogate=mapping_of(lambda item: SurrogateAgreement(**item)),
+            limits=tuple_of(lambda item: BoundedLimit(**item)),
+            members=tuple_of(Member.from_json),
         )
 
     @staticmethod

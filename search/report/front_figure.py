@@ -140,23 +140,24 @@ def qualities(members: Sequence[Member], name: str) -> Array:
     return np.array([m.qualities.get(name) for m in members], float)
 
 
-def front_figure(front: Front, summary: Summary, tables: Mapping[str, pd.DataFrame]) -> Drawn:
+def front_figure(front: Front, summary: Summary, searched: pd.DataFrame, random: pd.DataFrame) -> Drawn:
     """Quality against the first cost.
 
     Args:
         front: of the search.
         summary: of the run.
-        tables: evaluations of ``search`` and of ``random`` search; without rows if there are none.
+        searched: evaluations of the search; without rows if there are none.
+        random: evaluations of random search; likewise.
     """
     axis, quality, members = axis_of(front), front.quality, front.members
-    x = np.array([position(m, axis, tables["search"]) for m in members])
+    x = np.array([position(m, axis, searched) for m in members])
     y = qualities(members, quality)
-    shift = rescoring_shift(members, tables["search"], quality)
+    shift = rescoring_shift(members, searched, quality)
     figure, notes, unit = go.Figure(), [], quality_unit(quality)
     clouds = {
-        name: add_cloud(figure, tables[name], axis, quality, shift, name == "random")
-        for name in ("random", "search")
-        if axis.column in tables[name]
+        name: add_cloud(figure, table, axis, quality, shift, name == "random")
+        for name, table in (("random", random), ("search", searched))
+        if axis.column in table
     }
     steps = np.flatnonzero(non_dominated(np.column_stack([x, y])))
     steps = steps[np.argsort(x[steps], kind="stable")]
@@ -171,7 +172,7 @@ def front_figure(front: Front, summary: Summary, tables: Mapping[str, pd.DataFra
         hovertemplate=f"%{{text}}<br>%{{x:.4g}} {axis.unit}, %{{y:.4f}} {unit}<extra></extra>",
         name=f"front, predicted ({len(members):,})",
     )
-    add_picks(figure, picked_members(summary), axis, quality, tables["search"])
+    add_picks(figure, picked_members(summary), axis, quality, searched)
     drawn = np.concatenate([y, *clouds.values()])
     low, high = drawn.min(), max(y.max(), float(np.quantile(clouds.get("search", y), VISIBLE_QUANTILE)))
     padding = 0.12 * (high - low) or 0.1

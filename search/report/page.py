@@ -39,11 +39,11 @@ def figures(space: Space, front: Front, summary: Summary, record: Path) -> list[
     Raises:
         InputError: a file of evaluations cannot be read.
     """
-    tables = {"search": evaluations(record), "random": evaluations(record / "random")}
+    searched, random = evaluations(record), evaluations(record / "random")
     picks = picked_members(summary)
-    history = progress(tables, front.objectives)
+    history = progress({"search": searched, "random": random}, front.objectives)
     return [
-        front_figure(front, summary, tables),
+        front_figure(front, summary, searched, random),
         layers_figure(space, front, picks),
         prediction_figure(picks),
         *([progress_figure(history, front.strategy)] if history.lines else []),
@@ -317,7 +317,7 @@ def write_report(
         InputError: a file of evaluations cannot be read.
     """
     picks = picked_members(summary)
-    drawn = {d.name: d for d in figures(space, front, summary, record or path.parent)}
+    front_drawn, layers, prediction, *progressed = figures(space, front, summary, record or path.parent)
     chosen = summary.chosen
     title = f"{escape(space.name)} on {escape(card.name)}"
     device = card.fingerprint
@@ -329,12 +329,12 @@ def write_report(
         tiles(summary),
         f"<p>Chosen: <code>{escape(chosen.key)}</code>, {escape(chosen.member.architecture.describe())}.</p>",
         f"<h2>Limits, as measured</h2>{limit_bars(summary.limits)}",
-        section(drawn["front"], plotly=True),
-        section(drawn["layers"]),
-        section(drawn["prediction"]),
+        section(front_drawn, plotly=True),
+        section(layers),
+        section(prediction),
         picks_table(picks),
         noise_note(picks),
-        section(drawn["progress"], more=facts) if "progress" in drawn else f"<h2>The search</h2>{facts}",
+        section(progressed[0], more=facts) if progressed else f"<h2>The search</h2>{facts}",
         "<h2>The predictor on held-out whole models</h2>",
         predictor_table(summary.predictor),
         "<h2>Bits per byte on the same held-out text</h2>",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from space import Architecture, InputError
 from space.io.artefact import Artefact, check_inputs, file_digest
+from space.io.record import read_record
 from supernet.evaluate import Losses
 from supernet.training.recipe import TrainConfig
 
@@ -167,8 +168,7 @@ class RungTraining:
         except InputError:
             return None
         check_inputs(path, value, self.inputs)
-        del value["header"]
-        result = RungResult(**value)
+        result = read_record(RungResult, value)
         whole = result.failed or (weights.exists() and file_digest(weights) == result.model)
         return result if whole else None
 

@@ -89,10 +89,10 @@ class SearchResult:
 
     def to_json(self) -> JsonObject:
         """The front's JSON object with its header; results of the further steps stand beside its keys."""
-        value = {"header": FRONT.header(self.front.inputs), **self.front.to_json()}
-        if self.measured:
-            value["measured_search"] = self.measured.to_json()
-        return value | self.distillation.to_json() if self.distillation else value
+        measured = {"measured_search": self.measured.to_json()} if self.measured else {}
+        distilled = self.distillation.to_json() if self.distillation else {}
+        header = FRONT.header(self.front.inputs)
+        return {"header": header, **self.front.to_json(), **measured, **distilled}
 
 
 def search_run(
@@ -190,7 +190,7 @@ def distil_best(
     submodel = write_finalist(target, trained, ranked[0], inputs, selection.chosen)
     precisions = selection.precisions(verifier.card.name)
     if not all(model_file(target, p).exists() for p in precisions):
-        export(submodel, ["onnx"], precisions)
+        export(submodel, ("onnx",), precisions)
     verification = verifier.verify(submodel, reporter) if result.measured else None
     tuned = TunedSubModel(key=key, folder=target, verification=verification)
     return Distillation(folder=place, finalists=tuple(ranked), tuned=tuned)

@@ -92,27 +92,25 @@ def distil_finalists(
     all_inputs = inputs | {"finalists": digest(canonical_json([quality, keys]))}
     path = folder / "finalists.json"
     if path.exists():
-        value = FINALISTS.read(path)
-        check_inputs(path, value, all_inputs)
         reporter.skipped("finalists")
-        return [Finalist.from_json(item, folder) for item in value["finalists"]]
+        return _read_finalists(path, all_inputs)
     ranked = inherited(trained, chosen, data, quality)
     plan = rungs(len(chosen), config.steps)
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = one_a_core() if workers is None else workers
     with ray_session(workers) if workers else nullcontext():  # one session for all rungs
         for rung, (size, until) in enumerate(plan, start=1):
+            continuing = [f.architecture for f in ranked if f.rung == rung - 1 and not f.failed]
             trainings = [
                 RungTraining(
-                    architecture=finalist.architecture,
+                    architecture=architecture,
                     config=training,
                     until=until,
                     rung=rung,
-                    folder=folder / finalist.architecture.key / f"rung-{rung}",
-                    inputs=inputs | {"architecture": finalist.architecture.key},
+                    folder=folder / architecture.key / f"rung-{rung}",
+                    inputs=inputs | {"architecture": architecture.key},
                 )
-                for finalist in ranked
-                if finalist.rung == rung - 1 and not finalist.failed
-            ][:size]
+                for architecture in continuing[:size]
+            ]
             results = _results(trained, trainings, data, workers, reporter, folder / "tune")
             ranked = _apply(ranked, trainings, results, quality)
     _report_failures(ranked, folder, reporter)
@@ -126,6 +124,22 @@ def distil_finalists(
     }
     FINALISTS.write(path, all_inputs, body)
     return ranked
+
+
+def one_a_core() -> int:
+    """The number of parallel trainings by default."""
+    return os.cpu_count() or 1
+
+
+def _read_finalists(path: Path, inputs: Mapping[str, str]) -> list[Finalist]:
+    """The finalists of a ``finalists.json``.
+
+    Raises:
+        InputError: it has other inputs.
+    """
+    value = FINALISTS.read(path)
+    check_inputs(path, value, inputs)
+    return [Finalist.from_json(item, path.parent) for item in value["finalists"]]
 
 
 def _apply(

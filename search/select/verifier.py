@@ -72,7 +72,7 @@ class Verifier:
         submodel = write_submodel(
             folder, self.supernet, architecture, inputs, selection.chosen, self.trained.text
         )
-        export(submodel, ["onnx"], precisions)
+        export(submodel, ("onnx",), precisions)
         return submodel
 
     def verify(self, submodel: SubModel, reporter: Reporter) -> Verification:

@@ -20,11 +20,13 @@ from search.engine.choice import Choice
 from space import InputError, genome
 from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.progress import Reporter
+from space.io.record import read_document
 from supernet.data.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.data.tokenizer import load_tokenizer
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, evaluation_set, losses
 from supernet.extract import SUBMODEL, SubModel, Text, read_submodel, write_submodel
 from supernet.training.distillation import distil, distil_inputs, largest_teacher, load_subnet
+from supernet.training.loop import row_share
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import Trained, load_supernet
 from supernet.training.trainer import Weights
@@ -38,6 +40,19 @@ HeldOutLosses = dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherName:
+    """The model that a fine-tuning distils from.
+
+    Attributes:
+        run: the folder of its run.
+        key: its architecture's key.
+    """
+
+    run: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FineTuning:
     """A fine-tuning that is under way or finished: the content of ``finetune.json``.
 
@@ -48,8 +63,7 @@ class FineTuning:
             (None if the number of bytes is unknown) of the sub-model on held-out sequences of the new text.
         after: the same of the tuned model on the same sequences; None until the end.
         model: sha256 of the tuned weights; None until the end.
-        teacher_run: the folder of the teacher's run.
-        teacher_key: the teacher's architecture.
+        teacher: the teacher's run and architecture.
         text: the new text, and the length and number of the held-out sequences.
         inputs: sha256 of everything that the result depends on, by name.
     """
@@ -59,8 +73,7 @@ class FineTuning:
     before: HeldOutLosses
     after: HeldOutLosses | None = None
     model: str | None = None
-    teacher_run: str
-    teacher_key: str
+    teacher: TeacherName
     text: Text
     inputs: Mapping[str, str]
 
@@ -72,7 +85,7 @@ class FineTuning:
             "before": self.before,
             "after": self.after,
             "model": self.model,
-            "teacher": {"run": self.teacher_run, "key": self.teacher_key},
+            "teacher": dict(vars(self.teacher)),
             "text": self.text.model_dump(mode="json"),
         }
 
@@ -94,11 +107,11 @@ class FineTuning:
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
-        value = FINETUNING.read(path)
-        inputs, teacher = value.pop("header")["inputs"], value.pop("teacher")
-        text = Text.model_validate(value.pop("text"))
-        return FineTuning(
-            teacher_run=teacher["run"], teacher_key=teacher["key"], text=text, inputs=inputs, **value
+        return read_document(
+            FineTuning,
+            FINETUNING.read(path),
+            teacher=lambda item: TeacherName(**item),
+            text=Text.model_validate,
         )
 
 
@@ -191,8 +204,7 @@ def finetune(
             key=architecture.key,
             steps=config.steps,
             before=_held_out_losses(start, submodel, evaluation, str(submodel.folder)),
-            teacher_run=str(teacher_run),
-            teacher_key=teacher.architecture.key,
+            teacher=TeacherName(run=str(teacher_run), key=teacher.architecture.key),
             text=text,
             inputs=inputs,
         )
@@ -200,7 +212,7 @@ def finetune(
     with reporter.stage(STAGE) as stage:
         checkpoint = distil(
             trained.space, training, out / "training", architecture, start, teacher, corpus,
-            report=lambda row: stage(row["step"] / row["steps"], f"loss {row['loss_nats']:.3f} nats"),
+            report=lambda row: stage(row_share(row), f"loss {row['loss_nats']:.3f} nats"),
         )  # fmt: skip
         tuned = checkpoint.load("model")
         after = _held_out_losses(tuned, submodel, evaluation, f"{out}: after {config.steps} steps")

@@ -32,6 +32,7 @@ from search.submodel.verify import conclude, graph_loss, latencies
 from space import InputError, Workload
 from space.cost import flops
 from space.io.artefact import Artefact, atomic_path, check_inputs
+from space.io.record import read_document
 from space.onnx.graph import VERSION
 from space.precision import model_file
 from space.shapes import state_shapes
@@ -93,10 +94,7 @@ class KitManifest:
         """
         value = VERIFICATION_KIT.read(path, command)
         check_inputs(path, value, {"graphs": str(VERSION)})
-        inputs = value.pop("header")["inputs"]
-        settings = VerifyConfig.model_validate(value.pop("settings"))
-        workloads = tuple(value.pop("workloads"))
-        return KitManifest(settings=settings, workloads=workloads, inputs=inputs, **value)
+        return read_document(KitManifest, value, settings=VerifyConfig.model_validate, workloads=tuple)
 
 
 @dataclass(frozen=True, kw_only=True)

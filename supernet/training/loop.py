@@ -103,6 +103,15 @@ class _Metrics:
         self.scalars.close()
 
 
+def row_share(row: Mapping[str, Any]) -> float:
+    """Share of the training that is done.
+
+    Args:
+        row: of the metrics.
+    """
+    return float(row["step"] / row["steps"])
+
+
 def keep_metrics(log: Path, step: int) -> None:
     """Remove the rows of the metrics after the step that training resumes from.
 

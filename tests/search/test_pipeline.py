@@ -1,8 +1,8 @@
 """All stages at smoke size: every shipped configuration, resuming, and bad input in one line."""
 
 import json
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
