@@ -1,8 +1,11 @@
 """The two parts of chunked linear attention whose gradients are written by hand.
 
-Both walk over parts of one tensor, and do so in place. Recorded by autograd, each part would be
-copied forward and its gradient padded to the whole tensor backward: by hand, decays per channel
-take 10 to 25% less time forward, and 20 to 30% less with backward.
+Both walk over parts of one tensor in place. Autograd would copy each part forward and pad its gradient
+to the whole tensor backward: by hand, decays per channel take 10 to 25% less time forward, and 20 to 30%
+less with backward.
+
+Shapes: G = B * Hkv independent heads (batch times kv heads), N chunks of C tokens, M = N * G; R query heads
+for each kv head; D head dimension, of keys and values alike; J pairs of blocks of ``size`` tokens.
 """
 
 import math
@@ -24,9 +27,9 @@ class Carry(torch.autograd.Function):
 
     Args (of ``apply``):
         ends: keys decayed until the end of their chunk [N*G, C, D].
-        values: what is to be written [N*G, C, D].
-        fade: the decay of S over each chunk [N*G, 1 or D, 1]; None where nothing decays.
-        reads: the rows with which the delta rules read S [N*G, C, D]; None for the other rules.
+        values: values to write [N*G, C, D].
+        fade: decay of S over each chunk [N*G, 1 or D, 1]; None without decay.
+        reads: rows by which the delta rules read S [N*G, C, D]; None for the other rules.
         state: S before the first chunk [G, D, D].
 
     Returns:
@@ -62,7 +65,7 @@ class Carry(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_states: Tensor, d_last: Tensor, d_written: Tensor | None) -> Any:
-        """The same walk from the last chunk to the first; what does not hang on it is batched after it."""
+        """The same walk from the last chunk to the first; products off the walk are batched after it."""
         ends, written, fade, reads, states = ctx.saved_tensors
         heads, width = states.shape[1:3]
         grads = torch.empty_like(states)  # [N+1, G, D, D]
@@ -97,15 +100,15 @@ def _by_chunk(fade: Tensor | None, heads: int, count: int) -> tuple[Tensor | Non
 class Doubling(torch.autograd.Function):
     """Scores within chunks for decays of each key channel: blocks of 1, 2, 4 ... tokens joined in pairs.
 
-    Rows carry the decay since the start of their block, keys that until its end; so the product of
-    a row with a key of the block before holds just the decay between the two. No factor exceeds 1,
-    and a gradient of the decays sums only what it truly depends on, so that even tiny ones are exact.
+    Rows carry the decay since the start of their block, keys the decay until its end; so the product of
+    a row with a key of the block before holds exactly the decay between the two. No factor exceeds 1,
+    and a gradient of the decays sums only its own terms, so that even tiny ones are exact.
 
     Args (of ``apply``):
         queries: [M, C, R, D], C a power of two.
         k: keys [M, C, D].
         decay: log decays [M, C, D].
-        with_keys: whether the keys read too, after the queries; R' is R + 1 then, R otherwise.
+        with_keys: the keys read too, after the queries; R' is R + 1 then, R otherwise.
 
     Returns:
         The queries' scores with the keys up to their own [M, C*R, C], and the queries decayed since the
@@ -146,7 +149,7 @@ class Doubling(torch.autograd.Function):
         d_overlap: Tensor | None,
         d_reads: Tensor | None,
     ) -> Any:
-        """Join the blocks again, keeping the parts, then take them apart."""
+        """Join the blocks again, keeping the parts, then walk back over the pairs."""
         queries, k, decay = ctx.saved_tensors
         count = queries.shape[2]
         single, rows, ends = _singles(queries, k, decay, ctx.with_keys)
@@ -211,12 +214,12 @@ def _joined(
 
 
 def _pairs(x: Tensor, count: int) -> Tensor:
-    """The pairs of blocks that ``count`` joins are of: [M, C, ..., D] -> [count, 2, rows of a block, D]."""
+    """Pairs of blocks, ``count`` of them: [M, C, ..., D] -> [count, 2, rows of a block, D]."""
     return x.view(count, 2, -1, x.shape[-1])
 
 
 def _across(scores: Tensor, size: int) -> Tensor:
-    """Where rows of a later block meet the keys before: [M, C, R', C] -> [M, pairs, size, R', size]."""
+    """Scores of rows of later blocks with the keys before: [M, C, R', C] -> [M, pairs, size, R', size]."""
     chunks, tokens, rows = scores.shape[:3]
     pairs = tokens // (2 * size)
     met = scores.view(chunks, pairs, 2, size, rows, pairs, 2, size)[:, :, 1, :, :, :, 0]
@@ -224,5 +227,5 @@ def _across(scores: Tensor, size: int) -> Tensor:
 
 
 def _same_token(scores: Tensor, queries: Tensor) -> Tensor:
-    """Where queries meet the key of their own token: [M, C, R', C] -> [M, C, R]."""
+    """Scores of queries with the key of their own token: [M, C, R', C] -> [M, C, R]."""
     return scores[:, :, : queries.shape[2]].diagonal(dim1=1, dim2=3).mT

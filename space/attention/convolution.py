@@ -14,10 +14,15 @@ from torch.autograd.function import once_differentiable
 
 
 def causal_conv(x: Tensor, taps: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution: x [B, T, C], taps [C, K], past [B, C, K-1] -> (out, next past).
+    """Causal depthwise convolution with sums in float32 at least.
 
-    The past is what came before x, zeros if None. Sums are in float32 at least; the output [B, T, C]
-    and the next past [B, C, K-1] are in the type of x.
+    Args:
+        x: inputs [B, T, C].
+        taps: [C, K], the last one for the present.
+        past: the inputs before x [B, C, K-1]; None for zeros.
+
+    Returns:
+        The output [B, T, C] and the past of the next call [B, C, K-1], in the type of x.
     """
     before = taps.shape[1] - 1
     if past is None:

@@ -1,6 +1,6 @@
-"""Linear attention on a GPU by flash-linear-attention's kernels, where they are installed.
+"""Linear attention on a GPU by the kernels of flash-linear-attention, if it is installed.
 
-They multiply in half precision or TF32, so they are for inputs of half precision; float32 keeps
+The kernels multiply in half precision or TF32, so they take only inputs of half precision; float32 keeps
 the exact form of :mod:`space.attention.linear`, which runs on a GPU too.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FUSED = 64  # up to so many tokens go one by one through the fused recurrence, where no gradient is wanted
+FUSED = 64  # tokens up to which the fused recurrence takes one after the other, if no gradient is needed
 
 # The kernels by rule and by whether decays are per channel. They take [B, T, H, D], return the output
 # and a state [B, H, K, V], as ours is, and see grouped heads as repeated ones.
@@ -28,13 +28,19 @@ FAMILIES = {
 
 
 def fla_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these go to the kernels: on a GPU, of half precision in part, and the kernels are there."""
+    """True for inputs on a GPU, at least one of them of half precision, if the kernels are installed.
+
+    Args:
+        q: queries [B, T, H, D].
+        k: keys [B, T, Hkv, D].
+        v: values [B, T, Hkv, D].
+    """
     return q.is_cuda and _half(q, k, v) is not None and installed()
 
 
 @functools.cache
 def installed() -> bool:
-    """Whether flash-linear-attention and triton, which its kernels are written in, can be imported."""
+    """True if flash-linear-attention can be imported, and triton, in which its kernels are written."""
     return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
 
 
@@ -48,7 +54,21 @@ def fla_linear_attention(
     state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`space.attention.linear.linear_attention`, multiplied in the half precision among q, k, v."""
+    """The kernels' form of :func:`space.attention.linear.linear_attention`.
+
+    Args:
+        q: queries [B, T, H, D]; products run in the first type of half precision among q, k and v.
+        k: keys [B, T, Hkv, D].
+        v: values [B, T, Hkv, D].
+        rule: the recurrence.
+        decay: log decay of the gated rules [B, T, Hkv] or [B, T, Hkv, D].
+        beta: write strength of the delta rules [B, T, Hkv].
+        state: S before the first token [B, Hkv, D, D].
+        scale: multiplies the queries.
+
+    Returns:
+        The output [B, T, H, D] in the dtype of q, and S after the last token [B, Hkv, D, D].
+    """
     (_, tokens, heads, _), kv_heads = q.shape, k.shape[2]
     half = _half(q, k, v)
     repeats = heads // kv_heads

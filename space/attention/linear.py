@@ -1,10 +1,10 @@
-"""Linear attention: one function for the recurrences of eight token mixers.
+"""Linear attention: one function for the recurrences of the linear mixers.
 
 A sequence is cut into chunks of 32 tokens. Within a chunk everything is matrix products,
 batched over chunks and heads; from chunk to chunk only the D x D state is carried. A single
 token takes one step of the recurrence.
 
-What is easily got wrong, and how it is kept right here:
+Easy to get wrong:
 
 - Every exponent is the log decay from one token to a later one, hence never positive; above
   the diagonal it is -inf. Nothing overflows, in an output or a gradient, however fast the decay.
@@ -29,12 +29,13 @@ from space.attention.fla import fla_linear_attention, fla_takes
 
 RULES = ("linear", "gated", "delta", "gated_delta")
 CHUNK = 32  # a power of two; 16 and 64 are slower
-CACHED = 2**17  # elements of q worked on at a time on a CPU, so that what comes between stays in its cache
+CACHED = 2**17  # elements of q worked on at a time on a CPU, so that intermediate results stay in its cache
 
-# What a chunk's rows weigh: the queries' scores with the keys of the chunk [M, C*R, C], and the queries
-# decayed since the start of the chunk [M, C*R, D]; the keys decayed until its end [M, C, D]; the decay of
-# the state over it [M, 1 or D, 1], None without decay; and for the delta rules the keys' scores with the
-# keys before them [M, C, C], and the keys decayed since the start [M, C, D].
+# The terms of chunks, for M = N * B * Hkv chunks of C tokens and R query heads for each kv head: the queries'
+# scores with the keys of the chunk [M, C*R, C], and the queries decayed since the start of the chunk
+# [M, C*R, D]; the keys decayed until its end [M, C, D]; the decay of the state over it [M, 1 or D, 1], None
+# without decay; and for the delta rules the keys' scores with the keys before them [M, C, C], and the keys
+# decayed since the start [M, C, D].
 Weighed = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -72,14 +73,14 @@ def linear_attention(
         computed, and the state returned, in float32, or in float64 if q is.
 
     Raises:
-        ValueError: the rule is unknown, lacks its decay or beta or is given one it has no use for, or
-            the heads do not divide.
+        ValueError: the rule is unknown, its decay or beta is missing, one is given that it does not use, or
+            H is not a multiple of Hkv.
     """
     (batch, tokens, heads, width), kv_heads = q.shape, k.shape[2]
     if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is none of {', '.join(RULES)}")
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} kv heads")
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     if (decay is None) == ("gated" in rule) or (beta is None) == ("delta" in rule):
         raise ValueError(f"rule {rule!r}: decay goes with the gated rules, beta with the delta rules")
     scale = width**-0.5 if scale is None else scale
@@ -156,16 +157,16 @@ def _chunked(
 
 
 def _undecayed(rows: Tensor, k: Tensor, delta: bool) -> Weighed:
-    """No decay; rows are queries [M, C, R, D], k is [M, C, D]."""
+    """The terms of chunks without decay; rows are queries [M, C, R, D], k is [M, C, D]."""
     lower = torch.ones(CHUNK, CHUNK, dtype=k.dtype, device=k.device).tril_()[:, None]
     scores = rows.flatten(1, 2).bmm(k.mT).view(*rows.shape[:3], CHUNK) * lower
-    # The solver reads no more of the overlap than what is below the diagonal.
+    # The solver reads only the part of the overlap below the diagonal.
     overlap, reads = (k.bmm(k.mT), k) if delta else (None, None)
     return scores.flatten(1, 2), rows.flatten(1, 2), k, None, overlap, reads
 
 
 def _by_head(rows: Tensor, k: Tensor, g: Tensor, delta: bool) -> Weighed:
-    """Decays that all channels of a head share: g [M, C]; rows are queries [M, C, R, D], k is [M, C, D]."""
+    """The terms for decays of heads g [M, C]; rows are queries [M, C, R, D], k is [M, C, D]."""
     total = (g.double() * LOG2_E).cumsum(1)
     above = torch.full((CHUNK, CHUNK), -torch.inf, dtype=k.dtype, device=k.device).triu_(1)
     within = (total[:, :, None] - total[:, None, :]).to(k.dtype).add_(above).exp2_()  # [M, C, C]

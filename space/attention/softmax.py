@@ -1,20 +1,26 @@
-"""Causal softmax attention over all tokens before, or over a window of them."""
+"""Causal softmax attention over all earlier tokens, or over a window of them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLIDING_BLOCK = 32  # queries of a block of sliding attention; 64 and more are slower
-QUERY_BLOCK = 64  # the same, of attention in training; 32 and 128 are slower
-MOST_BY_QUERY_BLOCKS = 512  # tokens of full attention that train that way; at 1024 torch's form is faster
+SLIDING_BLOCK = 32  # queries per block of sliding attention; 64 and more are slower
+QUERY_BLOCK = 64  # queries per block of attention in training; 32 and 128 are slower
+MAX_QUERY_BLOCK_TOKENS = 512  # full attention trains by query blocks up to here; at 1024 torch's is faster
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0, mask: Tensor | None = None) -> Tensor:
     """Causal attention of the last T of S tokens over all S.
 
-    q [B, T, H, D], k and v [B, S, Hkv, D] with S >= T; out [B, T, H, D]. With a window W, a
-    token sees itself and the W - 1 before it. Where the mask, bool [B, S], is False there is padding,
-    which no token sees but itself.
+    Args:
+        q: queries [B, T, H, D].
+        k: keys [B, S, Hkv, D], S >= T.
+        v: values [B, S, Hkv, D].
+        window: a token sees itself and so many tokens less one before it; 0 for all.
+        mask: bool [B, S], False for padding, which no other token sees; None without padding.
+
+    Returns:
+        The output [B, T, H, D].
     """
     tokens, keys = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -40,7 +46,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0, mask: Te
 
 def _trains_by_blocks(q: Tensor, window: int) -> bool:
     training = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad
-    return training and (window > 0 or q.shape[2] <= MOST_BY_QUERY_BLOCKS)
+    return training and (window > 0 or q.shape[2] <= MAX_QUERY_BLOCK_TOKENS)
 
 
 def _within(tokens: int, keys: int, window: int, like: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ def _within(tokens: int, keys: int, window: int, like: Tensor) -> Tensor:
 def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Causal attention for training on a CPU: plain products, a block of queries at a time.
 
-    All of [B, H, T, D]. Forward and backward take half the time of torch's fused attention, whose
+    All tensors are [B, H, T, D]. Forward and backward take half the time of torch's fused attention, whose
     backward is the slow part (bf16, T 256, D 32: 13 against 29 ms).
     """
     batch, heads, length, width = q.shape
@@ -76,8 +82,8 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def _block_local(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) -> Tensor:
     """Sliding attention over T > W tokens, by blocks of Q queries: each sees Q + W keys, under one mask.
 
-    All of [B, H, T, D]. The first W queries have nothing to forget and are causal. Costs T * (W + Q)
-    instead of T * T; a mask over the whole square is slower than no window at all.
+    All tensors are [B, H, T, D]. The first W queries see all keys before them and are plainly causal. Costs
+    T * (W + Q) instead of T * T; a mask over the whole square is slower than no window at all.
     """
     batch, length, head_dim = q.shape[0], q.shape[2], q.shape[3]
     size = min(SLIDING_BLOCK, window)

@@ -1,4 +1,4 @@
-"""An ONNX graph being written node by node, and the pieces that several blocks use."""
+"""A writer of ONNX graphs, node by node, and the pieces that several blocks use."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,13 +14,24 @@ from space.layer import NORM_EPS, ROPE_BASE, ModelConfig
 Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]
 OPSET = 21
-VERSION = 2  # of what graphs execute: timings of another version are timings of something else
+VERSION = 2  # of the graphs: timings of graphs of different versions are not comparable
 CONTRIB = "com.microsoft"
 
 
 @dataclass
 class Graph:
-    """An ONNX graph being written; values are known by their names."""
+    """An ONNX graph being written; a value is referred to by its name.
+
+    Attributes:
+        model_config: settings of the space.
+        nodes: in the order in which they run.
+        constants: by name.
+        inputs: of the graph.
+        outputs: of the graph.
+        shared: by key, values that :meth:`once` made.
+        residuals: by value, sums that no norm was merged into yet.
+        count: number of values made, which their names come from.
+    """
 
     model_config: ModelConfig
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -28,13 +39,22 @@ class Graph:
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
-    residuals: dict[str, onnx.NodeProto] = field(default_factory=dict)  # sums that no norm took yet, by value
+    residuals: dict[str, onnx.NodeProto] = field(default_factory=dict)
     count: int = 0
 
     def add(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Append a node; returns the name of its output, or a tuple of names.
+        """Append a node.
 
-        Inputs left out at the end are not written: an older operator may not know of them.
+        Args:
+            kind: the operator.
+            inputs: names of values; empty for an optional one. Empty ones at the end are not written, since
+                an older version of the operator may not know them.
+            outputs: number of outputs.
+            domain: of the operator.
+            attributes: of the node.
+
+        Returns:
+            The name of the output, or a tuple of names.
         """
         while inputs and not inputs[-1]:
             inputs = inputs[:-1]
@@ -44,40 +64,68 @@ class Graph:
         return names[0] if outputs == 1 else tuple(names)
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """A constant by name; one that is there already is used again."""
+        """A constant, added unless there is one of that name.
+
+        Args:
+            name: of the constant.
+            value: of the constant.
+        """
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def once(self, name: str, make: Any) -> str:
-        """The value that ``make()`` appended the first time it was asked for under this name."""
+        """A value that is made once and shared.
+
+        Args:
+            name: key of the value.
+            make: appends its nodes and returns its name; called the first time only.
+        """
         if name not in self.shared:
             self.shared[name] = make()
         return self.shared[name]
 
     def branch(self, condition: str, then: Branch, otherwise: Branch) -> tuple[str, ...]:
-        """The values that one of two branches gives: both append nodes that may read all that is there."""
+        """The values of one of two branches, chosen while the graph runs.
+
+        Args:
+            condition: name of a boolean.
+            then: appends the nodes for True to the graph that it is given, and returns the names of its
+                values; they may read all values outside.
+            otherwise: the same for False.
+        """
         parts, count = {}, 0
         for name, write in (("then_branch", then), ("else_branch", otherwise)):
             inner = Graph(self.model_config, constants=self.constants, count=self.count)
-            found = write(inner)
-            self.count, count = inner.count, len(found)
-            outputs = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in found]
+            values = write(inner)
+            self.count, count = inner.count, len(values)
+            outputs = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in values]
             parts[name] = helper.make_graph(inner.nodes, name, [], outputs)
         made: tuple[str, ...] = self.add("If", condition, outputs=count, **parts)
         return made
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
-        """Declare a graph input."""
+        """Declare a graph input.
+
+        Args:
+            name: of the input, which is returned.
+            kind: element type, of ``onnx.TensorProto``.
+            shape: sizes, or names of dynamic dimensions.
+        """
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(
         self, name: str, value: str, kind: int, shape: list[int | str], *, first: bool = False
     ) -> None:
-        """Declare a graph output: the value takes the output's name (an Identity node would copy it).
+        """Declare a graph output: the value takes the output's name, as an Identity node would copy it.
 
-        Outputs stand in the order in which they are declared; ``first`` puts one before those that are there.
+        Args:
+            name: of the output.
+            value: name of the value.
+            kind: element type, of ``onnx.TensorProto``.
+            shape: sizes, or names of dynamic dimensions.
+            first: put it before the outputs declared so far, not after them.
         """
         for node in self.nodes:
             for names in (node.input, node.output):
@@ -88,7 +136,11 @@ class Graph:
         self.outputs.insert(place, helper.make_tensor_value_info(name, kind, shape))
 
     def model(self, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
-        """The finished model."""
+        """The finished model.
+
+        Args:
+            metadata: properties to store in it.
+        """
         graph = helper.make_graph(
             self.nodes, "formfit", self.inputs, self.outputs, initializer=list(self.constants.values())
         )
@@ -100,7 +152,14 @@ class Graph:
     # Pieces that several blocks use.
 
     def norm(self, x: str, gain: str, weight: NDArray[Any], eps: float = NORM_EPS) -> str:
-        """RMSNorm over the last dimension; of a residual sum, together with the sum: a node less."""
+        """RMSNorm over the last dimension; a norm of a residual sum is merged with it into one node.
+
+        Args:
+            x: the value.
+            gain: name of the gain.
+            weight: the gain.
+            eps: added to the mean of squares.
+        """
         gain = self.constant(gain, weight.astype(np.float32))
         node = self.residuals.pop(x, None)
         if node is None:
@@ -114,22 +173,43 @@ class Graph:
         return normed
 
     def residual(self, x: str, change: str) -> str:
-        """``x + change``, both [B, T, width]; a norm of it becomes part of this node."""
+        """``x + change``; a norm of the sum becomes part of this node.
+
+        Args:
+            x: [B, T, width].
+            change: [B, T, width].
+        """
         total = str(self.add("Add", x, change))
         self.residuals[total] = self.nodes[-1]
         return total
 
     def product(self, x: str, name: str, weight: NDArray[Any]) -> str:
-        """``x W^T`` for W [out, in]."""
+        """``x W^T``.
+
+        Args:
+            x: [..., in].
+            name: of the constant.
+            weight: W [out, in].
+        """
         return str(self.add("MatMul", x, self.constant(name, weight.T.astype(np.float32))))
 
     def split(self, x: str, sizes: list[int]) -> tuple[str, ...]:
-        """Cut the last dimension into pieces of the given sizes."""
+        """Split the last dimension.
+
+        Args:
+            x: the value.
+            sizes: of the pieces.
+        """
         sizes_name = self.constant("split." + "-".join(map(str, sizes)), np.array(sizes, np.int64))
         return tuple(self.add("Split", x, sizes_name, outputs=len(sizes), axis=-1))
 
     def reshape(self, x: str, shape: list[int]) -> str:
-        """Reshape; 0 keeps a dimension."""
+        """Reshape.
+
+        Args:
+            x: the value.
+            shape: the new one; 0 keeps a dimension, -1 is inferred.
+        """
         name = self.constant("shape." + ",".join(map(str, shape)), np.array(shape, np.int64))
         return str(self.add("Reshape", x, name))
 
@@ -138,9 +218,9 @@ class Graph:
         return str(self.add("Mul", x, self.add("Sigmoid", x)))
 
     def rotary(self) -> tuple[str, str]:
-        """The caches of cosines and sines, [context, D/2], which the runtime works out once, as it loads.
+        """The caches of cosines and sines, [max_seq_len, D/2], which the runtime computes when it loads.
 
-        In the file they would be most of a small model of a long context.
+        In the file they would be most of a small model with a long context.
         """
         return self.once("rope.Cos", lambda: self._turns("Cos")), self.once(
             "rope.Sin", lambda: self._turns("Sin")
@@ -148,7 +228,7 @@ class Graph:
 
     def _turns(self, kind: str) -> str:
         def angles() -> str:
-            """Within one turn, in float64 until then: older runtimes have a cosine of float32 alone."""
+            """Reduced to one turn in float64 first: older runtimes have cosines of float32 only."""
             d = self.model_config.head_dim
             ends = (("zero", 0), ("max_seq_len", self.model_config.max_seq_len), ("one", 1))
             places = self.add("Range", *(self.scalar(f"rope.{name}", x, np.float64) for name, x in ends))
@@ -160,14 +240,31 @@ class Graph:
         return str(self.add(kind, self.once("rope.angles", angles)))
 
     def rotate(self, x: str, heads: int, position: str) -> str:
-        """Rotary embedding of [B, T, H*D] from a first position [1] or positions [B, T]."""
+        """Rotary embedding.
+
+        Args:
+            x: [B, T, H*D].
+            heads: H.
+            position: place of the first token [1], or of all tokens [B, T].
+        """
         cos, sin = self.rotary()
         return str(self.add("RotaryEmbedding", x, position, cos, sin, domain=CONTRIB, num_heads=heads))
 
     def scalar(self, name: str, value: Any, kind: Any = np.float32) -> str:
-        """A scalar constant."""
+        """A scalar constant.
+
+        Args:
+            name: of the constant.
+            value: of the constant.
+            kind: element type, of numpy.
+        """
         return self.constant(name, np.array(value, kind))
 
     def size(self, x: str, axis: int) -> str:
-        """A dimension of a value, int64 [1]."""
+        """A dimension of a value, int64 [1].
+
+        Args:
+            x: the value.
+            axis: of the dimension.
+        """
         return self.once(f"{x}[{axis}]", lambda: self.add("Shape", x, start=axis, end=axis + 1))

@@ -1,4 +1,4 @@
-"""The same blocks as ONNX graphs, for onnxruntime: what is measured is what is exported.
+"""The blocks as ONNX graphs for onnxruntime: profiling measures the graphs that are exported.
 
 A graph is written node by node in milliseconds, without torch, from weights named as in
 :mod:`space.shapes`. One graph serves prefill and decode: batch and length are dynamic,
@@ -74,7 +74,17 @@ def _states(layer: Layer, width: int, model_config: ModelConfig, held: str) -> d
 
 
 def add_ffn(graph: Graph, x: str, slot: int, weights: Arrays) -> str:
-    """Append one SwiGLU block: x [B, T, width] -> x."""
+    """Append one SwiGLU block.
+
+    Args:
+        graph: the graph.
+        x: the residual stream [B, T, width].
+        slot: in the names of its weights.
+        weights: every parameter of the block by name.
+
+    Returns:
+        The residual stream after the block.
+    """
     place = f"layers.{slot}.ffn."
     hidden = graph.norm(x, place + "pre_norm", weights["pre_norm"])
     size = weights["gate"].shape[0]
@@ -85,12 +95,33 @@ def add_ffn(graph: Graph, x: str, slot: int, weights: Arrays) -> str:
 
 
 def add_embedding(graph: Graph, tokens: str, weight: NDArray[Any], name: str = "embedding") -> str:
-    """Append the embedding: tokens [B, T] -> [B, T, width]."""
+    """Append the embedding.
+
+    Args:
+        graph: the graph.
+        tokens: [B, T].
+        weight: [vocab_size, width].
+        name: of the constant.
+
+    Returns:
+        The residual stream [B, T, width].
+    """
     return str(graph.add("Gather", graph.constant(name, weight.astype(np.float32)), tokens, axis=0))
 
 
 def add_head(graph: Graph, x: str, gain: NDArray[Any], weight: str, name: str = "norm") -> str:
-    """Append the final norm and the head, whose weight [vocabulary, width] is a constant there already."""
+    """Append the final norm and the head.
+
+    Args:
+        graph: the graph.
+        x: the residual stream [B, T, width].
+        gain: of the norm [width].
+        weight: name of the head's matrix [vocab_size, width], a constant of the graph.
+        name: of the gain.
+
+    Returns:
+        The logits [B, T, vocab_size].
+    """
     return str(graph.add("MatMul", graph.norm(x, name, gain), graph.add("Transpose", weight, perm=[1, 0])))
 
 
@@ -102,10 +133,16 @@ def model_graph(
 ) -> onnx.ModelProto:
     """The graph of a whole sub-model.
 
-    Inputs ``tokens`` int64 [B, T], ``position`` int64 [1] (the place of the first token) and
-    ``state.SLOT.NAME``; outputs ``logits`` [B, T, vocabulary], the first, and
-    ``state.SLOT.NAME.next``. An attention cache may be longer than ``position``: only what lies
-    before it is read.
+    Inputs are ``tokens`` int64 [B, T], ``position`` int64 [1] (the place of the first token) and
+    ``state.SLOT.NAME``; outputs are ``logits`` [B, T, vocab_size], the first, and
+    ``state.SLOT.NAME.next``. A cache of :attr:`Mixer.cache_in_place` may be longer than ``position``: only
+    the tokens before it are read.
+
+    Args:
+        architecture: the architecture.
+        model_config: settings of its space.
+        weights: every parameter by name.
+        metadata: properties to store in the model.
     """
     graph = Graph(model_config)
     tokens = graph.input("tokens", TensorProto.INT64, ["batch", "length"])

@@ -1,8 +1,8 @@
-"""Graphs in eight bits, by onnxruntime's own tools: what is measured and what is shipped are made here alike.
+"""Quantisation of graphs to eight bits with onnxruntime's tools, for measuring and export alike.
 
 ``int8`` makes every product a ``MatMulNBits`` node with a scale for each block of inputs, ``int8-dynamic``
 a product of integers with ranges found while it runs. The embedding is quantised too; in ``int8`` a tied one
-is one tensor, read by rows on the way in and multiplied by on the way out.
+is one tensor, of which the embedding reads rows and the head is a product.
 """
 
 import logging
@@ -21,7 +21,7 @@ from space.precision import block_size
 
 
 def quantise(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """A graph of :mod:`space.onnx.model` in a precision; fp32 is itself.
+    """A graph of :mod:`space.onnx.model` in a precision; fp32 returns it unchanged.
 
     Args:
         model: a graph with fp32 weights; it may be changed.
@@ -41,7 +41,7 @@ def quantise(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet_tools() -> Iterator[None]:
-    """The tools set up logging for the whole process when they are imported, and talk at every node."""
+    """Silence the tools, which set up logging for the whole process on import and log every node."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     logging.disable(logging.WARNING)
@@ -57,7 +57,7 @@ def _weights(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _transpose_heads(graph: onnx.GraphProto) -> None:
-    """Let a head multiply by a constant [width, vocabulary], which the tools know how to quantise."""
+    """Replace a head's transposed matrix by a constant [width, vocab_size], which the tools can quantise."""
     weights = _weights(graph)
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
         value = numpy_helper.to_array(weights[node.input[0]])
@@ -90,7 +90,7 @@ def _by_blocks(graph: onnx.GraphProto) -> None:
         return made
 
     done: list[onnx.NodeProto] = []
-    heads: dict[str, onnx.NodeProto] = {}  # by the weight that a product had
+    heads: dict[str, onnx.NodeProto] = {}  # quantised products by the name of their weight
     for node in graph.node:
         weight = _weights(graph).get(node.input[1]) if node.op_type == "MatMul" else None
         if weight is None:
@@ -167,7 +167,7 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Leave out constants that no node reads any longer."""
+    """Remove the constants that no node reads."""
     read = _read(graph)
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
@@ -175,7 +175,7 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def _read(graph: onnx.GraphProto) -> set[str]:
-    """What the nodes of a graph and of its branches read."""
+    """The names of the values that the nodes of a graph and of its branches read."""
     found = {name for node in graph.node for name in node.input}
     return found.union(
         *(_read(part.g) for node in graph.node for part in node.attribute if part.HasField("g"))

@@ -106,7 +106,7 @@ def test_the_code_is_the_sources(code: str) -> None:
         for name, dump in here.items():
             assert dump == wanted[name], f"{path}: {name}"
     for path, comment in {
-        "space/attention/linear.py": "# What a chunk's rows weigh: the queries' scores",
+        "space/attention/linear.py": "# The terms of chunks, for M = N * B * Hkv",
         "space/attention/fla.py": "# The kernels by rule and by whether",
     }.items():
         assert comment in found[path]
