@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from latency import Card, Predictor, load_card, load_predictor
+from latency.device_runner.fingerprint import Fingerprint
 from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import WorkloadModel
 from search import pipeline
@@ -263,9 +264,12 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
         per_layer=1e-6,
         scale=0.01,
         hinges=(0.0,) * 4,
-        errors={},
+        errors=None,
     )
-    card = Card(run.devices / "desk", {"cpu": "made up", "runtime": "onnxruntime", "runtime_version": "0"})
+    card = Card(
+        run.devices / "desk",
+        Fingerprint(machine="", cpu="made up", system="", runtime="onnxruntime", runtime_version="0"),
+    )
     card.save()
     unmeasured = OpLatencies(space.config, {}, {})
     predictor = Predictor(space=space, ops=unmeasured, models={workload: model}, residuals=[0.0])
