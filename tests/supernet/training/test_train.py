@@ -93,7 +93,7 @@ def test_killed_and_resumed_training_equals_uninterrupted(text: Path, tmp_path: 
     assert process.wait(30) == -signal.SIGKILL
     assert not (killed / "step-000060").exists()
     resumed = call(killed)
-    train(small_space(), config(text, steps=60, checkpoint_every=7), undisturbed)  # meanwhile, in this process
+    train(small_space(), config(text, steps=60, checkpoint_every=7), undisturbed)  # meanwhile, here
     assert resumed.wait(120) == 0
     for name in ("model", "optimizer"):
         file = f"step-000060/{name}.safetensors"
