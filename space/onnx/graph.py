@@ -230,7 +230,7 @@ class Graph:
         def angles() -> str:
             """Reduced to one turn in float64 first: older runtimes have cosines of float32 only."""
             d = self.model_config.head_dim
-            ends = (("zero", 0), ("max_seq_len", self.model_config.max_seq_len), ("one", 1))
+            ends = (("zero", 0), ("context", self.model_config.max_seq_len), ("one", 1))
             places = self.add("Range", *(self.scalar(f"rope.{name}", x, np.float64) for name, x in ends))
             rates = self.constant("rope.rates", ROPE_BASE ** (-np.arange(0, d, 2) / d))
             whole = self.add("Mul", self.reshape(places, [-1, 1]), rates)
