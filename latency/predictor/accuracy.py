@@ -1,11 +1,12 @@
 """Accuracy of predictions on measured models."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
+from latency.card import PREDICTOR
 from latency.device_runner.timing import JsonObject
 
 Array = NDArray[np.float64]
@@ -41,6 +42,8 @@ def accuracy(predicted: Array, measured: Array) -> Accuracy:
         predicted: predicted latencies: [N].
         measured: measured latencies, in the same unit: [N].
     """
+    from scipy.stats import spearmanr  # half a second, and errors that were read need it not
+
     relative = np.abs(predicted / measured - 1)
     return Accuracy(
         models=len(measured),
@@ -116,3 +119,20 @@ class MemoryErrors:
     models: int
     mape_percent: float
     worst_percent: float
+
+
+def read_predictor_errors(path: Path) -> dict[str, PredictorErrors]:
+    """The errors of a fitted predictor by workload, from its file; workloads without errors are left out.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: the file is missing or not whole.
+    """
+    models = PREDICTOR.read(path)["workloads"]
+    return {
+        workload: PredictorErrors.from_json(model["errors"])
+        for workload, model in models.items()
+        if model["errors"]
+    }

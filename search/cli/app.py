@@ -6,6 +6,7 @@ can be checked without them.
 
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +14,12 @@ import typer
 from typer.exceptions import TyperException
 
 from search.cli.devices import devices, profile, verify
+from search.cli.generation import generate
 from search.cli.options import ConfigFile, Json, RunFolder
 from search.cli.output import Bars, make_table, note, show
 from search.cli.search import search
 from search.cli.space import space
-from search.cli.submodels import export, extract, finetune, generate
+from search.cli.submodels import export, extract, finetune
 from space.io.errors import FormfitError
 
 if TYPE_CHECKING:
@@ -84,10 +86,11 @@ def run(
         loaded = small(loaded)
     folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
     if dry_run:
-        from search.cli.space import describe_space, space_table
+        from search.cli.space import space_table, summarise_space
 
-        value = describe_space(loaded.space) | {"out": str(folder), "device": loaded.device}
-        show(value, as_json, lambda: [space_table(value)])
+        size = summarise_space(loaded.space)
+        value = asdict(size) | {"out": str(folder), "device": loaded.device}
+        show(value, as_json, lambda: [space_table(size)])
         return
     from search import pipeline
     from search.config import Run

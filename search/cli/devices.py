@@ -1,7 +1,6 @@
 """The commands that measure devices: profile, verify, devices."""
 
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,13 +23,10 @@ from space.io.errors import InputError, LimitMissedError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from latency import Card
-    from latency.device_runner.fingerprint import Fingerprint
+    from latency import Predictor, ProfileConfig
     from search.engine.verification import Verification
     from supernet.evaluate import EvaluationSet
     from supernet.extract import SubModel
-
-SECONDS_PER_DAY = 86400
 
 
 def profile(
@@ -67,62 +63,88 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure a device and fit its latency predictor. Resumes."""
-    from space import Workload, load_space
-
     check_name(device)
     check_kit_options(make_kit, kit_result)
     if (make_kit or kit_result) and runtime != "onnxruntime":
         raise InputError(f"--runtime {runtime}: a kit runs on onnxruntime")
-    for text in workload or ():
-        Workload.parse(text)
-    loaded = load_space(space)
+    given = {"threads": threads, "precision": precision, "runtime": runtime, "max_noise": max_noise / 100}
+    config = profile_config(given, workload or (), budget)
 
-    from latency import ProfileConfig, load_card
-    from latency.config import minutes
-    from space.io.config import parse
+    from space import load_space
 
-    given = {
-        "workloads": tuple(workload or ()),
-        "threads": threads,
-        "precision": precision,
-        "runtime": runtime,
-        "budget_minutes": minutes(budget) if budget else None,
-        "max_noise": max_noise / 100,
-    }
-    config = parse(ProfileConfig, given, "profile")
-
-    from latency.kit.pack import pack
-    from latency.kit.unpack import unpack
-    from latency.profiling import load_prior
-    from latency.profiling import profile as measure
-
+    loaded, folder = load_space(space), context.obj / device
     if make_kit:
-        show_kit(vars(pack(loaded, context.obj / device, config, make_kit)), as_json)
+        from latency.kit.pack import pack
+
+        show_kit(vars(pack(loaded, folder, config, make_kit)), as_json)
         return
     if kit_result:
-        predictor = unpack(loaded, context.obj / device, kit_result, prior)
+        from latency.kit.unpack import unpack
+
+        predictor = unpack(loaded, folder, kit_result, prior)
     else:
+        from latency.profiling import load_prior
+        from latency.profiling import profile as measure
+
         known = load_prior(loaded, context.obj, prior, config) if prior else None
         with Bars().stage("profile") as stage:
             predictor = measure(
                 loaded, context.obj, device, config, lambda what, share: stage(share, what), known
             )
-    card = load_card(context.obj, device)
-    errors = {str(w): m.errors.to_json() for w, m in predictor.models.items() if m.errors}
+    show_profile(context.obj, device, predictor, as_json)
+
+
+def profile_config(given: dict[str, Any], workloads: Sequence[str], budget: str | None) -> "ProfileConfig":
+    """The settings of a profile, checked.
+
+    Args:
+        given: values by setting.
+        workloads: such as ``decode@256``; none takes the defaults.
+        budget: such as ``10m``.
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+    from latency import ProfileConfig
+    from latency.config import minutes
+    from space import Workload
+    from space.io.config import parse
+
+    for text in workloads:
+        Workload.parse(text)
+    settings = {"workloads": tuple(workloads), "budget_minutes": minutes(budget) if budget else None}
+    return parse(ProfileConfig, given | settings, "profile")
+
+
+def show_profile(devices: Path, name: str, predictor: "Predictor", as_json: bool) -> None:
+    """Print what a profile gave: the errors of the predictor, and problems of the card.
+
+    Args:
+        devices: folder of all cards.
+        name: of the card.
+        predictor: that was fitted.
+        as_json: print a JSON object instead of a table.
+    """
+    from latency import load_card
+    from search.cli.tables import error_table
+
+    card = load_card(devices, name)
+    errors = {str(w): model.errors for w, model in predictor.models.items() if model.errors}
     value = {
-        "device": device,
-        "workloads": errors,
+        "device": name,
+        "workloads": {workload: item.to_json() for workload, item in errors.items()},
         "memory": {str(w): vars(m.errors) if m.errors else {} for w, m in predictor.memory.items()},
         "unsupported": card.unsupported,
         "aa_difference_percent": None if card.aa_difference is None else 100 * card.aa_difference,
         "problems": card.problems,
     }
-    show(value, as_json, lambda: _error_tables([errors]))
-    if not as_json:
-        for mixer, reason in card.unsupported.items():
-            note(f"{mixer} does not run on the device and is excluded from searches: {reason}")
-        if card.problems:
-            note(f"{len(card.problems)} measurement problems; the last: {card.problems[-1]}")
+    show(value, as_json, lambda: [error_table(errors)])
+    if as_json:
+        return
+    for mixer, reason in card.unsupported.items():
+        note(f"{mixer} does not run on the device and is excluded from searches: {reason}")
+    if card.problems:
+        note(f"{len(card.problems)} measurement problems; the last: {card.problems[-1]}")
 
 
 def show_kit(packed: Mapping[str, Any], as_json: bool) -> None:
@@ -195,13 +217,6 @@ def _verification_tables(found: "Verification") -> "list[Table]":
     return [latency_table(found.latency), limit_table(found.limits), precision_table(found.precisions)]
 
 
-def _error_tables(predictors: Iterable[Mapping[str, Any]]) -> "list[Table]":
-    """Held-out errors of predictors, a table for each."""
-    from search.cli.tables import error_table
-
-    return list(map(error_table, predictors))
-
-
 def _evaluation_data(submodel: "SubModel") -> "EvaluationSet | None":
     """The text that a sub-model's losses are measured on; None, with a note, if there is none."""
     from search.submodel.verify import evaluation_data
@@ -219,8 +234,7 @@ def _evaluation_data(submodel: "SubModel") -> "EvaluationSet | None":
 def devices(
     context: typer.Context,
     name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="Name of one device, to show its predictors' errors."),
+        str | None, typer.Argument(metavar="NAME", help="Name of one device, to show its predictors' errors.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -228,87 +242,22 @@ def devices(
 
     Warns of a card that no longer fits its machine.
     """
-    from latency import load_card
+    from search.cli.cards import card_tables, summarise_card
 
     root = context.obj
     names = [name] if name else sorted(path.parent.name for path in root.glob("*/device.json"))
-    entries = []
+    cards = []
     for each in names:
         try:
-            entries.append(_device_entry(load_card(root, each)))
+            cards.append(summarise_card(root, each))
         except InputError as error:
             if name:
                 raise
             note(str(error))
-    show({"devices": entries}, as_json, lambda: _device_tables(root, entries, details=name is not None))
-    for entry in entries if not as_json else ():
-        if entry["warning"]:
-            note(entry["warning"])
-        if name and entry["differences"]:
-            note(f"not this machine: {'; '.join(entry['differences'])}")
-
-
-def _device_entry(card: "Card") -> dict[str, Any]:
-    """A card as a JSON object."""
-    from latency.card import PREDICTOR, differences, outdated
-
-    predictors = {}
-    for path in sorted((card.folder / "predictors").glob("*.json")):
-        fitted = PREDICTOR.read(path)
-        predictors[path.stem] = {w: model["errors"] for w, model in fitted["workloads"].items()}
-    here = _fingerprint(card)
-    other = differences(card.fingerprint, here)
-    return {
-        "name": card.name,
-        "measured": card.measured,
-        "age_days": _age_days(card.measured),
-        "fingerprint": card.fingerprint.to_json(),
-        "this_machine": not other,
-        "differences": other,
-        "warning": outdated(card, here),
-        "aa_difference_percent": None if card.aa_difference is None else 100 * card.aa_difference,
-        "unsupported": card.unsupported,
-        "predictors": predictors,
-        "problems": card.problems,
-    }
-
-
-def _device_tables(root: Path, entries: list[dict[str, Any]], details: bool) -> "list[Table]":
-    """The table of all cards; with ``details`` the errors of the first one's predictors too."""
-    rows = [
-        [
-            entry["name"],
-            f"{entry['age_days']:.0f} days",
-            f"{entry['fingerprint']['cpu']}, {entry['fingerprint']['runtime_version']}",
-            "yes" if entry["this_machine"] else "no",
-            "\n".join(entry["predictors"]) or "-",
-            "\n".join(map(_worst_error, entry["predictors"].values())) or "-",
-        ]
-        for entry in entries
-    ]
-    columns = ["name", "age", "measured on", "this machine", "predictors", "worst MAPE"]
-    tables = [make_table(f"Devices in {root}", columns, rows)]
-    return tables + (_error_tables(entries[0]["predictors"].values()) if details else [])
-
-
-def _fingerprint(card: "Card") -> "Fingerprint":
-    """Fingerprint of this machine with the card's runtime, or with onnxruntime if that is not installed."""
-    from latency.runtimes.registry import local_fingerprint
-
-    try:
-        return local_fingerprint(card.fingerprint.runtime)
-    except InputError:
-        return local_fingerprint("onnxruntime")
-
-
-def _age_days(measured: str | None) -> float:
-    """Days since a card was measured; 0 if it was not."""
-    if measured is None:
-        return 0.0
-    return (datetime.now(UTC) - datetime.fromisoformat(measured)).total_seconds() / SECONDS_PER_DAY
-
-
-def _worst_error(errors: Mapping[str, Any]) -> str:
-    """The largest held-out MAPE of a predictor's workloads."""
-    held_out = [item["held_out"]["mape_percent"] for item in errors.values() if "held_out" in item]
-    return f"{max(held_out):.2f}%" if held_out else "-"
+    value = {"devices": [card.to_json() for card in cards]}
+    show(value, as_json, lambda: card_tables(root, cards, details=name is not None))
+    for card in cards if not as_json else ():
+        if card.warning:
+            note(card.warning)
+        if name and card.differences:
+            note(f"not this machine: {'; '.join(card.differences)}")

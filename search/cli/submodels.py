@@ -1,19 +1,16 @@
-"""The commands that make and use sub-models: extract, export, finetune, generate."""
+"""The commands that make sub-models: extract, export, finetune."""
 
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from search.cli.options import Formats, Json, Precisions, RunFolder, SubModelFolder, check_submodel
-from search.cli.output import Bars, make_table, note, show
+from search.cli.output import Bars, make_table, show
 from space.io.errors import InputError
 
 if TYPE_CHECKING:
-    from search.submodel.generation import StreamingTokenizer
+    pass
 
 LIMIT_CHARACTERS = "<=>≤≥"  # of which a pick's name or key has none
 
@@ -47,11 +44,7 @@ def extract(
     from search.submodel.formats import check_formats
 
     check_formats(format_ or (), precision or ())
-    if architecture and pick:
-        raise InputError("--pick: an architecture is given already, by --architecture")
-    limit = pick if pick and set(pick) & set(LIMIT_CHARACTERS) else None
-    if (architecture is not None) == (search is not None or limit is not None):
-        raise InputError("give one of --search NAME, --architecture FILE and --pick LIMIT")
+    limit = limit_of_pick(pick, search, architecture)
     trained_config(run)
     if limit:
         check_search(SearchConfig(limits=(limit,)), [])
@@ -81,6 +74,25 @@ def extract(
     precisions = [*(precision or ()), *selection.precisions()] if "onnx" in (format_ or ()) else []
     files += export(submodel, format_ or (), precisions)
     _show_files(found.key, out_dir, files, as_json)
+
+
+def limit_of_pick(pick: str | None, search: str | None, architecture: Path | None) -> str | None:
+    """The limit that ``--pick`` gives; None for a member of a search, or an architecture from a file.
+
+    Args:
+        pick: a limit, or the name or key of a member.
+        search: name of a search.
+        architecture: file of an architecture.
+
+    Raises:
+        InputError: there is not exactly one source of the architecture.
+    """
+    if architecture and pick:
+        raise InputError("--pick: an architecture is given already, by --architecture")
+    limit = pick if pick and set(pick) & set(LIMIT_CHARACTERS) else None
+    if (architecture is not None) == (search is not None or limit is not None):
+        raise InputError("give one of --search NAME, --architecture FILE and --pick LIMIT")
+    return limit
 
 
 def export(
@@ -174,108 +186,3 @@ def _show_files(key: str, folder: Path, files: list[str], as_json: bool) -> None
     value = {"key": key, "folder": str(folder), "files": files}
     rows = [[key, str(folder), "\n".join(files)]]
     show(value, as_json, lambda: [make_table("Sub-model", ["key", "folder", "files"], rows)])
-
-
-def generate(
-    folder: SubModelFolder,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with the text; - for standard input.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0, metavar="T", help="0 takes the most likely token.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the most likely tokens that make up this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed of the draws.")] = 0,
-    precision: Annotated[
-        str, typer.Option(metavar="NAME", help="Precision of the graph that runs.")
-    ] = "fp32",
-    threads: Annotated[int, typer.Option(min=1, metavar="N", help="Threads of onnxruntime.")] = 1,
-    draft: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Smaller sub-model for speculative decoding; greedy only."),
-    ] = None,
-    draft_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", max=64, help="Tokens that the draft proposes in each round.")
-    ] = 4,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Continue after the end-of-document token.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Continue a text with an exported sub-model.
-
-    Runs on onnxruntime, without torch.
-    """
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p {top_p}: a share above 0, at most 1")
-    if draft and temperature:
-        raise InputError(f"--temperature {temperature}: --draft takes the most likely token, give 0")
-    for given in (folder, *([draft] if draft else [])):
-        if not given.is_dir():
-            raise InputError(f"{given}: no such folder; `formfit extract --format onnx` writes one")
-
-    from search.submodel.generation import NEAR_TIE, DraftStatistics, Sampling, StreamingTokenizer, speculate
-    from search.submodel.generation import generate as generate_tokens
-    from search.submodel.loading import fit_new_tokens, open_draft, open_model, prompt_text
-
-    if draft and precision not in NEAR_TIE:
-        raise InputError(f"--draft: not with {precision}, whose ranges depend on the number of tokens read")
-    model = open_model(folder, precision, threads)
-    draft_model = open_draft(draft, model, precision, threads, draft_tokens) if draft else None
-    text = StreamingTokenizer(model.tokenizer)
-    prompt_tokens = text.encode(prompt_text(prompt, prompt_file))
-    max_new_tokens = fit_new_tokens(model, len(prompt_tokens), tokens, note)
-    eos_token_id = None if ignore_eos else text.separator
-    statistics = DraftStatistics(near=NEAR_TIE.get(precision, 0.0))
-    if draft_model:
-        new_tokens = speculate(
-            model.decoder, draft_model, prompt_tokens, max_new_tokens, eos_token_id, draft_tokens, statistics
-        )
-    else:
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        new_tokens = generate_tokens(model.decoder, prompt_tokens, max_new_tokens, sampling, eos_token_id)
-    value = {
-        "prompt_tokens": len(prompt_tokens),
-        **_streamed(new_tokens, text, echo=not as_json),
-        "draft": None,
-    }
-    summary = f"{value['tokens']} tokens"
-    if value["tokens_per_second"] is not None:
-        summary += f", {value['tokens_per_second']:,.0f} tokens/s"
-    if draft_model:
-        acceptance = statistics.accepted / max(1, statistics.proposed)
-        value["draft"] = {**vars(statistics), "acceptance": acceptance}
-        summary += f"; {statistics.accepted} of {statistics.proposed} proposals accepted"
-        if statistics.near_ties:
-            summary += f"; {statistics.near_ties} near ties (two logits within {statistics.near:g})"
-    if as_json:
-        show(value, as_json, list)
-    else:
-        note(summary)
-
-
-def _streamed(new_tokens: Iterator[int], text: "StreamingTokenizer", echo: bool) -> dict[str, Any]:
-    """Text and timing of new tokens, written to stdout as they come if ``echo`` is true."""
-    began, first, pieces, count = time.perf_counter(), 0.0, [], 0
-    for token in new_tokens:
-        first = first or time.perf_counter()
-        count += 1
-        pieces.append(text.feed(token))
-        if echo:
-            sys.stdout.write(pieces[-1])
-            sys.stdout.flush()
-    ended = time.perf_counter()
-    pieces.append(text.end())
-    if echo:
-        sys.stdout.write(f"{pieces[-1]}\n")
-        sys.stdout.flush()
-    return {
-        "text": "".join(pieces),
-        "tokens": count,
-        "first_token_ms": 1e3 * (first - began) if count else None,
-        "tokens_per_second": (count - 1) / (ended - first) if count > 1 else None,
-    }

@@ -1,13 +1,14 @@
 """Tables of the command line: fronts, limits, latencies, precisions, errors of predictors."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from search.cli.output import make_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from latency.predictor.accuracy import PredictorErrors
     from search.engine.front import Member
     from search.engine.verification import LatencyComparison, LimitResult, PrecisionResult
 
@@ -93,23 +94,25 @@ def front_tables(members: "Sequence[Member]", picks: Mapping[str, str]) -> "list
     ]
 
 
-def error_table(workloads: Mapping[str, Mapping[str, Any]]) -> "Table":
+def error_table(workloads: "Mapping[str, PredictorErrors]") -> "Table":
     """Errors of a predictor on whole models that it was not fitted to.
 
     Args:
-        workloads: the predictor's errors by workload, as its file holds them.
+        workloads: the predictor's errors by workload.
     """
     rows = []
     for workload, errors in workloads.items():
-        held_out, repeated = errors["held_out"], errors["repeatability_mape_percent"]
+        if errors.test is None:
+            continue
+        held_out, repeated = errors.test.held_out, errors.test.repeatability_mape_percent
         rows.append(
             [
                 workload,
-                f"{held_out['mape_percent']:.2f}%",
-                f"{100 * held_out['within_10_percent']:.0f}%",
-                "-" if held_out["spearman"] is None else f"{held_out['spearman']:.4f}",
+                f"{held_out.mape_percent:.2f}%",
+                f"{100 * held_out.within_10_percent:.0f}%",
+                "-" if held_out.spearman is None else f"{held_out.spearman:.4f}",
                 "-" if repeated is None else f"{repeated:.2f}%",
-                f"{errors['flops_and_params']['mape_percent']:.2f}%",
+                f"{errors.test.flops_and_params.mape_percent:.2f}%",
             ]
         )
     columns = ["workload", "MAPE", "within 10%", "Spearman", "repeatability", "FLOPs+params MAPE"]

@@ -9,6 +9,7 @@ import pytest
 
 from latency.card import PREDICTOR, Card
 from latency.device_runner.fingerprint import Fingerprint
+from latency.predictor.accuracy import Accuracy, HeldOutErrors, PredictorErrors
 
 ROOT = Path(__file__).parents[3]
 SPACE = ROOT / "configs" / "spaces" / "small.yaml"
@@ -102,7 +103,10 @@ BAD = {
         ["verify", "none", "--device", "here"],
         "none/architecture.json: not found",
     ),
-    "generate from a missing sub-model": (["generate", "none", "--prompt", "a"], "none: no such folder"),
+    "generate from a missing sub-model": (
+        ["generate", "none", "--prompt", "a"],
+        "none/model.onnx: not found",
+    ),
     "unknown format": (["export", "none", "--format", "pb"], "--format pb: not one of onnx, hf"),
     "malformed limit": ([*SEARCH, "--limit", "decode<=2ms"], "limit 'decode<=2ms'"),
     "limit given twice": ([*SEARCH, "--limit", "params<=1M", "--limit", "params<=2M"], "both limit params"),
@@ -134,14 +138,21 @@ def test_bad_input_is_refused_before_heavy_imports(answered: Path) -> None:
 def test_space_devices_and_dry_run_need_no_heavy_imports(answered: Path) -> None:
     card = Card(answered / "devices" / "laptop", Fingerprint.local("onnxruntime", "0.1"))
     card.save()
-    held_out = {"mape_percent": 2.5, "within_10_percent": 0.98, "spearman": None}
-    errors = {
-        "held_out": held_out,
-        "repeatability_mape_percent": None,
-        "flops_and_params": {"mape_percent": 9},
-    }
+    accuracy = Accuracy(
+        models=9,
+        mape_percent=2.5,
+        worst_percent=9.0,
+        within_5_percent=0.9,
+        within_10_percent=1.0,
+        spearman=None,
+        span=3.0,
+    )
+    test = HeldOutErrors(
+        held_out=accuracy, plain_sum=accuracy, flops_and_params=accuracy, repeatability_mape_percent=None
+    )
+    errors = PredictorErrors(leave_one_out_mape_percent=2.0, test=test)
     path = card.predictor_path("small", "onnxruntime", 1, "fp32")
-    PREDICTOR.write(path, {}, {"workloads": {"decode@256": {"errors": errors}}})
+    PREDICTOR.write(path, {}, {"workloads": {"decode@256": {"errors": errors.to_json()}}})
     asked = [["devices"], ["devices", "laptop"], ["space", str(SPACE)], ["run", str(CONFIG), "--dry-run"]]
     for words, (code, out, err, modules) in zip(asked, run(answered, asked), strict=True):
         assert (code, "measured with onnxruntime 0.1" in err) == (0, words[0] == "devices"), words

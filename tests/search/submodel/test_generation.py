@@ -290,7 +290,7 @@ BAD = {
     ("--prompt", "a", "--precision", "int8"): "--format onnx --precision int8` writes it",
     ("--prompt", "a", "--top-p", "0"): "--top-p 0.0: a share above 0, at most 1",
     ("--prompt", "a", "--draft", "nowhere"): "nowhere/model.onnx: not found",
-    ("--prompt", "a", "--draft", ".", "--temperature", "1"): "with --draft the likeliest token is taken",
+    ("--prompt", "a", "--draft", ".", "--temperature", "1"): "--draft takes the most likely token",
     ("--prompt", "a\udcff"): "--prompt: not UTF-8 text",
     ("--prompt", "a", "--draft", ".", "--precision", "int8-dynamic"): "--draft: not with int8-dynamic",
     ("--prompt", "a", "--threads", "100000"): "--threads 100000: this machine has",
