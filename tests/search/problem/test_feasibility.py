@@ -193,12 +193,13 @@ def test_least_minimum_of_two_equals_brute_force(name: str, style: str) -> None:
     assert turns
 
 
-def test_infeasible_minimum_of_two_is_refused_with_its_least_value() -> None:
+@pytest.mark.parametrize("rounds", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_infeasible_minimum_of_two_is_refused_with_its_least_value(rounds: int) -> None:
     name = "no FFN"
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(8)
     together = 0
-    for _ in range(6):
+    for _ in range(rounds):
         costs = [
             replace(greatest_of(space, rng, "any", 2), min_with=greatest_of(space, rng, "any", 2))
             for _ in range(2)
@@ -219,11 +220,12 @@ def test_infeasible_minimum_of_two_is_refused_with_its_least_value() -> None:
     assert together
 
 
-def test_infeasible_maximum_is_refused_with_its_least_value() -> None:
+@pytest.mark.parametrize("rounds", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_infeasible_maximum_is_refused_with_its_least_value(rounds: int) -> None:
     name = "no FFN"
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(6)
-    for _ in range(5):
+    for _ in range(rounds):
         costs = [greatest_of(space, rng, "any", 3) for _ in range(2)]
         values = priced(costs, genomes)
         low = values.min(axis=0)
