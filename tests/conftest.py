@@ -21,6 +21,26 @@ from tests.contracts import tiny_value
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
+# Files that take longest. They start first, so that all workers of pytest-xdist end at about the same time.
+LONGEST = (
+    "test_tutorials.py",
+    "test_pipeline.py",
+    "test_search.py",
+    "test_plugin.py",
+    "test_parallel.py",
+    "test_audit.py",
+    "test_feasibility.py",
+    "test_kit.py",
+    "test_profiling.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 class Quiet:
     """A reporter that keeps what it was told."""
 

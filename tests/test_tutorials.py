@@ -102,6 +102,7 @@ def run_command(text: str, formfit: Program) -> None:
     assert done.returncode in expected, (text, done.stderr)
 
 
+@pytest.mark.timeout(600)  # minutes where the cores are busy
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_tutorial_runs(page: Path, clone: Path, formfit: Program) -> None:
     assert clone == Path.cwd()

@@ -24,9 +24,10 @@ SPACES = sorted(ROOT.glob("configs/spaces/*.yaml"))
 def new_process(*words: object) -> subprocess.CompletedProcess[str]:
     """Run the program in a new process."""
     command = [sys.executable, "-c", "from search.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
 
 
+@pytest.mark.timeout(600)  # minutes where the cores are busy
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configuration_runs_and_reruns_without_work(
     config: Path, tmp_path: Path, formfit: Program, monkeypatch: pytest.MonkeyPatch
