@@ -46,7 +46,7 @@ class Layer:
 
     @property
     def present(self) -> bool:
-        """Whether the layer has a mixer or an FFN, and so counts for depth."""
+        """True with a mixer or an FFN; other layers do not count for depth."""
         return self.mixer != "none" or self.ffn > 0
 
     def describe(self) -> str:

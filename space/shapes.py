@@ -131,7 +131,7 @@ def parameter_mixer(name: str, architecture: Architecture | None = None) -> str:
 
 
 def is_half_precision(name: str, shape: tuple[int, ...], architecture: Architecture | None = None) -> bool:
-    """Whether a parameter may be bf16 where others are fp32: matrices may, gates of a recurrence may not.
+    """True for a parameter that may train in bf16: a matrix that its mixer does not keep in fp32.
 
     Args:
         name: of a parameter; see :func:`parameter_mixer`.

@@ -94,9 +94,9 @@ class MixerContract:
         """The shapes of a layer's block."""
         return mixer_shapes(self.mixer, width or self.width, layer.heads, layer.kv_heads, model_config)
 
-    def weights(self, layer: Layer, model_config: ModelConfig) -> dict[str, Tensor]:
+    def weights(self, layer: Layer, model_config: ModelConfig, seed: int = 1) -> dict[str, Tensor]:
         """Distinct fp64 values near the first ones, so that a wrong slice or order shows."""
-        generator, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+        generator, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
         found = {}
         for name, shape in self.shapes(layer, model_config).items():
             value = initial(name, shape, generator, mixer=self.mixer).double()
@@ -110,7 +110,7 @@ class MixerContract:
         return torch.randn(batch, length, self.width, dtype=torch.float64, generator=generator)
 
     def test_declared_matrices_are_matrices(self) -> None:
-        """What the value declares by name exists, once, and has the dimensions of its role."""
+        """Every name that the value declares is a parameter, with the dimensions of its role."""
         value = self.value
         matrices = (*value.projections, *value.matrices, value.output)
         require(len(set(matrices)) == len(matrices), f"a matrix is declared twice: {matrices}")
@@ -280,7 +280,7 @@ class MixerContract:
                 require(widest >= 16 * tokens * self.width, f"{text}: op_activation_bytes {widest}")
 
     def test_the_graph_equals_torch(self) -> None:
-        """The ONNX graph gives torch's logits and states, in one call, two, or one for each token."""
+        """The ONNX graph of two layers gives torch's logits and states, in one call, in two or by token."""
         if self.value.write is None:
             return
         for layer, model_config in self.layers():
@@ -293,8 +293,10 @@ class MixerContract:
             for cuts, rows in (([0, 40], 2), ([0, 17, 40], 1), ([*range(41)], 2)):
                 found, state = self._run(graph, model, tokens[:rows], cuts, past=0)
                 require_close(f"logits in {len(cuts) - 1} pieces", found, logits[:rows])
-                for name, expected in states[0].items():
-                    value = state[f"state.0.{name}"]
+                for slot, name, expected in (
+                    (i, name, x) for i, after in states.items() for name, x in after.items()
+                ):
+                    value = state[f"state.{slot}.{name}"]
                     require_close(f"{name} in {len(cuts) - 1} pieces", value, expected[:rows])
 
     def test_a_cache_in_place_is_read_up_to_the_position(self) -> None:
@@ -311,10 +313,12 @@ class MixerContract:
             require_close("logits", found, logits)
 
     def _model(self, layer: Layer, model_config: ModelConfig) -> Model:
-        model = Model(Architecture(self.width, (layer, Layer(ffn=32))), model_config)
+        """The mixer twice with different weights, so that a constant of both is noticed, and an FFN."""
+        model = Model(Architecture(self.width, (layer, Layer(ffn=32), layer)), model_config)
         with torch.no_grad():
-            for name, value in self.weights(layer, model_config).items():
-                model.get_parameter(f"layers.0.mixer.{name}").copy_(value)
+            for slot in (0, 2):
+                for name, value in self.weights(layer, model_config, seed=1 + slot).items():
+                    model.get_parameter(f"layers.{slot}.mixer.{name}").copy_(value)
             model.get_parameter("layers.1.ffn.down").normal_(
                 std=0.1, generator=torch.Generator().manual_seed(6)
             )
@@ -335,11 +339,10 @@ class MixerContract:
 
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
         known, names = {x.name for x in session.get_inputs()}, [x.name for x in session.get_outputs()]
-        layer = model.architecture.layers[0]
-        shapes = state_shapes(layer, self.width, model.model_config, len(tokens), past)
         states: dict[str, Any] = {
-            f"state.0.{name}": np.full(shape, 7.0 if past else 0.0, np.float32)
-            for name, shape in shapes.items()
+            f"state.{slot}.{name}": np.full(shape, 7.0 if past else 0.0, np.float32)
+            for slot, layer in enumerate(model.architecture.layers)
+            for name, shape in state_shapes(layer, self.width, model.model_config, len(tokens), past).items()
         }
         logits = []
         for start, end in pairwise(cuts):

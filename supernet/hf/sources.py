@@ -27,11 +27,11 @@ class Sources:
     replaced: Mapping[str, str] = field(default_factory=dict)
 
     def is_ours(self, module: str) -> bool:
-        """Whether a module is of formfit."""
+        """True for a module of formfit."""
         return module.split(".")[0] in OURS
 
     def own(self, module: str) -> bool:
-        """Whether definitions of a module are copied, not imported."""
+        """True for a module whose definitions are copied, not imported."""
         return self.is_ours(module) or module.split(".")[0] in self.packages
 
     def path(self, module: str) -> Path | None:
@@ -240,7 +240,7 @@ class Module:
         return Definition("\n".join(self.lines[i] for i in sorted(kept)), node, names)
 
     def _is_movable(self, statement: ast.Import | ast.ImportFrom) -> bool:
-        """Whether an import is alone on its lines, and binds no package of ours."""
+        """True for an import that is alone on its lines and binds no package of formfit."""
         after = self.lines[(statement.end_lineno or statement.lineno) - 1][statement.end_col_offset or 0 :]
         if after.strip() and not after.strip().startswith("#"):
             return False

@@ -11,24 +11,24 @@ from tests.contracts import scatter
 from tests.numerics import TOLERANCE, assert_close
 from tests.space.naive import naive_attention
 
-FRAME = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
+CONFIG = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
 FP32 = TOLERANCE["float32"]
 
 
-def model(*layers: Layer, width: int = 48, model_config: ModelConfig = FRAME, seed: int = 0) -> Model:
+def model(*layers: Layer, width: int = 48, model_config: ModelConfig = CONFIG, seed: int = 0) -> Model:
     made = Model(Architecture(width, layers), model_config, torch.Generator().manual_seed(seed))
     scatter(made, seed)
     return made
 
 
 def tokens(length: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, FRAME.vocab_size, (batch, length)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length)))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_all_softmax_is_a_llama(kv_heads: int, tie_embeddings: bool) -> None:
+def test_softmax_model_equals_llama(kv_heads: int, tie_embeddings: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model_config = ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16, tie_embeddings=tie_embeddings)
@@ -91,7 +91,7 @@ def test_softmax_attention(length: int, past: int, window: int) -> None:
     assert_close("out", softmax_attention(q, k, v, window), expected, 1e-12)
 
 
-def test_qk_norm_changes_the_logits_and_keeps_the_steps() -> None:
+def test_qk_norm_changes_logits_and_steps_equal_prefill() -> None:
     model_config = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16, qk_norm=True)
     made = model(Layer(mixer="attention", heads=4, kv_heads=2), model_config=model_config)
     text = tokens(20)

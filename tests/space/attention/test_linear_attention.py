@@ -145,7 +145,7 @@ random_inputs = given(
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @random_inputs
-def test_agrees_with_the_recurrence_in_results_and_gradients(
+def test_results_and_gradients_equal_the_recurrence(
     kind: str, tokens: int, scale: float | None, **shape: Any
 ) -> None:
     compare(make(kind, tokens, **shape), scale)
@@ -154,7 +154,7 @@ def test_agrees_with_the_recurrence_in_results_and_gradients(
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @random_inputs
-def test_agrees_with_the_recurrence_on_more_inputs(
+def test_results_equal_the_recurrence_on_random_inputs(
     kind: str, tokens: int, scale: float | None, **shape: Any
 ) -> None:
     compare(make(kind, tokens, **shape), scale)
@@ -162,7 +162,7 @@ def test_agrees_with_the_recurrence_on_more_inputs(
 
 @pytest.mark.parametrize("steps", [(-20.0,), (-20.0, -0.01), (-20.0, -0.01, 0.0)])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "gated" in kind])
-def test_hard_decays(kind: str, steps: tuple[float, ...]) -> None:
+def test_fast_and_mixed_decays_equal_the_recurrence(kind: str, steps: tuple[float, ...]) -> None:
     compare(make(kind, 70, steps=steps, keys="repeated"))
 
 
@@ -172,7 +172,7 @@ def test_float64_is_computed_in_float64(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sequence_longer_than_the_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequence_longer_than_the_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("space.attention.linear.CACHED", 64 * 2 * 4 * 16)  # 64 tokens of the inputs below
     compare(make(kind, 150))
 
@@ -193,7 +193,7 @@ def test_bfloat16_is_computed_in_float32(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_split_prefill_is_one_prefill_is_token_by_token(kind: str) -> None:
+def test_split_prefill_and_single_tokens_equal_one_prefill(kind: str) -> None:
     inputs = make(kind, max(LENGTHS), steps=(-20.0, -0.3, -0.01, 0.0))
     before = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
     with torch.inference_mode():
@@ -214,7 +214,7 @@ def test_split_prefill_is_one_prefill_is_token_by_token(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["gated", "gated_delta"])
-def test_equal_channels_are_one_head(rule: str) -> None:
+def test_equal_channel_decays_equal_a_head_decay(rule: str) -> None:
     inputs = make(f"{rule} per head", 70)
     widened = inputs["decay"][..., None].expand(inputs["k"].shape)
     for a, b in zip(
@@ -225,7 +225,7 @@ def test_equal_channels_are_one_head(rule: str) -> None:
 
 @pytest.mark.parametrize("by", ["head", "channel"])
 @pytest.mark.parametrize(("gated", "plain"), [("gated", "linear"), ("gated_delta", "delta")])
-def test_no_decay_is_the_rule_without_one(gated: str, plain: str, by: str) -> None:
+def test_zero_decay_equals_the_rule_without_decay(gated: str, plain: str, by: str) -> None:
     inputs = make(f"{gated} per {by}", 70, steps=(0.0,))
     ungated = {**inputs, "rule": plain, "decay": None}
     for a, b in zip(linear_attention(**inputs), linear_attention(**ungated), strict=True):
@@ -254,7 +254,7 @@ def test_transposed_inputs() -> None:
         ({"q": torch.zeros(2, 5, 3, 16)}, "3 query heads"),
     ],
 )
-def test_misuse(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_attention(**{**make("gated_delta per head", 5), **change})
 
@@ -288,7 +288,7 @@ def head_first(*tensors: Tensor) -> tuple[Tensor, ...]:
         ("kda", "gated_delta per channel"),
     ],
 )
-def test_agrees_with_flash_linear_attention(family: str, kind: str) -> None:
+def test_results_equal_flash_linear_attention(family: str, kind: str) -> None:
     inputs = make(kind, 70, heads=(2, 2), steps=(-3.0, -0.3, -0.01, 0.0))
     q, k, v, g, beta, s = (inputs[name] for name in ("q", "k", "v", "decay", "beta", "state"))
     module = naive(family)
@@ -312,7 +312,7 @@ def test_agrees_with_flash_linear_attention(family: str, kind: str) -> None:
     assert_close("state", our_state, state, SINGLE)
 
 
-def test_agrees_with_retention() -> None:
+def test_results_equal_retention() -> None:
     inputs = make("gated per head", 70, heads=(4, 4), with_state=False)
     q, k, v = (inputs[name] for name in "qkv")
     by_head = torch.log1p(-(2.0 ** (-5 - torch.arange(4.0))))

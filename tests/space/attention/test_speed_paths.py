@@ -55,13 +55,13 @@ def conv1d(x: Tensor, taps: Tensor, past: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_convolution_is_conv1d(tokens: int, taps: int) -> None:
+def test_convolution_equals_conv1d(tokens: int, taps: int) -> None:
     inputs = drawn(2, tokens, 6), drawn(6, taps, seed=1), drawn(2, 6, taps - 1, seed=2)
     compare(lambda *given: causal_conv(*given)[0], conv1d, inputs)
 
 
 @pytest.mark.parametrize("taps", [3, 4])
-def test_convolution_in_pieces_is_the_whole(taps: int) -> None:
+def test_convolution_in_pieces_equals_the_whole(taps: int) -> None:
     x, weights = drawn(2, 9, 6), drawn(6, taps, seed=1)
     whole, last = causal_conv(x, weights, None)
     assert torch.equal(whole, causal_conv(x, weights, torch.zeros(2, 6, taps - 1))[0])
@@ -110,7 +110,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         (0, 130),
     ],
 )
-def test_attention_at_any_length(
+def test_softmax_attention_at_any_length_equals_the_plain_form(
     window: int,
     tokens: int,
     heads: tuple[int, int],
@@ -132,7 +132,7 @@ def test_attention_at_any_length(
 
 
 @pytest.mark.parametrize("position", [0, 5, 4000])
-def test_rotation_is_that_of_complex_numbers(position: int) -> None:
+def test_rotation_equals_complex_numbers(position: int) -> None:
     x = drawn(2, 7, 3, 16)
     plain = [[naive.rotate(row, position + t) for t, row in enumerate(one)] for one in x.double()]
     assert_close("rotated", rotate(x, position), torch.stack([torch.stack(rows) for rows in plain]), SINGLE)
@@ -154,7 +154,7 @@ def test_rotation_in_training_after_inference() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_one_result_alone_add_up(kind: str) -> None:
+def test_gradients_of_single_results_add_up(kind: str) -> None:
     inputs = make(kind, 70, steps=(-1.0, -0.01))
     leaves = {n: x.requires_grad_() for n, x in inputs.items() if isinstance(x, Tensor)}
 
@@ -193,7 +193,7 @@ def parameters(family: str, kernel: str) -> set[str]:
 @pytest.mark.parametrize("tokens", [1, 64, 65])
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_are_called_as_they_are_written(
+def test_kernels_are_called_with_their_parameters(
     kind: str, learning: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the kernels are given, and what is made of what they return; the kernels are stood in for."""
@@ -228,7 +228,7 @@ def test_kernels_are_called_as_they_are_written(
     assert_close("state", state, expected_state, 2 * HALF)
 
 
-def test_a_cpu_never_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_not_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "installed", lambda: True)
     x = drawn(1, 3, 2, 8).bfloat16()
     assert not cuda.fla_takes(x, x, x)
@@ -244,7 +244,7 @@ needs_kernels = pytest.mark.skipif(
 @needs_kernels
 @pytest.mark.parametrize("tokens", [1, 7, 64, 65, 200])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_agree_with_the_exact_form(kind: str, tokens: int) -> None:
+def test_kernels_equal_the_exact_form(kind: str, tokens: int) -> None:
     inputs = in_half(make(kind, tokens, heads=(4, 2), width=64, steps=(-3.0, -0.3, -0.01)))
     there = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
     assert cuda.fla_takes(there["q"], there["k"], there["v"])
@@ -258,7 +258,7 @@ def test_kernels_agree_with_the_exact_form(kind: str, tokens: int) -> None:
 @pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_the_kernels_agree_with_the_exact_form(kind: str) -> None:
+def test_kernel_gradients_equal_the_exact_form(kind: str) -> None:
     inputs = in_half(make(kind, 100, heads=(4, 2), width=64, steps=(-1.0, -0.1, -0.01)))
 
     def gradients(device: str, wide: bool) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ def test_gradients_of_the_kernels_agree_with_the_exact_form(kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_on_a_gpu_is_the_exact_form(kind: str) -> None:
+def test_float32_on_a_gpu_uses_the_exact_form(kind: str) -> None:
     inputs = make(kind, 70)
     there = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
     for name, a, b in zip(

@@ -23,7 +23,7 @@ from tests.contracts import change_mixer, scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close, relative_error
 from tests.space.naive import naive_mixer
 
-FRAME = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
+CONFIG = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
 WIDTH = 48
 EXACT, FP32, BF16 = 1e-11, TOLERANCE["float32"], 2**-5  # bf16: a dozen roundings of 2^-9, one on another
 LENGTHS = [1, 2, 7, 15, 31, 33, 63, 64, 65]
@@ -57,7 +57,7 @@ def one_thread() -> Any:
 
 
 def model_of(*layers: Layer, seed: int = 0) -> Model:
-    made = Model(Architecture(WIDTH, layers), FRAME, torch.Generator().manual_seed(seed))
+    made = Model(Architecture(WIDTH, layers), CONFIG, torch.Generator().manual_seed(seed))
     scatter(made, seed)
     return made.requires_grad_(False)
 
@@ -74,7 +74,7 @@ def inputs(length: int, batch: int = 1, seed: int = 0) -> Tensor:
 
 
 def tokens(length: int, batch: int = 2) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(length).integers(0, FRAME.vocab_size, (batch, length)))
+    return torch.from_numpy(np.random.default_rng(length).integers(0, CONFIG.vocab_size, (batch, length)))
 
 
 def to(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -85,12 +85,12 @@ def to(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 @each_layer
-def test_a_block_is_that_of_its_paper(layer: Layer) -> None:
+def test_block_equals_the_fp64_oracle(layer: Layer) -> None:
     weights, x = weights_of(layer), inputs(40, batch=2)
-    found, state = mixer(weights, x, layer, FRAME)
-    single, _ = mixer(to(weights, torch.float32), x.float(), layer, FRAME)
+    found, state = mixer(weights, x, layer, CONFIG)
+    single, _ = mixer(to(weights, torch.float32), x.float(), layer, CONFIG)
     for row in range(2):
-        expected, memory = naive_mixer(weights, x[row], layer, FRAME)
+        expected, memory = naive_mixer(weights, x[row], layer, CONFIG)
         assert_close("fp64", found[row], expected, EXACT)
         assert_close("fp32", single[row], expected, FP32)
         if memory is not None:
@@ -98,18 +98,18 @@ def test_a_block_is_that_of_its_paper(layer: Layer) -> None:
 
 
 @each_mixer
-def test_gradients_are_those_of_the_recurrence(name: str) -> None:
+def test_gradients_equal_the_oracle(name: str) -> None:
     layer, length = layer_of(name), 35  # more than a chunk
     aim = inputs(length, seed=1)[0]
     gradients = []
     for run in (
-        lambda w, x: mixer(w, x[None], layer, FRAME)[0][0],
-        lambda w, x: naive_mixer(w, x, layer, FRAME)[0],
+        lambda w, x: mixer(w, x[None], layer, CONFIG)[0][0],
+        lambda w, x: naive_mixer(w, x, layer, CONFIG)[0],
     ):
         leaves = {key: weight.clone().requires_grad_() for key, weight in weights_of(layer).items()}
         x = inputs(length)[0].requires_grad_()
         (run(leaves, x) * aim).sum().backward()
-        block = mixer_shapes(name, WIDTH, layer.heads, layer.kv_heads, FRAME)
+        block = mixer_shapes(name, WIDTH, layer.heads, layer.kv_heads, CONFIG)
         gradients.append({"x": x.grad} | {key: leaves[key].grad for key in block})
     for key, expected in gradients[1].items():
         assert expected.abs().max() > 0, key
@@ -133,43 +133,43 @@ def test_fast_decays_stay_exact(name: str) -> None:
     for key, value in EXTREMES.items():
         if key in weights:
             weights[key] = weights[key] * value if key == "k" else weights[key] + value
-    expected, memory = naive_mixer(weights, x[0], layer, FRAME)
+    expected, memory = naive_mixer(weights, x[0], layer, CONFIG)
     leaves = {key: weight.float().requires_grad_() for key, weight in weights.items()}
-    found, state = mixer(leaves, x.float(), layer, FRAME)
-    double, _ = mixer(weights, x, layer, FRAME)
+    found, state = mixer(leaves, x.float(), layer, CONFIG)
+    double, _ = mixer(weights, x, layer, CONFIG)
     assert_close("fp64", double[0], expected, EXACT)
     assert_close("fp32", found[0], expected, FP32)
     assert_close("state", state["s"][0], memory, FP32)
     found.square().sum().backward()
-    for key in mixer_shapes(name, WIDTH, layer.heads, layer.kv_heads, FRAME):
+    for key in mixer_shapes(name, WIDTH, layer.heads, layer.kv_heads, CONFIG):
         assert torch.isfinite(leaves[key].grad).all(), key
 
 
-def test_constant_channels_make_kda_gated_deltanet_and_no_decay_makes_that_deltanet() -> None:
+def test_kda_with_equal_channels_equals_gated_deltanet_and_without_decay_deltanet() -> None:
     kda, scalar, plain = (layer_of(name) for name in ("kda", "gated_deltanet", "deltanet"))
     weights, x = weights_of(kda), inputs(50)
     rate = torch.tensor([0.3, 1.7], dtype=torch.float64)  # for each kv head, -g
     logits = torch.logit(rate / 5) / weights["slope_log"].exp()
     weights |= {
         "decay_up": torch.zeros_like(weights["decay_up"]),
-        "dt_bias": logits.repeat_interleave(FRAME.head_dim),
+        "dt_bias": logits.repeat_interleave(CONFIG.head_dim),
         "decay": torch.zeros(2, WIDTH, dtype=torch.float64),
     }
     steps = {"A_log": rate.log(), "dt_bias": torch.full_like(rate, float(np.log(np.e - 1)))}
-    expected = mixer(weights, x, kda, FRAME)[1]
-    found = mixer(weights | steps, x, scalar, FRAME)[1]
+    expected = mixer(weights, x, kda, CONFIG)[1]
+    found = mixer(weights | steps, x, scalar, CONFIG)[1]
     assert_close("kda", found["s"], expected["s"], EXACT)
     assert_close("conv", found["conv"], expected["conv"], EXACT)
-    still = mixer(weights | steps | {"A_log": rate * 0 - 60}, x, scalar, FRAME)[1]
-    assert_close("deltanet", still["s"], mixer(weights, x, plain, FRAME)[1]["s"], EXACT)
+    still = mixer(weights | steps | {"A_log": rate * 0 - 60}, x, scalar, CONFIG)[1]
+    assert_close("deltanet", still["s"], mixer(weights, x, plain, CONFIG)[1]["s"], EXACT)
     assert relative_error(still["s"], found["s"]) > 0.1
 
 
 @each_mixer
-def test_nothing_sees_the_future(name: str) -> None:
+def test_outputs_do_not_depend_on_later_tokens(name: str) -> None:
     made, text = model_of(layer_of(name)), tokens(60)
     changed = text.clone()
-    changed[:, 30:] = (changed[:, 30:] + 1) % FRAME.vocab_size
+    changed[:, 30:] = (changed[:, 30:] + 1) % CONFIG.vocab_size
     before, after = made(text)[0], made(changed)[0]
     assert_close("before", after[:, :30], before[:, :30], FP32)
     assert (before - after)[:, 30:].abs().max() > 1e-2
@@ -188,7 +188,7 @@ def in_pieces(made: Model, text: Tensor, cuts: list[int]) -> tuple[Tensor, dict[
 
 @each_mixer
 @pytest.mark.parametrize("length", LENGTHS)
-def test_split_prefill_and_single_tokens(name: str, length: int) -> None:
+def test_split_prefill_and_single_tokens_equal_one_prefill(name: str, length: int) -> None:
     made, text = model_of(layer_of(name), Layer(), Layer(ffn=32)), tokens(length)
     expected, final = made(text)
     for cuts in ([0, *{length // 3} - {0}, length], list(range(length + 1))):
@@ -202,7 +202,7 @@ def test_split_prefill_and_single_tokens(name: str, length: int) -> None:
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
 def test_states_have_their_shapes(layer: Layer, length: int) -> None:
     _, states = model_of(layer)(tokens(length, batch=3))
-    shapes = state_shapes(layer, WIDTH, FRAME, 3, length)
+    shapes = state_shapes(layer, WIDTH, CONFIG, 3, length)
     assert {key: tuple(value.shape) for key, value in states[0].items()} == shapes
     assert {value.dtype for value in states[0].values()} == {torch.float32}
     assert ("s" in shapes) == (layer.mixer in mixers_of_class("linear"))
@@ -229,7 +229,7 @@ def uniform(space: Space, width: int, heads: int, kv_heads: int) -> Architecture
 
 
 @each_mixer
-def test_a_subnetwork_is_its_submodel_in_outputs_states_and_gradients(name: str) -> None:
+def test_subnetwork_equals_submodel_in_outputs_states_and_gradients(name: str) -> None:
     space = space_of(name)
     supernet = Supernet(space)
     scatter(supernet)
@@ -260,7 +260,7 @@ def test_a_subnetwork_is_its_submodel_in_outputs_states_and_gradients(name: str)
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if has_heads(name)])
-def test_fewer_heads_are_the_first_ones(name: str) -> None:
+def test_fewer_heads_equal_the_first_heads(name: str) -> None:
     """With the same grouping, a sub-network is the whole whose other heads are not listened to."""
     space = space_of(name)
     supernet, d = Supernet(space), space.head_dim
@@ -289,7 +289,7 @@ def run_graph(
     states = {
         f"state.{slot}.{name}": np.zeros(shape, np.float32)
         for slot, layer in enumerate(architecture.layers)
-        for name, shape in state_shapes(layer, WIDTH, FRAME, len(text), 0).items()
+        for name, shape in state_shapes(layer, WIDTH, CONFIG, len(text), 0).items()
     }
     logits = []
     for start, end in pairwise(cuts):
@@ -301,10 +301,10 @@ def run_graph(
 
 
 @each_layer
-def test_the_graph_is_the_block(layer: Layer) -> None:
+def test_graph_equals_torch(layer: Layer) -> None:
     made = model_of(layer, Layer(ffn=32), layer)
     weights = {name: value.numpy() for name, value in made.named_parameters()}
-    graph = model_graph(made.architecture, FRAME, weights)
+    graph = model_graph(made.architecture, CONFIG, weights)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("LinearAttention") == (2 if layer.mixer in mixers_of_class("linear") else 0)
     assert kinds.count("GroupQueryAttention") == (2 if layer.mixer in ("attention", "sliding") else 0)
@@ -320,47 +320,47 @@ def test_the_graph_is_the_block(layer: Layer) -> None:
 def test_logits_are_the_first_output() -> None:
     made = model_of(layer_of("attention"), layer_of("gated_deltanet"), Layer(ffn=32))
     weights = {name: value.numpy() for name, value in made.named_parameters()}
-    graph, text = model_graph(made.architecture, FRAME, weights), tokens(20, batch=1)
+    graph, text = model_graph(made.architecture, CONFIG, weights), tokens(20, batch=1)
     session = OnnxRuntime().session(graph)
     names = [item.name for item in session.get_outputs()]
     states = [
         f"state.{slot}.{name}.next"
         for slot, layer in enumerate(made.architecture.layers)
-        for name in state_shapes(layer, WIDTH, FRAME, 1, 0)
+        for name in state_shapes(layer, WIDTH, CONFIG, 1, 0)
     ]
     assert len(states) > 2
     assert names == ["logits", *states]
     feed = {"tokens": text.numpy(), "position": np.zeros(1, np.int64)}
     for slot, layer in enumerate(made.architecture.layers):
-        for name, shape in state_shapes(layer, WIDTH, FRAME, 1, 0).items():
+        for name, shape in state_shapes(layer, WIDTH, CONFIG, 1, 0).items():
             feed[f"state.{slot}.{name}"] = np.zeros(shape, np.float32)
     first, expected = session.run(None, feed)[0], made.double()(text)[0]
     assert_close("logits", first, expected, FP32)
 
 
 @each_recurrence
-def test_the_graph_holds_at_fast_decays(name: str) -> None:
+def test_graph_equals_torch_at_fast_decays(name: str) -> None:
     made = model_of(layer_of(name))
     for key, parameter in made.named_parameters():
         leaf = key.rsplit(".", 1)[-1]
         if ".mixer." in key and leaf in EXTREMES:
             parameter.copy_(parameter * EXTREMES[leaf] if leaf == "k" else parameter + EXTREMES[leaf])
     weights = {key: value.numpy() for key, value in made.named_parameters()}
-    graph, text = model_graph(made.architecture, FRAME, weights), tokens(60, batch=1)
+    graph, text = model_graph(made.architecture, CONFIG, weights), tokens(60, batch=1)
     found = run_graph(graph, made.architecture, text.numpy(), [0, 40, *range(41, 61)])
     logits, states = made.double()(text)
     assert_close("logits", found["logits"], logits, FP32)
     assert_close("state", found["state.0.s"], states[0]["s"], FP32)
 
 
-def test_a_mixer_without_a_graph_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixer_without_a_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model_of(layer_of("gla"))
     weights = {name: value.numpy() for name, value in made.named_parameters()}
     change_mixer(monkeypatch, "gla", write=None)
     with pytest.raises(
         InputError, match=r"^mixer gla: no ONNX graph of it can be written; there are attention"
     ):
-        model_graph(made.architecture, FRAME, weights)
+        model_graph(made.architecture, CONFIG, weights)
 
 
 # In bf16.
@@ -371,7 +371,7 @@ def test_a_mixer_without_a_graph_is_refused_by_name(monkeypatch: pytest.MonkeyPa
 def test_bf16_is_finite_and_close(name: str, way: str) -> None:
     layer = layer_of(name)
     weights, x = to(weights_of(layer), torch.float32), inputs(65).float()
-    expected, after = mixer(weights, x, layer, FRAME)
+    expected, after = mixer(weights, x, layer, CONFIG)
     small = ("q", "k", "v", "o", "gate", "in_b", "in_c", "in_x", "out")
     leaves = {
         key: weight.to(
@@ -380,14 +380,14 @@ def test_bf16_is_finite_and_close(name: str, way: str) -> None:
         for key, weight in weights.items()
     }
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-        found, state = mixer(leaves, x, layer, FRAME)
+        found, state = mixer(leaves, x, layer, CONFIG)
     assert found.dtype == torch.float32
     assert_close("block", found - x, expected - x, BF16)
     if "s" in state:
         assert state["s"].dtype == torch.float32
         assert_close("state", state["s"], after["s"], BF16)
     found.square().sum().backward()
-    for key in mixer_shapes(name, WIDTH, layer.heads, layer.kv_heads, FRAME):
+    for key in mixer_shapes(name, WIDTH, layer.heads, layer.kv_heads, CONFIG):
         gradient = leaves[key].grad
         assert gradient is not None, key
         assert torch.isfinite(gradient).all(), key

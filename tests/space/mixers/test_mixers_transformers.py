@@ -12,8 +12,8 @@ from space.blocks import Model, mixer
 from tests.contracts import scatter
 from tests.numerics import TOLERANCE, assert_close
 
-FRAME = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
-WIDTH, HEADS, D = 48, 6, FRAME.head_dim
+CONFIG = ModelConfig(vocab_size=37, max_seq_len=96, head_dim=16)
+WIDTH, HEADS, D = 48, 6, CONFIG.head_dim
 FP32 = TOLERANCE["float32"]
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 1, "rms_norm_eps": 1e-5}
 Weights = dict[str, Tensor]
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def weights_of(layer: Layer) -> Weights:
-    made = Model(Architecture(WIDTH, (layer,)), FRAME, torch.Generator().manual_seed(0))
+    made = Model(Architecture(WIDTH, (layer,)), CONFIG, torch.Generator().manual_seed(0))
     scatter(made)
     return {key.removeprefix("layers.0.mixer."): p.detach() for key, p in made.named_parameters()}
 
@@ -35,14 +35,14 @@ def compare(name: str, theirs: nn.Module, names: Any) -> None:
     x = torch.randn(2, 40, WIDTH, generator=torch.Generator().manual_seed(1))
     hidden = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights["pre_norm"]
     with torch.no_grad():
-        assert_close(name, mixer(weights, x, layer, FRAME)[0] - x, theirs(hidden), FP32)
+        assert_close(name, mixer(weights, x, layer, CONFIG)[0] - x, theirs(hidden), FP32)
 
 
 def conv(weights: Weights, order: str) -> Tensor:
     return torch.cat([weights[f"conv_{name}"] for name in order])[:, None]
 
 
-def test_short_conv_is_lfm2s() -> None:
+def test_short_conv_equals_lfm2() -> None:
     from transformers.models.lfm2.modeling_lfm2 import Lfm2Config, Lfm2ShortConv
 
     config = Lfm2Config(
@@ -59,7 +59,7 @@ def test_short_conv_is_lfm2s() -> None:
     )
 
 
-def test_mamba2_is_mamba2s() -> None:
+def test_mamba2_equals_transformers() -> None:
     """Theirs has B and C by group and norms by group; a group for each head is our form."""
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
@@ -80,7 +80,7 @@ def test_mamba2_is_mamba2s() -> None:
     )
 
 
-def test_gated_deltanet_is_qwen3_nexts() -> None:
+def test_gated_deltanet_equals_qwen3_next() -> None:
     """Theirs packs q, k, v and the gate head by head, and beta with the decay."""
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextConfig, Qwen3NextGatedDeltaNet
 
@@ -106,7 +106,7 @@ def test_gated_deltanet_is_qwen3_nexts() -> None:
     )
 
 
-def test_kda_is_kimi_linears_with_the_bounded_gate_of_glm() -> None:
+def test_kda_equals_kimi_linear_with_the_bounded_gate_of_glm() -> None:
     """Theirs has an output gate of rank D: ours is given one, as the product of its two matrices."""
     from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextForgetGate
     from transformers.models.kimi_linear.modeling_kimi_linear import (

@@ -28,11 +28,11 @@ LAYERS = tuple(
     Layer(mixer=mixer, heads=4, kv_heads=2, window=8 if mixer == "sliding" else 0, ffn=48) for mixer in MIXERS
 )
 ARCHITECTURE = Architecture(96, (*LAYERS, Layer(mixer="short_conv", ffn=0), Layer(), Layer(ffn=32)))
-FRAMES = {
+CONFIGS = {
     "tie_embeddings": ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16),
     "untied": ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16, tie_embeddings=False),
 }
-each_frame = pytest.mark.parametrize("model_config", FRAMES.values(), ids=FRAMES)
+each_frame = pytest.mark.parametrize("model_config", CONFIGS.values(), ids=CONFIGS)
 
 
 def graph_of(model_config: ModelConfig, architecture: Architecture = ARCHITECTURE) -> onnx.ModelProto:
@@ -67,21 +67,21 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 
 
 @pytest.mark.parametrize("inputs", [16, 48, 64, 96, 160, 128, 256, 1024])
-def test_a_block_divides_its_inputs(inputs: int) -> None:
+def test_block_size_divides_the_inputs(inputs: int) -> None:
     size = block_size(inputs)
     assert inputs % size == 0
     assert 16 <= size <= 128
     assert size & (size - 1) == 0
 
 
-def test_a_block_of_other_inputs_is_refused() -> None:
+def test_inputs_that_no_block_divides_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple of 16"):
         block_size(24)
 
 
 @each_frame
 @pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
-def test_the_graph_is_as_small_as_the_cost_table_says(model_config: ModelConfig, precision: str) -> None:
+def test_quantised_weights_have_the_predicted_bytes(model_config: ModelConfig, precision: str) -> None:
     ops = count_ops(ARCHITECTURE)
     expected = sum(
         n * (op_weight_bytes(op, model_config) - op_weight_bytes(op, model_config, precision))
@@ -94,7 +94,7 @@ def test_the_graph_is_as_small_as_the_cost_table_says(model_config: ModelConfig,
 
 
 @each_frame
-def test_blocks_are_the_weights_within_half_a_step(model_config: ModelConfig) -> None:
+def test_quantised_weights_are_within_half_a_step(model_config: ModelConfig) -> None:
     """The bytes as numpy reads them: a product's weight is (byte - 128) * scale of its block."""
     plain, small = graph_of(model_config), quantise(graph_of(model_config), "int8")
     exact = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
@@ -116,8 +116,8 @@ def test_blocks_are_the_weights_within_half_a_step(model_config: ModelConfig) ->
 
 @pytest.mark.parametrize("mixer", [*MIXERS, "short_conv", "ffn"])
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.05), ("int8-dynamic", 0.25)])
-def test_one_layer_says_almost_the_same(mixer: str, precision: str, bound: float) -> None:
-    model_config = FRAMES["untied"]
+def test_quantised_layer_is_close_to_fp32(mixer: str, precision: str, bound: float) -> None:
+    model_config = CONFIGS["untied"]
     layers = {**dict(zip(MIXERS, LAYERS, strict=True)), "short_conv": Layer(mixer="short_conv")}
     architecture = Architecture(96, (layers.get(mixer, Layer(ffn=48)),))
     expected = logits(graph_of(model_config, architecture), model_config, architecture)
@@ -125,9 +125,9 @@ def test_one_layer_says_almost_the_same(mixer: str, precision: str, bound: float
     assert 0 < distance(found, expected) < bound
 
 
-def test_a_tied_embedding_is_stored_once() -> None:
+def test_tied_embedding_is_stored_once() -> None:
     model_config, architecture = (
-        FRAMES["tie_embeddings"],
+        CONFIGS["tie_embeddings"],
         Architecture(96, (Layer(mixer="linear", heads=2, kv_heads=2),)),
     )
     small = quantise(graph_of(model_config, architecture), "int8")
@@ -139,7 +139,7 @@ def test_a_tied_embedding_is_stored_once() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs_keep_their_order(precision: str) -> None:
-    model_config = FRAMES["tie_embeddings"]
+    model_config = CONFIGS["tie_embeddings"]
     declared = [item.name for item in graph_of(model_config).graph.output]
     session = OnnxRuntime().session(quantise(graph_of(model_config), precision))
     assert [item.name for item in session.get_outputs()] == declared
@@ -147,7 +147,7 @@ def test_outputs_keep_their_order(precision: str) -> None:
 
 
 def test_stacks_of_ends_run_in_every_precision() -> None:
-    model_config = FRAMES["untied"]
+    model_config = CONFIGS["untied"]
     for precision in ("int8", "int8-dynamic"):
         runtime = OnnxRuntime(1, precision)
         for op in (Op(kind="embedding", width=96), Op(kind="head", width=96)):
@@ -156,8 +156,8 @@ def test_stacks_of_ends_run_in_every_precision() -> None:
             assert len(session.get_outputs()) == 3
 
 
-def test_the_tools_leave_logging_as_it_was() -> None:
+def test_quantisation_leaves_logging_unchanged() -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level, logging.root.manager.disable
-    quantise(graph_of(FRAMES["tie_embeddings"], Architecture(96, (Layer(ffn=16),))), "int8")
+    quantise(graph_of(CONFIGS["tie_embeddings"], Architecture(96, (Layer(ffn=16),))), "int8")
     assert (root.handlers[:], root.level, logging.root.manager.disable) == before

@@ -40,7 +40,7 @@ SPACE = tiny_space(
     ratios=["full", 1, 3, "linear"],
     vocab_size=61,
 )
-FRAME = ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16)
+CONFIG = ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16)
 LENGTH = 40
 WAYS = {"prefill": [LENGTH], "split": [15, 1, LENGTH - 16], "decode": [1] * LENGTH}
 MIXTURES = {name: (name,) for name in MIXERS} | {"all of them": MIXERS}
@@ -95,7 +95,7 @@ def layer_of(name: str) -> Layer:
     return Layer(mixer=name, heads=4, kv_heads=2, window=8 if name == "sliding" else 0, ffn=32)
 
 
-def plain(architecture: Architecture, model_config: ModelConfig = FRAME) -> Model:
+def plain(architecture: Architecture, model_config: ModelConfig = CONFIG) -> Model:
     made = Model(architecture, model_config)
     scatter(made)
     return made.requires_grad_(False)
@@ -112,7 +112,7 @@ def write(folder: Path, model: Model, tokenizer: Path | None = None) -> list[str
 
 
 def words(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(1, FRAME.vocab_size, (batch, length)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, CONFIG.vocab_size, (batch, length)))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def sampled(count: int) -> list[Model]:
     return [plain(architecture, SPACE.config) for architecture in genome.decode(SPACE, genomes)]
 
 
-def test_it_runs_without_formfit(tmp_path: Path) -> None:
+def test_folders_run_without_formfit(tmp_path: Path) -> None:
     models = sampled(8)
     layers = [layer for model in models for layer in model.architecture.layers]
     assert {layer.mixer for layer in layers} == {*MIXERS, "none"}
@@ -246,7 +246,7 @@ def greedily(model: Model, row: Tensor, count: int) -> list[int]:
     return tokens
 
 
-def test_generating_is_taking_the_likeliest(pair: tuple[Model, Any]) -> None:
+def test_greedy_generation_takes_the_likeliest_token(pair: tuple[Model, Any]) -> None:
     model, hf = pair
     rows, batch = batch_of([19, 7, 12])
     found = hf.generate(**batch, max_new_tokens=10, do_sample=False)
@@ -269,7 +269,7 @@ def mixed(modeling: ModuleType) -> Any:
     ],
     ids=str,
 )
-def test_ways_to_generate_need_no_cache(mixed: Any, options: dict[str, Any]) -> None:
+def test_generation_options_give_the_same_without_cache(mixed: Any, options: dict[str, Any]) -> None:
     _, batch = batch_of([19, 7])
     found = []
     for use_cache in (True, False):
@@ -279,7 +279,7 @@ def test_ways_to_generate_need_no_cache(mixed: Any, options: dict[str, Any]) -> 
     assert torch.equal(*found)
 
 
-def test_generating_goes_on_from_a_cache(mixed: Any) -> None:
+def test_generation_continues_from_a_cache(mixed: Any) -> None:
     _, batch = batch_of([19, 7])
     for mask in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
         options = {"do_sample": False, "return_dict_in_generate": True}
@@ -291,7 +291,7 @@ def test_generating_goes_on_from_a_cache(mixed: Any) -> None:
         assert rest[CACHE] is first[CACHE]
 
 
-def test_a_cache_keeps_and_repeats_its_rows(mixed: Any) -> None:
+def test_cache_rows_are_selected_and_repeated(mixed: Any) -> None:
     ids = words(3, 12)
     with torch.no_grad():
         cache = mixed(ids[:, :9])[CACHE]
@@ -304,7 +304,7 @@ def test_a_cache_keeps_and_repeats_its_rows(mixed: Any) -> None:
 # Trained.
 
 
-def test_the_loss_is_that_of_the_next_token(mixed: Any) -> None:
+def test_loss_is_next_token_cross_entropy(mixed: Any) -> None:
     ids = words(3, 20)
     labels = ids.clone()
     labels[0, :9] = labels[2, 15:] = -100
@@ -320,7 +320,7 @@ def test_the_loss_is_that_of_the_next_token(mixed: Any) -> None:
         assert mixed(ids, labels=labels, return_dict=False)[0] == mixed(ids, labels=labels).loss
 
 
-def test_transformers_trains_it(mixed: Any, tmp_path: Path) -> None:
+def test_transformers_trainer_lowers_the_loss(mixed: Any, tmp_path: Path) -> None:
     text = words(8, 24)
     rows = [{"input_ids": row, "labels": row} for row in text]
     settings = TrainingArguments(
@@ -339,7 +339,7 @@ def test_transformers_trains_it(mixed: Any, tmp_path: Path) -> None:
         assert torch.equal(again(text).logits, mixed.eval()(text).logits)
 
 
-def test_what_it_cannot_do_is_refused(mixed: Any) -> None:
+def test_unsupported_arguments_are_refused(mixed: Any) -> None:
     ids = words(2, 5)
     with pytest.raises(ValueError, match=r"attention_mask: shape \(2, 4\), expected \(2, 5\)"):
         mixed(ids, attention_mask=torch.zeros(2, 4))

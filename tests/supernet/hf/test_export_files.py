@@ -86,7 +86,7 @@ def dumps(text: str) -> dict[str, str]:
     return nodes
 
 
-def test_the_code_is_the_sources(code: str) -> None:
+def test_generated_code_equals_the_sources(code: str) -> None:
     head, *sections = re.split(r"(?m)^# (\S+\.py): .*\n", code)
     assert ast.get_docstring(ast.parse(head))
     found = dict(zip(sections[::2], sections[1::2], strict=True))
@@ -132,7 +132,7 @@ def built(folder: Path, packages: tuple[str, ...] = (), **changes: str) -> str:
     return one_file("supernet.top", ["Main"], folder, packages=packages)
 
 
-def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
+def test_file_holds_the_reached_definitions(tmp_path: Path) -> None:
     text = built(tmp_path)
     _, body = text.split("import math\n")
     assert body == (
@@ -145,7 +145,7 @@ def test_a_file_is_made_of_what_is_reached(tmp_path: Path) -> None:
     )
 
 
-def test_imports_inside_functions_are_taken_out(tmp_path: Path) -> None:
+def test_imports_inside_functions_are_moved(tmp_path: Path) -> None:
     part = (
         "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from decimal import Decimal\n\n\n"
@@ -197,7 +197,7 @@ def test_definitions_of_other_packages_get_the_name_of_their_module(
           "def second(): return abs()\ndef é(): pass\n"}, "abs is "),
     ],
 )  # fmt: skip
-def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_impossible_files_are_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         built(tmp_path, **changes)
 
@@ -218,13 +218,15 @@ ODD = st.lists(st.sampled_from(["<|endoftext|>", " ", "\r\n", "é", "😀", " ,"
 
 
 @given(text=ANY | ODD)
-def test_tokens_are_bytes_after_byte_0(byte_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_byte_tokenizer_starts_with_byte_0(byte_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = byte_tokenizer(text).input_ids
     assert ids == [0, *text.encode()]
     assert byte_tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_texts_are_padded_on_the_left_and_cut_at_the_context(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokenizer_pads_on_the_left_and_truncates_at_max_seq_len(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     batch = byte_tokenizer(["ab", "abcd"], padding=True)
     assert batch.keys() == {"input_ids", "attention_mask"}
     assert batch["input_ids"] == [[0, 0, 0, 97, 98], [0, 97, 98, 99, 100]]
@@ -251,7 +253,7 @@ def word_pieces(folder: Path, specials: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("specials", "separator", "name"), [(["<unk>", "</s>"], 1, "</s>"), (["<unk>"], 0, None)], ids=str
 )
-def test_a_given_tokenizer_is_kept(
+def test_given_tokenizer_is_copied(
     tmp_path: Path, specials: list[str], separator: int, name: str | None
 ) -> None:
     given = word_pieces(tmp_path, specials)
@@ -270,7 +272,7 @@ def test_a_given_tokenizer_is_kept(
 # Settings and weights.
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_written_files(tmp_path: Path) -> None:
     _, files = written(
         tmp_path / "small", model_config=ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16)
     )
@@ -283,7 +285,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tie_embeddings: bool) -> None:
+def test_softmax_model_is_written_as_a_llama(tmp_path: Path, tie_embeddings: bool) -> None:
     space = tiny_space(
         vocab_size=256, max_seq_len=96, tie_embeddings=tie_embeddings, width=[48], depth=[2],
         mixer=["attention"], heads=[4],
@@ -319,7 +321,7 @@ def test_all_softmax_is_written_as_a_llama(tmp_path: Path, tie_embeddings: bool)
     ],
     ids=str,
 )
-def test_what_differs_from_a_llama_is_none(
+def test_other_architectures_are_not_written_as_a_llama(
     tmp_path: Path, layers: list[Layer], changes: dict[str, Any]
 ) -> None:
     model_config = ModelConfig(vocab_size=61, max_seq_len=96, head_dim=16, **changes)
@@ -327,12 +329,12 @@ def test_what_differs_from_a_llama_is_none(
     assert read(tmp_path / "config.json")["model_type"] == "formfit"
 
 
-def test_a_width_that_transformers_refuses_is_no_llama(tmp_path: Path) -> None:
+def test_width_that_transformers_refuses_is_not_written_as_a_llama(tmp_path: Path) -> None:
     written(tmp_path, Architecture(32, (Layer(mixer="attention", heads=3, kv_heads=3, ffn=32),)))
     assert read(tmp_path / "config.json")["model_type"] == "formfit"
 
 
-def test_half_precision_is_for_matrices(tmp_path: Path) -> None:
+def test_half_precision_casts_only_matrices(tmp_path: Path) -> None:
     model, _ = written(tmp_path)
     full, half = (
         FormfitForCausalLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
@@ -349,7 +351,7 @@ def test_half_precision_is_for_matrices(tmp_path: Path) -> None:
     assert half.generate(ids, attention_mask=mask.long(), max_new_tokens=3).shape == (2, 22)
 
 
-def test_a_new_model_starts_as_formfit_starts_one() -> None:
+def test_new_model_is_initialised_as_in_formfit() -> None:
     layer = {"mixer": "mamba2", "heads": 4, "kv_heads": 4, "ffn": 32}
     config = FormfitConfig(architecture={"width": 32, "layers": [layer]}, model_config=vars(BYTES))
     starts = []
@@ -365,7 +367,7 @@ def test_a_new_model_starts_as_formfit_starts_one() -> None:
     assert not torch.equal(first["layers.0.ffn.up"], first["layers.0.ffn.gate"])
 
 
-def test_a_folder_with_other_code_is_not_executed(tmp_path: Path) -> None:
+def test_folder_with_other_code_is_not_executed(tmp_path: Path) -> None:
     written(tmp_path)
     assert type(load_hf(tmp_path)).__name__ == "FormfitForCausalLM"
     code = tmp_path / "modeling_formfit.py"
@@ -374,7 +376,7 @@ def test_a_folder_with_other_code_is_not_executed(tmp_path: Path) -> None:
         load_hf(tmp_path)
 
 
-def test_a_llama_in_the_place_of_another_model_has_no_code(tmp_path: Path) -> None:
+def test_llama_replacing_another_model_has_no_code(tmp_path: Path) -> None:
     written(tmp_path)
     written(tmp_path, Architecture(64, (ATTENTION, ATTENTION)))
     assert not (tmp_path / "modeling_formfit.py").exists()
