@@ -123,7 +123,7 @@ def search_supernet(
     problem = make_problem(trained.space, predictors, config, units)
     inputs = _inputs(problem, {"supernet": trained.checkpoint.digest})
     path = folder / "front.json"
-    search = Search(problem, config, folder, inputs, known, before)
+    search = Search(problem, config, folder, inputs, known, before, warn=reporter.warn)
     baseline = _baseline(search) if config.baseline == "random" else None
     done = FRONT.made_from(path, search.inputs)
     if done and (baseline is None or baseline.complete):
@@ -168,7 +168,7 @@ def _baseline(search: Search) -> Search:
     update = {"strategy": "random", "population": population, "generations": generations}
     config = search.config.model_copy(update=update)
     inputs = {name: value for name, value in search.inputs.items() if name != "search"}
-    return Search(search.problem, config, search.folder / "random", inputs, search.known)
+    return Search(search.problem, config, search.folder / "random", inputs, search.known, warn=search.warn)
 
 
 def search_evaluator(

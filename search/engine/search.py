@@ -50,6 +50,7 @@ class Search:
         known: outcomes that need not be evaluated again; new ones are added.
         before: folders of finished searches of the same supernet, whose evaluations this one starts from.
         rescored: the number of candidates for the front that are evaluated again, by the name of the windows.
+        warn: called once with a line if a part of the record was evaluated on another CPU or torch version.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Search:
         known: Known | None = None,
         before: Sequence[Path] = (),
         rescored: Mapping[str, int] = RESCORED,
+        warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.problem, self.config, self.folder = problem, config, folder
         self.inputs = {**inputs, "search": search_digest(problem, config)}
@@ -69,6 +71,7 @@ class Search:
         self.costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.known = {} if known is None else known
         self.before, self.rescored = tuple(before), dict(rescored)
+        self.warn, self.warned = warn, False
         self.failed: list[pd.DataFrame] = []  # evaluations that failed when the front was evaluated again
         # A latency of every device: infinite where it cannot run an architecture.
         self.latencies = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
@@ -140,6 +143,8 @@ class Search:
             if known is None:
                 self.record.write(f"{generation:04d}", part)
             self._remember(part, "search")
+            if known is not None:
+                self._compare_machine(part)
             if not len(part):  # no further architecture keeps the limits
                 break
             strategy.tell(genomes_of(part), self._objectives(part))
@@ -175,6 +180,7 @@ class Search:
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
                 part = read_table(path, EVALUATIONS)[0]
                 self._remember(part, "search")
+                self._compare_machine(part)
                 if not len(part):
                     continue
                 genomes = genomes_of(part)
@@ -250,6 +256,17 @@ class Search:
             values = {name: row[name] for name in self.problem.qualities}
             self.known[data, row["key"]] = Failed(row["failed"]) if row["failed"] else make_quality(values)
 
+    def _compare_machine(self, part: pd.DataFrame) -> None:
+        """Warn, once, of a part of the record that another machine evaluated."""
+        here = Machine.here()
+        for cpu, torch in part[["cpu", "torch"]].drop_duplicates().itertuples(index=False):
+            if not self.warned and Machine(cpu, torch) != here:
+                self.warned = True
+                self.warn(
+                    f"{self.folder}: recorded on {cpu} with torch {torch}, continued on {here.cpu} with "
+                    f"torch {here.torch}: an uninterrupted search may give another front"
+                )
+
     def _members(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
         """The front, sorted by the objectives, after its candidates were evaluated on more windows."""
         last = self.generations - 1
@@ -261,6 +278,8 @@ class Search:
                     reason = part["failed"].iloc[0]
                     raise InputError(f"search: every evaluation of the front failed: {reason}")
                 self.record.write(data, part)
+            else:
+                self._compare_machine(part)
             table = part
             self.failed += [part[part["failed"] != ""]]
         self._candidates(table, 1)  # refuses a table without any

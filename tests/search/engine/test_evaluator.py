@@ -9,7 +9,7 @@ import pytest
 
 from search.engine.config import SearchConfig
 from search.engine.evaluations import EVALUATIONS, Record
-from search.engine.evaluator import Failed, Outcome, attempt
+from search.engine.evaluator import Failed, Machine, Outcome, attempt
 from search.engine.optuna_study import open_study
 from search.engine.search import Search
 from search.engine.supernet_evaluator import evaluator
@@ -80,6 +80,31 @@ def test_search_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="every evaluation of the front failed: lost"):
         Search(problem, config, tmp_path / "again", {}).run(none)
+
+
+def test_search_that_continues_on_another_machine_gives_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(SPACE, objectives=("loss", "params"))
+    config = SearchConfig(generations=3, population=4, workers=0)
+    warnings: list[str] = []
+
+    def front() -> bytes:
+        with pool(Synthetic, ({},), 0) as evaluate:
+            Search(problem, config, tmp_path, {}, warn=warnings.append).run(evaluate)
+        return (tmp_path / "front.json").read_bytes()
+
+    first = front()
+    (tmp_path / "evaluations" / "part-front.parquet").unlink()
+    assert front() == first
+    assert warnings == []
+    (tmp_path / "evaluations" / "part-front.parquet").unlink()
+    monkeypatch.setattr(Machine, "here", lambda: Machine("Other CPU", "9.9"))
+    assert front() == first
+    assert len(warnings) == 1
+    assert (
+        "continued on Other CPU with torch 9.9: an uninterrupted search may give another front" in warnings[0]
+    )
 
 
 def test_unreachable_cluster_is_refused() -> None:
