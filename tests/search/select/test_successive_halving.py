@@ -358,9 +358,9 @@ def test_invalid_requests_are_refused(
     assert distil_finalists(trained, members, data, FinalistsConfig(), "loss", tmp_path, Quiet(), 0) == []
     with pytest.raises(ValidationError, match="extra_forbidden"):
         FinalistsConfig.model_validate({"rate": 1.0})
-    stranger = genome.largest(tiny_space(vocab_size=256, max_seq_len=32, width=[48]))
+    foreign = genome.largest(tiny_space(vocab_size=256, max_seq_len=32, width=[48]))
     with pytest.raises(InputError, match="is not of space tiny"):
-        distil_finalists(trained, [stranger], data, CONFIG, "loss", tmp_path, Quiet(), 0)
+        distil_finalists(trained, [foreign], data, CONFIG, "loss", tmp_path, Quiet(), 0)
     nothing = replace(data, recallable=np.zeros_like(data.recallable))
     for quality, some in (("latency", data), ("recall_loss", nothing)):
         with pytest.raises(InputError, match=rf"{quality} of \w+ is None .*loss and recall_loss"):
