@@ -18,6 +18,11 @@ VERSION = 2  # of the graphs: timings of graphs of different versions are not co
 CONTRIB = "com.microsoft"
 
 
+def _is_same(first: NDArray[Any], second: NDArray[Any]) -> bool:
+    """True for arrays of the same type, shape and bytes."""
+    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
 @dataclass
 class Graph:
     """An ONNX graph being written; a value is referred to by its name.
@@ -67,11 +72,20 @@ class Graph:
         """A constant, added unless there is one of that name.
 
         Args:
-            name: of the constant.
+            name: unique in the graph; the same name with the same value is one constant.
             value: of the constant.
+
+        Raises:
+            ValueError: another value has the name.
         """
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        value = np.asarray(value, order="C")
+        known = self.constants.get(name)
+        if known is None:
+            self.constants[name] = numpy_helper.from_array(value, name)
+        elif not _is_same(numpy_helper.to_array(known), value):
+            raise ValueError(
+                f"constant {name!r} has another value already; a mixer names its own by Block.constant"
+            )
         return name
 
     def once(self, name: str, make: Any) -> str:
