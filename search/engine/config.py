@@ -33,8 +33,8 @@ class SearchConfig(BaseModel):
         generations: None: the strategy's own number.
         population: architectures of a generation; None: the strategy's own number.
         confidence: at which predicted costs are held against limits.
-        windows: sequences of an evaluation during the search.
-        front_windows: sequences of the last evaluation of the front.
+        windows: held-out sequences of an evaluation in a generation.
+        front_windows: held-out sequences of the last re-evaluation, which decides the front.
         baseline: ``random``: a random search of as many evaluations beside it, for the report.
         workers: processes that evaluate; 0: this process.
         ray_address: of a running Ray cluster; None: one is started on this machine.

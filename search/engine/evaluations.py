@@ -34,7 +34,7 @@ class Record:
         """The file of a part.
 
         Args:
-            part: four digits of the generation, or the name of an evaluation of the front.
+            part: four digits of the generation, or ``middle`` or ``front``, the two re-evaluations.
         """
         return self.folder / f"part-{part}.parquet"
 

@@ -34,7 +34,7 @@ def make_front(
         config: of the search.
         members: the non-dominated evaluations, sorted by the objectives.
         evaluated: all evaluations, a row each.
-        failed: those that failed, in any pass over the candidates.
+        failed: those that failed, in a generation or a re-evaluation.
         inputs: sha256 of what the search was made from, by name.
     """
     return Front(

@@ -85,7 +85,7 @@ def run_search(
     config = parse(SearchConfig, settings, "search")
     require_objectives(config, problem.objectives)
     qualities = [objective.text for objective in problem.objectives if objective.is_quality]
-    search = Search(problem, config, Path(folder), _inputs(problem, inputs or {}), rescored={})
+    search = Search(problem, config, Path(folder), _inputs(problem, inputs or {}), reevaluated={})
     path = search.folder / "front.json"
     if FRONT.made_from(path, search.inputs):
         return Front.read(path)

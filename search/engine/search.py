@@ -34,7 +34,9 @@ from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
 from supernet.training.checkpoint import sole_writer
 
-RESCORED = {"middle": 64, "front": 32}  # candidates evaluated again, on more and more windows
+# The best evaluations that are evaluated again, by the name of the set of windows: 64 of the search on the middle
+# number of windows, then 32 of these on the final one. The front is the non-dominated part of the last.
+REEVALUATED = {"middle": 64, "front": 32}
 Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, a text
 Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
 
@@ -49,7 +51,7 @@ class Search:
         inputs: sha256 of what evaluations depend on, by name; a folder made from others is refused.
         known: outcomes that need not be evaluated again; new ones are added.
         before: folders of finished searches of the same supernet, whose evaluations this one starts from.
-        rescored: the number of candidates for the front that are evaluated again, by the name of the windows.
+        reevaluated: the number of best evaluations that are evaluated again, by the name of the set of windows.
         warn: called once with a line if a part of the record was evaluated on another CPU or torch version.
     """
 
@@ -61,7 +63,7 @@ class Search:
         inputs: Mapping[str, str],
         known: Known | None = None,
         before: Sequence[Path] = (),
-        rescored: Mapping[str, int] = RESCORED,
+        reevaluated: Mapping[str, int] = REEVALUATED,
         warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.problem, self.config, self.folder = problem, config, folder
@@ -70,9 +72,9 @@ class Search:
         self.constraints = problem.constraints()
         self.costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.known = {} if known is None else known
-        self.before, self.rescored = tuple(before), dict(rescored)
+        self.before, self.reevaluated = tuple(before), dict(reevaluated)
         self.warn, self.warned = warn, False
-        self.failed: list[pd.DataFrame] = []  # evaluations that failed when the front was evaluated again
+        self.failed: list[pd.DataFrame] = []  # re-evaluations that failed
         # A latency of every device: infinite where it cannot run an architecture.
         self.latencies = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
         self.population, self.generations = config.size
@@ -222,9 +224,11 @@ class Search:
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
         before, total = generation * self.population, self.generations * self.population
-        title = (
-            f"generation {generation + 1} of {self.generations}" if data == "search" else "the front again"
-        )
+        if data == "search":
+            title = f"generation {generation + 1} of {self.generations}"
+        else:
+            windows = self.config.windows_of()[data]
+            title = f"re-evaluation of the {len(genomes)} best on {windows} windows"
         new = [a for a, key in zip(architectures, keys, strict=True) if (data, key) not in self.known]
         for done, (one, outcome) in enumerate(zip(new, evaluate(new, data), strict=True), start=1):
             self.known[data, one.key] = outcome
@@ -268,15 +272,15 @@ class Search:
                 )
 
     def _members(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
-        """The front, sorted by the objectives, after its candidates were evaluated on more windows."""
+        """The non-dominated part, sorted by the objectives, of the best after their re-evaluations."""
         last = self.generations - 1
-        for data, count in self.rescored.items():
+        for data, count in self.reevaluated.items():
             part = self.record.read(data)
             if part is None:
                 part = self._evaluate(self._candidates(table, count), evaluate, data, last, report)
                 if not np.isfinite(self._objectives(part)).all(axis=1).any():
                     reason = part["failed"].iloc[0]
-                    raise InputError(f"search: every evaluation of the front failed: {reason}")
+                    raise InputError(f"search: every re-evaluation failed: {reason}")
                 self.record.write(data, part)
             else:
                 self._compare_machine(part)

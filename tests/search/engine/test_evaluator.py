@@ -78,7 +78,7 @@ def test_search_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     def none(architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
         return (Failed("lost") if data == "front" else attempt(Synthetic({}), a, data) for a in architectures)
 
-    with pytest.raises(InputError, match="every evaluation of the front failed: lost"):
+    with pytest.raises(InputError, match="every re-evaluation failed: lost"):
         Search(problem, config, tmp_path / "again", {}).run(none)
 
 

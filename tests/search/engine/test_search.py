@@ -92,7 +92,7 @@ def test_killed_search_continues_to_the_same_front(run_folder: Path, expected: b
             command(run_folder, "--name", "killed", "--workers", "2"),
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        parts = int(rng.integers(0, 7))  # four generations and two evaluations of the front
+        parts = int(rng.integers(0, 7))  # four generations and two re-evaluations
         deadline = time.monotonic() + 120
         while len(list(folder.glob("evaluations/part-*.parquet"))) < parts and process.poll() is None:
             assert time.monotonic() < deadline
