@@ -16,6 +16,7 @@ from search.audit.audit import AuditConfig, audit
 from search.audit.page import CORRELATION_COLUMNS, audit_section, correlation_rows
 from search.audit.result import AuditResult
 from search.config import Run, open_run
+from search.engine.verification import describe_unmeasured
 from search.report.page import report_search
 from search.report.summary import SUMMARY, Summary, TextQuality, VerifiedMember
 from search.select.measured_search import require_kept, run_measured_search
@@ -65,6 +66,10 @@ def execute(run: Run, reporter: Reporter) -> Summary:
     predictor = profiled(run, reporter)
     picks = verified(run, reporter, checkpoint, predictor, corpus)
     summary = summarised(run, checkpoint, corpus, predictor, picks)
+    chosen = picks.measured.chosen
+    unmeasured = describe_unmeasured(chosen.limits, chosen.choice, picks.measured.device)
+    if unmeasured:
+        reporter.warn(unmeasured)
     require_kept(picks.measured)
     return summary
 

@@ -168,7 +168,8 @@ def verify(
 ) -> None:
     """Measure a sub-model against its predictions and limits.
 
-    Its exported graphs are compared with the plain model first. The exit code is 3 if a limit is missed.
+    Its exported graphs are compared with the plain model first. The exit code is 3 if a limit is missed. A
+    limit that was not measured (of another device, say) stays UNMEASURED and does not change the exit code.
     """
     check_name(device)
     check_kit_options(make_kit, kit_result)
@@ -180,7 +181,9 @@ def verify(
 
     from latency.card import outdated
     from latency.runtimes.registry import open_card_runtime
+    from search.engine.choice import Choice
     from search.engine.config import VerifyConfig
+    from search.engine.verification import describe_unmeasured
     from search.submodel.export import models_digest
     from search.submodel.kit import pack_submodel, unpack_submodel
     from search.submodel.verify import verify as carry_out
@@ -204,6 +207,9 @@ def verify(
         note(f"parity: worst error {found.parity.worst:.1e}, bound {found.parity.bound:.1e}")
         if not found.latency:
             note(f"nothing was predicted for {device}: latencies stay UNMEASURED")
+    unmeasured = describe_unmeasured(found.limits, Choice.from_json(submodel.chosen), device)
+    if unmeasured:
+        note(unmeasured)
     if not found.parity.kept:
         raise LimitMissedError(f"{folder}: the exported model differs from the plain one; see verify.json")
     if found.missed:

@@ -119,6 +119,7 @@ def search(
     cards, predictors = open_targets(context.obj, device, run_config.space, run_config.profile, config, bars)
 
     from search.config import Run
+    from search.engine.verification import describe_unmeasured
     from search.select.measured_search import require_kept
     from search.select.search_run import require_tuned, search_run
 
@@ -130,6 +131,10 @@ def search(
     if result.distillation and result.distillation.tuned and not as_json:
         note(f"tuned sub-model: {result.distillation.tuned.folder}")
     if result.measured:
+        chosen = result.measured.chosen
+        unmeasured = describe_unmeasured(chosen.limits, chosen.choice, result.measured.device)
+        if unmeasured:
+            note(unmeasured)
         require_kept(result.measured)
     require_tuned(result)
 
@@ -169,7 +174,7 @@ def search_tables(result: "SearchResult") -> "list[Table]":
                 f"{finalist.member.loss_nats:.4f}",
                 *(f"{value:.3f}" for value in finalist.latency_ms.values()),
                 f"{100 * finalist.used:.1f}%",
-                "kept" if finalist.kept else "missed",
+                finalist.outcome,
             ]
             for turn, one in enumerate(result.measured.rounds, start=1)
             for finalist in one.finalists

@@ -143,6 +143,16 @@ class Choice:
             picked=lambda item: FamilyPick(**item),
         )
 
+    def device_of(self, limit: Limit, measured: str) -> str:
+        """The device that a limit is on.
+
+        Args:
+            limit: one of the limits.
+            measured: the device where no device was given to the search.
+        """
+        predicted = self.predicted.latency if self.predicted else {}
+        return limit.device or next(iter(predicted), measured)
+
     def workloads(self, device: str) -> dict[str, LatencyPrediction]:
         """Predicted latencies by workload; empty without predictions.
 

@@ -1,11 +1,12 @@
 """Records of a verified sub-model, as ``verify.json`` holds them: parity, latencies, precisions, limits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search.engine.choice import BoundedLimit, LatencyPrediction
+from search.engine.choice import BoundedLimit, Choice, LatencyPrediction
+from search.problem.limit import Limit
 from space.io.artefact import Artefact
 from space.io.record import mapping_of, read_document, read_record, tuple_of
 
@@ -184,6 +185,33 @@ class LimitResult:
         return read_record(LimitResult, {**value, "limit": read_record(BoundedLimit, value)})
 
 
+def describe_unmeasured(limits: Sequence[LimitResult], choice: Choice, device: str) -> str:
+    """One line that names the limits that were not measured and why; empty if all were.
+
+    Args:
+        limits: of a verification.
+        choice: that the sub-model was chosen by.
+        device: that was measured on.
+    """
+    parts = [
+        f"{item.limit.limit} ({_unmeasured_reason(item.limit.parsed, choice, device)})"
+        for item in limits
+        if item.found is None
+    ]
+    return f"limits that were not measured: {'; '.join(parts)}" if parts else ""
+
+
+def _unmeasured_reason(limit: Limit, choice: Choice, device: str) -> str:
+    metric, limited = limit.metric, choice.device_of(limit, device)
+    if metric.needs_device and limited != device:
+        return f"it is on device {limited}"
+    if metric.measured_by == "rss":
+        return "kits and some runtimes cannot measure rss"
+    if metric.measured_by == "latency":
+        return f"{limit.workload} was not timed on {device}"
+    return f"the metric {metric.name} has no measurement"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """The result of verifying a sub-model on a device: the content of ``verify.json``.
@@ -216,8 +244,8 @@ class Verification:
         return tuple(item.limit.limit for item in self.limits if item.missed)
 
     @property
-    def kept(self) -> bool:
-        """True if no limit was missed and parity holds."""
+    def passed(self) -> bool:
+        """True if parity holds and no limit was missed; a limit that was not measured does not count."""
         return not self.missed and self.parity.kept
 
     def to_json(self) -> JsonObject:

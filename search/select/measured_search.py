@@ -13,7 +13,7 @@ from latency import Predictor
 from search.engine.config import SearchConfig
 from search.engine.front import Front, Member
 from search.engine.run import search_supernet
-from search.engine.search import Known
+from search.engine.search import Outcomes
 from search.select.measurements import (
     MEASURED_SEARCH,
     SAFETY_MARGIN,
@@ -75,7 +75,7 @@ class _Rounds:
         self.folder, self.verifier, self.config, self.reporter = folder, verifier, config, reporter
         self.predictors, self.current = predictors, dict(predictors)
         self.settings = config
-        self.known: Known = {}
+        self.outcomes: Outcomes = {}
         self.searched: list[Path] = []
         self.done: list[Round] = []
         self.store: FinalistStore | None = None
@@ -98,7 +98,7 @@ class _Rounds:
         where = self.where
         try:
             front = search_supernet(
-                where, self.verifier.trained, self.current, self.settings, self.reporter, self.known,
+                where, self.verifier.trained, self.current, self.settings, self.reporter, self.outcomes,
                 self.predictors, tuple(self.searched),
             )  # fmt: skip
         except InfeasibleError:
@@ -121,7 +121,7 @@ class _Rounds:
             )
         )
         best = best_kept(self.store.used, self.quality)
-        settled = best.kept and TARGET_USE <= best.used <= 1 - SAFETY_MARGIN
+        settled = best.passed and TARGET_USE <= best.used <= 1 - SAFETY_MARGIN
         measurable = any(item.parsed.metric.needs_device for item in front.limits)
         return bool(measured) and measurable and not settled
 
@@ -186,7 +186,7 @@ def require_kept(measured: MeasuredSearch) -> None:
     Raises:
         LimitMissedError: names the limits that the closest finalist missed, and by how much.
     """
-    if measured.kept:
+    if measured.passed:
         return
     chosen = measured.chosen
     missed = ", ".join(

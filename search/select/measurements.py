@@ -35,7 +35,7 @@ class MeasuredFinalist:
         limits: with their measured values.
         used: the largest share of a limit that the member uses, over limits that only measuring decides.
         tightest: that limit; None without any.
-        kept: True if no limit was missed and parity holds.
+        passed: True if parity holds and no limit was missed; a limit that was not measured does not count.
         choice: the limits and predictions of the round.
     """
 
@@ -45,13 +45,19 @@ class MeasuredFinalist:
     limits: tuple[LimitResult, ...]
     used: float
     tightest: str | None
-    kept: bool
+    passed: bool
     choice: Choice
 
     @property
     def key(self) -> str:
         """The architecture's key."""
         return self.member.key
+
+    @property
+    def outcome(self) -> str:
+        """``kept``, ``missed``, or ``parity`` if the exported model differs from the plain one."""
+        missed = any(item.missed for item in self.limits)
+        return "kept" if self.passed else "missed" if missed else "parity"
 
     @staticmethod
     def of(member: Member, choice: Choice, verification: Verification) -> "MeasuredFinalist":
@@ -71,7 +77,7 @@ class MeasuredFinalist:
             limits=verification.limits,
             used=(tightest.used or 0.0) if tightest else 0.0,
             tightest=tightest.limit.limit if tightest else None,
-            kept=verification.kept,
+            passed=verification.passed,
             choice=choice,
         )
 
@@ -84,7 +90,7 @@ class MeasuredFinalist:
             "limits": [item.to_json() for item in self.limits],
             "used": self.used,
             "tightest": self.tightest,
-            "kept": self.kept,
+            "kept": self.passed,
             "choice": self.choice.to_json(),
         }
 
@@ -94,7 +100,7 @@ class MeasuredFinalist:
         member = Member.from_json({k: item for k, item in value.items() if k not in MEASURED_NAMES})
         return read_record(
             MeasuredFinalist,
-            {**value, "member": member},
+            {**value, "member": member, "passed": value["kept"]},
             limits=tuple_of(LimitResult.from_json),
             choice=Choice.from_json,
         )
@@ -147,9 +153,9 @@ class MeasuredSearch:
     inputs: Mapping[str, str]
 
     @property
-    def kept(self) -> bool:
-        """True if the chosen finalist kept the limits."""
-        return self.chosen.kept
+    def passed(self) -> bool:
+        """True if the chosen finalist passed its verification."""
+        return self.chosen.passed
 
     @property
     def finalists(self) -> dict[str, MeasuredFinalist]:
@@ -160,7 +166,7 @@ class MeasuredSearch:
         """The JSON object, without its header."""
         return {
             "device": self.device,
-            "kept": self.kept,
+            "kept": self.passed,
             "chosen": self.chosen.to_json(),
             "rounds": [one.to_json() for one in self.rounds],
         }
@@ -260,7 +266,7 @@ def best_kept(finalists: Sequence[MeasuredFinalist], quality: str) -> MeasuredFi
         finalists: at least one.
         quality: that decides which is the best, such as ``loss``.
     """
-    safe = [f for f in finalists if f.kept and f.used <= 1 - SAFETY_MARGIN]
+    safe = [f for f in finalists if f.passed and f.used <= 1 - SAFETY_MARGIN]
     if safe:
         return min(safe, key=lambda f: (f.member.quality(quality), f.key))
-    return min(finalists, key=lambda f: (not f.kept, f.used))
+    return min(finalists, key=lambda f: (not f.passed, f.used))

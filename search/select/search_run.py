@@ -143,7 +143,7 @@ def candidates(result: SearchResult) -> dict[str, tuple[Member, Choice]]:
         result: of a search. If finalists were measured, those that kept the limits; else the whole front.
     """
     if result.measured:
-        kept = [f for f in result.measured.finalists.values() if f.kept]
+        kept = [f for f in result.measured.finalists.values() if f.passed]
         return {f.key: (f.member, f.choice) for f in kept}
     return {m.key: (m, result.front.choice(m)) for m in result.front.members}
 

@@ -157,8 +157,8 @@ def judge(
 ) -> tuple[LimitResult, ...]:
     """The limits that a sub-model was chosen under, beside the measured values.
 
-    Limits on another device stay unmeasured. A limit that names no device is on the first of those that the
-    sub-model was chosen for.
+    A limit that names no device is on the first of those that the sub-model was chosen for. A limit on
+    another device stays unmeasured, as does one on memory where the runtime cannot measure it.
 
     Args:
         submodel: with its limits.
@@ -167,13 +167,11 @@ def judge(
         rss: peak resident bytes by workload.
     """
     choice = Choice.from_json(submodel.chosen)
-    predicted = choice.predicted.latency if choice.predicted else {}
-    default = next(iter(predicted), device)
 
     def value(item: BoundedLimit) -> float | None:
         limit = item.parsed
         metric, workload = limit.metric, str(limit.workload)
-        if metric.needs_device and (limit.device or default) != device:
+        if metric.needs_device and choice.device_of(limit, device) != device:
             return None
         if metric.measured_by == "rss":
             return rss.get(workload)

@@ -119,7 +119,7 @@ def test_recalibration_by_hand(finished_run: Path) -> None:
     assert all(after.models[w] == predictor.models[w] for w in others)
 
 
-def finalist(number: int, loss: float, used: float, *, kept: bool = True) -> MeasuredFinalist:
+def finalist(number: int, loss: float, used: float, *, passed: bool = True) -> MeasuredFinalist:
     return MeasuredFinalist(
         member=make_member(number, loss),
         latency_ms={},
@@ -127,14 +127,14 @@ def finalist(number: int, loss: float, used: float, *, kept: bool = True) -> Mea
         limits=(),
         used=used,
         tightest=None,
-        kept=kept,
+        passed=passed,
         choice=Choice(),
     )
 
 
 def test_chosen_finalist_is_the_best_with_a_safety_margin() -> None:
     a, b, c = finalist(1, 1.0, 0.99), finalist(2, 1.2, 0.95), finalist(3, 1.1, 0.97)
-    d, e = finalist(4, 0.9, 1.1, kept=False), finalist(5, 0.8, 1.05, kept=False)
+    d, e = finalist(4, 0.9, 1.1, passed=False), finalist(5, 0.8, 1.05, passed=False)
     assert best_kept([a, b, c, d], "loss") == c
     assert best_kept([a, d], "loss") == a
     assert best_kept([d, e], "loss") == e

@@ -8,7 +8,8 @@ import onnx
 import pytest
 import torch
 
-from search.engine.verification import LatencyMeasurement
+from search.engine.choice import Choice
+from search.engine.verification import LatencyMeasurement, describe_unmeasured
 from search.submodel.export import export_onnx
 from search.submodel.parity import parity, relative_error
 from search.submodel.verify import judge
@@ -161,6 +162,20 @@ def test_limits_on_another_device_stay_unmeasured(supernet: Supernet, tmp_path: 
     submodel = write_submodel(tmp_path, supernet, genome.largest(SPACE), {}, chosen)
     found = {"prefill@64": MEASURED}, {"prefill@64": 900}
     here, there = judge(submodel, "desk", *found), judge(submodel, "phone", *found)
+    choice = Choice.from_json(chosen)
+    assert describe_unmeasured(here, choice, "desk") == (
+        "limits that were not measured: phone:prefill@64<=1ms (it is on device phone); "
+        "phone:rss@64<=1KB (it is on device phone)"
+    )
+    assert describe_unmeasured(there, choice, "phone").endswith(": prefill@64<=2ms (it is on device desk)")
+    without = judge(submodel, "phone", {}, {})
+    assert "phone:prefill@64<=1ms (prefill@64 was not timed on phone)" in describe_unmeasured(
+        without, choice, "phone"
+    )
+    assert "phone:rss@64<=1KB (kits and some runtimes cannot measure rss)" in describe_unmeasured(
+        without, choice, "phone"
+    )
+    assert describe_unmeasured([here[0], here[3]], choice, "desk") == ""
     assert [result.status for result in here] == ["kept", *["UNMEASURED"] * 2, "kept"]
     assert [result.status for result in there] == [
         "UNMEASURED",
