@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from space.architecture import Architecture
-from space.blocks import Model, initial, mixer
+from space.blocks import Model, initial, mixer_block
 from space.cost import op_activation_bytes, op_flops, op_params, op_state_bytes, op_weight_bytes
 from space.layer import Layer, ModelConfig
 from space.mixers import MIXERS, Mixer, Shapes, State, Weights
@@ -52,12 +52,9 @@ def require_close(name: str, found: Any, expected: Any, tolerance: float = TOLER
         x.detach().double().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (found, expected)
     )
     require(a.shape == b.shape, f"{name}: shape {a.shape}, expected {b.shape}")
-    error = np.abs(a - b).max(initial=0.0)
-    allowed = tolerance * np.abs(b).max(initial=0.0)
-    require(
-        bool(np.isfinite(a).all()) and error <= allowed,
-        f"{name}: largest error {error:.3g}, allowed {allowed:.3g}",
-    )
+    error, allowed = np.abs(a - b).max(initial=0.0), tolerance * np.abs(b).max(initial=0.0)
+    close = bool(np.isfinite(a).all()) and error <= allowed
+    require(close, f"{name}: largest error {error:.3g}, allowed {allowed:.3g}")
 
 
 class MixerContract:
@@ -141,7 +138,7 @@ class MixerContract:
         for layer, model_config in self.layers():
             leaves = {k: v.requires_grad_() for k, v in self.weights(layer, model_config).items()}
             x = self.inputs(2, 35).requires_grad_()
-            out, _ = mixer(leaves, x, layer, model_config)
+            out, _ = mixer_block(leaves, x, layer, model_config)
             (out * self.inputs(2, 35, seed=3)).sum().backward()  # type: ignore[no-untyped-call]
             for name, leaf in {"x": x, **leaves}.items():
                 gradient = leaf.grad
@@ -169,7 +166,7 @@ class MixerContract:
             views = {name: whole[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
             copies = {name: view.clone() for name, view in views.items()}
             x = self.inputs(2, 20)[..., :small]
-            found, expected = (mixer(weights, x, fewer, model_config)[0] for weights in (views, copies))
+            found, expected = (mixer_block(weights, x, fewer, model_config)[0] for weights in (views, copies))
             require_close("on views", found, expected)
 
     def test_states_have_their_shapes(self) -> None:
@@ -177,7 +174,7 @@ class MixerContract:
         for layer, model_config in self.layers():
             weights = {name: value.float() for name, value in self.weights(layer, model_config).items()}
             for length in (1, 2, 5, 40):
-                _, state = mixer(weights, self.inputs(3, length).float(), layer, model_config)
+                _, state = mixer_block(weights, self.inputs(3, length).float(), layer, model_config)
                 shapes = state_shapes(layer, self.width, model_config, 3, length)
                 found = {name: tuple(value.shape) for name, value in state.items()}
                 require(found == shapes, f"after {length} tokens: {found}, declared {shapes}")
@@ -189,7 +186,7 @@ class MixerContract:
         outs, state = [], None
         for start, end in pairwise(cuts):
             masks = {name: mask[:, :end] for name, mask in others.items()}
-            out, state = mixer(weights, x[:, start:end], *setting, start, state, **masks)
+            out, state = mixer_block(weights, x[:, start:end], *setting, start, state, **masks)
             outs.append(out)
         return torch.cat(outs, 1), state or {}
 
@@ -197,7 +194,7 @@ class MixerContract:
         """One call, two calls and a call for each token give the same outputs and states."""
         for layer, model_config in self.layers():
             weights, x = self.weights(layer, model_config), self.inputs(2, 37)
-            expected, final = mixer(weights, x, layer, model_config)
+            expected, final = mixer_block(weights, x, layer, model_config)
             for cuts in ([0, 13, 37], [*range(38)]):
                 found, state = self.in_pieces(weights, x, cuts, (layer, model_config))
                 require_close(f"in {len(cuts) - 1} pieces", found, expected)
@@ -210,7 +207,7 @@ class MixerContract:
             weights, x, padded = self.weights(layer, model_config), self.inputs(2, 30), 7
             mask = torch.ones(2, 30, dtype=torch.bool)
             mask[1, :padded] = False
-            first, second = (mixer(weights, y, layer, model_config)[0] for y in (x[:1], x[1:, padded:]))
+            first, second = (mixer_block(weights, y, layer, model_config)[0] for y in (x[:1], x[1:, padded:]))
             for cuts in ([0, 30], [0, 11, 30], [0, 3, 30], [*range(31)]):
                 found, _ = self.in_pieces(weights, x, cuts, (layer, model_config), mask=mask)
                 require_close("without padding", found[:1], first)
@@ -221,7 +218,7 @@ class MixerContract:
         for layer, model_config in self.layers():
             weights, x = self.weights(layer, model_config), self.inputs(1, 40)
             other = torch.cat([x[:, :20], self.inputs(1, 20, seed=4)], 1)
-            found, expected = (mixer(weights, y, layer, model_config)[0] for y in (other, x))
+            found, expected = (mixer_block(weights, y, layer, model_config)[0] for y in (other, x))
             require_close("before the change", found[:, :20], expected[:, :20])
 
     def test_half_precision_is_finite(self) -> None:
@@ -235,7 +232,7 @@ class MixerContract:
                 for name, value in whole.items()
             }
             x = self.inputs(1, 40).float()
-            found, expected = (mixer(weights, x, layer, model_config)[0] for weights in (half, whole))
+            found, expected = (mixer_block(weights, x, layer, model_config)[0] for weights in (half, whole))
             require(found.dtype == torch.float32, f"the residual stream became {found.dtype}")
             require_close("bf16", found - x, expected - x, 2**-4)
 
@@ -252,7 +249,7 @@ class MixerContract:
                 require(bool(torch.isfinite(value).all()), f"{name}: not finite")
                 require(torch.equal(value, draws[1][name]), f"{name}: another draw, another value")
             x = self.inputs(1, 9).float()
-            require_close("at first", mixer(draws[0], x, layer, model_config)[0], x, 0.0)
+            require_close("at first", mixer_block(draws[0], x, layer, model_config)[0], x, 0.0)
 
     def test_cost_follows_the_shapes(self) -> None:
         """Parameters and bytes are those of the shapes; FLOPs cover the matrices and grow with the work."""

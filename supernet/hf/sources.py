@@ -229,15 +229,20 @@ class Module:
         while first and self.lines[first - 1].startswith("#"):
             first -= 1
         kept = set(range(first, node.end_lineno or 0))
+        for statement in self._imports_inside(node):
+            names.add(statement, self.sources)
+            end = statement.end_lineno or statement.lineno
+            kept -= {*range(statement.lineno - 1, end), *([end] if self.lines[end] == "" else [])}
+        return Definition("\n".join(self.lines[i] for i in sorted(kept)), node, names)
+
+    def _imports_inside(self, node: ast.stmt) -> Iterator[ast.Import | ast.ImportFrom]:
+        """The imports of functions; those in blocks of functions cannot be moved, as they may not run."""
         direct = {id(n) for f in ast.walk(node) if isinstance(f, ast.FunctionDef) for n in f.body}
         for statement in ast.walk(node):
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 if id(statement) not in direct or not self._is_movable(statement):
-                    raise ValueError(f"{self.name}.{name}: {ast.unparse(statement)}: not an import to move")
-                names.add(statement, self.sources)
-                end = statement.end_lineno or statement.lineno
-                kept -= {*range(statement.lineno - 1, end), *([end] if self.lines[end] == "" else [])}
-        return Definition("\n".join(self.lines[i] for i in sorted(kept)), node, names)
+                    raise ValueError(f"{self.name}: {ast.unparse(statement)}: not an import to move")
+                yield statement
 
     def _is_movable(self, statement: ast.Import | ast.ImportFrom) -> bool:
         """True for an import that is alone on its lines and binds no package of formfit."""
