@@ -29,7 +29,7 @@ from search.submodel.export import export_onnx
 from space import Architecture, Layer, ModelConfig
 from space.attention.projection import heads_of, project, rms_norm
 from space.attention.rotary import rotate
-from space.blocks import Model, ffn, mixer, part
+from space.blocks import Model, ffn, mixer_block, part
 from space.cost import params
 from space.shapes import ffn_shapes, mixer_shapes
 from supernet.extract import SUBMODEL, SubModel, read_submodel
@@ -134,7 +134,7 @@ class Eager:
                 )
                 x = x + project(out.transpose(1, 2).flatten(2), block["o"])
             else:
-                x, after[slot] = mixer(block, x, layer, MODEL_CONFIG, position, states[slot])
+                x, after[slot] = mixer_block(block, x, layer, MODEL_CONFIG, position, states[slot])
             x = ffn(forward, x)
         return project(rms_norm(x, self.weights["norm"]), self.weights["head"]), after
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from space.architecture import Layer, ModelConfig
 from space.attention.linear import linear_attention
 from space.attention.softmax import softmax_attention
-from space.blocks import initial, mixer
+from space.blocks import initial, mixer_block
 from space.mixers import MIXERS
 from space.shapes import mixer_shapes
 
@@ -225,14 +225,16 @@ def blocks(tokens: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
         weights = {part: initial(part, shape, generator, mixer=name) for part, shape in shapes.items()}
         learnt = {part: weight.clone() for part, weight in weights.items()}
         source = x.clone()
-        prefill[name] = forward(mixer, weights, x, layer, model_config)
+        prefill[name] = forward(mixer_block, weights, x, layer, model_config)
         back[name] = backward(
-            lambda layer=layer, learnt=learnt, source=source: mixer(learnt, source, layer, model_config)[0],
+            lambda layer=layer, learnt=learnt, source=source: mixer_block(
+                learnt, source, layer, model_config
+            )[0],
             (source, *learnt.values()),
         )
         with torch.no_grad():
-            _, state = mixer(weights, x, layer, model_config)
-        decode[name] = forward(mixer, weights, step, layer, model_config, tokens, state)
+            _, state = mixer_block(weights, x, layer, model_config)
+        decode[name] = forward(mixer_block, weights, step, layer, model_config, tokens, state)
     return {
         "forward": timed(prefill, rounds),
         "forward_backward": timed(back, max(3, rounds // 2)),

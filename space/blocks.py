@@ -25,10 +25,10 @@ from space.attention.projection import project, rms_norm
 from space.mixers import MIXERS, MixerCall, Shapes, State, Weights
 from space.shapes import ffn_shapes, mixer_shapes, model_shapes, parameter_mixer
 
-__all__ = ["Model", "State", "Weights", "add_parameter", "ffn", "forward", "initial", "mixer", "part"]
+__all__ = ["Model", "State", "Weights", "add_parameter", "ffn", "forward", "initial", "mixer_block", "part"]
 
 
-def mixer(
+def mixer_block(
     weights: Weights,
     x: Tensor,
     layer: Layer,
@@ -51,14 +51,14 @@ def mixer(
     Returns:
         The residual stream after the block, and the state after the last token.
     """
-    kind = MIXERS.get(layer.mixer)
+    entry = MIXERS.get(layer.mixer)
     hidden = rms_norm(x, weights["pre_norm"])
     if mask is not None:
         # Padding on the left then reads as the nothing before a text: convolutions see zeros, and as v is
         # zero no recurrence writes.
         hidden = hidden * mask[:, -x.shape[1] :, None]
-    out, state = kind.forward(weights, hidden, MixerCall(layer, model_config, position, state or {}, mask))
-    return x + project(out, weights[kind.output]), state
+    out, state = entry.forward(weights, hidden, MixerCall(layer, model_config, position, state or {}, mask))
+    return x + project(out, weights[entry.output]), state
 
 
 def ffn(weights: Weights, x: Tensor) -> Tensor:
@@ -120,7 +120,9 @@ def forward(
         if layer.mixer != "none":
             shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, model_config)
             block = part(weights, f"layers.{slot}.mixer", shapes)
-            x, after[slot] = mixer(block, x, layer, model_config, position, (states or {}).get(slot), mask)
+            x, after[slot] = mixer_block(
+                block, x, layer, model_config, position, (states or {}).get(slot), mask
+            )
         if layer.ffn:
             x = ffn(part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn)), x)
     head = weights["embedding" if model_config.tie_embeddings else "head"]
@@ -152,12 +154,12 @@ def initial(
         tie_embeddings: the embedding is the output matrix too.
     """
     leaf = name.rsplit(".", 1)[-1]
-    kind = MIXERS.get(mixer) if mixer else None
-    if kind and leaf in kind.initial:
-        return kind.initial[leaf](shape, generator)
+    entry = MIXERS.get(mixer) if mixer else None
+    if entry and leaf in entry.initial:
+        return entry.initial[leaf](shape, generator)
     if leaf.endswith("norm"):
         return torch.ones(shape)
-    if leaf == (kind.output if kind else "o") or leaf == "down":
+    if leaf == (entry.output if entry else "o") or leaf == "down":
         return torch.zeros(shape)
     torch.rand(shape, generator=generator)  # unused, but seeds keep the weights that they have always drawn
     scale = 1 / math.sqrt(shape[-1]) if tie_embeddings or leaf != "embedding" else 1.0

@@ -21,7 +21,7 @@ from latency.runtimes.protocol import ANCHOR_SIDE, ExportedModel, Runtime, Weigh
 from latency.runtimes.registry import register_runtime
 from space import Architecture, InputError, Layer, ModelConfig, Workload
 from space.attention.projection import project, rms_norm
-from space.blocks import State, ffn, forward, mixer
+from space.blocks import State, ffn, forward, mixer_block
 from space.ops import Op
 from space.shapes import Shapes, end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 
@@ -153,7 +153,7 @@ class TorchRuntime(Runtime):
                 if op.kind == "ffn":
                     y = ffn(weights, y)
                 else:
-                    y, _ = mixer(weights, y, op.layer, model_config, workload.past, state)
+                    y, _ = mixer_block(weights, y, op.layer, model_config, workload.past, state)
             return y
 
         return step

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from space import Architecture, InputError, Layer
 from space.architecture import has_heads
-from space.blocks import ffn, mixer, part
+from space.blocks import ffn, mixer_block, part
 from space.shapes import ffn_shapes
 from supernet.hf.importance import BATCH_WINDOWS, Weights, measure_importance, mixer_part, reorder
 from supernet.hf.llama import pretrained_digest, read_llama
@@ -146,7 +146,7 @@ def align(
         with torch.no_grad():
             block = mixer_part(weights, architecture, slot, layer, model_config)
             after = torch.cat(
-                [mixer(block, rows, layer, model_config)[0] for rows in torch.split(x, BATCH_WINDOWS)]
+                [mixer_block(block, rows, layer, model_config)[0] for rows in torch.split(x, BATCH_WINDOWS)]
             )
         for other in _mixers(supernet, architecture):
             if other.mixer != "attention":
@@ -177,7 +177,7 @@ def _fit(
     held_out = len(x) - max(1, len(x) // 4)
 
     def error(weights: Weights, start: int, stop: int) -> Tensor:
-        out, _ = mixer(weights, x[start:stop], layer, supernet.space.config)
+        out, _ = mixer_block(weights, x[start:stop], layer, supernet.space.config)
         target = after[start:stop]
         return (out - target).square().sum() / (target - x[start:stop]).square().sum()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from latency import OnnxRuntime
 from space import Architecture, InputError, Layer, ModelConfig, Space, genome
 from space.architecture import has_heads
-from space.blocks import Model, State, forward, mixer
+from space.blocks import Model, State, forward, mixer_block
 from space.mixers import MIXERS, mixers_of_class
 from space.onnx.model import model_graph
 from space.shapes import mixer_shapes, state_shapes
@@ -87,8 +87,8 @@ def to(weights: Weights, dtype: torch.dtype) -> Weights:
 @each_layer
 def test_block_equals_the_fp64_oracle(layer: Layer) -> None:
     weights, x = weights_of(layer), inputs(40, batch=2)
-    found, state = mixer(weights, x, layer, CONFIG)
-    single, _ = mixer(to(weights, torch.float32), x.float(), layer, CONFIG)
+    found, state = mixer_block(weights, x, layer, CONFIG)
+    single, _ = mixer_block(to(weights, torch.float32), x.float(), layer, CONFIG)
     for row in range(2):
         expected, memory = naive_mixer(weights, x[row], layer, CONFIG)
         assert_close("fp64", found[row], expected, EXACT)
@@ -103,7 +103,7 @@ def test_gradients_equal_the_oracle(name: str) -> None:
     aim = inputs(length, seed=1)[0]
     gradients = []
     for run in (
-        lambda w, x: mixer(w, x[None], layer, CONFIG)[0][0],
+        lambda w, x: mixer_block(w, x[None], layer, CONFIG)[0][0],
         lambda w, x: naive_mixer(w, x, layer, CONFIG)[0],
     ):
         leaves = {key: weight.clone().requires_grad_() for key, weight in weights_of(layer).items()}
@@ -135,8 +135,8 @@ def test_fast_decays_stay_exact(name: str) -> None:
             weights[key] = weights[key] * value if key == "k" else weights[key] + value
     expected, memory = naive_mixer(weights, x[0], layer, CONFIG)
     leaves = {key: weight.float().requires_grad_() for key, weight in weights.items()}
-    found, state = mixer(leaves, x.float(), layer, CONFIG)
-    double, _ = mixer(weights, x, layer, CONFIG)
+    found, state = mixer_block(leaves, x.float(), layer, CONFIG)
+    double, _ = mixer_block(weights, x, layer, CONFIG)
     assert_close("fp64", double[0], expected, EXACT)
     assert_close("fp32", found[0], expected, FP32)
     assert_close("state", state["s"][0], memory, FP32)
@@ -156,12 +156,12 @@ def test_kda_with_equal_channels_equals_gated_deltanet_and_without_decay_deltane
         "decay": torch.zeros(2, WIDTH, dtype=torch.float64),
     }
     steps = {"A_log": rate.log(), "dt_bias": torch.full_like(rate, float(np.log(np.e - 1)))}
-    expected = mixer(weights, x, kda, CONFIG)[1]
-    found = mixer(weights | steps, x, scalar, CONFIG)[1]
+    expected = mixer_block(weights, x, kda, CONFIG)[1]
+    found = mixer_block(weights | steps, x, scalar, CONFIG)[1]
     assert_close("kda", found["s"], expected["s"], EXACT)
     assert_close("conv", found["conv"], expected["conv"], EXACT)
-    still = mixer(weights | steps | {"A_log": rate * 0 - 60}, x, scalar, CONFIG)[1]
-    assert_close("deltanet", still["s"], mixer(weights, x, plain, CONFIG)[1]["s"], EXACT)
+    still = mixer_block(weights | steps | {"A_log": rate * 0 - 60}, x, scalar, CONFIG)[1]
+    assert_close("deltanet", still["s"], mixer_block(weights, x, plain, CONFIG)[1]["s"], EXACT)
     assert relative_error(still["s"], found["s"]) > 0.1
 
 
@@ -371,7 +371,7 @@ def test_mixer_without_a_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_bf16_is_finite_and_close(name: str, way: str) -> None:
     layer = layer_of(name)
     weights, x = to(weights_of(layer), torch.float32), inputs(65).float()
-    expected, after = mixer(weights, x, layer, CONFIG)
+    expected, after = mixer_block(weights, x, layer, CONFIG)
     small = ("q", "k", "v", "o", "gate", "in_b", "in_c", "in_x", "out")
     leaves = {
         key: weight.to(
@@ -380,7 +380,7 @@ def test_bf16_is_finite_and_close(name: str, way: str) -> None:
         for key, weight in weights.items()
     }
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-        found, state = mixer(leaves, x, layer, CONFIG)
+        found, state = mixer_block(leaves, x, layer, CONFIG)
     assert found.dtype == torch.float32
     assert_close("block", found - x, expected - x, BF16)
     if "s" in state:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from space import Architecture, Layer, ModelConfig
-from space.blocks import Model, mixer
+from space.blocks import Model, mixer_block
 from tests.contracts import scatter
 from tests.numerics import TOLERANCE, assert_close
 
@@ -35,7 +35,7 @@ def compare(name: str, theirs: nn.Module, names: Any) -> None:
     x = torch.randn(2, 40, WIDTH, generator=torch.Generator().manual_seed(1))
     hidden = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights["pre_norm"]
     with torch.no_grad():
-        assert_close(name, mixer(weights, x, layer, CONFIG)[0] - x, theirs(hidden), FP32)
+        assert_close(name, mixer_block(weights, x, layer, CONFIG)[0] - x, theirs(hidden), FP32)
 
 
 def conv(weights: Weights, order: str) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from space import Architecture, InputError, Layer, Space, genome, variation
-from space.blocks import mixer
+from space.blocks import mixer_block
 from supernet.data.corpus import DataConfig, load_corpus, train_batch
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.hf.pretrained import load_pretrained, pretrained_digest
@@ -261,7 +261,7 @@ def test_mixers_inherit_and_are_aligned_to_attention(sharing: str, tmp_path: Pat
         block = {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}
         x, y = caught[f"x {error.slot}"], caught[f"y {error.slot}"]
         with torch.no_grad():
-            out = mixer(block, x, layer, space.config)[0] - x
+            out = mixer_block(block, x, layer, space.config)[0] - x
         measured = float((out - y).square().sum() / y.square().sum())
         assert measured == pytest.approx(error.after, rel=1e-3, abs=1e-9)
 
