@@ -131,16 +131,16 @@ class Projection:
         self.study, self._journal = study, journal
         self.count = len(study.get_trials(deepcopy=False))
 
-    def add(self, space: Space, part: pd.DataFrame, objectives: Sequence[str], before: int) -> None:
+    def add(self, space: Space, part: pd.DataFrame, objectives: Sequence[str], evaluated_before: int) -> None:
         """Add the evaluations of a part that the study does not have yet.
 
         Args:
             space: of the architectures.
             part: evaluations, a row each.
             objectives: columns of the part.
-            before: the number of evaluations in earlier parts.
+            evaluated_before: the number of evaluations in the parts before it.
         """
-        lacking = part.iloc[max(self.count - before, 0) :]
+        lacking = part.iloc[max(self.count - evaluated_before, 0) :]
         if lacking.empty:
             return
         self.study.add_trials(_trials(space, lacking, objectives))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from search.engine.config import SearchConfig, make_problem, require_objectives
 from search.engine.evaluator import EvaluateArchitecture, Evaluator, FunctionEvaluate
 from search.engine.front import FRONT, Front
-from search.engine.search import Known, Report, Search
+from search.engine.search import Outcomes, Report, Search
 from search.engine.supernet_evaluator import evaluator
 from search.engine.workers import pool
 from search.problem.problem import Problem
@@ -100,9 +100,9 @@ def search_supernet(
     predictors: "Mapping[str, Predictor]",
     config: SearchConfig,
     reporter: Reporter,
-    known: Known | None = None,
+    outcomes: Outcomes | None = None,
     units: "Mapping[str, Predictor] | None" = None,
-    before: Sequence[Path] = (),
+    earlier_searches: Sequence[Path] = (),
 ) -> Front:
     """Search a supernet, or read the front that is there already.
 
@@ -112,9 +112,10 @@ def search_supernet(
         predictors: by device; the first is meant where a limit or objective names none.
         config: of the search.
         reporter: shows progress.
-        known: outcomes that need not be evaluated again; new ones are added.
+        outcomes: that need not be evaluated again; new ones are added.
         units: predictors by device that relative limits refer to; None: ``predictors``.
-        before: folders of finished searches of the same supernet whose evaluations this one starts from.
+        earlier_searches: folders of finished searches of the same supernet, see
+            :class:`search.engine.search.Search`.
 
     Raises:
         InfeasibleError: the limits cannot be met.
@@ -123,7 +124,7 @@ def search_supernet(
     problem = make_problem(trained.space, predictors, config, units)
     inputs = _inputs(problem, {"supernet": trained.checkpoint.digest})
     path = folder / "front.json"
-    search = Search(problem, config, folder, inputs, known, before, warn=reporter.warn)
+    search = Search(problem, config, folder, inputs, outcomes, earlier_searches, warn=reporter.warn)
     baseline = _baseline(search) if config.baseline == "random" else None
     done = FRONT.made_from(path, search.inputs)
     if done and (baseline is None or baseline.complete):
@@ -168,7 +169,7 @@ def _baseline(search: Search) -> Search:
     update = {"strategy": "random", "population": population, "generations": generations}
     config = search.config.model_copy(update=update)
     inputs = {name: value for name, value in search.inputs.items() if name != "search"}
-    return Search(search.problem, config, search.folder / "random", inputs, search.known, warn=search.warn)
+    return Search(search.problem, config, search.folder / "random", inputs, search.outcomes, warn=search.warn)
 
 
 def search_evaluator(

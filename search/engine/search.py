@@ -28,17 +28,17 @@ from search.problem.problem import Problem
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.registry import make_strategy
 from search.strategies.strategy import Strategy, Task
-from space import InputError, genome
+from space import InfeasibleError, InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
 from supernet.training.checkpoint import sole_writer
 
-# The best evaluations that are evaluated again, by the name of the set of windows: 64 of the search on the middle
+# The number of best evaluations that are evaluated again, by the name of the set of windows: 64 on the middle
 # number of windows, then 32 of these on the final one. The front is the non-dominated part of the last.
 REEVALUATED = {"middle": 64, "front": 32}
 Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, a text
-Known = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
+Outcomes = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
 
 
 class Search:
@@ -49,9 +49,11 @@ class Search:
         config: the strategy, its size and its seed.
         folder: the search's.
         inputs: sha256 of what evaluations depend on, by name; a folder made from others is refused.
-        known: outcomes that need not be evaluated again; new ones are added.
-        before: folders of finished searches of the same supernet, whose evaluations this one starts from.
-        reevaluated: the number of best evaluations that are evaluated again, by the name of the set of windows.
+        outcomes: that need not be evaluated again; new ones are added.
+        earlier_searches: folders of finished searches of the same supernet, whose evaluations this one starts
+            from. They are not in ``inputs``: they are the earlier rounds of a measured search, on whose
+            measurements the predictors depend, which are in ``inputs``.
+        reevaluated: the number of best evaluations that are evaluated again, by the name of the windows.
         warn: called once with a line if a part of the record was evaluated on another CPU or torch version.
     """
 
@@ -61,8 +63,8 @@ class Search:
         config: SearchConfig,
         folder: Path,
         inputs: Mapping[str, str],
-        known: Known | None = None,
-        before: Sequence[Path] = (),
+        outcomes: Outcomes | None = None,
+        earlier_searches: Sequence[Path] = (),
         reevaluated: Mapping[str, int] = REEVALUATED,
         warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
@@ -71,8 +73,8 @@ class Search:
         self.record = Record(folder, self.inputs)
         self.constraints = problem.constraints()
         self.costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
-        self.known = {} if known is None else known
-        self.before, self.reevaluated = tuple(before), dict(reevaluated)
+        self.outcomes = {} if outcomes is None else outcomes
+        self.earlier_searches, self.reevaluated = tuple(earlier_searches), dict(reevaluated)
         self.warn, self.warned = warn, False
         self.failed: list[pd.DataFrame] = []  # re-evaluations that failed
         # A latency of every device: infinite where it cannot run an architecture.
@@ -98,7 +100,7 @@ class Search:
         Raises:
             InfeasibleError: names them, with the least possible value and the architecture that has it.
         """
-        check_feasible(self.problem.space, self.constraints)
+        check_feasible(self.problem.space, self.constraints, self.latencies)
 
     def run(self, evaluate: Evaluator, report: Report | None = None) -> Front:
         """Search to the last generation, from the record if there is one, and write ``front.json``.
@@ -134,18 +136,18 @@ class Search:
         path = self.folder / "study.log"
         study = open_study(path, self.folder.name, problem.names, problem.space.hash)
         strategy = make_strategy(self.config.strategy, self._task())
-        earlier = self._earlier()
+        earlier = self._earlier_evaluations()
         if strategy.accepts_foreign_evaluations:
             for part in earlier:
                 strategy.tell(genomes_of(part), self._objectives(part))
         parts: list[pd.DataFrame] = []
         for generation in range(self.generations):
-            known = self.record.read(f"{generation:04d}")
-            part = self._generation(generation, strategy, evaluate, report) if known is None else known
-            if known is None:
+            recorded = self.record.read(f"{generation:04d}")
+            part = self._generation(generation, strategy, evaluate, report) if recorded is None else recorded
+            if recorded is None:
                 self.record.write(f"{generation:04d}", part)
             self._remember(part, "search")
-            if known is not None:
+            if recorded is not None:
                 self._compare_machine(part)
             if not len(part):  # no further architecture keeps the limits
                 break
@@ -175,10 +177,10 @@ class Search:
         last = self.record.read(parts[-1].stem.partition("-")[2])
         return len(parts) == self.generations or (last is not None and last.empty)
 
-    def _earlier(self) -> list[pd.DataFrame]:
+    def _earlier_evaluations(self) -> list[pd.DataFrame]:
         """Evaluations of earlier searches that keep these limits, with costs by today's predictors."""
         found = []
-        for folder in self.before:
+        for folder in self.earlier_searches:
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
                 part = read_table(path, EVALUATIONS)[0]
                 self._remember(part, "search")
@@ -201,7 +203,7 @@ class Search:
             within = [*bounds, *[math.inf] * len(self.latencies)]
             witness = feasible(space, [*costs, *self.latencies], within)
             if witness is None:
-                raise InputError(f"space {space.name}: no architecture runs on the device within the limits")
+                raise InfeasibleError(f"space {space.name}: no architecture runs on the device within the limits")
             seeds.append(witness)
         return Task(
             space=space,
@@ -223,23 +225,23 @@ class Search:
         """The evaluations of genomes [N, G] on a set of windows, a row each."""
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
-        before, total = generation * self.population, self.generations * self.population
+        evaluated_before, total = generation * self.population, self.generations * self.population
         if data == "search":
             title = f"generation {generation + 1} of {self.generations}"
         else:
             windows = self.config.windows_of()[data]
             title = f"re-evaluation of the {len(genomes)} best on {windows} windows"
-        new = [a for a, key in zip(architectures, keys, strict=True) if (data, key) not in self.known]
+        new = [a for a, key in zip(architectures, keys, strict=True) if (data, key) not in self.outcomes]
         for done, (one, outcome) in enumerate(zip(new, evaluate(new, data), strict=True), start=1):
-            self.known[data, one.key] = outcome
+            self.outcomes[data, one.key] = outcome
             if report:
-                report(min(before + done, total), total, title)
+                report(min(evaluated_before + done, total), total, title)
         columns: dict[str, Any] = {
             "generation": generation,
             "key": keys,
             "architecture": [a.text for a in architectures],
             "genome": list(genomes),
-            **self._outcome_columns([self.known[data, key] for key in keys]),
+            **self._outcome_columns([self.outcomes[data, key] for key in keys]),
             **asdict(Machine.here()),
         }
         columns |= {name: cost(genomes) for name, cost in self.costs.items() if cost is not None}
@@ -258,7 +260,7 @@ class Search:
         """Take over the outcomes of a part of the record."""
         for row in part[["key", "failed", *self.problem.qualities]].to_dict("records"):
             values = {name: row[name] for name in self.problem.qualities}
-            self.known[data, row["key"]] = Failed(row["failed"]) if row["failed"] else make_quality(values)
+            self.outcomes[data, row["key"]] = Failed(row["failed"]) if row["failed"] else make_quality(values)
 
     def _compare_machine(self, part: pd.DataFrame) -> None:
         """Warn, once, of a part of the record that another machine evaluated."""

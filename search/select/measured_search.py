@@ -25,7 +25,7 @@ from search.select.measurements import (
 )
 from search.select.verifier import Verifier
 from search.submodel.verify import require_card_is_here
-from space import InfeasibleError, LimitMissedError
+from space import InfeasibleError, LimitMissedError, ParityError
 from space.io.artefact import file_digest
 from space.io.progress import Reporter
 
@@ -178,13 +178,14 @@ def best_members(front: Front, measured: set[str], count: int = FINALISTS_PER_RO
 
 
 def require_kept(measured: MeasuredSearch) -> None:
-    """Refuse the result of a measured search whose chosen sub-model missed a limit.
+    """Refuse the result of a measured search whose chosen sub-model missed a limit or parity.
 
     Args:
         measured: the result.
 
     Raises:
         LimitMissedError: names the limits that the closest finalist missed, and by how much.
+        ParityError: the closest finalist missed no limit, but differs from the plain model when exported.
     """
     if measured.passed:
         return
@@ -192,6 +193,12 @@ def require_kept(measured: MeasuredSearch) -> None:
     missed = ", ".join(
         f"{item.limit.limit} ({100 * (item.used or 0.0):.1f}% of it)" for item in chosen.limits if item.missed
     )
-    reason = f"missed {missed}" if missed else "differs from the plain model when exported"
     count = sum(len(one.finalists) for one in measured.rounds)
-    raise LimitMissedError(f"none of {count} finalists kept the limits; the closest, {chosen.key}, {reason}")
+    if not missed:
+        raise ParityError(
+            f"none of {count} finalists kept the limits and equals the plain model when exported; "
+            f"the closest, {chosen.key}, missed no limit but differs from it"
+        )
+    raise LimitMissedError(
+        f"none of {count} finalists kept the limits; the closest, {chosen.key}, missed {missed}"
+    )

@@ -44,7 +44,7 @@ class OptunaStrategy(Strategy):
             f"gene{i:03d}": CategoricalDistribution(range(n)) if i in mixers else IntDistribution(0, n - 1)
             for i, n in enumerate(sizes.tolist())
         }
-        self.known: dict[bytes, list[float]] = {}
+        self.values_by_genome: dict[bytes, list[float]] = {}
         self.asked: tuple[Genomes, list[Trial]] | None = None
 
     def ask(self) -> Genomes:
@@ -65,8 +65,8 @@ class OptunaStrategy(Strategy):
             trial = self.study.ask(self.genes)
             row = repair(task.space, np.array([list(trial.params.values())]), rng)
             key = row.tobytes()
-            if key in self.known:
-                self.study.tell(trial, self.known[key])
+            if key in self.values_by_genome:
+                self.study.tell(trial, self.values_by_genome[key])
             elif task.constraint_violation(row)[0] > 0 or any(key == other.tobytes() for other in wanted):
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
@@ -96,7 +96,7 @@ class OptunaStrategy(Strategy):
             )
         for row, trial, objectives in zip(genomes, trials, values, strict=True):
             if np.isfinite(objectives).all():
-                self.known[row.tobytes()] = objectives.tolist()
+                self.values_by_genome[row.tobytes()] = objectives.tolist()
                 self.study.tell(trial, objectives.tolist())
             else:
                 self.study.tell(trial, state=TrialState.FAIL)

@@ -101,6 +101,7 @@ class Surrogate:
         self.pools = ThreadpoolController()
         self.best = np.empty(0, np.int64)  # rows of the best evaluations
         self.fitted = False
+        self.fitted_features = features(task.space, self.genomes)  # of the evaluations that are fitted
         self.chosen_at = 0  # evaluations when the kernel's parameters were chosen
         self.settings = {i: GRID[0] for i, cost in enumerate(task.costs) if cost is None}
         self.units: dict[int, tuple[float, float]] = {}  # mean and standard deviation of the logarithms
@@ -152,7 +153,7 @@ class Surrogate:
                 expected[:, i] = cost(genomes)
                 continue
             mean, scale, factors = self.factors[i]
-            values = mean + scale * (kernel(new, self.known, self.settings[i]) @ factors)
+            values = mean + scale * (kernel(new, self.fitted_features, self.settings[i]) @ factors)
             expected[:, i] = np.exp(values) if self.has_logarithm[i] else values
         return expected
 
@@ -171,7 +172,7 @@ class Surrogate:
         """The standardised logarithms [N] of each quality; N evaluations are fitted."""
         last = np.arange(max(0, len(self.genomes) - MAX_FITTED // 2), len(self.genomes))
         rows = np.union1d(self.best, last)
-        self.known = features(self.task.space, self.genomes[rows])
+        self.fitted_features = features(self.task.space, self.genomes[rows])
         targets = {}
         for i in self.settings:
             values = self.values[rows, i]
@@ -184,7 +185,7 @@ class Surrogate:
 
     def _fits(self, setting: Setting, target: Array) -> tuple[float, Array]:
         """The log marginal likelihood of a setting, up to a constant, and the weights [N] of its mean."""
-        matrix = kernel(self.known, self.known, setting)
+        matrix = kernel(self.fitted_features, self.fitted_features, setting)
         matrix[np.diag_indices_from(matrix)] += setting[3]
         factor = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
         factors = cho_solve(factor, target, check_finite=False)
