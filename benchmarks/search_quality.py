@@ -125,9 +125,9 @@ class Table:
         ends = [genome.smallest(self.space), genome.largest(self.space)]
         task = Task(
             space=self.space,
-            costs=(None, self.cost),
+            objective_costs=(None, self.cost),
             constraint_violation=lambda genomes: np.zeros(len(genomes)),
-            seeds=genome.encode(self.space, ends),
+            initial_genomes=genome.encode(self.space, ends),
             population=24,
             seed=seed,
             surrogate=surrogate,

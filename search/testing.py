@@ -93,9 +93,9 @@ def contract_task(
 
     return Task(
         space=chosen,
-        costs=(None, *[cost] * (objectives - 1)),
+        objective_costs=(None, *[cost] * (objectives - 1)),
         constraint_violation=constraint_violation,
-        seeds=genome.encode(chosen, [genome.smallest(chosen), genome.largest(chosen)]),
+        initial_genomes=genome.encode(chosen, [genome.smallest(chosen), genome.largest(chosen)]),
         population=population,
         seed=seed,
     )
@@ -109,7 +109,7 @@ def objective_values(task: Task, genomes: Genomes) -> NDArray[np.float64]:
         genomes: to be evaluated.
     """
     loss = synthetic_loss(task.space, genomes)
-    return np.stack([loss if cost is None else cost(genomes) for cost in task.costs], axis=1)
+    return np.stack([loss if cost is None else cost(genomes) for cost in task.objective_costs], axis=1)
 
 
 class StrategyContract:
@@ -156,7 +156,7 @@ class StrategyContract:
         seen: set[bytes] = set()
         for generation in range(5):
             asked = strategy.ask()
-            share = self.entry.offspring if generation else 1.0
+            share = self.entry.relative_offspring if generation else 1.0
             assert len(asked) == round(share * task.population)
             assert genome.contains(space, asked).all()
             assert (task.constraint_violation(asked) == 0).all()

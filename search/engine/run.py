@@ -165,7 +165,7 @@ def predictors_digest(predictors: "Mapping[str, Predictor]") -> str:
 def _baseline(search: Search) -> Search:
     """A random search of the same problem with as many evaluations; it knows the other's outcomes."""
     population, generations = search.config.size
-    generations = 1 + round((generations - 1) * search.config.strategy_entry.offspring)
+    generations = 1 + round((generations - 1) * search.config.strategy_entry.relative_offspring)
     update = {"strategy": "random", "population": population, "generations": generations}
     config = search.config.model_copy(update=update)
     inputs = {name: value for name, value in search.inputs.items() if name != "search"}

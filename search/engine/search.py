@@ -72,7 +72,7 @@ class Search:
         self.inputs = {**inputs, "search": search_digest(problem, config)}
         self.record = Record(folder, self.inputs)
         self.constraints = problem.constraints()
-        self.costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
+        self.objective_costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.outcomes = {} if outcomes is None else outcomes
         self.earlier_searches, self.reevaluated = tuple(earlier_searches), dict(reevaluated)
         self.warn, self.warned = warn, False
@@ -163,9 +163,9 @@ class Search:
         genomes = strategy.ask()
         part = self._evaluate(genomes, evaluate, "search", generation, report)
         predicted = strategy.predicted(genomes)
-        for i, (name, cost) in enumerate(self.costs.items()):
-            if cost is None:
-                part[f"predicted_{name}"] = np.nan if predicted is None else predicted[:, i]
+        for i, objective in enumerate(self.problem.objectives):
+            if objective.is_quality:
+                part[f"predicted_{objective.text}"] = np.nan if predicted is None else predicted[:, i]
         return part
 
     @property
@@ -188,28 +188,30 @@ class Search:
                 if not len(part):
                     continue
                 genomes = genomes_of(part)
-                for name, cost in self.costs.items():
+                for name, cost in self.objective_costs.items():
                     if cost is not None:
                         part[name] = cost(genomes)
                 found.append(part[self.constraint_violation(genomes) <= 0])
         return [part for part in found if len(part)]
 
     def _task(self) -> Task:
-        """The problem as a strategy sees it; one seed keeps the limits if any architecture does."""
+        """The problem as a strategy sees it; one initial genome keeps the limits if any architecture does."""
         space = self.problem.space
-        seeds = [genome.smallest(space), genome.largest(space)]
+        initial = [genome.smallest(space), genome.largest(space)]
         costs, bounds = [b.cost for b in self.constraints], [b.bound for b in self.constraints]
         if costs or self.latencies:
             within = [*bounds, *[math.inf] * len(self.latencies)]
             witness = feasible(space, [*costs, *self.latencies], within)
             if witness is None:
-                raise InfeasibleError(f"space {space.name}: no architecture runs on the device within the limits")
-            seeds.append(witness)
+                raise InfeasibleError(
+                    f"space {space.name}: no architecture runs on the device within the limits"
+                )
+            initial.append(witness)
         return Task(
             space=space,
-            costs=tuple(self.costs.values()),
+            objective_costs=tuple(self.objective_costs.values()),
             constraint_violation=self.constraint_violation,
-            seeds=genome.encode(space, seeds),
+            initial_genomes=genome.encode(space, initial),
             population=self.population,
             seed=self.config.seed,
             surrogate=self.config.surrogate,
@@ -244,7 +246,7 @@ class Search:
             **self._outcome_columns([self.outcomes[data, key] for key in keys]),
             **asdict(Machine.here()),
         }
-        columns |= {name: cost(genomes) for name, cost in self.costs.items() if cost is not None}
+        columns |= {name: cost(genomes) for name, cost in self.objective_costs.items() if cost is not None}
         return pd.DataFrame(columns)
 
     def _outcome_columns(self, outcomes: Sequence[Outcome]) -> dict[str, list[float] | list[str]]:

@@ -20,14 +20,14 @@ class Hat(Strategy):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.parents = np.empty((0, task.seeds.shape[1]), np.int16)
-        self.values = np.empty((0, len(task.costs)))
+        self.parents = np.empty((0, task.initial_genomes.shape[1]), np.int16)
+        self.values = np.empty((0, len(task.objective_costs)))
 
     def ask(self) -> Genomes:
-        """The next genomes: mutants and crossovers; at first the seeds and samples."""
+        """The next genomes: mutants and crossovers; at first the initial genomes and samples."""
         task, rng = self.task, self.rng()
         if not len(self.parents):
-            return self.fill(task.seeds, task.population, rng)
+            return self.fill(task.initial_genomes, task.population, rng)
         half = 2 * task.population // 5
         draws = rng.integers(0, len(self.parents), (3, OVERSAMPLE * half))
         mutants = mutate(task.space, self.parents[draws[0]], rng, 0.3)

@@ -15,9 +15,9 @@ from space.genome import Genomes
 from space.variation import mix, mutate, sample
 
 SURROGATE_GENERATIONS = 4  # predicted generations before one is evaluated
-SURROGATE_POPULATION = 2  # genomes that a predicted generation keeps, in populations
-OFFSPRING = 4  # children of a predicted generation, in populations
-INITIAL_POOL = 64  # samples from which the first generation is selected, in populations
+SURROGATE_POPULATION = 2  # genomes that a predicted generation keeps, as a multiple of the population
+SURROGATE_OFFSPRING = 4  # children of a predicted generation, as a multiple of the population
+INITIAL_POOL = 64  # samples from which the first generation is selected, as a multiple of the population
 
 
 class NSGA2(Strategy):
@@ -29,17 +29,20 @@ class NSGA2(Strategy):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.parents = np.empty((0, task.seeds.shape[1]), np.int16)  # best first
-        self.values = np.empty((0, len(task.costs)))
+        self.parents = np.empty((0, task.initial_genomes.shape[1]), np.int16)  # best first
+        self.values = np.empty((0, len(task.objective_costs)))
         self.surrogate = Surrogate(task) if task.surrogate else None
 
     def ask(self) -> Genomes:
-        """The next genomes: children that are expected to survive; at first the seeds and distant samples."""
+        """The next genomes: children that are expected to survive.
+
+        At first they are the initial genomes and samples that lie far apart in cost.
+        """
         task, rng = self.task, self.rng()
         if not len(self.parents):
             pool = self.kept(sample(task.space, rng, INITIAL_POOL * task.population))
             spread = spread_over_costs(task, pool)
-            return self.fill(np.concatenate([task.seeds, spread]), task.population, rng)
+            return self.fill(np.concatenate([task.initial_genomes, spread]), task.population, rng)
         if self.surrogate is None or not self.surrogate.ready:
             candidates = children(task, self.parents, OVERSAMPLE * task.population, rng)
         else:
@@ -76,7 +79,7 @@ class NSGA2(Strategy):
         task = self.task
         current = self.parents
         for _ in range(SURROGATE_GENERATIONS):
-            offspring = children(task, current, OFFSPRING * task.population, rng)
+            offspring = children(task, current, SURROGATE_OFFSPRING * task.population, rng)
             rivals = np.unique(np.concatenate([current, offspring]), axis=0)
             violation, kept = task.constraint_violation(rivals), SURROGATE_POPULATION * task.population
             current = rivals[survivors(surrogate(rivals), violation, kept)]
@@ -93,7 +96,7 @@ def spread_over_costs(task: Task, genomes: Genomes) -> Genomes:
         task: its costs are the axes, scaled to the range of the genomes.
         genomes: to choose from [N, G].
     """
-    costs = [cost(genomes) for cost in task.costs if cost is not None]
+    costs = [cost(genomes) for cost in task.objective_costs if cost is not None]
     if not costs or not len(genomes):
         return genomes
     values = np.stack(costs, axis=1)

@@ -37,7 +37,7 @@ class OptunaStrategy(Strategy):
     def __init__(self, task: Task, sampler: BaseSampler) -> None:
         super().__init__(task)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(sampler=sampler, directions=["minimize"] * len(task.costs))
+        self.study = optuna.create_study(sampler=sampler, directions=["minimize"] * len(task.objective_costs))
         sizes = encoding(task.space).cardinalities
         mixers = set(range(1, len(sizes), 3))
         self.genes: dict[str, BaseDistribution] = {
@@ -48,7 +48,7 @@ class OptunaStrategy(Strategy):
         self.asked: tuple[Genomes, list[Trial]] | None = None
 
     def ask(self) -> Genomes:
-        """The next genomes; at first the seeds."""
+        """The next genomes; at first the initial genomes."""
         self.asked = self._propose()
         return self.asked[0]
 
@@ -58,7 +58,7 @@ class OptunaStrategy(Strategy):
         wanted: list[NDArray[np.int16]] = []
         trials: list[Trial] = []
         if self.generation == 0:
-            self._enqueue(self.kept(task.seeds))
+            self._enqueue(self.kept(task.initial_genomes))
         for _ in range(MAX_DRAWS * task.population):
             if len(wanted) == task.population:
                 break

@@ -29,14 +29,14 @@ class StrategyEntry:
         population: architectures of a generation, where the configuration gives no number.
         generations: of a search, where the configuration gives no number.
         max_objectives: that it can minimise; None: any number.
-        offspring: architectures of each generation after the first, as a share of the population.
+        relative_offspring: architectures of a generation after the first, as a share of the population.
     """
 
     make: MakeStrategy
     population: int = 24
     generations: int = 12
     max_objectives: int | None = None
-    offspring: float = 1.0
+    relative_offspring: float = 1.0
 
 
 STRATEGIES: Registry[StrategyEntry] = Registry("strategy")
@@ -49,7 +49,7 @@ def register_strategy(
     population: int = 24,
     generations: int = 12,
     max_objectives: int | None = None,
-    offspring: float = 1.0,
+    relative_offspring: float = 1.0,
 ) -> None:
     """Make a strategy known to configurations.
 
@@ -59,7 +59,7 @@ def register_strategy(
         population: architectures of a generation, where the configuration gives no number.
         generations: of a search, where the configuration gives no number.
         max_objectives: that it can minimise; None: any number.
-        offspring: architectures of each generation after the first, as a share of the population.
+        relative_offspring: architectures of a generation after the first, as a share of the population.
 
     Raises:
         InputError: another strategy has the name.
@@ -69,7 +69,7 @@ def register_strategy(
         population=population,
         generations=generations,
         max_objectives=max_objectives,
-        offspring=offspring,
+        relative_offspring=relative_offspring,
     )
     STRATEGIES.register(name, entry)
 
@@ -121,7 +121,7 @@ def _optuna_tpe(task: "Task") -> "Strategy":
 
 
 register_strategy("nsga2", _nsga2)
-register_strategy("hat", _hat, population=125, generations=30, max_objectives=1, offspring=0.8)
+register_strategy("hat", _hat, population=125, generations=30, max_objectives=1, relative_offspring=0.8)
 register_strategy("random", _random)
 register_strategy("optuna-nsga2", _optuna_nsga2)
 register_strategy("optuna-tpe", _optuna_tpe)

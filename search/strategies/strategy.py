@@ -32,19 +32,19 @@ class Task:
 
     Attributes:
         space: the search space.
-        costs: one for each objective [M]; None for a quality, which is known only after evaluation.
+        objective_costs: the cost of each objective [M]; None for a quality, which has to be evaluated.
         constraint_violation: of genomes [N, G], a number [N] each: 0 if all limits are kept, infinite if a
             device cannot run the architecture.
-        seeds: genomes [S, G] to start from; one keeps the limits if any architecture does.
+        initial_genomes: [S, G] to start from; one keeps the limits if any architecture does.
         population: genomes of a generation.
         seed: of the random numbers.
         surrogate: candidates may be screened by predicted quality.
     """
 
     space: Space
-    costs: tuple[Cost | None, ...]
+    objective_costs: tuple[Cost | None, ...]
     constraint_violation: Callable[[Genomes], Array]
-    seeds: Genomes
+    initial_genomes: Genomes
     population: int
     seed: int
     surrogate: bool = True
@@ -101,7 +101,9 @@ class Strategy(ABC):
         return np.random.default_rng([self.task.seed, self.generation])
 
     def fill(self, candidates: Genomes, count: int, rng: np.random.Generator) -> Genomes:
-        """The first new candidates that keep the limits, filled up with samples and mutants of the seeds.
+        """The first new candidates that keep the limits, filled up with others.
+
+        The others are samples, then also mutants of the initial genomes, candidates and samples.
 
         Args:
             candidates: [N, G], in order of preference.
@@ -110,7 +112,7 @@ class Strategy(ABC):
         """
         task = self.task
         candidates = self.kept(candidates)
-        near = self.kept(np.concatenate([task.seeds, candidates[:count]]))
+        near = self.kept(np.concatenate([task.initial_genomes, candidates[:count]]))
         chosen = unseen(candidates, self.seen, count)
         for turn in range(MAX_DRAWS):
             if len(chosen) == count or not len(near):
@@ -136,8 +138,8 @@ class Random(Strategy):
     """Random search: samples that keep the limits."""
 
     def ask(self) -> Genomes:
-        """The next genomes: samples, after the seeds in the first generation."""
-        first = self.task.seeds if self.generation == 0 else self.task.seeds[:0]
+        """The next genomes: samples, after the initial genomes in the first generation."""
+        first = self.task.initial_genomes if self.generation == 0 else self.task.initial_genomes[:0]
         return self.fill(first, self.task.population, self.rng())
 
 

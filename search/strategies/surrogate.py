@@ -91,19 +91,19 @@ class Surrogate:
     """Predicts objectives: costs exactly, qualities by Gaussian processes.
 
     Args:
-        task: its costs are known; an objective without one is a quality.
+        task: an objective without a cost is a quality.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.genomes = np.empty((0, task.seeds.shape[1]), np.int16)
-        self.values = np.empty((0, len(task.costs)))
+        self.genomes = np.empty((0, task.initial_genomes.shape[1]), np.int16)
+        self.values = np.empty((0, len(task.objective_costs)))
         self.pools = ThreadpoolController()
         self.best = np.empty(0, np.int64)  # rows of the best evaluations
         self.fitted = False
         self.fitted_features = features(task.space, self.genomes)  # of the evaluations that are fitted
         self.chosen_at = 0  # evaluations when the kernel's parameters were chosen
-        self.settings = {i: GRID[0] for i, cost in enumerate(task.costs) if cost is None}
+        self.settings = {i: GRID[0] for i, cost in enumerate(task.objective_costs) if cost is None}
         self.units: dict[int, tuple[float, float]] = {}  # mean and standard deviation of the logarithms
         self.has_logarithm: dict[int, bool] = {}  # all values of a quality are positive
         self.factors: dict[int, tuple[float, float, Array]] = {}
@@ -127,7 +127,9 @@ class Surrogate:
         rivals = np.concatenate([self.best, new])
         self.best = rivals[survivors(self.values[rivals], np.zeros(len(rivals)), MAX_FITTED // 2)]
         self.fitted = False
-        if self.ready and len(self.genomes) >= REFIT_GROWTH * self.chosen_at:  # as a replay does
+        if (
+            self.ready and len(self.genomes) >= REFIT_GROWTH * self.chosen_at
+        ):  # in `tell`, so that a resumed search refits at the same counts
             self.chosen_at = len(self.genomes)
             with self.pools.limit(limits=1):
                 self._choose()
@@ -146,9 +148,9 @@ class Surrogate:
     def _expected(self, genomes: Genomes) -> Array:
         if not self.fitted:
             self._fit()
-        expected = np.empty((len(genomes), len(self.task.costs)))
+        expected = np.empty((len(genomes), len(self.task.objective_costs)))
         new = features(self.task.space, genomes)
-        for i, cost in enumerate(self.task.costs):
+        for i, cost in enumerate(self.task.objective_costs):
             if cost is not None:
                 expected[:, i] = cost(genomes)
                 continue

@@ -13,14 +13,14 @@ class HillClimbing(Strategy):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.genomes = task.seeds[:0]
-        self.values = np.empty((0, len(task.costs)))
+        self.genomes = task.initial_genomes[:0]
+        self.values = np.empty((0, len(task.objective_costs)))
 
     def ask(self) -> Genomes:
         """The seeds first, then mutants of the best."""
         rng = self.rng()
         if not len(self.genomes):
-            return self.fill(self.task.seeds, self.task.population, rng)
+            return self.fill(self.task.initial_genomes, self.task.population, rng)
         ranks = self.values.argsort(axis=0).argsort(axis=0).sum(axis=1)
         best = self.genomes[[ranks.argmin()] * (4 * self.task.population)]
         return self.fill(mutate(self.task.space, best, rng), self.task.population, rng)
