@@ -132,6 +132,18 @@ class Run:
         if not path.exists() or path.read_text() != text:
             write_text(path, text)
 
+    def check_counted_limits(self) -> None:
+        """Refuse limits on parameters or memory that no architecture keeps, before minutes of training.
+
+        Limits that need a device are checked when it is profiled.
+
+        Raises:
+            InfeasibleError: the limits cannot be met.
+        """
+        from search.engine.devices import check_counted_limits
+
+        check_counted_limits(self.space, self.config.search.limits)
+
     def trained(self, checkpoint: "Checkpoint", corpus: Corpus) -> "Trained":
         """The trained supernet with the text that it is evaluated on.
 

@@ -16,7 +16,6 @@ from search.audit.audit import AuditConfig, audit
 from search.audit.page import CORRELATION_COLUMNS, audit_section, correlation_rows
 from search.audit.result import AuditResult
 from search.config import Run, open_run
-from search.engine.verification import describe_unmeasured
 from search.report.page import report_search
 from search.report.summary import SUMMARY, Summary, TextQuality, VerifiedMember
 from search.select.measured_search import require_kept, run_measured_search
@@ -60,16 +59,16 @@ def execute(run: Run, reporter: Reporter) -> Summary:
         InputError: the configuration or a file of the run is wrong.
         InfeasibleError: no architecture can meet the limits.
         LimitMissedError: the chosen model missed a limit when measured.
+        ParityError: the chosen model differs from the plain one when exported.
     """
+    run.check_counted_limits()
     corpus = load_corpus(run.config.train.data)
     checkpoint = trained(run, reporter, corpus)
     predictor = profiled(run, reporter)
     picks = verified(run, reporter, checkpoint, predictor, corpus)
     summary = summarised(run, checkpoint, corpus, predictor, picks)
-    chosen = picks.measured.chosen
-    unmeasured = describe_unmeasured(chosen.limits, chosen.choice, picks.measured.device)
-    if unmeasured:
-        reporter.warn(unmeasured)
+    if picks.measured.unmeasured:
+        reporter.warn(picks.measured.unmeasured)
     require_kept(picks.measured)
     return summary
 

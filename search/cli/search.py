@@ -119,7 +119,6 @@ def search(
     cards, predictors = open_targets(context.obj, device, run_config.space, run_config.profile, config, bars)
 
     from search.config import Run
-    from search.engine.verification import describe_unmeasured
     from search.select.measured_search import require_kept
     from search.select.search_run import require_tuned, search_run
 
@@ -131,10 +130,8 @@ def search(
     if result.distillation and result.distillation.tuned and not as_json:
         note(f"tuned sub-model: {result.distillation.tuned.folder}")
     if result.measured:
-        chosen = result.measured.chosen
-        unmeasured = describe_unmeasured(chosen.limits, chosen.choice, result.measured.device)
-        if unmeasured:
-            note(unmeasured)
+        if result.measured.unmeasured:
+            note(result.measured.unmeasured)
         require_kept(result.measured)
     require_tuned(result)
 

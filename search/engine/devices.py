@@ -1,6 +1,7 @@
 """The devices of a search: their cards and predictors, opened without torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from latency import Card, Predictor, ProfileConfig, load_card, load_predictor
@@ -8,6 +9,8 @@ from latency.card import outdated, profile_command
 from latency.runtimes.registry import open_card_runtime
 from search.engine.config import SearchConfig, make_problem, precision_of
 from search.problem.feasibility import check_feasible
+from search.problem.limit import Limit
+from search.problem.problem import Problem
 from space import InputError, Space
 from space.io.progress import Reporter
 
@@ -43,8 +46,25 @@ def open_targets(
         name: open_predictor(space, profile, card, precisions[name] or profile.precision, reporter)
         for name, card in cards.items()
     }
-    check_feasible(space, make_problem(space, predictors, config).constraints())
+    latencies = [p.cost(next(iter(p.models))) for p in predictors.values()]
+    check_feasible(space, make_problem(space, predictors, config).constraints(), latencies)
     return cards, predictors
+
+
+def check_counted_limits(space: Space, limits: Sequence[str]) -> None:
+    """Refuse limits on what is counted without a device, such as parameters, if no architecture keeps them.
+
+    Args:
+        space: the search space.
+        limits: of a search; those that need a device are ignored.
+
+    Raises:
+        InfeasibleError: the limits cannot be met.
+        InputError: a limit is not understood.
+    """
+    parsed = [Limit.parse(text) for text in limits]
+    counted = [replace(limit, device=None) for limit in parsed if not limit.metric.needs_device]
+    check_feasible(space, Problem(space, limits=counted).constraints())
 
 
 def open_predictor(

@@ -30,17 +30,18 @@ RELAXATION_TOLERANCE = 5e-3  # relative: distance from the least relaxation at w
 _LACKS = "every architecture needs an op that the device lacks"
 
 
-def check_feasible(space: Space, asked: Sequence[Constraint]) -> None:
+def check_feasible(space: Space, asked: Sequence[Constraint], latencies: Sequence[Cost] = ()) -> None:
     """Refuse limits that no architecture of a space keeps.
 
     Args:
         space: the search space.
         asked: the limits on it.
+        latencies: one of each device that has to run the architecture; infinite where it lacks an op.
 
     Raises:
         InfeasibleError: names each limit that cannot be met even alone, with the least possible value
             and an architecture that has it; if there is none, the fewest limits that cannot be met together,
-            each with the least value that the others leave.
+            each with the least value that the others leave; if there are none, the lack of an op.
     """
     impossible = []
     for one in asked:
@@ -51,13 +52,17 @@ def check_feasible(space: Space, asked: Sequence[Constraint]) -> None:
             impossible.append(f"{one.text} cannot be met: {reason}")
     if impossible:
         raise InfeasibleError(f"space {space.name}: {'; '.join(impossible)}{_relaxation(space, asked)}")
-    if not asked or _are_feasible(space, asked):
+    costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
+    runs = [math.inf] * len(latencies)
+    if not (asked or latencies) or feasible(space, [*costs, *latencies], [*bounds, *runs]) is not None:
         return
     for size in range(2, len(asked) + 1):
         for subset in combinations(asked, size):
             if not _are_feasible(space, subset):
                 text = f"{_conflict(space, subset)}{_relaxation(space, asked)}"
                 raise InfeasibleError(f"space {space.name}: {text}")
+    within_limits = " within the limits" if asked else ""
+    raise InfeasibleError(f"space {space.name}: no architecture runs on the device{within_limits}")
 
 
 def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, Architecture] | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from latency.predictor.predictor import RUN_SPREAD
 from search.engine.choice import Choice
 from search.engine.front import Member
-from search.engine.verification import LimitResult, Verification
+from search.engine.verification import LimitResult, Verification, describe_unmeasured
 from space import Space, Workload, genome
 from space.io.artefact import Artefact, check_inputs
 from space.io.record import read_document, read_record, tuple_of
@@ -156,6 +156,11 @@ class MeasuredSearch:
     def passed(self) -> bool:
         """True if the chosen finalist passed its verification."""
         return self.chosen.passed
+
+    @property
+    def unmeasured(self) -> str:
+        """One line that names the chosen finalist's limits that were not measured; empty if all were."""
+        return describe_unmeasured(self.chosen.limits, self.chosen.choice, self.device)
 
     @property
     def finalists(self) -> dict[str, MeasuredFinalist]:

@@ -161,6 +161,19 @@ def test_bad_configuration_gets_one_line(
     assert done.stdout == ""
 
 
+def test_infeasible_counted_limit_is_refused_before_training(
+    config_file: Path, tmp_path: Path, formfit: Program
+) -> None:
+    """A limit on parameters needs no device, so that no minute is spent on training."""
+    folder = tmp_path / "config"
+    shutil.copytree(config_file.parent, folder)
+    path = edit(folder / config_file.name, lambda v: v["search"].update(limits=["here:params<=1"]))
+    done = formfit("--devices", tmp_path / "devices", "run", path, "--out", tmp_path / "run")
+    assert done.returncode == 3, done.stderr
+    assert "params<=1 cannot be met: the least is" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_empty_corpus_is_refused(tmp_path: Path, config_file: Path, formfit: Program) -> None:
     folder = tmp_path / "config"
     shutil.copytree(config_file.parent, folder)

@@ -369,6 +369,19 @@ def refusal(space: Space, asked: list[Constraint]) -> str:
     return str(error.value)
 
 
+def test_device_that_runs_no_architecture_is_refused() -> None:
+    """A device lacks ops: no architecture has a finite latency; or the ones that have one break a limit."""
+    space = SPACES["one kind of two, layers may be absent"]
+    costs = params_cost(space), memory_cost(space, Workload.parse("prefill@8"))
+    nowhere = replace(costs[1], constant=costs[1].constant + np.inf)
+    asked = [Constraint(Limit.parse("params<=1B"), costs[0], 1e9)]
+    check_feasible(space, asked, [costs[1]])
+    with pytest.raises(InfeasibleError, match=r"no architecture runs on the device within the limits$"):
+        check_feasible(space, asked, [nowhere])
+    with pytest.raises(InfeasibleError, match=r"no architecture runs on the device$"):
+        check_feasible(space, [], [nowhere])
+
+
 def named_architectures(message: str, name: str) -> Genomes:
     """The genomes of the architectures that a message names by key and description."""
     space = SPACES[name]
