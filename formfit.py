@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from search.strategies.registry import register_strategy
     from search.submodel.verify import verify
     from space.architecture import Architecture, Layer, ModelConfig
-    from space.io.errors import FormfitError, InfeasibleError, InputError, LimitMissedError
+    from space.io.errors import FormfitError, InfeasibleError, InputError, LimitMissedError, ParityError
     from space.mixers import register_mixer
     from space.space import Space, load_space
     from space.workload import Workload
@@ -55,6 +55,7 @@ __all__ = [
     "Metric",
     "ModelConfig",
     "Objective",
+    "ParityError",
     "Predictor",
     "Problem",
     "ProfileConfig",
@@ -92,6 +93,7 @@ _MODULE_OF = {
     "Metric": "search.problem.metric",
     "ModelConfig": "space.architecture",
     "Objective": "search.problem.objective",
+    "ParityError": "space.io.errors",
     "Predictor": "latency.predictor.predictor",
     "Problem": "search.problem.problem",
     "ProfileConfig": "latency.config",

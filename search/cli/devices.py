@@ -18,7 +18,7 @@ from search.cli.options import (
     check_submodel,
 )
 from search.cli.output import Bars, make_table, note, show
-from space.io.errors import InputError, LimitMissedError
+from space.io.errors import InputError, LimitMissedError, ParityError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -211,7 +211,7 @@ def verify(
     if unmeasured:
         note(unmeasured)
     if not found.parity.kept:
-        raise LimitMissedError(f"{folder}: the exported model differs from the plain one; see verify.json")
+        raise ParityError(f"{folder}: the exported model differs from the plain one; see verify.json")
     if found.missed:
         raise LimitMissedError(f"{folder}: missed {', '.join(found.missed)} when measured")
 

@@ -25,8 +25,9 @@ from search.select.measurements import (
 )
 from search.select.verifier import Verifier
 from search.submodel.verify import require_card_is_here
-from space import InfeasibleError, LimitMissedError, ParityError
+from space import InfeasibleError, LimitMissedError
 from space.io.artefact import file_digest
+from space.io.errors import ParityError
 from space.io.progress import Reporter
 
 FINALISTS_PER_ROUND = 3
@@ -108,7 +109,7 @@ class _Rounds:
         self.searched.append(where)
         if self.store is None:
             self.store = FinalistStore(self.folder / "measured.json", self._inputs(front))
-        self.quality = front.quality
+        self.quality = front.ranking_quality
         measured = []
         for member in best_members(front, self.store.keys):
             measured.append(self.store.stored.get(member.key) or self._measure(member, front))
@@ -173,7 +174,7 @@ def best_members(front: Front, measured: set[str], count: int = FINALISTS_PER_RO
         measured: keys of the members that were measured in earlier rounds.
         count: upper bound on their number.
     """
-    ordered = sorted(front.members, key=lambda m: (m.quality(front.quality), m.key))
+    ordered = sorted(front.members, key=lambda m: (m.quality(front.ranking_quality), m.key))
     return [m for m in ordered if m.key not in measured][:count]
 
 

@@ -22,6 +22,7 @@ from search.select.verifier import Verifier
 from search.submodel.export import export
 from space import InputError, LimitMissedError
 from space.io.artefact import canonical_json, digest
+from space.io.errors import ParityError
 from space.io.progress import Reporter
 from space.precision import model_file
 from supernet.evaluate import evaluation_set
@@ -166,7 +167,7 @@ def distil_best(
         count: the number of finalists.
         reporter: shows the progress.
     """
-    quality, members = result.front.quality, candidates(result)
+    quality, members = result.front.ranking_quality, candidates(result)
     best = sorted(members, key=lambda key: (members[key][0].quality(quality), key))[:count]
     trained = verifier.trained
     # Other finalists are trained for other numbers of steps: each set has a folder of its own.
@@ -204,6 +205,7 @@ def require_tuned(result: SearchResult) -> None:
 
     Raises:
         LimitMissedError: names the limits.
+        ParityError: the exported model differs from the plain one.
     """
     tuned = result.distillation.tuned if result.distillation else None
     if tuned is None or tuned.verification is None:
@@ -212,6 +214,4 @@ def require_tuned(result: SearchResult) -> None:
         missed = ", ".join(tuned.verification.missed)
         raise LimitMissedError(f"{tuned.folder}: the distilled finalist missed {missed} when measured")
     if not tuned.verification.parity.kept:
-        raise LimitMissedError(
-            f"{tuned.folder}: the exported model differs from the plain one, see verify.json"
-        )
+        raise ParityError(f"{tuned.folder}: the exported model differs from the plain one; see verify.json")

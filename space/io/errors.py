@@ -27,3 +27,9 @@ class LimitMissedError(FormfitError):
     """A model that missed a limit when it was measured."""
 
     exit_code = 3
+
+
+class ParityError(FormfitError):
+    """An exported model whose outputs differ from the plain model's by more than rounding."""
+
+    exit_code = 3

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from latency import load_predictor
 from latency.predictor.predictor import RUN_SPREAD, Predictor
 from search.config import load_run_config
 from search.engine.choice import Choice
-from search.select.measured_search import TARGET_USE
-from search.select.measurements import MeasuredFinalist, best_kept
-from space import Workload, genome, variation
+from search.select.measured_search import TARGET_USE, require_kept
+from search.select.measurements import MeasuredFinalist, MeasuredSearch, Round, best_kept
+from space import LimitMissedError, Workload, genome, variation
+from space.io.errors import ParityError
 from tests.conftest import Program
-from tests.search.records import make_member
+from tests.search.records import limit_result, make_member
 
 PREFILL = Workload.parse("prefill@64")
 
@@ -138,6 +140,24 @@ def test_chosen_finalist_is_the_best_with_a_safety_margin() -> None:
     assert best_kept([a, b, c, d], "loss") == c
     assert best_kept([a, d], "loss") == a
     assert best_kept([d, e], "loss") == e
+
+
+def test_finalist_that_misses_a_limit_or_parity_is_refused() -> None:
+    def result(chosen: MeasuredFinalist) -> MeasuredSearch:
+        rounds = (Round(confidence=0.9, evaluations=4, finalists=(chosen,)),)
+        return MeasuredSearch(device="desk", chosen=chosen, rounds=rounds, inputs={})
+
+    require_kept(result(finalist(1, 1.0, 0.9)))
+    differs = finalist(1, 1.0, 0.9, passed=False)
+    with pytest.raises(ParityError, match="missed no limit but differs") as parity:
+        require_kept(result(differs))
+    over = replace(differs, limits=(limit_result("decode@8<=2ms", 2e-3, 2.2e-3),))
+    with pytest.raises(
+        LimitMissedError, match=rf"{differs.key}, missed decode@8<=2ms \(110.0% of it\)"
+    ) as missed:
+        require_kept(result(over))
+    assert parity.value.exit_code == missed.value.exit_code == 3
+    assert (differs.outcome, over.outcome, finalist(1, 1.0, 0.9).outcome) == ("parity", "missed", "kept")
 
 
 def test_noisy_machine_is_refused_before_limits_are_judged(run_folder: Path, formfit: Program) -> None:
