@@ -190,7 +190,7 @@ class Front:
         FRONT.write(path, self.inputs, self.to_json())
 
     @property
-    def quality(self) -> str:
+    def ranking_quality(self) -> str:
         """The first objective that is a quality; picks and finalists are ranked by it."""
         return next(name for name in self.objectives if name in self.members[0].qualities)
 

@@ -28,8 +28,8 @@ BUILTIN_QUALITIES = ("loss", "recall_loss")  # which every evaluation gives
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
-    """A quality that a search can minimise.
+class QualityObjective:
+    """A registered quality, which a search can minimise.
 
     Attributes:
         name: in objectives, and of the column in the evaluations.
@@ -41,9 +41,9 @@ class Quality:
     evaluate: "QualityFunction | None" = None
 
 
-QUALITIES: Registry[Quality] = Registry("objective")
+QUALITIES: Registry[QualityObjective] = Registry("objective")
 for _name in BUILTIN_QUALITIES:
-    QUALITIES.register(_name, Quality(name=_name))
+    QUALITIES.register(_name, QualityObjective(name=_name))
 
 
 def register_objective(name: str, evaluate: "QualityFunction | None" = None) -> None:
@@ -60,7 +60,7 @@ def register_objective(name: str, evaluate: "QualityFunction | None" = None) -> 
     """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in METRICS:
         raise InputError(f"objective {name!r}: give letters, digits and '_', and not the name of a metric")
-    QUALITIES.register(name, Quality(name=name, evaluate=evaluate))
+    QUALITIES.register(name, QualityObjective(name=name, evaluate=evaluate))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ def layers_figure(space: Space, front: Front, picks: Mapping[str, VerifiedMember
         front: of the search.
         picks: verified members by the names of their picks.
     """
-    quality = front.quality
+    quality = front.ranking_quality
     names = {pick.key: name.split(", ")[0] for name, pick in picks.items()}
     members = {m.key: m for m in [*front.members, *(pick.member for pick in picks.values())]}
     ordered = sorted(members.values(), key=lambda m: (m.quality(quality), m.key))

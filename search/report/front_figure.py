@@ -149,7 +149,7 @@ def front_figure(front: Front, summary: Summary, searched: pd.DataFrame, random:
         searched: evaluations of the search; without rows if there are none.
         random: evaluations of random search; likewise.
     """
-    axis, quality, members = axis_of(front), front.quality, front.members
+    axis, quality, members = axis_of(front), front.ranking_quality, front.members
     x = np.array([position(m, axis, searched) for m in members])
     y = qualities(members, quality)
     shift = rescoring_shift(members, searched, quality)

@@ -98,7 +98,7 @@ def headline(front: Front, summary: Summary) -> str:
         front: of the search.
         summary: of the run.
     """
-    chosen, axis, quality = summary.chosen, axis_of(front), front.quality
+    chosen, axis, quality = summary.chosen, axis_of(front), front.ranking_quality
     kind = architecture_kind(chosen.member.architecture)
     latency = chosen.latency.get(axis.workload) or next(iter(chosen.latency.values()))
     unit = "nats of recall" if quality == "recall_loss" else quality_unit(quality)

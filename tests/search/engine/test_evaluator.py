@@ -149,7 +149,7 @@ def test_registered_objective_is_evaluated_on_the_supernet(
     sets = dict.fromkeys(config.windows_of(), data)
     with evaluator(supernet, sets, 0, objectives=problem.registered_qualities) as evaluate:
         front = Search(problem, config, tmp_path, {}).run(evaluate)
-    assert front.quality == "error_rate"
+    assert front.ranking_quality == "error_rate"
     for member in front.members:
         assert 0 < member.quality("error_rate") <= 1
         assert member.loss_nats > 0

@@ -63,10 +63,10 @@ def test_member_is_found_by_pick_and_by_key() -> None:
 
 def test_first_quality_among_the_objectives_ranks() -> None:
     value = replace(front(), objectives=("params", "recall_loss", "loss"))
-    assert value.quality == "recall_loss"
-    assert value.members[1].quality(value.quality) == 1.25
+    assert value.ranking_quality == "recall_loss"
+    assert value.members[1].quality(value.ranking_quality) == 1.25
     with pytest.raises(InputError, match="recall_loss was not evaluated"):
-        value.members[0].quality(value.quality)
+        value.members[0].quality(value.ranking_quality)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_registered_quality_of_the_evaluator_is_minimised(
         population=10,
         generations=4,
     )
-    assert front.quality == "error_rate"
+    assert front.ranking_quality == "error_rate"
     assert front.members[0].quality("error_rate") == loss(front.members[0].architecture) - 3
     assert front.members[0].loss_nats == 1.0
     alone = run_search(asked, lambda a: loss(a) - 3, tmp_path / "one", population=10, generations=4)
