@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from search.problem.limit import Limit, check_limits
+from search.problem.limit import Limit, check_no_duplicates
 from search.problem.objective import Objective, check_objectives
 from search.problem.problem import Problem, required_precision
 from search.strategies.registry import STRATEGIES, StrategyEntry
@@ -68,8 +68,8 @@ class SearchConfig(BaseModel):
         entry = self.strategy_entry
         return self.population or entry.population, self.generations or entry.generations
 
-    def windows_of(self) -> dict[str, int]:
-        """The number of sequences of each evaluation, by its name."""
+    def windows_by_stage(self) -> dict[str, int]:
+        """The number of held-out sequences of each stage: ``search``, ``middle`` and ``front``."""
         middle = round(math.sqrt(self.windows * self.front_windows))
         return {"search": self.windows, "middle": middle, "front": self.front_windows}
 
@@ -121,7 +121,7 @@ def check_search(config: SearchConfig, devices: Sequence[str]) -> None:
     Raises:
         InputError: one is malformed, two bound the same quantity, or a device's models need two precisions.
     """
-    check_limits(map(Limit.parse, config.limits))
+    check_no_duplicates(map(Limit.parse, config.limits), devices[0] if devices else None)
     for device in devices:
         precision_of(config, device, devices[0])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from search.engine.choice import BoundedLimit, Choice, LatencyPrediction
-from search.problem.limit import Limit
+from search.problem.limit import Limit, within
 from space.io.artefact import Artefact
 from space.io.record import mapping_of, read_document, read_record, tuple_of
 
@@ -162,7 +162,7 @@ class LimitResult:
         """``kept``, ``missed`` or ``UNMEASURED``."""
         if self.found is None:
             return UNMEASURED
-        return "kept" if self.found <= self.limit.bound else "missed"
+        return "kept" if within(self.found, self.limit.bound) else "missed"
 
     @property
     def missed(self) -> bool:

@@ -10,7 +10,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import NoReturn
+from typing import NoReturn, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from search.problem.metric import METRICS, Metric
 from space import InputError, Workload
@@ -183,29 +186,39 @@ def _bound(text: str, metric: Metric, given: str) -> tuple[float, str, str]:
     return bound, repr(value).removesuffix(".0"), unit
 
 
-def check_limits(limits: Iterable[Limit]) -> None:
+def check_no_duplicates(limits: Iterable[Limit], first_device: str | None = None) -> None:
     """Refuse two limits on one quantity.
 
     Args:
         limits: of one problem.
+        first_device: that of limits that name none; None if it is not known.
 
     Raises:
         InputError: names both.
     """
     seen: dict[str, Limit] = {}
     for limit in limits:
-        other = seen.setdefault(limit.subject, limit)
+        explicit = limit.subject if limit.device or not first_device else f"{first_device}:{limit.subject}"
+        other = seen.setdefault(explicit, limit)
         if other is not limit:
             raise InputError(
                 f"limits {other.text!r} and {limit.text!r}: both limit {limit.subject}; keep one"
             )
 
 
-def within(value: float, bound: float) -> bool:
-    """True if a cost keeps a bound (above 0), but for rounding.
+@overload
+def within(value: float, bound: float) -> bool: ...
+
+
+@overload
+def within(value: NDArray[np.float64], bound: float) -> NDArray[np.bool_]: ...
+
+
+def within(value: float | NDArray[np.float64], bound: float) -> bool | NDArray[np.bool_]:
+    """True where a cost keeps a bound (above 0), but for rounding.
 
     Args:
-        value: of the cost.
+        value: of the cost, or values [N].
         bound: in the same unit.
     """
     return value <= bound * (1 + ROUNDING_TOLERANCE)

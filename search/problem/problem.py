@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from search.problem.limit import Constraint, Limit, check_limits
+from search.problem.limit import Constraint, Limit, check_no_duplicates
 from search.problem.metric import Metric
 from search.problem.objective import BUILTIN_QUALITIES, Objective
 from space import InputError, Space, Workload, genome
@@ -69,7 +69,7 @@ class Problem:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # as the __init__ of a frozen dataclass does
-        check_limits(self.limits)
+        check_no_duplicates(self.limits, next(iter(self.predictors), None))
         for objective in self.objectives:
             self.objective_cost(objective)
 

@@ -19,7 +19,7 @@ from search.engine.choice import BoundedLimit, Choice, FamilyPick
 from search.engine.config import SearchConfig
 from search.engine.devices import open_targets
 from search.engine.make_front import predictions
-from search.problem.limit import ROUNDING_TOLERANCE, Constraint, Limit
+from search.problem.limit import Constraint, Limit, within
 from search.problem.problem import Problem
 from search.select.picks import Selection, select_member
 from space import Architecture, InfeasibleError, Space, genome
@@ -116,11 +116,10 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> Selecti
     constraint = problem.constraints()[0]
     rows = family(space, base)
     costs = constraint.cost(rows)
-    for (
-        predictor
-    ) in problem.predictors.values():  # without a predicted latency, the device cannot run a member
+    for predictor in problem.predictors.values():
+        # Without a predicted latency, the device cannot run a member.
         costs[~np.isfinite(predictor.cost(next(iter(predictor.models)))(rows))] = np.inf
-    kept = np.flatnonzero(costs <= constraint.bound * (1 + ROUNDING_TOLERANCE))
+    kept = np.flatnonzero(within(costs, constraint.bound))
     if not len(kept):
         raise InfeasibleError(_why_not(space, base, constraint, rows, costs))
     architecture = genome.decode(space, rows[kept[-1:]])[0]

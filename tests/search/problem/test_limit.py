@@ -2,7 +2,7 @@
 
 import pytest
 
-from search.problem.limit import Limit, check_limits
+from search.problem.limit import Limit, check_no_duplicates
 from search.problem.metric import format_quantity
 from space import InputError, Workload
 
@@ -166,9 +166,19 @@ def test_percentage_is_of_the_reference() -> None:
 def test_two_limits_on_one_quantity_are_refused(first: str, second: str) -> None:
     limits = [Limit.parse(text) for text in (first, "decode@1<=1s", second)]
     with pytest.raises(InputError, match="keep one") as error:
-        check_limits(limits)
+        check_no_duplicates(limits)
     assert repr(limits[0].text) in str(error.value)
     assert repr(limits[2].text) in str(error.value)
+
+
+def test_limit_without_a_device_is_on_the_first_one() -> None:
+    limits = [Limit.parse(text) for text in ("decode@256<=2ms", "here:decode@256<=3ms")]
+    for first in (None, "phone"):
+        check_no_duplicates(limits, first)
+    with pytest.raises(
+        InputError, match=r"'decode@256<=2ms' and 'here:decode@256<=3ms': both limit .*keep one"
+    ):
+        check_no_duplicates(limits, "here")
 
 
 def test_limits_on_different_quantities_are_accepted() -> None:
@@ -186,7 +196,7 @@ def test_limits_on_different_quantities_are_accepted() -> None:
         "params<=1M",
         "a:params<=1M",
     )
-    check_limits([Limit.parse(text) for text in texts])
+    check_no_duplicates([Limit.parse(text) for text in texts])
 
 
 @pytest.mark.parametrize(
