@@ -198,12 +198,12 @@ def main() -> int:
         drawn = variation.sample(space, np.random.default_rng(3), POOL)
         pool = drawn[np.argsort(predict(one_hot(space, drawn)))[:POPULATION]]
         began, evaluations = time.monotonic(), 0
-        with evaluator(supernet, sets, WORKERS, None, sys.stderr.write) as evaluate_all:
+        with evaluator(supernet, sets, WORKERS, None, sys.stderr.write) as evaluate_many:
 
             def losses(members: list[Architecture]) -> Array:
                 nonlocal evaluations
                 evaluations += len(members)
-                return np.array([getattr(q, "loss_nats", np.inf) for q in evaluate_all(members, "search")])
+                return np.array([getattr(q, "loss_nats", np.inf) for q in evaluate_many(members, "search")])
 
             def more(done: int) -> bool:
                 each = (time.monotonic() - began) / max(done, 1)
@@ -227,8 +227,8 @@ def main() -> int:
         export(submodel, ["onnx"])
         config = VerifyConfig(max_noise=arguments.max_noise / 100)
         timed = measure_submodel(submodel, card, [workload], config)[str(workload)].latency_ms
-        with evaluator(supernet, sets, 0, None, sys.stderr.write) as evaluate_all:
-            quality = next(iter(evaluate_all([architecture], "front")))
+        with evaluator(supernet, sets, 0, None, sys.stderr.write) as evaluate_many:
+            quality = next(iter(evaluate_many([architecture], "front")))
         return {"measured_ms": timed, "used": timed / 1e3 / bound, "loss_nats": quality.loss_nats}
 
     asked = [

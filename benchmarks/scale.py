@@ -34,7 +34,7 @@ from latency.profiling import BUILD_SECONDS
 from latency.runtimes.protocol import random_weights
 from search.engine.config import SearchConfig, make_problem
 from search.engine.search import Search
-from search.engine.supernet_evaluator import SupernetEvaluate
+from search.engine.supernet_evaluator import SupernetEvaluator
 from search.engine.workers import pool
 from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Task, unseen
@@ -309,8 +309,8 @@ def on_supernet() -> dict[str, float]:
     size, largest = sum(w.nbytes for w in weights.values()), genome.largest(space)
     tokens = np.ones((4, 256), np.int64)
     sets = {"": EvaluationSet(tokens=tokens, targets=tokens, recallable=tokens > 1)}
-    made, added = measured(lambda: SupernetEvaluate(space.model_dump(mode="json"), weights, sets))
-    one = SupernetEvaluate(space.model_dump(mode="json"), weights, sets)
+    made, added = measured(lambda: SupernetEvaluator(space.model_dump(mode="json"), weights, sets))
+    one = SupernetEvaluator(space.model_dump(mode="json"), weights, sets)
     flops = flops_table(space, Workload(phase="prefill", length=256)).totals(genome.encode(space, [largest]))
     core = 4 * float(flops[0]) / measured(lambda: one(largest, ""), 3)[0]
     draw = measured(lambda: random_weights({"one": (4096, 4096)}, 0))[0] / 4096**2

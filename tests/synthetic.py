@@ -19,7 +19,7 @@ class Synthetic:
     def __init__(self, marks: dict[str, str]) -> None:
         self.marks, self.tries = marks, 0
 
-    def __call__(self, architecture: Architecture, data: str) -> Quality:
+    def __call__(self, architecture: Architecture, stage: str) -> Quality:
         mark = self.marks.get(architecture.key)
         if mark == "raises":
             self.tries += 1
@@ -28,4 +28,4 @@ class Synthetic:
             os._exit(1)
         loss = float("nan") if mark == "diverges" else int(architecture.key, 16) % 1000 / 1000
         time.sleep(0.002)
-        return Quality(loss_nats=loss, recall_loss_nats=loss + len(data))
+        return Quality(loss_nats=loss, recall_loss_nats=loss + len(stage))

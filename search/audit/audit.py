@@ -230,9 +230,9 @@ def _inside(
     inside: list[Losses] = []
     with (
         reporter.stage("evaluate inside") as stage,
-        evaluator(supernet, {"audit": data}, 0) as evaluate_all,
+        evaluator(supernet, {"audit": data}, 0) as evaluate_many,
     ):
-        for architecture, outcome in zip(architectures, evaluate_all(architectures, "audit"), strict=True):
+        for architecture, outcome in zip(architectures, evaluate_many(architectures, "audit"), strict=True):
             if isinstance(outcome, Failed):
                 raise InputError(f"audit: {architecture.key} cannot be evaluated: {outcome.reason}")
             inside.append(losses(outcome))

@@ -34,19 +34,19 @@ class Failed:
 
 
 Outcome = Quality | Failed
-Evaluate = Callable[[Architecture, str], Quality]  # one architecture, on a named set of windows
+EvaluateOne = Callable[[Architecture, str], Quality]  # an architecture, on the windows of a stage
 EvaluateArchitecture = Callable[[Architecture], float | Mapping[str, float]]
 
 
-class Evaluator(Protocol):
-    """Evaluates architectures; what a search needs."""
+class EvaluateMany(Protocol):
+    """A function that evaluates architectures; a search needs one."""
 
-    def __call__(self, architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
+    def __call__(self, architectures: Sequence[Architecture], stage: str) -> Iterator[Outcome]:
         """Evaluate architectures in order.
 
         Args:
             architectures: to be evaluated.
-            data: the name of a set of windows: ``search``, ``middle`` or ``front``.
+            stage: ``search``, ``middle`` or ``front``, which names the set of windows.
         """
         ...
 
@@ -94,20 +94,20 @@ def make_quality(values: Mapping[str, float]) -> Quality:
 
 
 def attempt(
-    evaluate_one: Evaluate, architecture: Architecture, data: str, required: Sequence[str] = ("loss",)
+    evaluate_one: EvaluateOne, architecture: Architecture, stage: str, required: Sequence[str] = ("loss",)
 ) -> Outcome:
     """Evaluate one architecture, again where it raises.
 
     Args:
         evaluate_one: gives its quality.
         architecture: to be evaluated.
-        data: the name of the set of windows.
+        stage: the name of the set of windows.
         required: qualities that must be finite.
     """
     reason = ""
     for _ in range(1 + RETRIES):
         try:
-            quality = evaluate_one(architecture, data)
+            quality = evaluate_one(architecture, stage)
         except Exception as error:  # of any kind: the search continues
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
@@ -117,7 +117,7 @@ def attempt(
     return Failed(reason)
 
 
-class FunctionEvaluate:
+class FunctionEvaluator:
     """Evaluates architectures by a caller's function.
 
     Args:
@@ -128,7 +128,7 @@ class FunctionEvaluate:
     def __init__(self, evaluate: EvaluateArchitecture, qualities: Sequence[str]) -> None:
         self.evaluate, self.qualities = evaluate, tuple(qualities)
 
-    def __call__(self, architecture: Architecture, data: str) -> Quality:
+    def __call__(self, architecture: Architecture, stage: str) -> Quality:
         """The quality of an architecture, on whatever the function evaluates it.
 
         Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.engine.config import SearchConfig, make_problem, require_objectives
-from search.engine.evaluator import EvaluateArchitecture, Evaluator, FunctionEvaluate
+from search.engine.evaluator import EvaluateArchitecture, EvaluateMany, FunctionEvaluator
 from search.engine.front import FRONT, Front
 from search.engine.search import Outcomes, Report, Search
 from search.engine.supernet_evaluator import evaluator
@@ -90,8 +90,8 @@ def run_search(
     if FRONT.made_from(path, search.inputs):
         return Front.read(path)
     search.check()
-    with pool(FunctionEvaluate, (evaluate, qualities), workers, required=qualities) as evaluate_all:
-        return search.run(evaluate_all, report)
+    with pool(FunctionEvaluator, (evaluate, qualities), workers, required=qualities) as evaluate_many:
+        return search.run(evaluate_many, report)
 
 
 def search_supernet(
@@ -133,12 +133,12 @@ def search_supernet(
     search.check()
     with reporter.stage("search") as stage:
         stage(0.0, "starting the evaluators")
-        with search_evaluator(problem, config, trained, reporter) as evaluate_all:
+        with search_evaluator(problem, config, trained, reporter) as evaluate_many:
             if not done:
-                search.run(evaluate_all, lambda done, total, text: stage(done / total, text))
+                search.run(evaluate_many, lambda done, total, text: stage(done / total, text))
             if baseline:
                 baseline.evolve(
-                    evaluate_all, lambda done, total, text: stage(done / total, f"random search, {text}")
+                    evaluate_many, lambda done, total, text: stage(done / total, f"random search, {text}")
                 )
     return Front.read(path)
 
@@ -174,7 +174,7 @@ def _baseline(search: Search) -> Search:
 
 def search_evaluator(
     problem: Problem, config: SearchConfig, trained: Trained, reporter: Reporter
-) -> AbstractContextManager[Evaluator]:
+) -> AbstractContextManager[EvaluateMany]:
     """The evaluator of a supernet's search.
 
     Args:
@@ -188,7 +188,7 @@ def search_evaluator(
     """
     sets = {
         name: evaluation_set(trained.corpus, windows, trained.length)
-        for name, windows in config.windows_of().items()
+        for name, windows in config.windows_by_stage().items()
     }
     if "recall_loss" in problem.names and not sets["search"].recall_share:
         raise InputError("objective recall_loss: no byte of the evaluation windows can be recalled")

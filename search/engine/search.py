@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from search.engine.config import SearchConfig
 from search.engine.evaluations import EVALUATIONS, Record, genomes_of
-from search.engine.evaluator import Evaluator, Failed, Machine, Outcome, make_quality, quality_value
+from search.engine.evaluator import EvaluateMany, Failed, Machine, Outcome, make_quality, quality_value
 from search.engine.front import Front
 from search.engine.make_front import make_front
 from search.engine.optuna_study import open_study
@@ -34,11 +34,11 @@ from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
 from supernet.training.checkpoint import sole_writer
 
-# The number of best evaluations that are evaluated again, by the name of the set of windows: 64 on the middle
+# The number of best evaluations that are evaluated again, by stage: 64 on the middle
 # number of windows, then 32 of these on the final one. The front is the non-dominated part of the last.
 REEVALUATED = {"middle": 64, "front": 32}
 Report = Callable[[int, int, str], None]  # evaluations done, evaluations in all, a text
-Outcomes = dict[tuple[str, str], Outcome]  # by the name of the windows and the architecture's key
+Outcomes = dict[tuple[str, str], Outcome]  # by the stage and the architecture's key
 
 
 class Search:
@@ -53,7 +53,7 @@ class Search:
         earlier_searches: folders of finished searches of the same supernet, whose evaluations this one starts
             from. They are not in ``inputs``: they are the earlier rounds of a measured search, on whose
             measurements the predictors depend, which are in ``inputs``.
-        reevaluated: the number of best evaluations that are evaluated again, by the name of the windows.
+        reevaluated: the number of best evaluations that are evaluated again, by stage.
         warn: called once with a line if a part of the record was evaluated on another CPU or torch version.
     """
 
@@ -102,11 +102,11 @@ class Search:
         """
         check_feasible(self.problem.space, self.constraints, self.latencies)
 
-    def run(self, evaluate: Evaluator, report: Report | None = None) -> Front:
+    def run(self, evaluate_many: EvaluateMany, report: Report | None = None) -> Front:
         """Search to the last generation, from the record if there is one, and write ``front.json``.
 
         Args:
-            evaluate: gives the qualities of architectures.
+            evaluate_many: gives the qualities of architectures.
             report: called after every evaluation.
 
         Raises:
@@ -114,24 +114,24 @@ class Search:
             InputError: the record belongs to a search with other inputs, or every evaluation failed.
         """
         self.check()
-        table = self.evolve(evaluate, report)
-        members = self._members(table, evaluate, report)
+        table = self.evolve(evaluate_many, report)
+        members = self._members(table, evaluate_many, report)
         failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
         front = make_front(self.problem, self.config, members, table, failed, self.inputs)
         front.write(self.folder / "front.json")
         return front
 
-    def evolve(self, evaluate: Evaluator, report: Report | None = None) -> pd.DataFrame:
+    def evolve(self, evaluate_many: EvaluateMany, report: Report | None = None) -> pd.DataFrame:
         """All evaluations on the windows of the search, a row each, in order.
 
         Args:
-            evaluate: gives the qualities of architectures.
+            evaluate_many: gives the qualities of architectures.
             report: called after every evaluation.
         """
         with sole_writer(self.folder):
-            return self._evolve(evaluate, report)
+            return self._evolve(evaluate_many, report)
 
-    def _evolve(self, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+    def _evolve(self, evaluate_many: EvaluateMany, report: Report | None) -> pd.DataFrame:
         problem = self.problem
         path = self.folder / "study.log"
         study = open_study(path, self.folder.name, problem.names, problem.space.hash)
@@ -143,7 +143,11 @@ class Search:
         parts: list[pd.DataFrame] = []
         for generation in range(self.generations):
             recorded = self.record.read(f"{generation:04d}")
-            part = self._generation(generation, strategy, evaluate, report) if recorded is None else recorded
+            part = (
+                self._generation(generation, strategy, evaluate_many, report)
+                if recorded is None
+                else recorded
+            )
             if recorded is None:
                 self.record.write(f"{generation:04d}", part)
             self._remember(part, "search")
@@ -157,11 +161,11 @@ class Search:
         return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
 
     def _generation(
-        self, generation: int, strategy: Strategy, evaluate: Evaluator, report: Report | None
+        self, generation: int, strategy: Strategy, evaluate_many: EvaluateMany, report: Report | None
     ) -> pd.DataFrame:
         """The evaluations of a strategy's proposals, with its predictions."""
         genomes = strategy.ask()
-        part = self._evaluate(genomes, evaluate, "search", generation, report)
+        part = self._evaluate(genomes, evaluate_many, "search", generation, report)
         predicted = strategy.predicted(genomes)
         for i, objective in enumerate(self.problem.objectives):
             if objective.is_quality:
@@ -222,20 +226,25 @@ class Search:
         return table[list(self.problem.names)].to_numpy(float)
 
     def _evaluate(
-        self, genomes: Genomes, evaluate: Evaluator, data: str, generation: int, report: Report | None
+        self,
+        genomes: Genomes,
+        evaluate_many: EvaluateMany,
+        stage: str,
+        generation: int,
+        report: Report | None,
     ) -> pd.DataFrame:
-        """The evaluations of genomes [N, G] on a set of windows, a row each."""
+        """The evaluations of genomes [N, G] on the windows of a stage, a row each."""
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
         evaluated_before, total = generation * self.population, self.generations * self.population
-        if data == "search":
+        if stage == "search":
             title = f"generation {generation + 1} of {self.generations}"
         else:
-            windows = self.config.windows_of()[data]
+            windows = self.config.windows_by_stage()[stage]
             title = f"re-evaluation of the {len(genomes)} best on {windows} windows"
-        new = [a for a, key in zip(architectures, keys, strict=True) if (data, key) not in self.outcomes]
-        for done, (one, outcome) in enumerate(zip(new, evaluate(new, data), strict=True), start=1):
-            self.outcomes[data, one.key] = outcome
+        new = [a for a, key in zip(architectures, keys, strict=True) if (stage, key) not in self.outcomes]
+        for done, (one, outcome) in enumerate(zip(new, evaluate_many(new, stage), strict=True), start=1):
+            self.outcomes[stage, one.key] = outcome
             if report:
                 report(min(evaluated_before + done, total), total, title)
         columns: dict[str, Any] = {
@@ -243,7 +252,7 @@ class Search:
             "key": keys,
             "architecture": [a.text for a in architectures],
             "genome": list(genomes),
-            **self._outcome_columns([self.outcomes[data, key] for key in keys]),
+            **self._outcome_columns([self.outcomes[stage, key] for key in keys]),
             **asdict(Machine.here()),
         }
         columns |= {name: cost(genomes) for name, cost in self.objective_costs.items() if cost is not None}
@@ -258,11 +267,13 @@ class Search:
         columns["failed"] = [o.reason if isinstance(o, Failed) else "" for o in outcomes]
         return columns
 
-    def _remember(self, part: pd.DataFrame, data: str) -> None:
+    def _remember(self, part: pd.DataFrame, stage: str) -> None:
         """Take over the outcomes of a part of the record."""
         for row in part[["key", "failed", *self.problem.qualities]].to_dict("records"):
             values = {name: row[name] for name in self.problem.qualities}
-            self.outcomes[data, row["key"]] = Failed(row["failed"]) if row["failed"] else make_quality(values)
+            self.outcomes[stage, row["key"]] = (
+                Failed(row["failed"]) if row["failed"] else make_quality(values)
+            )
 
     def _compare_machine(self, part: pd.DataFrame) -> None:
         """Warn, once, of a part of the record that another machine evaluated."""
@@ -275,17 +286,19 @@ class Search:
                     f"torch {here.torch}: an uninterrupted search may give another front"
                 )
 
-    def _members(self, table: pd.DataFrame, evaluate: Evaluator, report: Report | None) -> pd.DataFrame:
+    def _members(
+        self, table: pd.DataFrame, evaluate_many: EvaluateMany, report: Report | None
+    ) -> pd.DataFrame:
         """The non-dominated part, sorted by the objectives, of the best after their re-evaluations."""
         last = self.generations - 1
-        for data, count in self.reevaluated.items():
-            part = self.record.read(data)
+        for stage, count in self.reevaluated.items():
+            part = self.record.read(stage)
             if part is None:
-                part = self._evaluate(self._candidates(table, count), evaluate, data, last, report)
+                part = self._evaluate(self._candidates(table, count), evaluate_many, stage, last, report)
                 if not np.isfinite(self._objectives(part)).all(axis=1).any():
                     reason = part["failed"].iloc[0]
                     raise InputError(f"search: every re-evaluation failed: {reason}")
-                self.record.write(data, part)
+                self.record.write(stage, part)
             else:
                 self._compare_machine(part)
             table = part

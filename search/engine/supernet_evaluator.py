@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from search.engine.evaluator import Evaluator
+from search.engine.evaluator import EvaluateMany
 from search.engine.workers import pool
 from search.problem.objective import QUALITIES
 from space import Architecture, InputError, Space
@@ -22,13 +22,13 @@ def _function(objective: str) -> QualityFunction:
     return function
 
 
-class SupernetEvaluate:
+class SupernetEvaluator:
     """Evaluates sub-networks of a supernet that is rebuilt from arrays.
 
     Args:
         space: the space's JSON object.
         weights: the supernet's, by name.
-        sets: sequences of each evaluation, by its name.
+        sets: held-out sequences by the name of the stage.
         objectives: registered qualities to evaluate beside the losses.
 
     Raises:
@@ -48,13 +48,13 @@ class SupernetEvaluate:
         supernet.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
         self.supernet, self.sets = supernet.requires_grad_(False).eval(), dict(sets)
 
-    def __call__(self, architecture: Architecture, data: str) -> Quality:
-        """The quality of an architecture on the named set of windows, computed by one thread."""
+    def __call__(self, architecture: Architecture, stage: str) -> Quality:
+        """The quality of an architecture on the windows of a stage, computed by one thread."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             weights = self.supernet.weights(architecture)
-            config, windows = self.supernet.space.config, self.sets[data]
+            config, windows = self.supernet.space.config, self.sets[stage]
             return evaluate(weights, architecture, config, windows, extra=self.extra)
         finally:
             torch.set_num_threads(threads)
@@ -67,12 +67,12 @@ def evaluator(
     address: str | None = None,
     warn: Callable[[str], None] = lambda _text: None,
     objectives: Sequence[str] = (),
-) -> AbstractContextManager[Evaluator]:
+) -> AbstractContextManager[EvaluateMany]:
     """The :func:`search.engine.workers.pool` that evaluates a supernet's sub-networks.
 
     Args:
         supernet: with its weights.
-        sets: sequences of each evaluation, by its name.
+        sets: held-out sequences by the name of the stage.
         workers: Ray actors of one CPU each; 0: this process evaluates.
         address: of a running Ray cluster; None starts one on this machine for as long.
         warn: called for every worker whose CPU or torch differs from this process's.
@@ -86,4 +86,4 @@ def evaluator(
     weights = {name: value.numpy() for name, value in supernet.state_dict().items()}
     space = supernet.space.model_dump(mode="json")
     arguments = (space, weights, dict(sets), tuple(objectives))
-    return pool(SupernetEvaluate, arguments, workers, address, warn, ("loss", *objectives))
+    return pool(SupernetEvaluator, arguments, workers, address, warn, ("loss", *objectives))

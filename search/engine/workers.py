@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from search.engine.evaluator import RETRIES, Evaluate, Evaluator, Failed, Machine, Outcome, attempt
+from search.engine.evaluator import RETRIES, EvaluateMany, EvaluateOne, Failed, Machine, Outcome, attempt
 from space import Architecture, InputError
 from supernet.training.parallel import ray_session
 
@@ -24,14 +24,14 @@ PING_TIMEOUT_S = 30.0  # in which an idle worker has to answer
 class _Worker:
     """A Ray actor's state."""
 
-    def __init__(self, make: Callable[..., Evaluate], required: Sequence[str], *arguments: Any) -> None:
+    def __init__(self, make: Callable[..., EvaluateOne], required: Sequence[str], *arguments: Any) -> None:
         self.evaluate_one, self.required = make(*arguments), required
 
     def machine(self) -> Machine:
         return Machine.here()
 
-    def evaluate(self, architecture: dict[str, Any], data: str) -> Outcome:
-        return attempt(self.evaluate_one, Architecture.from_json(architecture), data, self.required)
+    def evaluate(self, architecture: dict[str, Any], stage: str) -> Outcome:
+        return attempt(self.evaluate_one, Architecture.from_json(architecture), stage, self.required)
 
 
 class _Pool:
@@ -81,13 +81,13 @@ class _Pool:
             return False
         return True
 
-    def __call__(self, architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
+    def __call__(self, architectures: Sequence[Architecture], stage: str) -> Iterator[Outcome]:
         import ray
 
         todo = deque(range(len(architectures)))
         busy: dict[Any, tuple[int, Any]] = {}  # by answer, the index of its architecture and the actor
         outcomes: dict[int, Outcome] = {}  # finished before their turn
-        deaths = [0] * len(architectures)  # of workers, while they evaluated each
+        deaths = [0] * len(architectures)  # times a worker died while evaluating this architecture
         given = 0
         idle_since = time.monotonic()
         while given < len(architectures):
@@ -96,7 +96,7 @@ class _Pool:
                 if deaths[index] and not self._answers(actor):  # lost while it was idle
                     todo.appendleft(index)
                     continue
-                busy[actor.evaluate.remote(architectures[index].to_json(), data)] = index, actor
+                busy[actor.evaluate.remote(architectures[index].to_json(), stage)] = index, actor
             if busy:
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > WORKER_TIMEOUT_S:
@@ -128,13 +128,13 @@ class _Pool:
 
 @contextmanager
 def pool(
-    make: Callable[..., Evaluate],
+    make: Callable[..., EvaluateOne],
     arguments: Sequence[Any],
     workers: int,
     address: str | None = None,
     warn: Callable[[str], None] = lambda _text: None,
     required: Sequence[str] = ("loss",),
-) -> Iterator[Evaluator]:
+) -> Iterator[EvaluateMany]:
     """An evaluator that calls the result of ``make(*arguments)`` in Ray actors, or here with 0 workers.
 
     Args:
@@ -150,7 +150,7 @@ def pool(
     """
     if workers == 0:
         evaluate_one = make(*arguments)
-        yield lambda architectures, data: (attempt(evaluate_one, a, data, required) for a in architectures)
+        yield lambda architectures, stage: (attempt(evaluate_one, a, stage, required) for a in architectures)
         return
     with ray_session(workers, address):
         import ray

@@ -63,8 +63,8 @@ def test_search_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     config = SearchConfig(generations=3, population=6, workers=0)
     bad = {a.key: "raises" for a in genome.decode(space, genome.encode(space, [genome.largest(space)]))}
 
-    def evaluate(architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
-        return (attempt(Synthetic(bad), a, data) for a in architectures)
+    def evaluate(architectures: Sequence[Architecture], stage: str) -> Iterator[Outcome]:
+        return (attempt(Synthetic(bad), a, stage) for a in architectures)
 
     front = Search(problem, config, tmp_path, {}).run(evaluate)
     assert [item.key for item in front.failed] == [genome.largest(space).key]
@@ -75,8 +75,10 @@ def test_search_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     assert states.count(optuna.trial.TrialState.FAIL) == 1
     assert len(states) == 18
 
-    def none(architectures: Sequence[Architecture], data: str) -> Iterator[Outcome]:
-        return (Failed("lost") if data == "front" else attempt(Synthetic({}), a, data) for a in architectures)
+    def none(architectures: Sequence[Architecture], stage: str) -> Iterator[Outcome]:
+        return (
+            Failed("lost") if stage == "front" else attempt(Synthetic({}), a, stage) for a in architectures
+        )
 
     with pytest.raises(InputError, match="every re-evaluation failed: lost"):
         Search(problem, config, tmp_path / "again", {}).run(none)
@@ -146,7 +148,7 @@ def test_registered_objective_is_evaluated_on_the_supernet(
     supernet = Supernet(SPACE)
     problem = Problem(SPACE, objectives=["error_rate", "params"])
     config = SearchConfig(generations=2, population=4, workers=0)
-    sets = dict.fromkeys(config.windows_of(), data)
+    sets = dict.fromkeys(config.windows_by_stage(), data)
     with evaluator(supernet, sets, 0, objectives=problem.registered_qualities) as evaluate:
         front = Search(problem, config, tmp_path, {}).run(evaluate)
     assert front.ranking_quality == "error_rate"
