@@ -7,7 +7,18 @@ Subclass :class:`MixerContract` in a test module, and pytest collects its tests:
     class TestMine(MixerContract):
         mixer = "mine"
 
-A mixer that passes trains in a supernet, is extracted, exported, priced and decoded like the others.
+The suite tests, for several numbers of heads:
+
+- declarations: names and dimensions of parameters, the class, heads and window, first values, and that all
+  two-dimensional parameters are declared; FLOPs are at least those of the matrices;
+- the torch function: reading in pieces, padding, causality, gradients, states, bf16 matrices and autocast,
+  and that a smaller block runs on prefix views of a larger one, as in a supernet;
+- the ONNX graph of two layers with different weights, in fp32 against torch and in int8 against fp32, with
+  the predicted bytes.
+
+It trusts ``flops`` and ``activations`` beyond these bounds, ``full_precision`` and ``runs_everywhere``, and
+does not compare the function with its paper. It writes no Hugging Face folder, but tests that the functions
+whose source a folder holds are at the top of a module.
 """
 
 from space.testing.declarations import DeclarationTests

@@ -1,5 +1,6 @@
 """Tests of a mixer's torch function."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,9 @@ from space.layer import Layer, ModelConfig
 from space.mixers import State, Weights
 from space.shapes import is_half_precision, state_shapes
 from space.testing.settings import MixerSettings, require, require_close
+
+HALF_TOLERANCE = 2**-4  # a dozen roundings of 2^-9
+ROUNDING = 1e-12  # differences of equal fp64 outputs
 
 
 class FunctionTests(MixerSettings):
@@ -61,6 +65,8 @@ class FunctionTests(MixerSettings):
                 shapes = state_shapes(layer, self.width, model_config, 3, length)
                 found = {name: tuple(value.shape) for name, value in state.items()}
                 require(found == shapes, f"after {length} tokens: {found}, declared {shapes}")
+                kinds = {name: value.dtype for name, value in state.items()}
+                require({*kinds.values()} <= {torch.float32}, f"states of fp32 weights: {kinds}")
 
     def in_pieces(
         self, weights: Weights, x: Tensor, cuts: list[int], setting: tuple[Layer, ModelConfig], **others: Any
@@ -104,6 +110,43 @@ class FunctionTests(MixerSettings):
             found, expected = (mixer_block(weights, y, layer, model_config)[0] for y in (other, x))
             require_close("before the change", found[:, :20], expected[:, :20])
 
+    def test_outputs_depend_on_the_tokens_of_the_class(self) -> None:
+        """The last output depends on the first token, unless the class is local."""
+        for layer, model_config in self.layers():
+            length = model_config.max_seq_len - 1
+            x = self.inputs(1, length).requires_grad_()
+            out, _ = mixer_block(self.weights(layer, model_config), x, layer, model_config)
+            out[0, -1].sum().backward()  # type: ignore[no-untyped-call]
+            require(x.grad is not None, "the output does not depend on the input")
+            slope = float("nan") if x.grad is None else float(x.grad[0, 0].abs().max())
+            if self.entry.mixer_class == "local":
+                require(slope == 0, f"class local, but token {length} depends on the first")
+            else:
+                require(slope > 0, f"class {self.entry.mixer_class}, but token {length} ignores the first")
+
+    def test_the_window_applies(self) -> None:
+        """Another window gives other outputs of a windowed mixer."""
+        if not self.entry.windowed:
+            return
+        for layer, model_config in self.layers():
+            weights, x = self.weights(layer, model_config), self.inputs(1, 3 * self.window)
+            wide = replace(layer, window=2 * self.window)
+            found, other = (mixer_block(weights, x, setting, model_config)[0] for setting in (layer, wide))
+            difference = float((found - other)[:, : self.window].abs().max())
+            require(difference < ROUNDING, "tokens inside the window depend on its size")
+            require(not torch.equal(found, other), "windowed, but the window changes nothing")
+
+    def test_autocast_is_finite(self) -> None:
+        """Under bf16 autocast the block returns finite fp32 outputs close to those without."""
+        for layer, model_config in self.layers():
+            weights = {name: value.float() for name, value in self.weights(layer, model_config).items()}
+            x = self.inputs(1, 40).float()
+            expected, _ = mixer_block(weights, x, layer, model_config)
+            with torch.autocast("cpu", torch.bfloat16):
+                found, _ = mixer_block(weights, x, layer, model_config)
+            require(found.dtype == torch.float32, f"the residual stream became {found.dtype}")
+            require_close("autocast", found - x, expected - x, HALF_TOLERANCE)
+
     def test_half_precision_is_finite(self) -> None:
         """With its matrices in bf16 the block returns finite fp32 outputs close to those in fp32."""
         for layer, model_config in self.layers():
@@ -117,4 +160,4 @@ class FunctionTests(MixerSettings):
             x = self.inputs(1, 40).float()
             found, expected = (mixer_block(weights, x, layer, model_config)[0] for weights in (half, whole))
             require(found.dtype == torch.float32, f"the residual stream became {found.dtype}")
-            require_close("bf16", found - x, expected - x, 2**-4)
+            require_close("bf16", found - x, expected - x, HALF_TOLERANCE)

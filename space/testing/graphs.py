@@ -9,9 +9,22 @@ import torch
 
 from space.architecture import Architecture
 from space.blocks import Model
+from space.cost import op_weight_bytes
 from space.layer import Layer, ModelConfig
+from space.ops import count_ops
 from space.shapes import state_shapes
-from space.testing.settings import MixerSettings, require_close
+from space.testing.settings import MixerSettings, require, require_close
+
+INT8_TOLERANCE = 0.1  # root mean square of the difference, relative to that of the logits
+
+
+def _weight_bytes(model: Any) -> int:
+    """Bytes of the constants of a graph, except whole numbers such as shapes."""
+    from onnx import TensorProto, numpy_helper
+
+    integers = (TensorProto.INT64, TensorProto.INT32)
+    constants = (tensor for tensor in model.graph.initializer if tensor.data_type not in integers)
+    return sum(numpy_helper.to_array(tensor).nbytes for tensor in constants)
 
 
 class GraphTests(MixerSettings):
@@ -19,7 +32,7 @@ class GraphTests(MixerSettings):
 
     def test_the_graph_equals_torch(self) -> None:
         """The ONNX graph of two layers gives torch's logits and states, in one call, in two or by token."""
-        if self.entry.write is None:
+        if not self._has_graph():
             return
         for layer, model_config in self.layers():
             model = self._model(layer, model_config)
@@ -39,7 +52,7 @@ class GraphTests(MixerSettings):
 
     def test_a_cache_in_place_is_read_up_to_the_position(self) -> None:
         """The graph of a cache that may be longer than what was read ignores what lies behind."""
-        if self.entry.write is None or not self.entry.cache_in_place:
+        if not self.entry.cache_in_place or not self._has_graph():
             return
         for layer, model_config in self.layers():
             model = self._model(layer, model_config)
@@ -49,6 +62,35 @@ class GraphTests(MixerSettings):
             cuts = [0, 9, *range(10, 21)]
             found, _ = self._run(self._graph(model), model, tokens, cuts, past=model_config.max_seq_len)
             require_close("logits", found, logits)
+
+    def test_the_quantised_graph_is_close(self) -> None:
+        """The int8 graph runs, is close to the one in fp32, and is smaller by the predicted bytes."""
+        if not self._has_graph():
+            return
+        from space.onnx.quantise import quantise
+
+        layer, model_config = next(iter(self.layers()))
+        model = self._model(layer, model_config)
+        plain, small = self._graph(model), quantise(self._graph(model), "int8")
+        tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (1, 24))
+        found, expected = (self._run(graph, model, tokens, [0, 24], past=0)[0] for graph in (small, plain))
+        error = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+        require(error <= INT8_TOLERANCE, f"logits in int8: relative error {error:.3g}")
+        saved = sum(
+            count * (op_weight_bytes(op, model_config) - op_weight_bytes(op, model_config, "int8"))
+            for op, count in count_ops(model.architecture).items()
+        )
+        smaller = _weight_bytes(plain) - _weight_bytes(small)
+        require(
+            smaller == saved,
+            f"int8 saves {smaller} bytes, but {saved} by projections, matrices and output: "
+            "these are not the matrices that the graph multiplies with",
+        )
+
+    def _has_graph(self) -> bool:
+        """False for a mixer whose suite allows that it has no writer."""
+        require(self.entry.write is not None or not self.needs_graph, "write is missing (see needs_graph)")
+        return self.entry.write is not None
 
     def _model(self, layer: Layer, model_config: ModelConfig) -> Model:
         """The mixer twice with different weights, so that a constant of both is noticed, and an FFN."""

@@ -48,6 +48,7 @@ class MixerSettings:
         model_configs: the settings that it is tested with.
         width: of the residual stream.
         window: of a windowed mixer.
+        needs_graph: a mixer without an ONNX writer fails; False allows one that runs in torch only.
     """
 
     mixer: ClassVar[str]
@@ -56,6 +57,7 @@ class MixerSettings:
     )
     width: ClassVar[int] = 48
     window: ClassVar[int] = 8
+    needs_graph: ClassVar[bool] = True
 
     @property
     def entry(self) -> Mixer:
