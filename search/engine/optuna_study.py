@@ -148,8 +148,8 @@ class Projection:
         self.count += len(lacking)
 
 
-def open_study(path: Path, name: str, objectives: Sequence[str], space: str) -> Projection:
-    """The study of a search, whose journal is repaired first.
+def open_projection(path: Path, name: str, objectives: Sequence[str], space: str) -> Projection:
+    """The projection of a search onto its study, whose journal is repaired first.
 
     Args:
         path: the journal; made if it does not exist.

@@ -20,7 +20,7 @@ from search.engine.evaluations import EVALUATIONS, Record, genomes_of
 from search.engine.evaluator import EvaluateMany, Failed, Machine, Outcome, make_quality, quality_value
 from search.engine.front import Front
 from search.engine.make_front import make_front
-from search.engine.optuna_study import open_study
+from search.engine.optuna_study import open_projection
 from search.problem.feasibility import check_feasible
 from search.problem.limit import ROUNDING_TOLERANCE
 from search.problem.milp import feasible
@@ -114,11 +114,12 @@ class Search:
             InputError: the record belongs to a search with other inputs, or every evaluation failed.
         """
         self.check()
-        table = self.evolve(evaluate_many, report)
-        members = self._members(table, evaluate_many, report)
-        failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
-        front = make_front(self.problem, self.config, members, table, failed, self.inputs)
-        front.write(self.folder / "front.json")
+        with sole_writer(self.folder):
+            table = self._evolve(evaluate_many, report)
+            members = self._members(table, evaluate_many, report)
+            failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
+            front = make_front(self.problem, self.config, members, table, failed, self.inputs)
+            front.write(self.folder / "front.json")
         return front
 
     def evolve(self, evaluate_many: EvaluateMany, report: Report | None = None) -> pd.DataFrame:
@@ -133,30 +134,24 @@ class Search:
 
     def _evolve(self, evaluate_many: EvaluateMany, report: Report | None) -> pd.DataFrame:
         problem = self.problem
-        path = self.folder / "study.log"
-        study = open_study(path, self.folder.name, problem.names, problem.space.hash)
+        recorded = [self._recorded(f"{generation:04d}") for generation in range(self.generations)]
+        path = self.folder / "study.log"  # opened only after the record is known to be of this search
+        projection = open_projection(path, self.folder.name, problem.names, problem.space.hash)
         strategy = make_strategy(self.config.strategy, self._task())
         earlier = self._earlier_evaluations()
         if strategy.accepts_foreign_evaluations:
-            for part in earlier:
-                strategy.tell(genomes_of(part), self._objectives(part))
+            for evaluations in earlier:
+                strategy.tell(genomes_of(evaluations), self._objectives(evaluations))
         parts: list[pd.DataFrame] = []
-        for generation in range(self.generations):
-            recorded = self.record.read(f"{generation:04d}")
-            part = (
-                self._generation(generation, strategy, evaluate_many, report)
-                if recorded is None
-                else recorded
-            )
-            if recorded is None:
+        for generation, part in enumerate(recorded):
+            if part is None:
+                part = self._generation(generation, strategy, evaluate_many, report)
                 self.record.write(f"{generation:04d}", part)
             self._remember(part, "search")
-            if recorded is not None:
-                self._compare_machine(part)
             if not len(part):  # no further architecture keeps the limits
                 break
             strategy.tell(genomes_of(part), self._objectives(part))
-            study.add(problem.space, part, problem.names, sum(map(len, parts)))
+            projection.add(problem.space, part, problem.names, sum(map(len, parts)))
             parts.append(part)
         return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
 
@@ -275,6 +270,13 @@ class Search:
                 Failed(row["failed"]) if row["failed"] else make_quality(values)
             )
 
+    def _recorded(self, name: str) -> pd.DataFrame | None:
+        """A part of the record; None if it was not evaluated."""
+        part = self.record.read(name)
+        if part is not None:
+            self._compare_machine(part)
+        return part
+
     def _compare_machine(self, part: pd.DataFrame) -> None:
         """Warn, once, of a part of the record that another machine evaluated."""
         here = Machine.here()
@@ -292,15 +294,13 @@ class Search:
         """The non-dominated part, sorted by the objectives, of the best after their re-evaluations."""
         last = self.generations - 1
         for stage, count in self.reevaluated.items():
-            part = self.record.read(stage)
+            part = self._recorded(stage)
             if part is None:
                 part = self._evaluate(self._candidates(table, count), evaluate_many, stage, last, report)
                 if not np.isfinite(self._objectives(part)).all(axis=1).any():
                     reason = part["failed"].iloc[0]
                     raise InputError(f"search: every re-evaluation failed: {reason}")
                 self.record.write(stage, part)
-            else:
-                self._compare_machine(part)
             table = part
             self.failed += [part[part["failed"] != ""]]
         self._candidates(table, 1)  # refuses a table without any

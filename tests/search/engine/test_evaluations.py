@@ -10,7 +10,7 @@ import pytest
 
 from search.config import load_run_config
 from search.engine.evaluations import EVALUATIONS, genomes_of
-from search.engine.optuna_study import open_study, summary_params
+from search.engine.optuna_study import open_projection, summary_params
 from space import InputError, genome
 from space.io.parquet import read_table
 
@@ -69,7 +69,7 @@ def test_dashboard_opens_the_study_and_draws_its_plots(folder: Path) -> None:
 
 def test_trials_equal_the_record(folder: Path, run_folder: Path) -> None:
     space = load_run_config(run_folder / "run" / "config.yaml").space
-    study = open_study(folder / "study.log", "desk", objectives_of(folder), space.hash).study
+    study = open_projection(folder / "study.log", "desk", objectives_of(folder), space.hash).study
     part, _ = read_table(folder / "evaluations" / "part-0001.parquet", EVALUATIONS)
     trials = study.get_trials()[8:16]
     for trial, row, architecture in zip(
@@ -86,6 +86,6 @@ def test_trials_equal_the_record(folder: Path, run_folder: Path) -> None:
 
 def test_study_of_another_space_or_other_objectives_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="made for space"):
-        open_study(folder / "study.log", "desk", objectives_of(folder), "0" * 64)
+        open_projection(folder / "study.log", "desk", objectives_of(folder), "0" * 64)
     with pytest.raises(InputError, match="objectives are"):
-        open_study(folder / "study.log", "desk", ["loss", "params"], "0" * 64)
+        open_projection(folder / "study.log", "desk", ["loss", "params"], "0" * 64)

@@ -10,7 +10,7 @@ import pytest
 from search.engine.config import SearchConfig
 from search.engine.evaluations import EVALUATIONS, Record
 from search.engine.evaluator import Failed, Machine, Outcome, attempt
-from search.engine.optuna_study import open_study
+from search.engine.optuna_study import open_projection
 from search.engine.search import Search
 from search.engine.supernet_evaluator import evaluator
 from search.engine.workers import pool
@@ -70,7 +70,7 @@ def test_search_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     assert [item.key for item in front.failed] == [genome.largest(space).key]
     assert front.failed[0].reason.startswith("ValueError: no weights")
     assert front.evaluations == 18
-    study = open_study(tmp_path / "study.log", tmp_path.name, ["loss", "params"], space.hash).study
+    study = open_projection(tmp_path / "study.log", tmp_path.name, ["loss", "params"], space.hash).study
     states = [trial.state for trial in study.get_trials()]
     assert states.count(optuna.trial.TrialState.FAIL) == 1
     assert len(states) == 18

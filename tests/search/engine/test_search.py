@@ -173,10 +173,10 @@ def test_no_architecture_is_evaluated_twice(finished_run: Path) -> None:
 
 
 def test_study_equals_the_record(run_folder: Path) -> None:
-    from search.engine.optuna_study import open_study
+    from search.engine.optuna_study import open_projection
 
     folder = run_folder / "run" / "searches" / "desk"
-    study = open_study(
+    study = open_projection(
         folder / "study.log", "desk", ["loss", "latency:prefill@64"], load_space_of(run_folder).hash
     ).study
     table, _ = read_table(folder / "evaluations" / "part-0000.parquet", EVALUATIONS)
@@ -196,7 +196,7 @@ def test_truncated_journal_is_repaired(tmp_path: Path, lock: bool) -> None:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    from search.engine.optuna_study import open_study
+    from search.engine.optuna_study import open_projection
 
     path = tmp_path / "study.log"
 
@@ -204,7 +204,7 @@ def test_truncated_journal_is_repaired(tmp_path: Path, lock: bool) -> None:
         """As anyone opens it, with Optuna alone."""
         return optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(path))))
 
-    open_study(path, "s", ["loss"], "space")
+    open_projection(path, "s", ["loss"], "space")
     for value in (1.0, 2.0):
         plainly().add_trial(optuna.trial.create_trial(values=[value]))
     data = path.read_bytes()
@@ -213,10 +213,10 @@ def test_truncated_journal_is_repaired(tmp_path: Path, lock: bool) -> None:
         path.write_bytes(data[:-cut])
         if lock:
             (tmp_path / "study.log.lock").touch()
-        again = open_study(path, "s", ["loss"], "space")
+        again = open_projection(path, "s", ["loss"], "space")
         assert [t.values[0] for t in again.study.get_trials()] == [1.0]
         plainly().add_trial(optuna.trial.create_trial(values=[3.0]))
-        assert open_study(path, "s", ["loss"], "space").count == 2
+        assert open_projection(path, "s", ["loss"], "space").count == 2
 
 
 def test_record_of_another_search_is_refused(run_folder: Path, call: Program) -> None:
