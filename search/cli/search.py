@@ -113,10 +113,10 @@ def search(
     for each in device:
         load_card(context.obj, each)
     # Limits that cannot be met are refused before torch is imported, which takes seconds.
-    from search.engine.devices import open_targets
+    from search.engine.devices import open_devices
 
     bars = Bars()
-    cards, predictors = open_targets(context.obj, device, run_config.space, run_config.profile, config, bars)
+    cards, predictors = open_devices(context.obj, device, run_config.space, run_config.profile, config, bars)
 
     from search.config import Run
     from search.select.measured_search import require_kept

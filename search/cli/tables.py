@@ -21,9 +21,9 @@ def limit_table(limits: "Sequence[LimitResult]") -> "Table":
     """
     rows = [
         [
-            item.limit.limit,
-            item.limit.format(item.limit.bound),
-            "-" if item.found is None else item.limit.format(item.found),
+            item.bounded.text,
+            item.bounded.format(item.bounded.bound),
+            "-" if item.found is None else item.bounded.format(item.found),
             "-" if item.used is None else f"{100 * item.used:.1f}%",
             item.status,
         ]

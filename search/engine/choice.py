@@ -59,19 +59,32 @@ class BoundedLimit:
     """A limit with its bound in base units.
 
     Attributes:
-        limit: the user's text, such as ``decode@256<=60%``.
+        text: the limit as given, such as ``decode@256<=60%``.
         bound: in ``unit``.
         unit: the metric's base unit, such as ``seconds``, ``bytes`` or ``parameters``.
     """
 
-    limit: str
+    text: str
     bound: float
     unit: str
 
     @property
     def parsed(self) -> Limit:
         """The limit as a value."""
-        return Limit.parse(self.limit)
+        return Limit.parse(self.text)
+
+    def to_json(self) -> JsonObject:
+        """The JSON object; the text is its ``limit``."""
+        return {"limit": self.text, "bound": self.bound, "unit": self.unit}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "BoundedLimit":
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            value: the JSON object; other keys are ignored.
+        """
+        return BoundedLimit(text=value["limit"], bound=value["bound"], unit=value["unit"])
 
     def format(self, value: float) -> str:
         """A value of the limited metric for people, such as ``3.21 ms``.
@@ -120,7 +133,7 @@ class Choice:
     def to_json(self) -> JsonObject:
         """The JSON object; fields that are None are left out."""
         value: JsonObject = {
-            "limits": [dict(vars(limit)) for limit in self.limits],
+            "limits": [limit.to_json() for limit in self.limits],
             "confidence": self.confidence,
             "predicted": self.predicted and self.predicted.to_json(),
             "loss_nats": self.loss_nats,
@@ -138,7 +151,7 @@ class Choice:
         return read_record(
             Choice,
             value,
-            limits=tuple_of(lambda item: BoundedLimit(**item)),
+            limits=tuple_of(BoundedLimit.from_json),
             predicted=lambda item: Prediction.from_json(item) if item else None,
             picked=lambda item: FamilyPick(**item),
         )

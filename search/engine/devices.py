@@ -15,7 +15,7 @@ from space import InputError, Space
 from space.io.progress import Reporter
 
 
-def open_targets(
+def open_devices(
     devices: Path,
     names: Sequence[str],
     space: Space,
@@ -23,7 +23,9 @@ def open_targets(
     config: SearchConfig,
     reporter: Reporter,
 ) -> tuple[dict[str, Card], dict[str, Predictor]]:
-    """The cards of devices and their predictors of a space, by name; refuses limits that cannot be met.
+    """The cards of devices and their predictors of a space, by name.
+
+    It refuses limits that no architecture keeps according to the predictors, before torch is imported.
 
     Args:
         devices: the folder of the cards.

@@ -147,7 +147,7 @@ class Front:
             "evaluations": self.evaluations,
             "failed": [dict(vars(item)) for item in self.failed],
             "surrogate": {name: dict(vars(item)) for name, item in self.surrogate.items()},
-            "limits": [dict(vars(item)) for item in self.limits],
+            "limits": [item.to_json() for item in self.limits],
             "picks": dict(self.picks),
             "members": [member.to_json() for member in self.members],
         }
@@ -165,7 +165,7 @@ class Front:
             objectives=tuple,
             failed=tuple_of(lambda item: FailedEvaluation(**item)),
             surrogate=mapping_of(lambda item: SurrogateAgreement(**item)),
-            limits=tuple_of(lambda item: BoundedLimit(**item)),
+            limits=tuple_of(BoundedLimit.from_json),
             members=tuple_of(Member.from_json),
         )
 

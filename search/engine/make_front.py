@@ -50,7 +50,7 @@ def make_front(
         ),
         surrogate=surrogate_agreement(evaluated, problem.qualities),
         limits=tuple(
-            BoundedLimit(limit=c.limit.text, bound=c.bound, unit=c.limit.metric.unit.name)
+            BoundedLimit(text=c.limit.text, bound=c.bound, unit=c.limit.metric.unit.name)
             for c in problem.constraints()
         ),
         picks=picks(members, problem),
@@ -98,7 +98,7 @@ def predictions(problem: Problem, architecture: Architecture) -> Prediction:
     row = genome.encode(problem.space, [architecture])
     latency = {}
     for device, predictor in problem.predictors.items():
-        limited = [limit.workload for limit in problem.limits if problem.timed(limit) == device]
+        limited = [limit.workload for limit in problem.limits if problem.timed_device(limit) == device]
         latency[device] = {
             str(w): LatencyPrediction(
                 latency_ms=1e3 * float(predictor.cost(w)(row)[0]),

@@ -150,11 +150,11 @@ class LimitResult:
     """A limit beside the measured value.
 
     Attributes:
-        limit: the user's limit with its bound in base units.
+        bounded: the user's limit with its bound in base units.
         found: the measured or counted value in the same unit; None if it was not measured.
     """
 
-    limit: BoundedLimit
+    bounded: BoundedLimit
     found: float | None
 
     @property
@@ -162,7 +162,7 @@ class LimitResult:
         """``kept``, ``missed`` or ``UNMEASURED``."""
         if self.found is None:
             return UNMEASURED
-        return "kept" if within(self.found, self.limit.bound) else "missed"
+        return "kept" if within(self.found, self.bounded.bound) else "missed"
 
     @property
     def missed(self) -> bool:
@@ -172,17 +172,17 @@ class LimitResult:
     @property
     def used(self) -> float | None:
         """The measured value as a share of the bound; None if it was not measured."""
-        return None if self.found is None else self.found / self.limit.bound
+        return None if self.found is None else self.found / self.bounded.bound
 
     def to_json(self) -> JsonObject:
         """The JSON object, with ``status`` and, if it was measured, ``used``."""
-        value = {**vars(self.limit), "found": self.found, "status": self.status}
+        value = {**self.bounded.to_json(), "found": self.found, "status": self.status}
         return value if self.found is None else {**value, "used": self.used}
 
     @staticmethod
     def from_json(value: JsonObject) -> "LimitResult":
         """The inverse of :meth:`to_json`."""
-        return read_record(LimitResult, {**value, "limit": read_record(BoundedLimit, value)})
+        return read_record(LimitResult, {**value, "bounded": BoundedLimit.from_json(value)})
 
 
 def describe_unmeasured(limits: Sequence[LimitResult], choice: Choice, device: str) -> str:
@@ -194,7 +194,7 @@ def describe_unmeasured(limits: Sequence[LimitResult], choice: Choice, device: s
         device: that was measured on.
     """
     parts = [
-        f"{item.limit.limit} ({_unmeasured_reason(item.limit.parsed, choice, device)})"
+        f"{item.bounded.text} ({_unmeasured_reason(item.bounded.parsed, choice, device)})"
         for item in limits
         if item.found is None
     ]
@@ -205,9 +205,9 @@ def _unmeasured_reason(limit: Limit, choice: Choice, device: str) -> str:
     metric, limited = limit.metric, choice.device_of(limit, device)
     if metric.needs_device and limited != device:
         return f"it is on device {limited}"
-    if metric.measured_by == "rss":
+    if metric.measurement == "rss":
         return "kits and some runtimes cannot measure rss"
-    if metric.measured_by == "latency":
+    if metric.measurement == "latency":
         return f"{limit.workload} was not timed on {device}"
     return f"the metric {metric.name} has no measurement"
 
@@ -241,7 +241,7 @@ class Verification:
     @property
     def missed(self) -> tuple[str, ...]:
         """The limits that were missed, as the user wrote them."""
-        return tuple(item.limit.limit for item in self.limits if item.missed)
+        return tuple(item.bounded.text for item in self.limits if item.missed)
 
     @property
     def passed(self) -> bool:

@@ -92,8 +92,9 @@ class Metric:
             the same for every workload.
         options: of the workload that limits may give: ``batch``, ``threads``, ``precision``.
         needs_device: the cost depends on a device's predictor, and is known for certain only when measured.
-        measured_by: the measurement at verification: ``latency`` or ``rss`` on the device, or
-            ``measured_by(architecture, model_config, workload)`` in base units; None: limits stay unmeasured.
+        measurement: the value that verification measures on the device: ``latency`` or ``rss``; None: none.
+        count: ``count(architecture, model_config, workload)`` gives the value at verification, in base units,
+            of a metric that need not be measured. Limits on a metric with neither stay unmeasured.
         quantity: the name in objectives of the form ``QUANTITY:WORKLOAD``; the metric's name where it is "".
     """
 
@@ -103,25 +104,14 @@ class Metric:
     phase: str | None = None
     options: tuple[str, ...] = ("batch", "threads", "precision")
     needs_device: bool = False
-    measured_by: Literal["latency", "rss"] | CountFunction | None = None
+    measurement: Literal["latency", "rss"] | None = None
+    count: CountFunction | None = None
     quantity: str = ""
 
     @property
     def form(self) -> str:
         """The metric as limits name it: ``decode@N``, ``params``."""
         return self.name if self.phase is None else f"{self.name}@N"
-
-    def count(
-        self, architecture: Architecture, model_config: ModelConfig, workload: Workload | None
-    ) -> float | None:
-        """The value of one architecture in base units; None where it has to be measured on a device.
-
-        Args:
-            architecture: a sub-model's.
-            model_config: the sub-model's.
-            workload: None for a metric without one.
-        """
-        return self.measured_by(architecture, model_config, workload) if callable(self.measured_by) else None
 
 
 BUILTIN_METRICS = ("prefill", "decode", "memory", "rss", "params")
@@ -213,7 +203,7 @@ for _phase in PHASES:
             phase=_phase,
             needs_device=True,
             cost=_latency_cost,
-            measured_by="latency",
+            measurement="latency",
         )
     )
 register_metric(
@@ -223,10 +213,10 @@ register_metric(
         phase="prefill",  # of N tokens at once
         options=("batch", "precision"),
         cost=_memory_cost,
-        measured_by=_memory_bytes,
+        count=_memory_bytes,
     )
 )
 register_metric(
-    Metric(name="rss", unit=BYTES, phase="prefill", needs_device=True, cost=_rss_cost, measured_by="rss")
+    Metric(name="rss", unit=BYTES, phase="prefill", needs_device=True, cost=_rss_cost, measurement="rss")
 )
-register_metric(Metric(name="params", unit=PARAMETERS, options=(), cost=_params_cost, measured_by=_params))
+register_metric(Metric(name="params", unit=PARAMETERS, options=(), cost=_params_cost, count=_params))

@@ -103,13 +103,13 @@ class Problem:
             raise InputError(f"device {found or 'is missing'}: not among those given ({known})")
         return found
 
-    def timed(self, limit: Limit) -> str | None:
+    def timed_device(self, limit: Limit) -> str | None:
         """The device whose latency a limit bounds; None for a limit on another metric.
 
         Args:
             limit: one of the problem's or another.
         """
-        return self.device(limit.device) if limit.metric.measured_by == "latency" else None
+        return self.device(limit.device) if limit.metric.measurement == "latency" else None
 
     def limit_cost(
         self, limit: Limit, predictors: "Mapping[str, Predictor]", confidence: float | None

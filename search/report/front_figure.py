@@ -126,7 +126,7 @@ def limit_of(front: Front, axis: Axis) -> tuple[str, float] | None:
         workload = "" if limit.workload is None else str(limit.workload)
         same_device = not limit.metric.needs_device or (limit.device or first) == axis.device
         if quantity == axis.quantity and workload == axis.workload and same_device:
-            return item.limit, item.bound * axis.scale
+            return item.text, item.bound * axis.scale
     return None
 
 

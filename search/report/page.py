@@ -69,8 +69,8 @@ def limits_in_words(limits: Sequence[LimitResult]) -> str:
     Args:
         limits: with their measured values.
     """
-    missed = [item.limit.limit for item in limits if item.missed]
-    unknown = [item.limit.limit for item in limits if item.status == UNMEASURED]
+    missed = [item.bounded.text for item in limits if item.missed]
+    unknown = [item.bounded.text for item in limits if item.status == UNMEASURED]
     every = {0: "under no limits", 1: "keeps its limit", 2: "keeps both limits"}
     if missed:
         return f"misses {' and '.join(missed)}"
@@ -86,7 +86,7 @@ def shown(metric: Metric | str, value: float) -> str:
         metric: or its name, or ``latency``.
         value: in base units.
     """
-    if metric != "latency" and (isinstance(metric, str) or metric.measured_by != "latency"):
+    if metric != "latency" and (isinstance(metric, str) or metric.measurement != "latency"):
         return format_quantity(metric, value)
     return f"{1e3 * value:,.0f}\u00a0ms" if value >= 0.1 else f"{1e3 * value:#.3g}\u00a0ms"
 
@@ -139,13 +139,13 @@ def limit_bars(limits: Sequence[LimitResult]) -> str:
     """
     bars = []
     for item in limits:
-        metric = item.limit.parsed.metric
-        status, used, bound = escape(item.status), item.used or 0.0, shown(metric, item.limit.bound)
+        metric = item.bounded.parsed.metric
+        status, used, bound = escape(item.status), item.used or 0.0, shown(metric, item.bounded.bound)
         text = f"{bound} at most"
         if item.found is not None:
             text = f"{shown(metric, item.found)} of {bound}, {100 * used:.1f}% used"
         bars.append(
-            f'<div class="limit"><div><code>{escape(item.limit.limit)}</code>'
+            f'<div class="limit"><div><code>{escape(item.bounded.text)}</code>'
             f'<span>{text}, <span class="{status}">{status}</span></span></div>'
             f'<span class="bar"><i class="{status}" style="width:{100 * min(used, 1):.1f}%"></i></span></div>'
         )

@@ -21,7 +21,7 @@ from search.select.measurements import (
     MeasuredFinalist,
     MeasuredSearch,
     Round,
-    best_kept,
+    choose_finalist,
 )
 from search.select.verifier import Verifier
 from search.submodel.verify import require_card_is_here
@@ -121,7 +121,7 @@ class _Rounds:
                 finalists=tuple(measured),
             )
         )
-        best = best_kept(self.store.used, self.quality)
+        best = choose_finalist(self.store.used, self.quality)
         settled = best.passed and TARGET_USE <= best.used <= 1 - SAFETY_MARGIN
         measurable = any(item.parsed.metric.needs_device for item in front.limits)
         return bool(measured) and measurable and not settled
@@ -146,7 +146,7 @@ class _Rounds:
         }
         result = MeasuredSearch(
             device=self.verifier.card.name,
-            chosen=best_kept(self.store.used, self.quality),
+            chosen=choose_finalist(self.store.used, self.quality),
             rounds=tuple(self.done),
             inputs=inputs,
         )
@@ -192,7 +192,9 @@ def require_kept(measured: MeasuredSearch) -> None:
         return
     chosen = measured.chosen
     missed = ", ".join(
-        f"{item.limit.limit} ({100 * (item.used or 0.0):.1f}% of it)" for item in chosen.limits if item.missed
+        f"{item.bounded.text} ({100 * (item.used or 0.0):.1f}% of it)"
+        for item in chosen.limits
+        if item.missed
     )
     count = sum(len(one.finalists) for one in measured.rounds)
     if not missed:

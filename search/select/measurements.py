@@ -76,7 +76,7 @@ class MeasuredFinalist:
             rss_bytes=verification.rss_bytes,
             limits=verification.limits,
             used=(tightest.used or 0.0) if tightest else 0.0,
-            tightest=tightest.limit.limit if tightest else None,
+            tightest=tightest.bounded.text if tightest else None,
             passed=verification.passed,
             choice=choice,
         )
@@ -108,7 +108,7 @@ class MeasuredFinalist:
 
 def is_measured(result: LimitResult) -> bool:
     """True for a limit on a cost that only measuring on the device decides."""
-    return result.limit.parsed.metric.needs_device
+    return result.bounded.parsed.metric.needs_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +264,7 @@ class FinalistStore:
         return genome.encode(space, [f.member.architecture for f in self.used]), seconds, peak
 
 
-def best_kept(finalists: Sequence[MeasuredFinalist], quality: str) -> MeasuredFinalist:
+def choose_finalist(finalists: Sequence[MeasuredFinalist], quality: str) -> MeasuredFinalist:
     """The best finalist that keeps the limits with a safety margin, or else the closest to that.
 
     Args:

@@ -17,7 +17,7 @@ from latency import Predictor
 from search.config import Run
 from search.engine.choice import BoundedLimit, Choice, FamilyPick
 from search.engine.config import SearchConfig
-from search.engine.devices import open_targets
+from search.engine.devices import open_devices
 from search.engine.make_front import predictions
 from search.problem.limit import Constraint, Limit, within
 from search.problem.problem import Problem
@@ -53,7 +53,7 @@ def select_by_limit(
     predictors = {}
     if name:
         profile = run.config.profile
-        predictors = open_targets(run.devices, [name], run.space, profile, config, reporter)[1]
+        predictors = open_devices(run.devices, [name], run.space, profile, config, reporter)[1]
     return mix_and_match(base, mix_problem(run.space, predictors, config.confidence), limit)
 
 
@@ -124,7 +124,7 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> Selecti
         raise InfeasibleError(_why_not(space, base, constraint, rows, costs))
     architecture = genome.decode(space, rows[kept[-1:]])[0]
     choice = Choice(
-        limits=(BoundedLimit(limit=limit.text, bound=constraint.bound, unit=limit.metric.unit.name),),
+        limits=(BoundedLimit(text=limit.text, bound=constraint.bound, unit=limit.metric.unit.name),),
         confidence=problem.confidence,
         predicted=predictions(problem, architecture),
         picked=FamilyPick(how=RULE, base=base.key, family=len(rows)),

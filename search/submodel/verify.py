@@ -144,7 +144,7 @@ def measure_rss(submodel: SubModel, card: Card) -> dict[str, int]:
         card: the device's; nothing is measured if its runtime cannot measure memory.
     """
     limits = [item.parsed for item in Choice.from_json(submodel.chosen).limits]
-    workloads = [limit.workload for limit in limits if limit.metric.measured_by == "rss" and limit.workload]
+    workloads = [limit.workload for limit in limits if limit.metric.measurement == "rss" and limit.workload]
     runtime = open_card_runtime(card)
     if not workloads or not runtime.supports_rss:
         return {}
@@ -173,13 +173,15 @@ def judge(
         metric, workload = limit.metric, str(limit.workload)
         if metric.needs_device and choice.device_of(limit, device) != device:
             return None
-        if metric.measured_by == "rss":
+        if metric.measurement == "rss":
             return rss.get(workload)
-        if metric.measured_by == "latency":
+        if metric.measurement == "latency":
             return measured[workload].latency_ms / 1e3 if workload in measured else None
+        if metric.count is None:
+            return None
         return metric.count(submodel.architecture, submodel.model_config, limit.workload)
 
-    return tuple(LimitResult(limit=item, found=value(item)) for item in choice.limits)
+    return tuple(LimitResult(bounded=item, found=value(item)) for item in choice.limits)
 
 
 def verify(

@@ -16,4 +16,4 @@ def make_member(number: int, loss: float = 1.0) -> Member:
 
 def limit_result(text: str, bound: float, found: float | None) -> LimitResult:
     """A limit with its measured value."""
-    return LimitResult(limit=BoundedLimit(limit=text, bound=bound, unit=""), found=found)
+    return LimitResult(bounded=BoundedLimit(text=text, bound=bound, unit=""), found=found)

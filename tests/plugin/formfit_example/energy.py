@@ -33,5 +33,5 @@ def count(architecture: Architecture, model_config: ModelConfig, workload: Workl
 
 
 register_metric(
-    Metric(name="energy", unit=JOULES, phase="decode", options=("batch",), cost=cost, measured_by=count)
+    Metric(name="energy", unit=JOULES, phase="decode", options=("batch",), cost=cost, count=count)
 )

@@ -34,7 +34,7 @@ def front() -> Front:
         evaluations=3,
         failed=(FailedEvaluation(key="abc", reason="ValueError: no"),),
         surrogate={"loss": SurrogateAgreement(evaluations=3, spearman=0.5)},
-        limits=(BoundedLimit(limit="decode@64<=2ms", bound=0.002, unit="seconds"),),
+        limits=(BoundedLimit(text="decode@64<=2ms", bound=0.002, unit="seconds"),),
         picks={"best": best.key, "knee": best.key, "fastest": fastest.key},
         members=(best, fastest),
         inputs={"space": "0" * 64},

@@ -42,7 +42,7 @@ def storage_metric(monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr(METRICS, "_values", dict(METRICS._values))
     unit = Unit(name="crates", parsed={"crate": 1.0, "kcrate": 1e3}, printed=(" crates", " kcrates"))
-    register_metric(Metric(name="storage", unit=unit, phase="decode", cost=cost, measured_by=count))
+    register_metric(Metric(name="storage", unit=unit, phase="decode", cost=cost, count=count))
     return "storage"
 
 

@@ -98,7 +98,7 @@ def test_page_is_self_contained_and_complete(reported: Path) -> None:
     assert [i for i in page.ids if i.startswith("figure-")] == [f"figure-{name}" for name in FIGURES]
     assert headline(front, summary) in html.unescape(source)
     for item in summary.limits:
-        assert item.limit.limit in page.text
+        assert item.bounded.text in page.text
         assert item.status in page.text
     for value in summary.verified.values():
         assert value.key in page.text
@@ -315,8 +315,8 @@ def test_parts_of_the_front(reported: Path) -> None:
     _, front, summary, _ = artefacts(reported)
     axis = axis_of(front)
     found = limit_of(front, axis)
-    item = next(i for i in front.limits if i.limit.startswith("prefill"))
-    assert found == (item.limit, pytest.approx(1e3 * item.bound))
+    item = next(i for i in front.limits if i.text.startswith("prefill"))
+    assert found == (item.text, pytest.approx(1e3 * item.bound))
     assert limit_of(front, axis._replace(device="elsewhere")) is None
     picks = picked_members(summary)
     assert {v.key for v in picks.values()} == {

@@ -13,7 +13,7 @@ from latency.predictor.predictor import RUN_SPREAD, Predictor
 from search.config import load_run_config
 from search.engine.choice import Choice
 from search.select.measured_search import TARGET_USE, require_kept
-from search.select.measurements import MeasuredFinalist, MeasuredSearch, Round, best_kept
+from search.select.measurements import MeasuredFinalist, MeasuredSearch, Round, choose_finalist
 from space import LimitMissedError, Workload, genome, variation
 from space.io.errors import ParityError
 from tests.conftest import Program
@@ -137,9 +137,9 @@ def finalist(number: int, loss: float, used: float, *, passed: bool = True) -> M
 def test_chosen_finalist_is_the_best_with_a_safety_margin() -> None:
     a, b, c = finalist(1, 1.0, 0.99), finalist(2, 1.2, 0.95), finalist(3, 1.1, 0.97)
     d, e = finalist(4, 0.9, 1.1, passed=False), finalist(5, 0.8, 1.05, passed=False)
-    assert best_kept([a, b, c, d], "loss") == c
-    assert best_kept([a, d], "loss") == a
-    assert best_kept([d, e], "loss") == e
+    assert choose_finalist([a, b, c, d], "loss") == c
+    assert choose_finalist([a, d], "loss") == a
+    assert choose_finalist([d, e], "loss") == e
 
 
 def test_finalist_that_misses_a_limit_or_parity_is_refused() -> None:

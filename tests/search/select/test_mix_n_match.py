@@ -134,7 +134,7 @@ def test_largest_member_within_the_limit_is_selected(space: Space, metric: str) 
             assert found.architecture == kept[-1]
             unit = "parameters" if metric == "params" else "bytes"
             assert found.choice == Choice(
-                limits=(BoundedLimit(limit=limit.text, bound=bound, unit=unit),),
+                limits=(BoundedLimit(text=limit.text, bound=bound, unit=unit),),
                 confidence=0.975,
                 predicted=Prediction(params=params(found.architecture, space.config), latency={}),
                 picked=FamilyPick(how="mix'n'match", base=base.key, family=len(members)),
@@ -180,7 +180,7 @@ def test_percentage_is_of_the_largest_architecture() -> None:
                 assert params(found.architecture, SMALL.config) == kept[-1]
                 assert found.choice is not None
                 (bounded,) = found.choice.limits
-                assert (bounded.limit, bounded.unit) == (f"params<={percent}%", "parameters")
+                assert (bounded.text, bounded.unit) == (f"params<={percent}%", "parameters")
                 assert bounded.bound == pytest.approx(whole * percent / 100)
             else:
                 with pytest.raises(

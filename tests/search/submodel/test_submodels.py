@@ -9,7 +9,7 @@ import pytest
 from latency import load_card, load_predictor
 from search.config import load_run_config
 from search.engine.config import SearchConfig, precision_of
-from search.engine.devices import open_targets
+from search.engine.devices import open_devices
 from search.submodel.decoder import Decoder
 from search.submodel.verify import evaluation_data, graph_loss
 from space import InputError, genome
@@ -198,7 +198,7 @@ def test_a_precision_that_was_not_profiled_names_the_command(run_folder: Path) -
     config = load_run_config(run_folder / "run" / "config.yaml")
     asked = SearchConfig(limits=("decode@64,precision=int8-dynamic<=60%",))
     with pytest.raises(InputError, match="--device desk --precision int8-dynamic` makes it"):
-        open_targets(run_folder / "devices", ["desk"], config.space, config.profile, asked, Quiet())
+        open_devices(run_folder / "devices", ["desk"], config.space, config.profile, asked, Quiet())
 
 
 def test_a_limit_as_a_pick_mixes_the_ffns(formfit: Program, run_folder: Path) -> None:
