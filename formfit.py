@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from latency.profiling import profile
     from latency.runtimes.registry import register_runtime
     from search.engine.config import SearchConfig
+    from search.engine.entry import run_search
     from search.engine.front import Front, Member
-    from search.engine.run import run_search
     from search.problem.limit import Limit
     from search.problem.metric import Metric, register_metric
     from search.problem.objective import Objective, register_objective
@@ -112,7 +112,7 @@ _MODULE_OF = {
     "register_objective": "search.problem.objective",
     "register_runtime": "latency.runtimes.registry",
     "register_strategy": "search.strategies.registry",
-    "run_search": "search.engine.run",
+    "run_search": "search.engine.entry",
     "train": "supernet.training.train",
     "verify": "search.submodel.verify",
 }

@@ -38,7 +38,7 @@ from latency.predictor.composition import OpTimes
 from latency.predictor.fit import MeasuredModels, fit_predictor
 from latency.predictor.op_latencies import fit_op_latencies
 from search.engine.config import SearchConfig
-from search.engine.run import search_supernet
+from search.engine.entry import search_supernet
 from search.submodel.export import export
 from space import InputError, Space, Workload, genome, variation
 from space.cost import op_flops, op_params

@@ -25,7 +25,7 @@ _MODULE_OF = {
     "Objective": "search.problem.objective",
     "Problem": "search.problem.problem",
     "SearchConfig": "search.engine.config",
-    "run_search": "search.engine.run",
+    "run_search": "search.engine.entry",
 }
 
 

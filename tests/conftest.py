@@ -125,7 +125,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, config_file: Path) ->
     """A folder with ``run`` (trained and searched) and ``devices``."""
     from search import pipeline
     from search.config import Run, load_run_config
-    from search.engine.run import search_supernet
+    from search.engine.entry import search_supernet
     from supernet.data.corpus import load_corpus
 
     folder = tmp_path_factory.mktemp("finished")

@@ -18,7 +18,7 @@ import latency
 from search import config as run_config
 from search.config import Run, RunConfig, load_run_config, smoke
 from search.pipeline import execute
-from search.select import search_run as search_command
+from search.select import search_command
 from search.select.finalist import FinalistsConfig
 from space import LimitMissedError, load_space
 from tests.conftest import Program, Quiet, short_smoke

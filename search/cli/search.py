@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from search.config import RunConfig
     from search.engine.config import SearchConfig
-    from search.select.search_run import SearchResult
+    from search.select.search_command import SearchResult
 
 
 def search(
@@ -120,9 +120,9 @@ def search(
 
     from search.config import Run
     from search.select.measured_search import require_kept
-    from search.select.search_run import require_tuned, search_run
+    from search.select.search_command import require_tuned, search_and_select
 
-    result = search_run(
+    result = search_and_select(
         Run(run, run_config, context.obj), cards, predictors, config, name or device[0], bars,
         verify=verify, distill_top=distill_top,
     )  # fmt: skip

@@ -26,8 +26,8 @@ class SearchConfig(BaseModel):
 
     Attributes:
         limits: such as ``decode@2048<=2ms``.
-        objectives: such as ``loss`` and ``params``; none: loss and the latency of the first profiled workload
-            (as many of them as the strategy can minimise).
+        objectives: such as ``loss`` and ``params``; default: loss and the latency of the first profiled
+            workload; only loss if the strategy takes one objective.
         strategy: the name of a registered strategy.
         surrogate: candidates are screened by predicted quality, where the strategy does that.
         generations: None: the strategy's own number.
@@ -36,7 +36,7 @@ class SearchConfig(BaseModel):
         windows: held-out sequences of an evaluation in a generation.
         front_windows: held-out sequences of the last re-evaluation, which decides the front.
         baseline: ``random``: a random search of as many evaluations beside it, for the report.
-        workers: processes that evaluate; 0: this process.
+        workers: Ray actors that evaluate; 0: this process.
         ray_address: of a running Ray cluster; None: one is started on this machine.
         seed: of the search.
     """

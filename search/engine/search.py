@@ -77,7 +77,8 @@ class Search:
         self.earlier_searches, self.reevaluated = tuple(earlier_searches), dict(reevaluated)
         self.warn, self.warned = warn, False
         self.failed: list[pd.DataFrame] = []  # re-evaluations that failed
-        # A latency of every device: infinite where it cannot run an architecture.
+        # Per device, the latency of its first profiled workload; used only to see whether the device can run
+        # a genome.
         self.latencies = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
         self.population, self.generations = config.size
 
@@ -328,7 +329,7 @@ def search_digest(problem: Problem, config: SearchConfig) -> str:
 
     Args:
         problem: its objectives and devices count.
-        config: all of it counts but what only decides who evaluates, and the baseline.
+        config: all settings count except ``workers``, ``ray_address`` and ``baseline``.
     """
     settings = config.model_dump(mode="json", exclude={"workers", "ray_address", "baseline"})
     settings["population"], settings["generations"] = config.size

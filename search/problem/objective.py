@@ -53,7 +53,7 @@ def register_objective(name: str, evaluate: "QualityFunction | None" = None) -> 
         name: letters, digits and ``_``.
         evaluate: ``evaluate(model, data) -> float``, minimised. ``model`` is a function of token ids [B, T]
             that gives logits [B, T, V]; ``data`` is a :class:`supernet.evaluate.EvaluationSet`. None: the
-            value comes from the evaluator given to :func:`search.engine.run.run_search`.
+            value comes from the evaluator given to :func:`search.engine.entry.run_search`.
 
     Raises:
         InputError: the name is taken, or is a metric's, or has other characters.

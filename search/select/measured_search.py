@@ -11,8 +11,8 @@ from pathlib import Path
 
 from latency import Predictor
 from search.engine.config import SearchConfig
+from search.engine.entry import search_supernet
 from search.engine.front import Front, Member
-from search.engine.run import search_supernet
 from search.engine.search import Outcomes
 from search.select.measurements import (
     MEASURED_SEARCH,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from search.engine.entry import run_search
 from search.engine.front import Front
-from search.engine.run import run_search
 from search.problem.metric import METRICS, Metric, Unit, register_metric
 from search.problem.objective import QUALITIES, register_objective
 from search.problem.problem import Problem

@@ -163,7 +163,7 @@ def predictors_digest(predictors: "Mapping[str, Predictor]") -> str:
 
 
 def _baseline(search: Search) -> Search:
-    """A random search of the same problem with as many evaluations; it knows the other's outcomes."""
+    """Random search with about as many evaluations as ``search``, whose outcomes it reuses."""
     population, generations = search.config.size
     generations = 1 + round((generations - 1) * search.config.strategy_entry.relative_offspring)
     update = {"strategy": "random", "population": population, "generations": generations}

@@ -10,8 +10,8 @@ from latency import Card, Predictor
 from search.config import Run, open_trained
 from search.engine.choice import Choice
 from search.engine.config import SearchConfig
+from search.engine.entry import search_supernet
 from search.engine.front import FRONT, Front, Member
-from search.engine.run import search_supernet
 from search.engine.verification import Verification
 from search.select.finalist import Finalist, FinalistsConfig
 from search.select.measured_search import run_measured_search
@@ -96,7 +96,7 @@ class SearchResult:
         return {"header": header, **self.front.to_json(), **measured, **distilled}
 
 
-def search_run(
+def search_and_select(
     run: Run,
     cards: Mapping[str, Card],
     predictors: Mapping[str, Predictor],
