@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from space.architecture import Architecture, Layer
+from space.architecture import Architecture, Layer, ModelConfig
 from space.genome import Genomes, decode
 from space.io.config import parse
 from space.io.errors import InputError
@@ -208,6 +208,15 @@ def every_genome(space: Space) -> Genomes:
 def change_mixer(monkeypatch: Any, name: str, **changes: Any) -> None:
     """Replace fields of a registered mixer until the test ends."""
     monkeypatch.setitem(MIXERS._values, name, replace(MIXERS.get(name), **changes))
+
+
+def uses_linear_attention(name: str) -> bool:
+    """True for a mixer on the recurrence of `linear_attention`: q, k, v and the state s [B, Hkv, D, D]."""
+    model_config, layer = ModelConfig(vocab_size=16, max_seq_len=16, head_dim=16), Layer(heads=4, kv_heads=2)
+    entry = MIXERS.get(name)
+    if not entry.has_heads or not {"q", "k", "v"} <= entry.shapes(48, 4, 2, model_config).keys():
+        return False
+    return entry.state_shapes(layer, 48, model_config, 1, 16).get("s") == (1, 2, 16, 16)
 
 
 def unknown_operator(block: Any) -> tuple[str, dict[str, str]]:

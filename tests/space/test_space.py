@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from space import Architecture, InputError, ModelConfig, Space, load_space
 from space.genome import contains
+from space.mixers import MIXERS
 from space.variation import sample
 from tests.contracts import TINY_SPACES, attempt, every_architecture, tiny_space, tiny_value
 
@@ -97,8 +98,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"mixer": ["attention", "linear", "retnett"]},
-        "layer.mixer[2]: 'retnett' is not one of attention, sliding, short_conv, linear, retnet, mamba2, "
-        "gla, hgrn2, deltanet, gated_deltanet, kda, none",
+        f"layer.mixer[2]: 'retnett' is not one of {', '.join(MIXERS.builtin)}, none",
     ),
     (
         {"mixer": ["attention", "linear", "attention"]},

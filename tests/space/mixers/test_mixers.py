@@ -12,14 +12,14 @@ from torch import Tensor
 
 from latency import OnnxRuntime
 from space import Architecture, InputError, Layer, ModelConfig, Space, genome
-from space.architecture import has_heads
+from space.architecture import has_heads, is_windowed
 from space.blocks import Model, State, forward, mixer_block
 from space.mixers import MIXERS, mixers_of_class
 from space.onnx.model import model_graph
-from space.shapes import mixer_shapes, state_shapes
+from space.shapes import is_half_precision, mixer_shapes, state_shapes
 from supernet.extract import extract
 from supernet.supernet import Supernet
-from tests.contracts import change_mixer, scatter, tiny_space
+from tests.contracts import change_mixer, scatter, tiny_space, uses_linear_attention
 from tests.numerics import TOLERANCE, assert_close, relative_error
 from tests.space.naive import naive_mixer
 
@@ -34,7 +34,7 @@ Weights = dict[str, Tensor]
 def layer_of(name: str, heads: int = 4, kv_heads: int = 2) -> Layer:
     if not has_heads(name):
         return Layer(mixer=name)
-    return Layer(mixer=name, heads=heads, kv_heads=kv_heads, window=8 if name == "sliding" else 0)
+    return Layer(mixer=name, heads=heads, kv_heads=kv_heads, window=8 if is_windowed(name) else 0)
 
 
 LAYERS = {
@@ -44,7 +44,8 @@ LAYERS = {
 }
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 each_mixer = pytest.mark.parametrize("name", MIXERS)
-each_recurrence = pytest.mark.parametrize("name", mixers_of_class("linear"))
+RECURRENCES = [name for name in MIXERS if uses_linear_attention(name)]
+each_recurrence = pytest.mark.parametrize("name", RECURRENCES)
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +206,7 @@ def test_states_have_their_shapes(layer: Layer, length: int) -> None:
     shapes = state_shapes(layer, WIDTH, CONFIG, 3, length)
     assert {key: tuple(value.shape) for key, value in states[0].items()} == shapes
     assert {value.dtype for value in states[0].values()} == {torch.float32}
-    assert ("s" in shapes) == (layer.mixer in mixers_of_class("linear"))
+    assert ("s" in shapes) == (layer.mixer in RECURRENCES)
 
 
 # Elastic.
@@ -219,8 +220,8 @@ def space_of(name: str) -> Space:
         heads=[1, 2, 4],
         kv_heads=[1, 2],
         ffn=[0],
-        window=[8] if name == "sliding" else None,
-        ratios=["full" if name == "attention" else "linear"],
+        window=[8] if is_windowed(name) else None,
+        ratios=["full" if MIXERS.get(name).mixer_class == "full" else "linear"],
     )
 
 
@@ -306,7 +307,7 @@ def test_graph_equals_torch(layer: Layer) -> None:
     weights = {name: value.numpy() for name, value in made.named_parameters()}
     graph = model_graph(made.architecture, CONFIG, weights)
     kinds = [node.op_type for node in graph.graph.node]
-    assert kinds.count("LinearAttention") == (2 if layer.mixer in mixers_of_class("linear") else 0)
+    assert kinds.count("LinearAttention") == (2 if layer.mixer in RECURRENCES else 0)
     assert kinds.count("GroupQueryAttention") == (2 if layer.mixer in ("attention", "sliding") else 0)
     text = tokens(50, batch=1)
     logits, states = made.double()(text)
@@ -315,6 +316,14 @@ def test_graph_equals_torch(layer: Layer) -> None:
         found = run_graph(graph, made.architecture, text.numpy(), cuts)
         for name, value in ({"logits": logits} | expected).items():
             assert_close(f"{name} in {len(cuts) - 1}", found[name], value, FP32)
+
+
+def test_recurrences_of_the_package() -> None:
+    """A built-in linear mixer is one node of its graph."""
+    assert [name for name in RECURRENCES if name in MIXERS.builtin] == [
+        "linear", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda",
+    ]  # fmt: skip
+    assert set(RECURRENCES) <= set(mixers_of_class("linear"))
 
 
 def test_logits_are_the_first_output() -> None:
@@ -372,10 +381,11 @@ def test_bf16_is_finite_and_close(name: str, way: str) -> None:
     layer = layer_of(name)
     weights, x = to(weights_of(layer), torch.float32), inputs(65).float()
     expected, after = mixer_block(weights, x, layer, CONFIG)
-    small = ("q", "k", "v", "o", "gate", "in_b", "in_c", "in_x", "out")
     leaves = {
         key: weight.to(
-            torch.bfloat16 if way == "matrices" and key in small else torch.float32
+            torch.bfloat16
+            if way == "matrices" and is_half_precision(f"layers.0.{name}.{key}", tuple(weight.shape))
+            else torch.float32
         ).requires_grad_()
         for key, weight in weights.items()
     }

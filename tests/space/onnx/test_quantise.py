@@ -15,19 +15,24 @@ from latency.runtimes.onnxruntime import OnnxRuntime
 from latency.runtimes.protocol import random_weights
 from space import Architecture, Layer, ModelConfig
 from space.cost import op_weight_bytes
+from space.mixers import MIXERS
 from space.onnx.model import model_graph
 from space.onnx.quantise import quantise
 from space.ops import Op, count_ops
 from space.precision import PRECISIONS, block_size
 from space.shapes import model_shapes, state_shapes
 
-MIXERS = (
-    "attention", "sliding", "linear", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda",
-)  # fmt: skip
-LAYERS = tuple(
-    Layer(mixer=mixer, heads=4, kv_heads=2, window=8 if mixer == "sliding" else 0, ffn=48) for mixer in MIXERS
-)
-ARCHITECTURE = Architecture(96, (*LAYERS, Layer(mixer="short_conv", ffn=0), Layer(), Layer(ffn=32)))
+
+def layer_of(mixer: str) -> Layer:
+    """A layer of a mixer; one without heads has no FFN."""
+    entry = MIXERS.get(mixer)
+    if not entry.has_heads:
+        return Layer(mixer=mixer)
+    return Layer(mixer=mixer, heads=4, kv_heads=2, window=8 if entry.windowed else 0, ffn=48)
+
+
+LAYERS = {mixer: layer_of(mixer) for mixer in MIXERS}
+ARCHITECTURE = Architecture(96, (*LAYERS.values(), Layer(), Layer(ffn=32)))
 CONFIGS = {
     "tie_embeddings": ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16),
     "untied": ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16, tie_embeddings=False),
@@ -114,12 +119,11 @@ def test_quantised_weights_are_within_half_a_step(model_config: ModelConfig) -> 
         assert np.sqrt(np.mean((read - expected) ** 2)) <= 0.01 * np.sqrt(np.mean(expected**2))
 
 
-@pytest.mark.parametrize("mixer", [*MIXERS, "short_conv", "ffn"])
+@pytest.mark.parametrize("mixer", [*LAYERS, "ffn"])
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.05), ("int8-dynamic", 0.25)])
 def test_quantised_layer_is_close_to_fp32(mixer: str, precision: str, bound: float) -> None:
     model_config = CONFIGS["untied"]
-    layers = {**dict(zip(MIXERS, LAYERS, strict=True)), "short_conv": Layer(mixer="short_conv")}
-    architecture = Architecture(96, (layers.get(mixer, Layer(ffn=48)),))
+    architecture = Architecture(96, (LAYERS.get(mixer, Layer(ffn=48)),))
     expected = logits(graph_of(model_config, architecture), model_config, architecture)
     found = logits(quantise(graph_of(model_config, architecture), precision), model_config, architecture)
     assert 0 < distance(found, expected) < bound
