@@ -148,7 +148,7 @@ def make_problem(
     space: Space,
     predictors: "Mapping[str, Predictor]",
     config: SearchConfig,
-    units: "Mapping[str, Predictor] | None" = None,
+    reference_predictors: "Mapping[str, Predictor] | None" = None,
 ) -> Problem:
     """The problem that a configuration states.
 
@@ -156,7 +156,8 @@ def make_problem(
         space: the search space.
         predictors: by device; the first is meant where a limit or objective names none.
         config: its limits and objectives.
-        units: predictors by device that relative limits refer to; None: ``predictors``.
+        reference_predictors: by device; a limit in percent is a share of their prediction for the largest
+            architecture; None: ``predictors``.
 
     Raises:
         InputError: a malformed or contradictory limit, an unknown objective or workload.
@@ -176,7 +177,7 @@ def make_problem(
         limits=limits,
         predictors=predictors,
         confidence=config.confidence,
-        units=units,
+        reference_predictors=reference_predictors,
     )
     problem.constraints()
     return problem

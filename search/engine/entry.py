@@ -101,7 +101,7 @@ def search_supernet(
     config: SearchConfig,
     reporter: Reporter,
     outcomes: Outcomes | None = None,
-    units: "Mapping[str, Predictor] | None" = None,
+    reference_predictors: "Mapping[str, Predictor] | None" = None,
     earlier_searches: Sequence[Path] = (),
 ) -> Front:
     """Search a supernet, or read the front that is there already.
@@ -113,7 +113,8 @@ def search_supernet(
         config: of the search.
         reporter: shows progress.
         outcomes: that need not be evaluated again; new ones are added.
-        units: predictors by device that relative limits refer to; None: ``predictors``.
+        reference_predictors: by device; a limit in percent is a share of their prediction for the largest
+            architecture; None: ``predictors``.
         earlier_searches: folders of finished searches of the same supernet, see
             :class:`search.engine.search.Search`.
 
@@ -121,7 +122,7 @@ def search_supernet(
         InfeasibleError: the limits cannot be met.
         InputError: an objective or a limit is not understood, or the folder belongs to another search.
     """
-    problem = make_problem(trained.space, predictors, config, units)
+    problem = make_problem(trained.space, predictors, config, reference_predictors)
     inputs = _inputs(problem, {"supernet": trained.checkpoint.digest})
     path = folder / "front.json"
     search = Search(problem, config, folder, inputs, outcomes, earlier_searches, warn=reporter.warn)
@@ -148,8 +149,8 @@ def _inputs(problem: Problem, evaluated: Mapping[str, str]) -> dict[str, str]:
     inputs = {"space": problem.space.hash, **evaluated}
     if problem.predictors:
         inputs["predictors"] = predictors_digest(problem.predictors)
-    if problem.units != problem.predictors:
-        inputs["units"] = predictors_digest(problem.units)
+    if problem.reference_predictors != problem.predictors:
+        inputs["units"] = predictors_digest(problem.reference_predictors)  # the key that finished files have
     return inputs
 
 

@@ -25,8 +25,9 @@ class Problem:
         limits: upper bounds on metrics.
         predictors: by device; the first is meant where a limit or objective names none. Empty where no
             objective or limit depends on a device.
-        confidence: at which predicted costs are held against limits, between 0.5 and 1.
-        units: predictors by device whose predictions of the largest architecture relative limits refer to.
+        confidence: of the upper estimates that are compared with limits, between 0.5 and 1.
+        reference_predictors: by device; a limit in percent is a share of their prediction for the largest
+            architecture.
     """
 
     space: Space
@@ -34,7 +35,7 @@ class Problem:
     limits: tuple[Limit, ...]
     predictors: "Mapping[str, Predictor]"
     confidence: float
-    units: "Mapping[str, Predictor]"
+    reference_predictors: "Mapping[str, Predictor]"
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class Problem:
         limits: Sequence[str | Limit] = (),
         predictors: "Mapping[str, Predictor] | None" = None,
         confidence: float = 0.975,
-        units: "Mapping[str, Predictor] | None" = None,
+        reference_predictors: "Mapping[str, Predictor] | None" = None,
     ) -> None:
         """State a problem.
 
@@ -53,8 +54,9 @@ class Problem:
             objectives: texts such as ``loss`` and ``latency:decode@2048``, or parsed.
             limits: texts such as ``params<=60%`` and ``decode@2048<=2ms``, or parsed.
             predictors: by device; None where nothing depends on a device.
-            confidence: at which predicted costs are held against limits, between 0.5 and 1.
-            units: predictors by device that relative limits refer to; None: ``predictors``.
+            confidence: of the upper estimates that are compared with limits, between 0.5 and 1.
+            reference_predictors: by device; a limit in percent is a share of their prediction for the
+                largest architecture; None: ``predictors``.
 
         Raises:
             InputError: a text is not understood, a device is unknown, or two limits bound one quantity.
@@ -65,7 +67,7 @@ class Problem:
             "limits": tuple(Limit.parse(limit) if isinstance(limit, str) else limit for limit in limits),
             "predictors": dict(predictors or {}),
             "confidence": confidence,
-            "units": dict(units or predictors or {}),
+            "reference_predictors": dict(reference_predictors or predictors or {}),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # as the __init__ of a frozen dataclass does
@@ -97,10 +99,12 @@ class Problem:
         Raises:
             InputError: the problem has no such device.
         """
-        known = ", ".join(self.predictors) or "none"
         found = name or next(iter(self.predictors), "")
+        if not found:
+            raise InputError("no device is given, and a limit or an objective needs one")
         if found not in self.predictors:
-            raise InputError(f"device {found or 'is missing'}: not among those given ({known})")
+            known = ", ".join(self.predictors) or "none"
+            raise InputError(f"device {found}: not among those given ({known})")
         return found
 
     def timed_device(self, limit: Limit) -> str | None:
@@ -141,7 +145,7 @@ class Problem:
         return metric.cost(self.space, predictor, workload, confidence)
 
     def constraints(self) -> list[Constraint]:
-        """The limits in absolute terms; percentages are of the largest architecture's prediction.
+        """The limits in absolute terms; percentages are of the largest architecture's mean prediction.
 
         Raises:
             InputError: a device cannot run the largest architecture that a percentage refers to.
@@ -149,7 +153,7 @@ class Problem:
         top = genome.encode(self.space, [genome.largest(self.space)])
         constraints = []
         for limit in self.limits:
-            reference = float(self.limit_cost(limit, self.units, None)(top)[0])
+            reference = float(self.limit_cost(limit, self.reference_predictors, None)(top)[0])
             if limit.relative and not math.isfinite(reference):
                 raise InputError(
                     f"limit {limit.text!r}: the device cannot run the largest architecture; give it in units"
