@@ -1,6 +1,6 @@
 """A writer of ONNX graphs, node by node, and the pieces that several blocks use."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,21 @@ CONTRIB = "com.microsoft"
 def _is_same(first: NDArray[Any], second: NDArray[Any]) -> bool:
     """True for arrays of the same type, shape and bytes."""
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], value: str, name: str) -> None:
+    """Rename a value in nodes and in their sub-graphs."""
+    for node in nodes:
+        for names in (node.input, node.output):
+            for i, known in enumerate(names):
+                if known == value:
+                    names[i] = name
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g.node, value, name)
+                for item in attribute.g.output:
+                    if item.name == value:
+                        item.name = name
 
 
 @dataclass
@@ -60,7 +75,13 @@ class Graph:
 
         Returns:
             The name of the output, or a tuple of names.
+
+        Raises:
+            ValueError: an input is not a name.
         """
+        for value in inputs:
+            if not isinstance(value, str):
+                raise ValueError(f"{kind}: an input is not the name of a value: {value!r}")
         while inputs and not inputs[-1]:
             inputs = inputs[:-1]
         self.count += 1
@@ -107,16 +128,21 @@ class Graph:
             then: appends the nodes for True to the graph that it is given, and returns the names of its
                 values; they may read all values outside.
             otherwise: the same for False.
+
+        Returns:
+            The names of the values, a tuple also for one.
         """
         parts, count = {}, 0
         for name, write in (("then_branch", then), ("else_branch", otherwise)):
             inner = Graph(self.model_config, constants=self.constants, count=self.count)
             values = write(inner)
+            if isinstance(values, str):
+                raise ValueError(f"{name}: a branch returns a tuple of names, not {values!r}")
             self.count, count = inner.count, len(values)
             outputs = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in values]
             parts[name] = helper.make_graph(inner.nodes, name, [], outputs)
-        made: tuple[str, ...] = self.add("If", condition, outputs=count, **parts)
-        return made
+        made: str | tuple[str, ...] = self.add("If", condition, outputs=count, **parts)
+        return (made,) if isinstance(made, str) else made
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
         """Declare a graph input.
@@ -141,11 +167,7 @@ class Graph:
             shape: sizes, or names of dynamic dimensions.
             first: put it before the outputs declared so far, not after them.
         """
-        for node in self.nodes:
-            for names in (node.input, node.output):
-                for i, known in enumerate(names):
-                    if known == value:
-                        names[i] = name
+        _rename(self.nodes, value, name)
         place = 0 if first else len(self.outputs)
         self.outputs.insert(place, helper.make_tensor_value_info(name, kind, shape))
 
