@@ -57,7 +57,10 @@ def mixer_block(
         # Padding on the left then reads as the nothing before a text: convolutions see zeros, and as v is
         # zero no recurrence writes.
         hidden = hidden * mask[:, -x.shape[1] :, None]
-    out, state = entry.forward(weights, hidden, MixerCall(layer, model_config, position, state or {}, mask))
+    made = entry.forward(weights, hidden, MixerCall(layer, model_config, position, state or {}, mask))
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ValueError(f"mixer {layer.mixer}: forward returned no pair of an output and states by name")
+    out, state = made
     return x + project(out, weights[entry.output]), state
 
 

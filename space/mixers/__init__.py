@@ -10,6 +10,7 @@ import re
 from typing import get_args
 
 from space.io.errors import InputError
+from space.layer import ModelConfig
 from space.mixers.mixer import Mixer, MixerCall, MixerClass, Shapes, State, Weights
 from space.registry import Registry
 
@@ -44,7 +45,8 @@ def register_mixer(mixer: Mixer) -> None:
         mixer: the value that describes it.
 
     Raises:
-        InputError: the name is taken, reserved or malformed, or the class is unknown.
+        InputError: the name is taken, reserved or malformed, the class is unknown, or ``projections``,
+            ``matrices``, ``output``, ``full_precision`` or ``initial`` names no parameter.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", mixer.name) or mixer.name in RESERVED:
         raise InputError(
@@ -55,7 +57,28 @@ def register_mixer(mixer: Mixer) -> None:
         raise InputError(
             f"mixer {mixer.name}: class {mixer.mixer_class!r} is not one of {', '.join(get_args(MixerClass))}"
         )
+    _check_parameters(mixer)
     MIXERS.register(mixer.name, mixer)
+
+
+def _check_parameters(mixer: Mixer) -> None:
+    """Raise an InputError where a field names a parameter that is not among the shapes."""
+    heads, kv_heads = (2, 1) if mixer.has_heads else (0, 0)
+    shapes = mixer.shapes(32, heads, kv_heads, ModelConfig(vocab_size=16, max_seq_len=16, head_dim=16))
+    fields = {
+        "projections": mixer.projections,
+        "matrices": mixer.matrices,
+        "output": (mixer.output,),
+        "full_precision": mixer.full_precision,
+        "initial": tuple(mixer.initial),
+    }
+    for field, names in fields.items():
+        for name in names:
+            if name not in shapes:
+                raise InputError(
+                    f"mixer {mixer.name}: {field} names {name!r}, which is not among its shapes: "
+                    f"{', '.join(shapes)}"
+                )
 
 
 def mixers_of_class(mixer_class: MixerClass) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ def add_mixer(graph: Graph, x: str, slot: int, layer: Layer, weights: Arrays, so
 
     Raises:
         InputError: no graph of this mixer can be written.
+        ValueError: its writer does not keep its contract; the message names the mixer.
     """
     mixer = MIXERS.get(layer.mixer)
     if mixer.write is None:
@@ -57,10 +58,29 @@ def add_mixer(graph: Graph, x: str, slot: int, layer: Layer, weights: Arrays, so
         hidden=graph.norm(x, place + "pre_norm", weights["pre_norm"]),
         projections=mixer.projections,
     )
-    out, after = mixer.write(block)
+    try:
+        out, after = _written(mixer.write(block), state)
+    except ValueError as error:
+        raise ValueError(f"mixer {layer.mixer}: {error}") from error
     for name, dims in _states(layer, width, graph.model_config, f"next.{slot}").items():
         graph.output(f"state.{slot}.{name}.next", after[name], TensorProto.FLOAT, dims)
     return graph.residual(x, block.product(out, mixer.output, weights[mixer.output]))
+
+
+def _written(written: Any, states: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The output and the states that a mixer's writer returned; a ValueError if they are wrong."""
+    if not (isinstance(written, tuple) and len(written) == 2 and isinstance(written[1], Mapping)):
+        raise ValueError(f"write returned no pair of an output and states by name: {written!r}")
+    out, after = written
+    if after.keys() != states.keys():
+        raise ValueError(
+            f"write returned the states {', '.join(after) or 'none'}, "
+            f"but state_shapes has {', '.join(states) or 'none'}"
+        )
+    for name, value in {"the output": out, **after}.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} of write is not the name of a value: {value!r}")
+    return out, dict(after)
 
 
 def _states(layer: Layer, width: int, model_config: ModelConfig, held: str) -> dict[str, list[int | str]]:
