@@ -5,6 +5,7 @@ stands there, so that a wrong slice, order or sign shows as a difference. Autogr
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from space.architecture import Layer, ModelConfig
 
+Changed = tuple[Tensor, Tensor | None]
 FLOOR = -20.0  # of log decays that have no bound of their own
 
 
@@ -66,22 +68,31 @@ def naive_mixer(
     w: dict[str, Tensor], x: Tensor, layer: Layer, model_config: ModelConfig
 ) -> tuple[Tensor, Tensor | None]:
     """A mixer block with its norm and residual, on x [T, width]; also S after it [Hkv, D, D], if any."""
-    hidden = norm(x, w["pre_norm"])
-    if layer.mixer == "short_conv":
-        b, c, inner = (hidden @ w[name].T for name in ("in_b", "in_c", "in_x"))
-        return x + (c * convolve(b * inner, w["conv_x"])) @ w["out"].T, None
+    change, state = ORACLES[layer.mixer](w, norm(x, w["pre_norm"]), layer, model_config)
+    return x + change, state
+
+
+def _short_conv(w: dict[str, Tensor], hidden: Tensor, layer: Layer, model_config: ModelConfig) -> Changed:
+    b, c, inner = (hidden @ w[name].T for name in ("in_b", "in_c", "in_x"))
+    return (c * convolve(b * inner, w["conv_x"])) @ w["out"].T, None
+
+
+def _softmax(w: dict[str, Tensor], hidden: Tensor, layer: Layer, model_config: ModelConfig) -> Changed:
+    q, k, v = ((hidden @ w[name].T).view(len(hidden), -1, model_config.head_dim) for name in "qkv")
+    if model_config.qk_norm:
+        q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+    q, k = (torch.stack([rotate(row, t) for t, row in enumerate(y)]) for y in (q, k))
+    return naive_attention(q, k, v, layer.window).flatten(1) @ w["o"].T, None
+
+
+def _recurrence(w: dict[str, Tensor], hidden: Tensor, layer: Layer, model_config: ModelConfig) -> Changed:
+    """The linear mixers, which differ in :func:`_token` and :func:`_output`."""
     q, k, v = (hidden @ w[name].T for name in "qkv")
-    if layer.mixer in ("attention", "sliding"):
-        q, k, v = (y.view(len(x), -1, model_config.head_dim) for y in (q, k, v))
-        if model_config.qk_norm:
-            q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
-        q, k = (torch.stack([rotate(row, t) for t, row in enumerate(y)]) for y in (q, k))
-        return x + naive_attention(q, k, v, layer.window).flatten(1) @ w["o"].T, None
     if layer.mixer in ("mamba2", "deltanet", "gated_deltanet", "kda"):
         q, k, v = (silu(convolve(y, w[f"conv_{name}"])) for name, y in (("q", q), ("k", k), ("v", v)))
-    state = torch.zeros(layer.kv_heads, model_config.head_dim, model_config.head_dim, dtype=x.dtype)
+    state = torch.zeros(layer.kv_heads, model_config.head_dim, model_config.head_dim, dtype=hidden.dtype)
     outs = []
-    for t in range(len(x)):
+    for t in range(len(hidden)):
         token = _token(w, hidden[t], (q[t], k[t], v[t]), layer, model_config.head_dim, t)
         state = token["kept"][:, :, None] * state
         write = token["v"]
@@ -90,7 +101,23 @@ def naive_mixer(
         state = state + token["beta"][:, None, None] * token["k"][:, :, None] * write[:, None, :]
         row = [state[h * layer.kv_heads // layer.heads].T @ token["q"][h] for h in range(layer.heads)]
         outs.append(_output(w, hidden[t], token["scale"] * torch.stack(row), token, layer))
-    return x + torch.stack(outs) @ w["o"].T, state
+    return torch.stack(outs) @ w["o"].T, state
+
+
+# By mixer: (weights, hidden [T, width], layer, model_config) -> (change of the residual stream, S or None).
+ORACLES: dict[str, Callable[[dict[str, Tensor], Tensor, Layer, ModelConfig], Changed]] = {
+    "attention": _softmax,
+    "sliding": _softmax,
+    "short_conv": _short_conv,
+    "linear": _recurrence,
+    "retnet": _recurrence,
+    "mamba2": _recurrence,
+    "gla": _recurrence,
+    "hgrn2": _recurrence,
+    "deltanet": _recurrence,
+    "gated_deltanet": _recurrence,
+    "kda": _recurrence,
+}
 
 
 def _token(w: dict[str, Tensor], hidden: Tensor, qkv: Any, layer: Layer, d: int, t: int) -> dict[str, Any]:
