@@ -25,7 +25,7 @@ from space.io.artefact import check_inputs
 from space.onnx.graph import VERSION
 from space.ops import Cost, space_ops
 
-RUN_SPREAD = 0.02  # relative standard deviation between runs of different hours; see docs/adr/0004
+RUN_SPREAD = 0.02  # relative standard deviation between runs in different hours; see docs/adr/0004
 NO_GRAPHS = "0"  # graph version of a runtime that builds models in its own way
 Array = NDArray[np.float64]
 

@@ -21,13 +21,17 @@ def search(
     run: RunFolder,
     device: Annotated[
         list[str],
-        typer.Option(metavar="NAME", help="Device card. Repeatable: limits that name none are of the first."),
+        typer.Option(
+            metavar="NAME",
+            help="Device card. Repeatable. A limit without a device applies to the first --device.",
+        ),
     ],
     limit: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LIMIT",
-            help="'decode@256<=2ms', 'prefill@256<=60%', 'phone:decode@256<=9ms'... Repeatable.",
+            help="'decode@256<=2ms', 'prefill@256<=60%', 'phone:decode@256<=9ms'... Repeatable. Replaces the "
+            "limits of the run's configuration.",
         ),
     ] = None,
     objective: Annotated[
@@ -52,7 +56,12 @@ def search(
         int | None, typer.Option(min=2, metavar="N", help="Architectures of a generation.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Ray workers; 0 evaluates in this process.")
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Ray actors that evaluate; 0 evaluates in this process. [default: the run's, or 2]",
+        ),
     ] = None,
     ray_address: Annotated[
         str | None,
@@ -61,7 +70,11 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Random seed.")] = None,
     confidence: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Confidence of the upper bounds that limits are held against."),
+        typer.Option(
+            metavar="SHARE",
+            help="Probability that a measured latency or rss stays below the estimate that is compared with "
+            "the limit. [default: 0.975]",
+        ),
     ] = None,
     baseline: Annotated[
         Literal["none", "random"] | None,

@@ -16,7 +16,7 @@ class LatencyPrediction:
 
     Attributes:
         latency_ms: the mean.
-        upper_ms: the upper bound at the search's confidence; limits are held against it.
+        upper_ms: the upper estimate at the search's confidence, which is compared with limits.
     """
 
     latency_ms: float
@@ -118,7 +118,7 @@ class Choice:
 
     Attributes:
         limits: the limits of the search.
-        confidence: at which latency limits were held.
+        confidence: of the upper estimates of latency and rss that were compared with limits.
         predicted: predicted costs; None where no device was given.
         loss_nats: held-out loss inside the supernet, in nats per token; None where it was not evaluated.
         picked: the rule that gave the architecture; None where it is a front's member.

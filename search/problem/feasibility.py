@@ -2,7 +2,8 @@
 
 One limit is decided by the dynamic programme of :mod:`search.problem.dynamic_program`, several together by
 the integer programmes of :mod:`search.problem.milp`. Error messages name the fewest limits that cannot be met
-together, the least value that each can have, and the least relaxation of all limits that would do.
+together, the least value that each can have, and the least common factor on all limits that makes them
+feasible.
 """
 
 import math
@@ -106,7 +107,8 @@ def _relaxation(space: Space, asked: Sequence[Constraint]) -> str:
     factor, architecture = found
     row = encode(space, [architecture])
     values = ", ".join(f"{one.limit.subject} {one.show(float(one.cost(row)[0]))}" for one in asked)
-    return f"; with all limits {factor:.3g} times as large {_has(values, architecture)} would do"
+    keeps = f"{_name(architecture)} would keep them all, with {values}"
+    return f"; if every limit were {factor:.3g} times as large, {keeps}"
 
 
 def _are_feasible(space: Space, asked: Sequence[Constraint]) -> bool:
@@ -114,7 +116,7 @@ def _are_feasible(space: Space, asked: Sequence[Constraint]) -> bool:
 
 
 def _conflict(space: Space, some: Sequence[Constraint]) -> str:
-    """The least value of each limit under the others, which can be met together without it."""
+    """For each limit, the least value among architectures that keep the others, which alone are feasible."""
     leasts = []
     for one in some:
         others = [other for other in some if other is not one]
@@ -144,4 +146,8 @@ def _least_beside(
 
 
 def _has(value: str, architecture: Architecture) -> str:
-    return f"{value}, of {architecture.key} ({architecture.describe()})"
+    return f"{value}, of {_name(architecture)}"
+
+
+def _name(architecture: Architecture) -> str:
+    return f"{architecture.key} ({architecture.describe()})"

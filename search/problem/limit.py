@@ -1,8 +1,8 @@
 """Limits: upper bounds on metrics, each one line of text.
 
-``[device:]metric[@N][,batch=B][,threads=T][,precision=P]<=value unit``, or ``<=P%`` of the same metric of the
-space's largest architecture, which works on any machine. Quantities are kept in base units (seconds, bytes,
-parameters); other units are only read and printed. A limit depends on no space;
+``[device:]metric[@N][,batch=B][,threads=T][,precision=P]<=value unit``, or ``<=P%`` of the space's largest
+architecture's mean prediction of the same metric, which works on any machine. Quantities are kept in base
+units (seconds, bytes, parameters); other units are only read and printed. A limit depends on no space;
 :mod:`search.problem.feasibility` decides if an architecture of a space can keep it.
 """
 
@@ -54,7 +54,7 @@ class Limit:
         metric: the metric that is limited.
         workload: None for a metric that takes none, such as ``params``.
         bound: in the metric's base unit; in percent where relative.
-        relative: the bound is a share of the largest architecture's own value.
+        relative: the bound is in percent of the largest architecture's mean prediction.
         text: the canonical text: ``Limit.parse(limit.text) == limit``.
     """
 

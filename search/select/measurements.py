@@ -18,7 +18,7 @@ from space.io.record import read_document, read_record, tuple_of
 
 MEASURED_SEARCH = Artefact("measured search", "formfit search --verify")
 MEASURED_FINALISTS = Artefact("measured finalists", "formfit search --verify")
-SAFETY_MARGIN = RUN_SPREAD  # of a limit: relative difference between two runs of the same model
+SAFETY_MARGIN = RUN_SPREAD  # share of a limit that the chosen finalist leaves unused
 MEASURED_NAMES = ("latency_ms", "rss_bytes", "limits", "used", "tightest", "kept", "choice")
 JsonObject = dict[str, Any]
 Values = Mapping[Workload, NDArray[np.float64]]
@@ -33,7 +33,7 @@ class MeasuredFinalist:
         latency_ms: measured, by workload.
         rss_bytes: measured peak resident memory, by workload.
         limits: with their measured values.
-        used: the largest share of a limit that the member uses, over limits that only measuring decides.
+        used: the largest share of a limit that the member uses, among latency and rss limits.
         tightest: that limit; None without any.
         passed: True if parity holds and no limit was missed; a limit that was not measured does not count.
         choice: the limits and predictions of the round.
@@ -107,7 +107,7 @@ class MeasuredFinalist:
 
 
 def is_measured(result: LimitResult) -> bool:
-    """True for a limit on a cost that only measuring on the device decides."""
+    """True for a limit on latency or rss, which only measuring on the device decides."""
     return result.bounded.parsed.metric.needs_device
 
 
@@ -116,7 +116,7 @@ class Round:
     """One search of a measured search and the finalists that were measured after it.
 
     Attributes:
-        confidence: of the upper bounds that limits were held against.
+        confidence: of the upper estimates that were compared with limits.
         evaluations: architectures that were evaluated, earlier rounds included.
         finalists: the members of its front that were measured, the best first.
     """

@@ -63,7 +63,7 @@ def mix_problem(space: Space, predictors: Mapping[str, Predictor], confidence: f
     Args:
         space: of the architectures.
         predictors: by device; without any, limits can be on parameters and memory only.
-        confidence: at which predicted costs are held against the limit.
+        confidence: of the upper estimate that is compared with the limit.
     """
     return Problem(space, predictors=predictors, confidence=confidence)
 
@@ -100,8 +100,8 @@ def mix_and_match(base: Architecture, problem: Problem, limit: Limit) -> Selecti
     Args:
         base: a member of the problem's space; only the sizes of its FFNs change.
         problem: the space and the predictors; its own limits and objectives are ignored.
-        limit: costs on a device are held against the upper bound at the problem's confidence; percentages are
-            of the space's largest architecture.
+        limit: on a device, the upper estimate at the problem's confidence is compared with it; percentages
+            are of the largest architecture's mean prediction.
 
     Returns:
         The architecture with its choice, which has ``picked`` and no ``loss_nats``, since nothing was

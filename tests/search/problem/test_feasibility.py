@@ -446,6 +446,8 @@ def test_fewest_conflicting_limits_are_named_with_the_least_values_that_others_l
         message = refusal(space, asked)
         names = [asked[i].limit.text for i in first]
         assert f"{', '.join(names[:-1])} and {names[-1]} cannot be met together" in message
+        assert "; if every limit were " in message
+        assert " would keep them all, with " in message
         for other in set(range(4)) - set(first):
             assert asked[other].limit.text not in message
         reached = priced(costs, named_architectures(message, name))
