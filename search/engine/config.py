@@ -179,5 +179,5 @@ def make_problem(
         confidence=config.confidence,
         reference_predictors=reference_predictors,
     )
-    problem.constraints()
+    problem.constraints()  # for its errors, before anything is made from the problem
     return problem

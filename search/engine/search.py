@@ -25,7 +25,7 @@ from search.problem.feasibility import check_feasible
 from search.problem.limit import ROUNDING_TOLERANCE
 from search.problem.milp import feasible
 from search.problem.problem import Problem
-from search.strategies.pareto import non_dominated, survivors
+from search.strategies.pareto import best_evaluated, non_dominated
 from search.strategies.registry import make_strategy
 from search.strategies.strategy import Strategy, Task
 from space import InfeasibleError, InputError, genome
@@ -315,10 +315,7 @@ class Search:
         Raises:
             InputError: every evaluation failed.
         """
-        objectives = self._objectives(table)
-        failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
-        best = survivors(objectives, failed, count)
-        best = best[failed[best] == 0]
+        best = best_evaluated(self._objectives(table), count)
         if not len(best):
             raise InputError(f"search: every evaluation failed; the first with {table['failed'].iloc[0]}")
         return genomes_of(table.iloc[best])

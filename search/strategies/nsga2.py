@@ -8,7 +8,7 @@ children that would survive are evaluated.
 
 import numpy as np
 
-from search.strategies.pareto import Array, survivors
+from search.strategies.pareto import Array, best_evaluated, survivors
 from search.strategies.strategy import OVERSAMPLE, Strategy, Task, unseen
 from search.strategies.surrogate import Surrogate
 from space.genome import Genomes
@@ -59,9 +59,7 @@ class NSGA2(Strategy):
         super().tell(genomes, values)
         rivals = np.concatenate([self.parents, genomes])
         objectives = np.concatenate([self.values, values])
-        failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
-        best = survivors(objectives, failed, self.task.population)
-        best = best[failed[best] == 0]
+        best = best_evaluated(objectives, self.task.population)
         self.parents, self.values = rivals[best], objectives[best]
         if self.surrogate:
             self.surrogate.tell(genomes, values)

@@ -91,6 +91,19 @@ def survivors(objectives: Array, constraint_violation: Array, count: int) -> NDA
     return np.lexsort((np.arange(len(rank)), -distance, rank))[:count]
 
 
+def best_evaluated(objectives: Array, count: int) -> NDArray[np.int64]:
+    """The indices of the :func:`survivors` among the rows that are finite, best first.
+
+    Args:
+        objectives: [N, M]; not finite where an evaluation failed.
+        count: the number of rows, if as many are finite.
+    """
+    failed = np.where(np.isfinite(objectives).all(axis=1), 0.0, np.inf)
+    best = survivors(objectives, failed, count)
+    finite: NDArray[np.int64] = best[failed[best] == 0]
+    return finite
+
+
 def hypervolume(objectives: Array, reference: Array) -> float:
     """The hypervolume that rows dominate below a reference point, by slicing objectives (HSO).
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from search.strategies.pareto import crowding, hypervolume, non_dominated, ranks, survivors
+from search.strategies.pareto import best_evaluated, crowding, hypervolume, non_dominated, ranks, survivors
 
 GRIDS = [
     np.random.default_rng(seed).integers(0, high, (count, dimensions)).astype(float)
@@ -19,6 +19,13 @@ def better(a: np.ndarray, b: np.ndarray, va: float, vb: float) -> bool:
     if va > 0 or vb > 0:
         return va < vb if (va > 0 and vb > 0) else va <= 0 < vb
     return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def test_failed_evaluations_are_not_among_the_best() -> None:
+    values = np.array([[2.0, 1.0], [np.nan, 0.0], [1.0, 2.0], [3.0, 3.0], [0.0, np.inf]])
+    assert sorted(best_evaluated(values, 2)) == [0, 2]
+    assert sorted(best_evaluated(values, 9)) == [0, 2, 3]
+    assert not len(best_evaluated(values[[1, 4]], 2))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
