@@ -1,1 +1,12 @@
-"""The problem of a search: metrics, objectives, limits and their feasibility."""
+"""The problem of a search: metrics, objectives, limits and their feasibility.
+
+A limit goes through these modules in this order; docs/limits.md has the whole chain up to the exit code:
+
+- ``metric``: the metrics that a limit can bound, with their units, costs and measurements.
+- ``limit``: a text such as ``decode@256<=60%`` becomes a ``Limit``.
+- ``objective``: a text such as ``latency:decode@256`` becomes an ``Objective``, by the same grammar.
+- ``problem``: on a space and devices, limits become ``Constraint`` values: a cost and a bound in base units.
+- ``feasibility``: decides if an architecture keeps all constraints; explains conflicts.
+- ``dynamic_program``: the least value of one cost over a space.
+- ``milp``: architectures under several constraints, by integer programmes.
+"""

@@ -3,8 +3,8 @@
 Limits on latency and rss are compared with predictions, and a prediction's error on one architecture recurs
 on similar ones. So the best members of a front are extracted, exported and measured on the device. The
 measurements recalibrate the predictor, and the search continues with it, for at most
-``VerifyConfig.searches`` rounds. The chosen model keeps the limits with a margin of 2%; if none does, without a margin; if none does,
-the closest is reported and the exit code is 3.
+``VerifyConfig.searches`` rounds. The chosen model keeps the limits with a margin of 2%; if none does, without
+a margin; if none does, the closest is reported and the exit code is 3.
 """
 
 from collections.abc import Mapping
