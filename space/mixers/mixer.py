@@ -1,7 +1,10 @@
 """The value that describes one mixer to every part of formfit.
 
-Importing this module imports neither torch nor onnx: the two functions that need them, ``forward`` and
-``write``, import them when they are called.
+Importing this module imports neither torch nor onnx. The same holds for a mixer's module: ``forward``,
+``write`` and initialisers import them, and the modules ``*_torch`` and ``*_onnx``, when they are called.
+
+A Hugging Face folder holds the source of ``shapes``, ``forward`` and the initialisers with everything that
+they use, so these are functions at the top of a module, no lambdas, that need only torch and ``space``.
 """
 
 from __future__ import annotations
@@ -72,34 +75,47 @@ class Mixer:
 
     Attributes:
         name: as in the YAML of a space: lower-case letters, digits and underscores.
-        mixer_class: how the hybrid rule counts it: ``full`` (sees all tokens), ``linear`` (a state of fixed
-            size) or ``local`` (sees a few tokens).
+        mixer_class: how the hybrid rule counts it. ``full``: the state grows with the sequence; ``linear``: a
+            state of fixed size that depends on all tokens; ``local``: the output depends on a fixed number of
+            tokens.
         shapes: ``(width, heads, kv_heads, model_config)`` -> the shape of every parameter of the block by
             name, ``pre_norm`` first. Matrices are [out, in]. A smaller size must give a prefix of each
             parameter, in every dimension. Parameters named q, k, v and o have the shapes that
             :func:`space.mixers.heads.head_shapes` gives: the mixers of a layer may share them.
         state_shapes: ``(layer, width, model_config, batch, past)`` -> the shape of every state after ``past``
-            tokens, batch first.
+            tokens, batch first; names do not depend on ``past``. A graph's states are fp32 and start at zero,
+            caches empty. In torch a state is fp32 where all weights are, and may follow bf16 projections.
         forward: ``(weights, hidden [B, T, width], call)`` -> (the output matrix's input [B, T, inputs], the
-            state after the last token), in torch. See :class:`MixerCall`.
+            state after the last token), in torch. ``project`` of ``space.attention.projection`` multiplies in
+            the type of the matrix; ``project_wide`` is for matrices in ``full_precision``, such as those of
+            decays and write strengths, which stay in fp32 under autocast too. Log decays given to
+            ``linear_attention`` are clamped to at least :data:`space.layer.MIN_LOG_DECAY`. See
+            :class:`MixerCall`.
         write: ``(block)`` -> (the same, the state by name), as nodes of an ONNX graph; None where no graph
             can be written. See :class:`space.onnx.block.Block`.
         flops: ``(layer, width, workload, model_config)`` -> FLOPs of a run besides those of the products with
-            its matrices. A multiply-add counts as two; norms, gates and activations are left out.
-        activations: ``(layer, width, packed, workload, model_config)`` -> floats that stand side by side at
-            the widest node of its graph; ``packed`` is the number of rows of ``projections``.
+            its matrices. The algorithm counts, not the implementation: a recurrence counts its steps, even
+            where chunks of tokens are computed at once. A multiply-add counts as two; norms, gates and
+            activations are left out.
+        activations: ``(layer, width, packed, workload, model_config)`` -> the largest sum of input and output
+            sizes of one node of its graph, with the residual stream, in floats; used for the memory limit.
+            ``packed`` is the number of rows of ``projections``.
         projections: the matrices that multiply the normed input, in the order in which a graph packs them
             into one product.
-        matrices: other matrices besides the output matrix.
+        matrices: every other 2-D parameter that is multiplied with the tokens, except the output matrix; one
+            that is left out stays fp32 and its products cost nothing.
         output: the matrix that writes to the residual stream; it starts at zero.
         full_precision: the matrices that stay in fp32 where the others train in bf16.
-        initial: by parameter, its initialiser. Others follow :func:`space.blocks.initial`: norms start at
-            one, matrices normal with variance 1/fan-in.
+        initial: by parameter, its initialiser. Others follow :func:`space.blocks.initial`: those whose names
+            end in ``norm`` start at one, the output matrix at zero, and all others, vectors too, normal with
+            variance 1 / (size of the last dimension). A vector such as a bias should have an initialiser.
         has_heads: the layer's ``heads`` and ``kv_heads`` apply.
         windowed: the layer's ``window`` applies.
         cache_in_place: states are caches that grow with the sequence and may be longer than what was read: a
             graph reads only what lies before ``position``, and may write into the buffer that it reads.
-        runs_everywhere: every supported version of onnxruntime has the operators of its graph.
+        runs_everywhere: onnxruntime 1.19, the oldest that a device may have, has the operators of its graph.
+            A kit adds whole models of such mixers only, so that a predictor can be fitted on an old device
+            too. A device's card lists the mixers that the device does not run; searches leave them out.
     """
 
     name: str

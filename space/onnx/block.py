@@ -23,7 +23,8 @@ class Block:
         weights: every parameter of the block by name.
         state: name of the graph's input by state.
         place: prefix of the names of the block's constants.
-        source: a value [B, T, ...] whose first two dimensions are batch and length.
+        source: a value [B, T, ...] whose first two dimensions are batch and length; ``graph.size(source, 1)``
+            is the number of tokens. It is an input of the graph, so that all layers share these nodes.
         hidden: the normed input [B, T, width].
         projections: the matrices that read it, in the order in which they are packed.
     """
