@@ -1,8 +1,8 @@
 """The search loop: from a problem and an evaluator to a front of architectures.
 
 This process runs the strategy. The genomes of generation g are a function of the seed, g and the evaluations
-before it, so a search that was interrupted continues as if it had not been, and gives the same
-``front.json``, byte for byte, with any number of workers.
+before it, so a search that was interrupted continues as if it had not been. On one CPU model and torch
+version it gives the same ``front.json``, byte for byte, with any number of workers.
 """
 
 import math

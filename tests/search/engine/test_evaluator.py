@@ -19,6 +19,7 @@ from search.problem.problem import Problem
 from space import Architecture, InputError, genome, variation
 from space.io.parquet import read_table
 from supernet.evaluate import Quality
+from supernet.training import checkpoint
 from tests.contracts import tiny_space
 from tests.synthetic import Synthetic
 
@@ -107,6 +108,34 @@ def test_search_that_continues_on_another_machine_gives_one_warning(
     assert (
         "continued on Other CPU with torch 9.9: an uninterrupted search may give another front" in warnings[0]
     )
+
+
+def test_folder_is_locked_during_the_re_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT_S", 0.0)
+    refused: list[str] = []
+
+    def evaluate(architectures: Sequence[Architecture], stage: str) -> Iterator[Outcome]:
+        with pytest.raises(InputError, match="another process writes here"), checkpoint.sole_writer(tmp_path):
+            pass
+        refused.append(stage)
+        return (attempt(Synthetic({}), a, stage) for a in architectures)
+
+    problem = Problem(SPACE, objectives=("loss", "params"))
+    Search(problem, SearchConfig(generations=1, population=4, workers=0), tmp_path, {}).run(evaluate)
+    assert refused == ["search", "middle", "front"]
+    with checkpoint.sole_writer(tmp_path):
+        pass
+
+
+def test_study_of_a_refused_record_is_not_opened(tmp_path: Path) -> None:
+    problem = Problem(SPACE, objectives=("loss", "params"))
+    config = SearchConfig(generations=1, population=4, workers=0)
+    with pool(Synthetic, ({},), 0) as evaluate:
+        Search(problem, config, tmp_path, {}).run(evaluate)
+        (tmp_path / "study.log").unlink()
+        with pytest.raises(InputError, match="made for search"):
+            Search(problem, config.model_copy(update={"seed": 1}), tmp_path, {}).run(evaluate)
+    assert not (tmp_path / "study.log").exists()
 
 
 def test_unreachable_cluster_is_refused() -> None:
