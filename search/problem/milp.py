@@ -141,8 +141,8 @@ class _Program:
 def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats, patterns: Ints) -> _Program:
     """The programme that minimises a weighted sum of costs, each at most its bound, over patterns [P, 4].
 
-    Columns: counts of mixers (x) and FFNs (u), then indicators of the pattern (p), of the linear kinds in use
-    if their number is limited (k), and of the level of each cost's largest op (t).
+    Columns: counts of mixers and FFNs, then indicators of the pattern, of the linear kinds in use if their
+    number is limited, and of the level of each cost's largest op.
     """
     enc, at = encoding(space), options_of(space)
     few = space.max_linear_kinds < enc.kind_count  # otherwise the number of kinds needs no rows
@@ -159,8 +159,10 @@ def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats
 
     sizes = [len(mixers), len(ffns), len(patterns), enc.kind_count * few, *map(len, levels)]
     ends = np.cumsum(sizes)
-    x, u, p, k, *t = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    counts = slice(0, u.stop)
+    mixer_part, ffn_part, pattern_part, kind_part, *level_parts = [
+        slice(end - size, end) for size, end in zip(sizes, ends, strict=True)
+    ]
+    counts = slice(0, ffn_part.stop)
     highest = np.ones(ends[-1])
     highest[counts] = space.slots
     rows: list[tuple[Floats, float, float]] = []  # coefficients [C], least and greatest sum
@@ -171,25 +173,28 @@ def _program(space: Space, prices: list[Prices], bounds: Floats, weights: Floats
             row[part] = factors
         rows.append((row, low, high))
 
-    add(1, 1, (p, 1))  # exactly one pattern, with its number of layers of each class
+    add(1, 1, (pattern_part, 1))  # exactly one pattern, with its number of layers of each class
     for column, kind in ((1, FULL), (2, LINEAR), (3, LOCAL)):
-        add(0, 0, (x, at.classes[mixers] == kind), (p, -patterns[:, column]))
-    add(0, 0, (u, 1), (p, -patterns.sum(axis=1)))
-    add(-np.inf, 0, (u, ffns == 0), (p, -patterns[:, 1:].sum(axis=1)))  # a layer without a mixer has an FFN
+        add(0, 0, (mixer_part, at.classes[mixers] == kind), (pattern_part, -patterns[:, column]))
+    add(0, 0, (ffn_part, 1), (pattern_part, -patterns.sum(axis=1)))
+    # A layer without a mixer has an FFN.
+    add(-np.inf, 0, (ffn_part, ffns == 0), (pattern_part, -patterns[:, 1:].sum(axis=1)))
     if few:
-        add(0, space.max_linear_kinds, (k, 1))
+        add(0, space.max_linear_kinds, (kind_part, 1))
         for kind, one in enumerate(np.eye(enc.kind_count)):
-            add(-np.inf, 0, (x, at.kinds[mixers] == kind), (k, -space.slots * one))  # a used kind is marked
+            # A kind in use is marked.
+            add(-np.inf, 0, (mixer_part, at.kinds[mixers] == kind), (kind_part, -space.slots * one))
     objective = np.zeros(ends[-1])
     for price, peak, level, part, bound, weight in zip(
-        prices, peaks, levels, t, bounds, weights, strict=True
+        prices, peaks, levels, level_parts, bounds, weights, strict=True
     ):
         add(1, 1, (part, 1))  # exactly one level of the largest op
         for value in level[:-1]:  # an option whose peak is above a level needs a higher level
             add(-np.inf, 0, (counts, peak > value), (part, -2 * space.slots * (level > value)))
         cost = np.zeros(ends[-1])
-        cost[x], cost[u] = price.mixer[mixers], price.ffn[ffns]
-        cost[p] = price.per_layer * patterns.sum(axis=1) + price.attention_constant * (patterns[:, 1] > 0)
+        cost[mixer_part], cost[ffn_part] = price.mixer[mixers], price.ffn[ffns]
+        has_full = patterns[:, 1] > 0
+        cost[pattern_part] = price.per_layer * patterns.sum(axis=1) + price.attention_constant * has_full
         cost[part] = level
         objective += SCALE * weight * cost
         if np.isfinite(bound):
