@@ -1,6 +1,6 @@
 """A writer of ONNX graphs, node by node, and the pieces that several blocks use."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from space.layer import NORM_EPS, ROPE_BASE, ModelConfig
 
 Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]
+Step = Callable[["Graph", Sequence[str], Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 OPSET = 21
 VERSION = 2  # of the graphs: timings of graphs of different versions are not comparable
 CONTRIB = "com.microsoft"
@@ -143,6 +144,33 @@ class Graph:
             parts[name] = helper.make_graph(inner.nodes, name, [], outputs)
         made: str | tuple[str, ...] = self.add("If", condition, outputs=count, **parts)
         return (made,) if isinstance(made, str) else made
+
+    def scan(self, states: Sequence[str], inputs: Sequence[str], step: Step) -> tuple[str, ...]:
+        """A recurrence over the tokens, as an ONNX Scan node.
+
+        Args:
+            states: fp32 values before the first token.
+            inputs: fp32 values [B, T, ...].
+            step: ``(graph, states, inputs of one token [B, ...])`` -> (the states after it, its outputs):
+                appends the nodes of a token to the graph that it is given. It returns values of these nodes.
+
+        Returns:
+            The states after the last token, then the outputs [B, T, ...].
+        """
+        inner = Graph(self.model_config, constants=self.constants, count=self.count)
+        names = [f"scan{self.count}.{i}" for i in range(len(states) + len(inputs))]
+        after, outputs = step(inner, names[: len(states)], names[len(states) :])
+        self.count = inner.count
+        read, made = (
+            [helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None) for value in values]
+            for values in (names, [*after, *outputs])
+        )
+        body = helper.make_graph(inner.nodes, "step", read, made)
+        axes: dict[str, Any] = {"scan_input_axes": [1] * len(inputs), "scan_output_axes": [1] * len(outputs)}
+        result = self.add(
+            "Scan", *states, *inputs, outputs=len(made), body=body, num_scan_inputs=len(inputs), **axes
+        )
+        return (result,) if isinstance(result, str) else tuple(result)
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
         """Declare a graph input.

@@ -1,5 +1,7 @@
 """The writer of graphs: constants, branches and names of outputs."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -45,3 +47,27 @@ def test_a_branch_that_returns_a_string_is_refused() -> None:
     graph = Graph(CONFIG)
     with pytest.raises(ValueError, match="then_branch: a branch returns a tuple of names, not 'v1'"):
         graph.branch("flag", lambda inner: inner.add("Neg", "x"), lambda inner: ("x",))
+
+
+def test_scan_equals_a_loop() -> None:
+    graph = Graph(CONFIG)
+    x = graph.input("x", TensorProto.FLOAT, ["batch", "length", 3])
+    start = graph.input("start", TensorProto.FLOAT, ["batch", 3])
+    half = graph.scalar("half", 0.5)
+
+    def step(inner: Graph, states: Sequence[str], inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+        average = inner.add("Add", inner.add("Mul", states[0], half), inputs[0])
+        return [average], [inner.add("Neg", average)]
+
+    last, outs = graph.scan([start], [x], step)
+    graph.output("last", last, TensorProto.FLOAT, ["batch", 3])
+    graph.output("outs", outs, TensorProto.FLOAT, ["batch", "length", 3])
+    session = onnxruntime.InferenceSession(graph.model().SerializeToString())
+    values = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    state, expected = np.ones((2, 3), np.float32), []
+    found = session.run(["last", "outs"], {"x": values, "start": state})
+    for t in range(5):
+        state = 0.5 * state + values[:, t]
+        expected.append(-state)
+    np.testing.assert_allclose(found[0], state, rtol=1e-6)
+    np.testing.assert_allclose(found[1], np.stack(expected, 1), rtol=1e-6)
