@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from space import Architecture, InputError, ModelConfig, Space, load_space
 from space.genome import contains
 from space.mixers import MIXERS
+from space.space import Hybrid, LayerChoices
 from space.variation import sample
 from tests.contracts import TINY_SPACES, attempt, every_architecture, tiny_space, tiny_value
 
@@ -558,3 +559,12 @@ def test_space_is_a_value() -> None:
     assert tiny_space() != tiny_space(max_seq_len=32)
     assert tiny_space().patterns
     assert tiny_space(name="seen") == tiny_space(name="seen")  # with and without cached properties
+
+
+def test_files_page_lists_every_key_of_a_space() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
+    table = page.split("## Space\n")[1].split("\n## ")[0]
+    nested = {"layer": LayerChoices, "hybrid": Hybrid}
+    keys = {name for name in Space.model_fields if name not in nested}
+    keys |= {f"{name}.{key}" for name, model in nested.items() for key in model.model_fields}
+    assert {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")} == keys
