@@ -44,13 +44,7 @@ def check_feasible(space: Space, asked: Sequence[Constraint], latencies: Sequenc
             and an architecture that has it; if there is none, the fewest limits that cannot be met together,
             each with the least value that the others leave; if there are none, the lack of an op.
     """
-    impossible = []
-    for one in asked:
-        value, architecture = least(space, one.cost)
-        exact = not one.cost.max_with and not one.cost.min_with
-        if not within(value, one.bound) and (exact or not _are_feasible(space, [one])):
-            reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
-            impossible.append(f"{one.text} cannot be met: {reason}")
+    impossible = _impossible(space, asked)
     if impossible:
         raise InfeasibleError(f"space {space.name}: {'; '.join(impossible)}{_relaxation(space, asked)}")
     costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
@@ -64,6 +58,18 @@ def check_feasible(space: Space, asked: Sequence[Constraint], latencies: Sequenc
                 raise InfeasibleError(f"space {space.name}: {text}")
     within_limits = " within the limits" if asked else ""
     raise InfeasibleError(f"space {space.name}: no architecture runs on the device{within_limits}")
+
+
+def _impossible(space: Space, asked: Sequence[Constraint]) -> list[str]:
+    """A sentence for each limit that cannot be met even alone."""
+    impossible = []
+    for one in asked:
+        value, architecture = least(space, one.cost)
+        exact = not one.cost.max_with and not one.cost.min_with
+        if not within(value, one.bound) and (exact or not _are_feasible(space, [one])):
+            reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
+            impossible.append(f"{one.text} cannot be met: {reason}")
+    return impossible
 
 
 def least_relaxation(space: Space, asked: Sequence[Constraint]) -> tuple[float, Architecture] | None:
