@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def options(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--quick", action="store_true", help="run a small version, to check that the benchmark works"
@@ -36,7 +38,13 @@ def ended(main: Callable[[], int]) -> int:
         return 2
 
 
-def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks: dict[str, bool]) -> int:
+def write(
+    name: str,
+    arguments: argparse.Namespace,
+    body: dict[str, Any],
+    checks: dict[str, bool],
+    reports: Sequence[str] = (),
+) -> int:
     """Write the result file and print the goals; return 0, or 3 if a goal was missed.
 
     Args:
@@ -44,6 +52,7 @@ def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks
         arguments: the parsed options.
         body: the results.
         checks: for each goal, stated with its measured value, whether it was reached.
+        reports: lines about results without a goal, which are printed only.
     """
     value = {
         "benchmark": name,
@@ -61,5 +70,7 @@ def write(name: str, arguments: argparse.Namespace, body: dict[str, Any], checks
     else:
         for goal, reached in checks.items():
             sys.stdout.write(f"{'reached' if reached else 'MISSED '}  {goal}\n")
+        for line in reports:
+            sys.stdout.write(f"no goal  {line}\n")
         sys.stdout.write(f"written to {path}\n")
     return 0 if all(checks.values()) else 3
