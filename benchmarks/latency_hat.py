@@ -33,7 +33,7 @@ import outcome
 import pandas as pd
 from numpy.typing import NDArray
 
-from latency.predictor.op_model import Observations, fit_op_model
+from latency.predictor.op_model import Observations, Ops, fit_op_model
 from space import InputError
 
 Array = NDArray[np.float64]
@@ -124,8 +124,8 @@ def predicted(part: str, train: pd.DataFrame, known: Array, rows: pd.DataFrame) 
         rows: rows to predict.
     """
     describe = PARTS[part]
-    model = fit_op_model(Observations(*describe(train), known, np.full(len(train), NOISE)))
-    return np.asarray(np.exp(model.predict(*describe(rows))[0]))
+    seen = Observations.of_ops(Ops(*describe(train)), known, np.full(len(train), NOISE))
+    return np.exp(fit_op_model(seen).log_seconds({"op": Ops(*describe(rows))}))
 
 
 def ours(train: pd.DataFrame, test: pd.DataFrame) -> Array:

@@ -39,7 +39,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from latency.predictor.design import expected_variance_reduction
-from latency.predictor.op_model import Observations, fit_op_model, kernel
+from latency.predictor.op_model import Observations, Ops, fit_op_model, kernel
 from space import InputError
 
 Array = NDArray[np.float64]
@@ -152,8 +152,8 @@ def predicted(train: pd.DataFrame, rows: pd.DataFrame, target: str, source: str 
     """Return predicted latencies of rows on the target, by the op model of the training rows."""
     known, given = ((t[source].to_numpy(np.float64) if source else None) for t in (train, rows))
     noise = np.full(len(train), NOISE)
-    seen = Observations(*describe(train), train[target].to_numpy(np.float64), noise, known)
-    return np.asarray(np.exp(fit_op_model(seen).predict(*describe(rows), given)[0]))
+    seen = Observations.of_ops(Ops(*describe(train), known), train[target].to_numpy(np.float64), noise)
+    return np.exp(fit_op_model(seen).log_seconds({"op": Ops(*describe(rows), given)}))
 
 
 def covariance(inputs: Array) -> Array:
@@ -177,7 +177,7 @@ def chosen(rows: pd.DataFrame, source: str, count: int) -> NDArray[np.int64]:
     inputs = np.column_stack([describe(rows)[0], np.log2(rows[source].to_numpy(np.float64))])
     one, all_free = np.ones(len(rows)), np.ones(len(rows), dtype=bool)
     found = expected_variance_reduction(
-        covariance(inputs), np.eye(len(rows)), one * NOISE**2, one, count, all_free
+        [covariance(inputs)], [one * NOISE**2], one, count, all_free
     )
     return np.array(found)
 

@@ -1,8 +1,8 @@
 """The device card: everything known of one device, as plain files in one folder.
 
 ``device.json`` holds the fingerprint and the times of the reference work that define the units of its
-latencies. ``ops.parquet``, ``models.parquet`` and ``memory.parquet`` hold measurements, and ``predictors/``
-fitted predictors. Measured ops of all spaces accumulate.
+latencies. ``models.parquet`` and ``memory.parquet`` hold measurements of whole models, and ``predictors/`` fitted
+predictors with the latency of every op. Measurements of all spaces accumulate.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 DEVICE_CARD = Artefact("device card", "formfit profile", schema=3)
 TABLES = {
     name: Artefact(f"device {name}", "formfit profile", schema=schema)
-    for name, schema in (("ops", 3), ("models", 2), ("memory", 1))
+    for name, schema in (("models", 3), ("memory", 1))
 }
-PREDICTOR = Artefact("latency predictor", "formfit profile", schema=3)
-MEASURED_COLUMNS = ("seconds", "half_width", "intercept", "timing", "bytes")  # all others identify a row
+PREDICTOR = Artefact("latency predictor", "formfit profile", schema=4)
+MEASURED_COLUMNS = ("seconds", "half_width", "timing", "bytes")  # all others identify a row
 MAX_PROBLEMS = 50  # that a card keeps, the latest
 
 
@@ -97,7 +97,7 @@ class Card:
         """Read a table of measurements; empty if nothing was measured.
 
         Args:
-            name: ``ops``, ``models`` or ``memory``.
+            name: ``models`` or ``memory``.
 
         Raises:
             InputError: the file is not whole, or of another schema version.
@@ -115,7 +115,7 @@ class Card:
         """Add rows to a table; a row that measures the same replaces the older one.
 
         Args:
-            name: ``ops``, ``models`` or ``memory``.
+            name: ``models`` or ``memory``.
             rows: values by column, at least one row; all have the same columns.
         """
         import pandas as pd

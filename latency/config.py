@@ -23,46 +23,50 @@ class ProfileConfig(BaseModel):
     Attributes:
         workloads: workloads to measure; none means prefill and decode at the space's context.
         threads: number of threads of the runtime.
-        optimal_models: whole models that are chosen to tell coefficients apart, for the fit.
-        random_models: whole models that are drawn at random, for the fit and its intervals.
-        held_out_models: whole models that the predictor is tested on.
+        optimal_models: maximum number of models that are chosen to tell op latencies apart, for the fit.
+        random_models: models that are drawn at random, for the fit and its intervals.
+        held_out_models: models that the predictor is tested on.
         repeated_models: held-out models that are measured twice, for the repeatability.
         block_ms: minimum length of a timed block, ms.
-        min_rounds: minimum rounds of every timing.
-        op_rounds: maximum rounds of a stack of ops; these are many, and the op model smooths them.
-        max_rounds: maximum rounds of a whole model.
-        group: timings of ops between two saves.
-        op_error: expected relative error of a latency at which no more ops are measured.
-        budget_minutes: time for everything; ops stop in time for the whole models. None: no limit.
+        min_rounds: minimum rounds of every timing. Few are enough: the fit averages over models.
+        max_rounds: maximum rounds of every timing.
+        group: models that are in memory at once, and between two saves. Where a process puts its memory shifts all
+            models of a group by about a percent, so several groups are better than one.
+        error: expected relative error of a latency at which no more models are chosen.
+        budget_minutes: time for everything; choosing stops in time for the other models. None: no limit.
         seed: seed of all choices.
         runtime: registered name of the runtime.
         precision: precision of the models that will be shipped.
         rss: True to measure memory as well, if the runtime supports it.
+        rss_fit_models: models whose memory is measured to fit it.
         rss_models: held-out models whose memory is measured to test the fit.
         max_noise: maximum relative difference between two timings of the same work; None: any.
+        max_error: relative error on held-out models above which a predictor that is not clearly better than FLOPs
+            and parameters is refused; None: any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     workloads: tuple[str, ...] = ()
     threads: Annotated[int, Field(gt=0)] = 1
-    optimal_models: Annotated[int, Field(ge=4)] = 12
-    random_models: Annotated[int, Field(ge=2)] = 8
+    optimal_models: Annotated[int, Field(ge=4)] = 60
+    random_models: Annotated[int, Field(ge=2)] = 30
     held_out_models: Annotated[int, Field(ge=3)] = 30
     repeated_models: Annotated[int, Field(ge=1)] = 8
     block_ms: Annotated[float, Field(gt=0)] = 3.0
-    min_rounds: Annotated[int, Field(ge=2)] = 50
-    op_rounds: Annotated[int, Field(ge=2)] = 50
-    max_rounds: Annotated[int, Field(ge=2)] = 120
-    group: Annotated[int, Field(gt=1)] = 48
-    op_error: Annotated[float, Field(gt=0)] = 0.01
+    min_rounds: Annotated[int, Field(ge=2)] = 20
+    max_rounds: Annotated[int, Field(ge=2)] = 40
+    group: Annotated[int, Field(gt=1)] = 16
+    error: Annotated[float, Field(gt=0)] = 0.005
     budget_minutes: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     runtime: str = "onnxruntime"
     precision: Literal["fp32", "int8", "int8-dynamic"] = "fp32"
     rss: bool = True
+    rss_fit_models: Annotated[int, Field(ge=6)] = 20
     rss_models: Annotated[int, Field(ge=1)] = 10
     max_noise: Annotated[float, Field(gt=0)] | None = 0.1
+    max_error: Annotated[float, Field(gt=0)] | None = 0.05
 
     @field_validator("runtime")
     @classmethod
@@ -72,15 +76,11 @@ class ProfileConfig(BaseModel):
             raise ValueError(f"{name!r} is not one of {', '.join(RUNTIMES)}")
         return name
 
-    def timer(self, rounds: int) -> TimerConfig:
-        """Settings of the timer.
-
-        Args:
-            rounds: maximum rounds of an item.
-        """
+    def timer(self) -> TimerConfig:
+        """Settings of the timer."""
         from latency.device_runner.timer import TimerConfig
 
-        maximum = max(self.min_rounds, rounds)
+        maximum = max(self.min_rounds, self.max_rounds)
         return TimerConfig(
             block_ms=self.block_ms, min_rounds=self.min_rounds, max_rounds=maximum, seed=self.seed
         )

@@ -3,7 +3,7 @@
 Profiling this machine and reading a kit's result end in the same rows and the same fit.
 """
 
-import math
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,45 +14,27 @@ from numpy.typing import NDArray
 
 from latency.card import Card
 from latency.device_runner.timing import Timing
-from latency.predictor.composition import OpTimes
-from latency.predictor.design import ModelRole, stack_heights
-from latency.predictor.fit import MeasuredModels, fit_predictor
-from latency.predictor.initial_design import Point
+from latency.predictor.design import ModelRole
+from latency.predictor.fit import HeldOutModels, fit_predictor
 from latency.predictor.memory import MemoryModel, fit_memory
-from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
+from latency.predictor.op_latencies import OpLatencies, TimedModel, fit_op_latencies
 from latency.predictor.predictor import Predictor
 from latency.runtimes.protocol import ANCHOR_SIDE
 from latency.runtimes.reference import card_scale
 from latency.runtimes.registry import graph_version
 from space import Architecture, Space, Workload, genome
-from space.cost import op_flops
 from space.io.artefact import canonical_json
-from space.mixers import MIXERS
-from space.ops import Op, space_ops
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from space.genome import Genomes
 
-MAX_NONLINEARITY = 0.03  # relative deviation of a third stack height from the line through two
 MAX_SPEEDUP = 64.0  # over the anchor's FLOPs per second; no op is faster
-MIN_SLOPE = 1e-3  # of an op's mean latency in the taller stack
 MIN_MEMORY_MODELS = 6  # whole models that memory is fitted on
 NORMAL_95 = 1.96  # half-width of a 95% interval in standard deviations
 FIT_ROLES: tuple[ModelRole, ...] = ("optimal", "random")
 Array = NDArray[np.float64]
-
-
-def stack_name(op: Op, height: int, workload: Workload) -> str:
-    """Name of the timing of a stack.
-
-    Args:
-        op: the op.
-        height: number of copies.
-        workload: the workload.
-    """
-    return f"{op.key}|{height}|{workload}"
 
 
 def model_name(role: str, architecture: Architecture, workload: Workload) -> str:
@@ -112,53 +94,6 @@ class Records:
         """JSON of the model configuration, which ops of different spaces share only if it is equal."""
         return canonical_json(vars(self.space.config))
 
-    def add_ops(self, points: Sequence[Point], timings: Mapping[str, Timing], anchor: float) -> None:
-        """Add the latencies of ops that were measured in a run.
-
-        The latency of an op is the slope of its stacks' times over their heights, in the card's units.
-
-        Args:
-            points: the measured ops and workloads.
-            timings: timings of the run, with those of the reference work.
-            anchor: time of the run's anchor, s.
-        """
-        scales = card_scale(self.card, self.threads, timings)
-        rows = [self._op_row(point, timings, anchor, scales[point[1].phase]) for point in points]
-        self.card.save()
-        self.card.append("ops", rows)
-
-    def _op_row(
-        self, point: Point, timings: Mapping[str, Timing], anchor: float, scale: float
-    ) -> dict[str, object]:
-        op, workload = point
-        low, high = stack_heights(self.space, op, workload)
-        ends = [timings[stack_name(op, height, workload)] for height in (low, high)]
-        slope = (ends[1].seconds - ends[0].seconds) / (high - low)
-        middle = (low + high) // 2
-        third = timings.get(stack_name(op, middle, workload))
-        if third:
-            off = third.seconds / (ends[0].seconds + (middle - low) * slope) - 1
-            if abs(off) > MAX_NONLINEARITY:
-                self.card.problems.append(
-                    f"{op.key} {workload}: {middle} copies are {off:+.1%} from the line"
-                )
-        work = high * op_flops(op, workload, self.space.config)
-        if ends[1].seconds < min_plausible_seconds(work, anchor):
-            self.card.problems.append(f"{op.key} {workload}: faster than this machine can be")
-        # Noise may hide a slope or turn it negative, but no op is free.
-        seconds = max(slope, MIN_SLOPE * ends[1].seconds / high)
-        spread = math.hypot(*(t.half_width * t.seconds for t in ends)) / (high - low)
-        return {
-            **self.conditions,
-            "model_config": self.model_config,
-            "workload": str(workload),
-            "op": op.key,
-            "seconds": seconds * scale,
-            "half_width": spread / seconds,
-            "intercept": (ends[0].seconds - low * slope) * scale,
-            "timing": canonical_json([t.to_json() for t in ends]),
-        }
-
     def add_models(
         self,
         models: Sequence[tuple[ModelRole, Architecture]],
@@ -180,6 +115,7 @@ class Records:
                 rows.append(
                     {
                         **self.conditions,
+                        "model_config": self.model_config,
                         "space": self.space.hash,
                         "role": role,
                         "workload": str(workload),
@@ -220,16 +156,40 @@ class Records:
         """Peak bytes of each measured whole model, by :func:`model_name`."""
         return self._named("memory", "bytes")
 
-    def ops(self) -> dict[Point, tuple[float, float]]:
-        """Seconds of each measured op and workload, and their relative standard deviation."""
-        rows = self._rows("ops", model_config=self.model_config)
+    def timed(self) -> list[TimedModel]:
+        """The measured models to fit on: those of every space with this model configuration."""
+        rows = self._rows("models", model_config=self.model_config)
+        if len(rows):
+            rows = rows[rows["role"].isin(FIT_ROLES)]
         if not len(rows):
-            return {}
-        columns = zip(rows["op"], rows["workload"], rows["seconds"], rows["half_width"], strict=True)
-        return {
-            (Op.parse(op), Workload.parse(w)): (seconds, half_width / NORMAL_95)
-            for op, w, seconds, half_width in columns
-        }
+            return []
+        columns = zip(rows["architecture"], rows["workload"], rows["seconds"], rows["half_width"], strict=True)
+        return [
+            TimedModel(Architecture.from_json(json.loads(a)), Workload.parse(w), seconds, half_width / NORMAL_95)
+            for a, w, seconds, half_width in columns
+        ]
+
+    def architectures(self, role: ModelRole, workloads: Sequence[Workload]) -> list[Architecture]:
+        """The models of this space with a role that were measured in all of some workloads.
+
+        Args:
+            role: use of the models.
+            workloads: the workloads.
+        """
+        rows = self._rows("models", space=self.space.hash, role=role)
+        if not len(rows):
+            return []
+        rows = rows[rows["workload"].isin([str(w) for w in workloads])]
+        found = rows.groupby("architecture", sort=False)["workload"].nunique()
+        return [Architecture.from_json(json.loads(a)) for a in found.index[found == len(workloads)]]
+
+    def uncertain(self, half_width: float) -> set[str]:
+        """Names of the models of this space whose interval is wider than allowed.
+
+        Args:
+            half_width: maximum relative half-width of the interval.
+        """
+        return {name for name, value in self._named("models", "half_width").items() if value > half_width}
 
     def models(self) -> dict[str, float]:
         """Seconds of each measured whole model, by :func:`model_name`."""
@@ -243,53 +203,27 @@ class Records:
         return dict(zip(names, rows[column], strict=True))
 
     def fitted(self, source: OpLatencies | None = None) -> OpLatencies:
-        """Fit the latencies of all ops to the measured ones.
+        """Infer the latencies of all ops from the measured models.
 
         Args:
             source: op latencies of a known device.
         """
-        return fit_op_latencies(self.space.config, self.ops(), source)
-
-    def op_times(self, ops: OpLatencies, workload: Workload) -> OpTimes:
-        """Latencies of all ops of the space in a workload, and the constant of full attention.
-
-        Args:
-            ops: fitted op latencies.
-            workload: a measured workload.
-        """
-        names = space_ops(self.space)
-        seconds = ops.seconds([(op, workload) for op in names])
-        rows = self._rows("ops", model_config=self.model_config, workload=str(workload))
-        # The work that full-attention layers share appears as the intercept of their stacks.
-        constant = 0.0
-        if len(rows):
-            known = MIXERS.known_names()  # listing all mixers would load plug-ins
-            kinds = [name for name in known if MIXERS.get(name).mixer_class == "full"]
-            full = rows["op"].str.split("-").str[0].isin(kinds)
-            constant = max(0.0, float(rows["intercept"][full].median())) if full.any() else 0.0
-        by_key = {op.key: float(s) for op, s in zip(names, seconds, strict=True)}
-        return OpTimes(workload, by_key, constant)
+        return fit_op_latencies(self.space.config, self.timed(), source)
 
     def predictor(
         self,
-        ops: OpLatencies,
         workloads: Sequence[Workload],
         chosen: Mapping[ModelRole, Sequence[Architecture]],
+        source: OpLatencies | None = None,
     ) -> Predictor:
         """Fit the predictor to measured models, and test it on others.
 
         Args:
-            ops: fitted op latencies.
             workloads: workloads of the predictor.
-            chosen: measured architectures by role.
+            chosen: measured architectures of this space by role.
+            source: op latencies of a known device, as a prior.
         """
-        seconds, widths = self.models(), self._named("models", "half_width")
-
-        def column(source: Mapping[str, float], *roles: ModelRole) -> dict[Workload, Array]:
-            return {
-                w: np.array([source[model_name(r, a, w)] for r in roles for a in chosen[r]])
-                for w in workloads
-            }
+        seconds = self.models()
 
         def repeatability(w: Workload) -> float | None:
             """Mean relative difference between two measurements of a model, percent."""
@@ -299,21 +233,15 @@ class Records:
             ]
             return 100 * float(np.mean([abs(again / first - 1) for again, first in pairs])) if pairs else None
 
-        predictor = fit_predictor(
-            self.space,
-            ops,
-            {w: self.op_times(ops, w) for w in workloads},
-            MeasuredModels(
-                genomes=genome.encode(self.space, [a for role in FIT_ROLES for a in chosen[role]]),
-                seconds=column(seconds, *FIT_ROLES),
-                spread={w: values / NORMAL_95 for w, values in column(widths, *FIT_ROLES).items()},
-                drawn=len(chosen["random"]),
-            ),
-            MeasuredModels(
-                genomes=genome.encode(self.space, chosen["held_out"]), seconds=column(seconds, "held_out")
-            ),
-            {w: repeatability(w) for w in workloads},
+        held_out = HeldOutModels(
+            architectures=chosen["held_out"],
+            seconds={
+                w: np.array([seconds[model_name("held_out", a, w)] for a in chosen["held_out"]]) for w in workloads
+            },
+            repeatability={w: repeatability(w) for w in workloads},
         )
+        roles = {a.key: role for role in FIT_ROLES for a in chosen[role]}
+        predictor = fit_predictor(self.space, workloads, self.timed(), roles, held_out, source)
         return replace(predictor, memory=self._memory_models(workloads, chosen))
 
     def _memory_models(

@@ -5,13 +5,11 @@ from pathlib import Path
 
 from latency.config import ProfileConfig
 from latency.predictor.design import ModelRole
-from latency.predictor.initial_design import Point
-from space import Architecture, InputError, Space, Workload
+from space import Architecture, InputError, Space
 from space.io.artefact import Artefact, check_inputs
 from space.onnx.graph import VERSION
-from space.ops import Op
 
-KIT_MANIFEST = Artefact("kit manifest", "formfit profile --make-kit", schema=3)
+KIT_MANIFEST = Artefact("kit manifest", "formfit profile --make-kit", schema=4)
 MANIFEST_FILE = "kit.json"
 KIT_RUNTIME = "onnxruntime"  # the only one that a kit runs on
 
@@ -38,13 +36,11 @@ class KitManifest:
     Attributes:
         kit: digest of the kit's plan.
         settings: settings of the profiling.
-        points: ops and workloads to measure.
         models: whole models to measure.
     """
 
     kit: str
     settings: ProfileConfig
-    points: tuple[Point, ...]
     models: tuple[KitModel, ...]
 
     def write(self, folder: Path, space: Space) -> None:
@@ -57,7 +53,6 @@ class KitManifest:
         body = {
             "kit": self.kit,
             "settings": self.settings.model_dump(mode="json"),
-            "points": [[op.key, str(w)] for op, w in self.points],
             "models": [
                 {"role": m.role, "fallback": m.fallback, "architecture": m.architecture.to_json()}
                 for m in self.models
@@ -85,7 +80,6 @@ class KitManifest:
         return KitManifest(
             kit=value["kit"],
             settings=ProfileConfig.model_validate(value["settings"]),
-            points=tuple((Op.parse(op), Workload.parse(w)) for op, w in value["points"]),
             models=tuple(
                 KitModel(m["role"], m["fallback"], Architecture.from_json(m["architecture"]))
                 for m in value["models"]

@@ -8,16 +8,17 @@ from latency.card import Card, open_card
 from latency.config import ProfileConfig
 from latency.device_runner.timing import Timing
 from latency.kit.manifest import KIT_RUNTIME, KitManifest, KitModel
+from latency.kit.pack import mixer_item
 from latency.kit.result import Result, ResultGroup, read_result, read_timings
-from latency.predictor.design import ModelRole, stack_heights
-from latency.predictor.initial_design import Point
+from latency.predictor.design import ModelRole
 from latency.predictor.predictor import Predictor
-from latency.profiling import load_prior, settings_digest
-from latency.records import Records, model_name, stack_name
+from latency.profiling import load_prior, require_accurate, settings_digest
+from latency.records import Records, model_name
 from latency.runtimes.reference import reference_work
 from space import Architecture, InputError, Space, Workload
 from space.cost import flops, op_flops
 from space.onnx.graph import VERSION
+from space.ops import space_ops
 
 Timings = Mapping[str, Timing]
 
@@ -28,12 +29,10 @@ class MeasuredGroup:
 
     Attributes:
         timings: by name.
-        anchor: time of the anchor, s.
         problems: reasons to distrust the group.
     """
 
     timings: Timings
-    anchor: float
     problems: Sequence[str]
 
 
@@ -43,12 +42,7 @@ class _Wanted:
 
     space: Space
     workloads: Sequence[Workload]
-    points: Sequence[Point]
     models: Sequence[KitModel]
-
-    def stack_names(self, point: Point) -> list[str]:
-        op, workload = point
-        return [stack_name(op, height, workload) for height in stack_heights(self.space, op, workload)]
 
     def model_names(self, model: KitModel) -> list[str]:
         return [model_name(model.role, model.architecture, w) for w in self.workloads]
@@ -61,16 +55,16 @@ class _Wanted:
             for name, w in zip(self.model_names(model), self.workloads, strict=True)
         }
         found |= reference_work()
-        for op, workload in self.points:
-            for height in stack_heights(self.space, op, workload):
-                found[stack_name(op, height, workload)] = height * op_flops(op, workload, self.space.config)
+        first = self.workloads[0]
+        found |= {
+            f"{mixer_item(op)}|{first}": op_flops(op, first, self.space.config) for op in space_ops(self.space)
+        }
         return found
 
     def without(self, unsupported: Mapping[str, str]) -> "_Wanted":
         """The part without some mixers."""
-        points = [(op, w) for op, w in self.points if op.kind not in unsupported]
         models = [m for m in self.models if not any(x.mixer in unsupported for x in m.architecture.layers)]
-        return _Wanted(self.space, self.workloads, points, models)
+        return _Wanted(self.space, self.workloads, models)
 
 
 def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> Predictor:
@@ -92,7 +86,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     result = read_result(path, manifest.kit, folder.name)
     config = manifest.settings
     source = load_prior(space, folder.parent, prior, config) if prior else None
-    packed = _Wanted(space, config.parsed(space), manifest.points, manifest.models)
+    packed = _Wanted(space, config.parsed(space), manifest.models)
     wanted = packed.without(result.unsupported)
     card = open_card(folder.parent, folder.name, result.device)
     # Everything is checked before anything is kept.
@@ -103,7 +97,9 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     chosen = _chosen(path, result, wanted, groups)
     card.unsupported |= result.unsupported
     records = _recorded(card, config, wanted, groups)
-    predictor = records.predictor(records.fitted(source), wanted.workloads, chosen)
+    predictor = records.predictor(wanted.workloads, chosen, source)
+    if config.max_error is not None:
+        require_accurate(predictor, config.max_error, folder.name)
     target = card.predictor_path(space.name, KIT_RUNTIME, config.threads, config.precision)
     inputs = {"settings": settings_digest(config), "card": card.digest, "graphs": str(VERSION)}
     predictor.save(target, inputs)
@@ -111,8 +107,7 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
 
 
 def _measured_group(path: Path, group: ResultGroup, work: Mapping[str, int]) -> MeasuredGroup:
-    timings = read_timings(path, group, work)
-    return MeasuredGroup(timings, float(group.anchor_reference or 0.0), group.problems)
+    return MeasuredGroup(read_timings(path, group, work), group.problems)
 
 
 def _chosen(
@@ -121,13 +116,9 @@ def _chosen(
     """The measured whole models by role.
 
     Raises:
-        InputError: ops are missing, or there are too few models to fit and test on.
+        InputError: there are too few models to fit and test on.
     """
     measured = {name for group in groups for name in group.timings}
-    names = [name for point in wanted.points for name in wanted.stack_names(point)]
-    missing = [name for name in names if name not in measured]
-    if missing:
-        raise InputError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more that its kit measures")
     chosen: dict[ModelRole, list[Architecture]] = {"optimal": [], "random": [], "held_out": [], "repeat": []}
     for model in wanted.models:
         if measured.issuperset(wanted.model_names(model)):
@@ -144,9 +135,6 @@ def _recorded(card: Card, config: ProfileConfig, wanted: _Wanted, groups: Sequen
     for group in groups:
         card.problems += group.problems
         names = group.timings.keys()
-        points = [point for point in wanted.points if names >= set(wanted.stack_names(point))]
-        if points:
-            records.add_ops(points, group.timings, group.anchor)
         models = [
             (model.role, model.architecture)
             for model in wanted.models

@@ -19,6 +19,7 @@ class Accuracy:
     Attributes:
         models: number of models.
         mape_percent: mean absolute relative error.
+        standard_error_percent: standard error of that mean.
         worst_percent: maximum absolute relative error.
         within_5_percent: share of models with an error of at most 5%.
         within_10_percent: share of models with an error of at most 10%.
@@ -28,6 +29,7 @@ class Accuracy:
 
     models: int
     mape_percent: float
+    standard_error_percent: float
     worst_percent: float
     within_5_percent: float
     within_10_percent: float
@@ -48,6 +50,7 @@ def accuracy(predicted: Array, measured: Array) -> Accuracy:
     return Accuracy(
         models=len(measured),
         mape_percent=100 * float(relative.mean()),
+        standard_error_percent=100 * float(relative.std() / np.sqrt(len(relative))),
         worst_percent=100 * float(relative.max()),
         within_5_percent=float((relative <= 0.05).mean()),
         within_10_percent=float((relative <= 0.10).mean()),
@@ -58,18 +61,16 @@ def accuracy(predicted: Array, measured: Array) -> Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutErrors:
-    """Accuracy on models that no fit used, beside simpler predictors.
+    """Accuracy on models that no fit used, beside a simpler predictor.
 
     Attributes:
         held_out: accuracy of the predictor.
-        plain_sum: accuracy of the sum of op latencies.
         flops_and_params: accuracy of a linear fit on FLOPs and parameters.
         repeatability_mape_percent: mean relative difference between two measurements of a model, the lower
             bound of any error; None if no model was measured twice.
     """
 
     held_out: Accuracy
-    plain_sum: Accuracy
     flops_and_params: Accuracy
     repeatability_mape_percent: float | None
 
@@ -99,7 +100,6 @@ class PredictorErrors:
         if "held_out" in value:
             tested = HeldOutErrors(
                 held_out=Accuracy(**value["held_out"]),
-                plain_sum=Accuracy(**value["plain_sum"]),
                 flops_and_params=Accuracy(**value["flops_and_params"]),
                 repeatability_mape_percent=value["repeatability_mape_percent"],
             )

@@ -1,51 +1,36 @@
-"""Fitting a predictor to measured ops and models."""
+"""Fitting a predictor to measured models."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latency.predictor.accuracy import HeldOutErrors, PredictorErrors, accuracy
-from latency.predictor.composition import (
-    MIN_NOISE,
-    Composition,
-    OpTimes,
-    Saving,
-    design_matrix,
-    fit_composition,
-    fit_saving,
-    held_bytes,
-    leave_one_out,
-    op_sums,
-)
-from latency.predictor.op_latencies import OpLatencies
-from latency.predictor.predictor import Predictor
-from latency.predictor.workload_model import WorkloadModel, finite_seconds
-from space import Space, Workload
+from latency.predictor.bounds import fit_spread
+from latency.predictor.op_latencies import OpLatencies, TimedModel, fit_op_latencies
+from latency.predictor.predictor import Predictor, workload_model
+from space import Architecture, Space, Workload, genome
 from space.cost import flops_table, params_cost
 from space.genome import Genomes
-from space.ops import op_kinds
 
 Array = NDArray[np.float64]
-MAD_TO_STD = 1.4826  # ratio of a normal's standard deviation to its median absolute deviation
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredModels:
-    """Whole models that were measured.
+class HeldOutModels:
+    """Whole models that no fit used.
 
     Attributes:
-        genomes: the models: [N, G].
+        architectures: the models: N of them; may be none.
         seconds: latency of each by workload: [N].
-        spread: relative standard deviation of each timing by workload: [N]; needed of models to fit on.
-        drawn: number of models, at the end, that were drawn at random rather than chosen.
+        repeatability: mean relative difference between two measurements of a model by workload, percent; None if
+            it is unknown.
     """
 
-    genomes: Genomes
+    architectures: Sequence[Architecture]
     seconds: Mapping[Workload, Array]
-    spread: Mapping[Workload, Array] = field(default_factory=dict)
-    drawn: int = 0
+    repeatability: Mapping[Workload, float | None]
 
 
 def proxy_predictions(
@@ -76,77 +61,75 @@ def proxy_predictions(
 
 def fit_predictor(
     space: Space,
-    ops: OpLatencies,
-    latencies: Mapping[Workload, OpTimes],
-    fitted: MeasuredModels,
-    held_out: MeasuredModels,
-    repeatability: Mapping[Workload, float | None],
+    workloads: Sequence[Workload],
+    timed: Sequence[TimedModel],
+    roles: Mapping[str, str],
+    held_out: HeldOutModels,
+    source: OpLatencies | None = None,
 ) -> Predictor:
-    """Fit a predictor of every workload, and test it on models that no fit used.
+    """Fit a predictor, and test it on models that no fit used.
 
-    Intervals come from the models that were drawn at random. The others were chosen to be unlike each other,
-    and the residuals of extremes would overestimate the error of a typical model.
+    Bounds come from the models that were drawn at random. The others were chosen to be unlike each other, and the
+    residuals of extremes would overestimate the error of a typical model.
 
     Args:
         space: the space.
-        ops: fitted op latencies, for lengths between the workloads.
-        latencies: latencies of all ops, by workload.
-        fitted: models to fit on.
-        held_out: models to test on; may be empty.
-        repeatability: mean relative difference between two measurements of a model by workload, percent; None
-            if it is unknown.
+        workloads: workloads of the predictor.
+        timed: models to fit on, of this space or of others with its model configuration.
+        roles: role of each model of this space, by key; ``random`` for those that were drawn.
+        held_out: models to test on.
+        source: op latencies of a known device, as a prior.
     """
-    models: dict[Workload, WorkloadModel] = {}
-    residuals: list[float] = []
-    for workload, times in latencies.items():
-        seconds, spread = fitted.seconds[workload], fitted.spread[workload]
-        design = design_matrix(space, times, fitted.genomes)
-        held = held_bytes(space, workload, fitted.genomes)
-        saving = fit_saving(design, held, seconds, spread)
-        saved = saving.saved(held)
-        left_out = leave_one_out(design, seconds, spread, saved)
-        # A robust standard deviation: an extreme model must not widen the intervals of all others.
-        scale = max(MIN_NOISE, MAD_TO_STD * float(np.median(np.abs(left_out))))
-        residuals += list(left_out[-fitted.drawn :] / scale)
-        composed = fit_composition(design, seconds, spread, saved)
-        tested = None
-        if len(held_out.genomes):
-            tested = _tested(space, times, composed, saving, fitted, held_out, repeatability[workload])
-        models[workload] = WorkloadModel(
-            op_seconds=finite_seconds(times.by_key),
-            kinds=dict(zip(op_kinds(space), composed.kinds, strict=True)),
-            constant=composed.constant,
-            attention_constant=composed.attention_factor * times.attention_constant,
-            per_layer=composed.per_layer,
-            hinges=tuple(composed.hinges),
-            saving=replace(saving, rate=composed.rate),
-            scale=scale,
-            errors=PredictorErrors(
-                leave_one_out_mape_percent=100 * float(np.abs(left_out).mean()), test=tested
-            ),
+    ops = fit_op_latencies(space.config, timed, source)
+    left_out: dict[str, Array] = {phase: model.left_out()[0] for phase, model in ops.models.items()}
+    models, residuals = {}, []
+    for workload in workloads:
+        rows = [item for item in timed if item.workload.phase == workload.phase]
+        relative = {
+            item.architecture.key: (item, float(np.exp(off) - 1))
+            for item, off in zip(rows, left_out[workload.phase], strict=True)
+            if item.workload == workload
+        }
+        measured = np.array([item.seconds for item, _ in relative.values()])
+        off = np.array([value for _, value in relative.values()])
+        random = [i for i, key in enumerate(relative) if roles.get(key) == "random"] or list(range(len(off)))
+        predicted = measured / (1 + off)
+        spread = fit_spread(predicted[random], measured[random])
+        residuals += ((measured - predicted) / spread.at(predicted))[random].tolist()
+        models[workload] = replace(
+            workload_model(space, ops, workload, spread, spreads=True),
+            errors=PredictorErrors(leave_one_out_mape_percent=100 * float(np.abs(off).mean())),
         )
-    return Predictor(space=space, ops=ops, models=models, residuals=[float(r) for r in residuals])
+    predictor = Predictor(space=space, ops=ops, models=models, residuals=residuals)
+    if not held_out.architectures:
+        return predictor
+    tested = {w: _tested(predictor, w, [t for t in timed if t.architecture.key in roles], held_out) for w in workloads}
+    return replace(
+        predictor,
+        models={
+            w: replace(model, errors=replace(model.errors, test=tested[w]))
+            for w, model in models.items()
+            if model.errors is not None
+        },
+    )
 
 
 def _tested(
-    space: Space,
-    times: OpTimes,
-    composed: Composition,
-    saving: Saving,
-    fitted: MeasuredModels,
-    held_out: MeasuredModels,
-    repeatability: float | None,
+    predictor: Predictor, workload: Workload, timed: Sequence[TimedModel], held_out: HeldOutModels
 ) -> HeldOutErrors:
-    """Accuracy of a composition and of two baselines on held-out models."""
-    workload = times.workload
-    measured = held_out.seconds[workload]
-    saved = saving.saved(held_bytes(space, workload, held_out.genomes))
-    predicted = composed(design_matrix(space, times, held_out.genomes), saved)
-    proxy = proxy_predictions(space, workload, fitted.genomes, fitted.seconds[workload], held_out.genomes)
-    plain = op_sums(space, times, held_out.genomes).sum(axis=1)
+    """Accuracy of a predictor and of a baseline on held-out models."""
+    space = predictor.space
+    measured, rows = held_out.seconds[workload], genome.encode(space, held_out.architectures)
+    known = [item for item in timed if item.workload == workload]
+    proxy = proxy_predictions(
+        space,
+        workload,
+        genome.encode(space, [item.architecture for item in known]),
+        np.array([item.seconds for item in known]),
+        rows,
+    )
     return HeldOutErrors(
-        held_out=accuracy(predicted, measured),
-        plain_sum=accuracy(plain, measured),
+        held_out=accuracy(predictor.predict(rows, workload), measured),
         flops_and_params=accuracy(proxy, measured),
-        repeatability_mape_percent=repeatability,
+        repeatability_mape_percent=held_out.repeatability[workload],
     )

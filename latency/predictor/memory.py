@@ -12,7 +12,7 @@ from scipy.optimize import nnls
 
 from latency.device_runner.timing import JsonObject
 from latency.predictor.accuracy import MemoryErrors
-from latency.predictor.composition import conformal
+from latency.predictor.bounds import conformal
 from space import Space, Workload
 from space.cost import op_activation_bytes, op_state_bytes, op_weight_bytes
 from space.genome import Genomes

@@ -1,8 +1,7 @@
-"""Latency of every op in any workload within the measured range, from the ops that were measured.
+"""Latency of every op in any workload within the measured range, inferred from whole models.
 
-There is one :class:`latency.predictor.op_model.OpModel` for each kind of op and phase. Its features are the
-sizes of the op and the workload. The terms of its roofline are one call, FLOPs, and bytes of weights, states
-and activations.
+There is one :class:`latency.predictor.op_model.OpModel` for each phase. Its observations are whole models in the
+phase's workloads; :mod:`latency.predictor.terms` says what their times are sums of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,44 +11,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.device_runner.timing import JsonObject
-from latency.predictor.initial_design import Point, features, grouped
-from latency.predictor.op_model import Observations, OpModel, Process, fit_op_model
-from space import ModelConfig, Workload
-from space.cost import op_activation_bytes, op_flops, op_state_bytes, op_weight_bytes
+from latency.predictor.op_model import Observations, OpModel, fit_op_model, unmeasured
+from latency.predictor.terms import (
+    Point,
+    as_ops,
+    cache_size,
+    caches,
+    held_bytes,
+    reads_most,
+    terms,
+)
+from space import Architecture, ModelConfig, Workload
 from space.ops import Op
-from space.precision import matrix_bytes
 
 Array = NDArray[np.float64]
-MEASURED_EFFECT_VARIANCE = 0.1  # of an op's effect once it was measured, as a share of that before
+# Latency of an op before anything is measured, s: a call, per FLOP, and per byte of weights, states, activations.
+EXPECTED_RATES = (2e-6, 1e-11, 3e-11, 3e-11, 3e-11)
+MIN_SOURCE_SECONDS = 1e-9  # of a term that a known device was not seen to have
 
 
-def work(points: Sequence[Point], model_config: ModelConfig) -> Array:
-    """Terms of the roofline of ops.
+@dataclass(frozen=True)
+class TimedModel:
+    """A whole model that was timed.
 
-    Args:
-        points: N ops and workloads.
-        model_config: vocabulary, context and heads.
-
-    Returns:
-        1 (a call), FLOPs, and bytes of weights, states and activations: [N, 5].
+    Attributes:
+        architecture: the model.
+        workload: the workload.
+        seconds: its latency.
+        noise: relative standard deviation of the timing.
     """
-    rows = [
-        (
-            1.0,
-            op_flops(op, workload, model_config),
-            _read_bytes(op, workload, model_config),
-            op_state_bytes(op, workload, model_config),
-            op_activation_bytes(op, workload, model_config),
-        )
-        for op, workload in points
-    ]
-    return np.array(rows, dtype=np.float64)
 
-
-def _read_bytes(op: Op, workload: Workload, model_config: ModelConfig) -> int:
-    """Bytes of weights; a head's matrix is read even if its parameters are those of the embedding."""
-    head = matrix_bytes(model_config.vocab_size, op.width, workload.precision) if op.kind == "head" else 0
-    return op_weight_bytes(op, model_config, workload.precision) + head
+    architecture: Architecture
+    workload: Workload
+    seconds: float
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -58,78 +53,93 @@ class OpLatencies:
 
     Attributes:
         model_config: model configuration of the space.
-        models: by kind of op and phase.
-        op_effect: deviation of a measured op from its model in log seconds, by op key and workload.
+        models: by phase.
+        kinds: kinds of terms that are known, by phase; an op of another kind takes infinitely long.
         source: latencies of the known device that served as a prior; None if there was none.
     """
 
     model_config: ModelConfig
-    models: Mapping[tuple[str, str], OpModel]
-    op_effect: Mapping[tuple[str, str], float]
+    models: Mapping[str, OpModel]
+    kinds: Mapping[str, frozenset[str]]
     source: "OpLatencies | None" = None
 
-    def posterior(self, points: Sequence[Point]) -> tuple[Array, Array]:
-        """Mean and covariance of log seconds, without the ops' own effects.
-
-        Args:
-            points: N ops and workloads.
-
-        Returns:
-            Mean: [N]; covariance: [N, N], 0 between different kinds or phases.
-        """
-        mean, covariance = np.empty(len(points)), np.zeros((len(points), len(points)))
-        for key, places in grouped(points).items():
-            group = [points[i] for i in places]
-            known = self.source.seconds(group) if self.source else None
-            mean[places], block = self.models[key].predict(
-                features(group), work(group, self.model_config), known
-            )
-            covariance[np.ix_(places, places)] = block
-        return mean, covariance
-
     def seconds(self, points: Sequence[Point]) -> Array:
-        """Latencies of ops.
+        """Latencies of terms.
 
         Args:
-            points: N ops and workloads.
+            points: N terms and workloads.
 
         Returns:
             Seconds, infinite for an op that the device cannot run: [N].
         """
-        places = [i for i, (op, w) in enumerate(points) if (op.kind, w.phase) in self.models]
-        supported = [points[i] for i in places]
-        mean, _ = self.posterior(supported)
         found = np.full(len(points), np.inf)
-        found[places] = np.exp(mean + [self.op_effect.get((op.key, str(w)), 0.0) for op, w in supported])
+        for phase, places in self._known(points).items():
+            ops, order = as_ops([points[i] for i in places], self.model_config, self._source(points, places))
+            found[[places[i] for i in order]] = np.exp(self.models[phase].log_seconds(ops))
         return found
 
-    def op_effect_variance(self, point: Point) -> float:
-        """Variance of an op's effect, in squared log seconds.
+    def spreads(self, points: Sequence[Point]) -> Array:
+        """Relative standard deviations of latencies.
 
         Args:
-            point: op and workload.
-        """
-        op, workload = point
-        white = self.models[op.kind, workload.phase].white
-        return white * (MEASURED_EFFECT_VARIANCE if (op.key, str(workload)) in self.op_effect else 1.0)
+            points: N terms and workloads.
 
-    def timing_noise(self, point: Point) -> float:
-        """Variance of a timing of an op in squared log seconds, the median over its kind and phase.
+        Returns:
+            Infinite for an op that the device cannot run: [N].
+        """
+        found = np.full(len(points), np.inf)
+        for phase, places in self._known(points).items():
+            ops, order = as_ops([points[i] for i in places], self.model_config, self._source(points, places))
+            covariance = self.models[phase].predict(ops)[1]
+            found[[places[i] for i in order]] = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+        return found
+
+    def covariance(self, architectures: Sequence[Architecture], workload: Workload) -> tuple[Array, Array]:
+        """Predicted latencies of models, and the covariance of their logarithms from that of the terms.
 
         Args:
-            point: op and workload.
+            architectures: N models of ops that are known.
+            workload: the workload.
+
+        Returns:
+            Seconds: [N]; covariance: [N, N].
         """
-        op, workload = point
-        return self.models[op.kind, workload.phase].timing
+        rows = [self._counts(architecture, workload) for architecture in architectures]
+        points = list(dict.fromkeys(point for row in rows for point in row))
+        counts = np.array([[row.get(point, 0.0) for point in points] for row in rows])
+        everything = list(range(len(points)))
+        ops, order = as_ops(points, self.model_config, self._source(points, everything))
+        mean, covariance = self.models[workload.phase].predict(ops)
+        parts = counts[:, order] * np.exp(mean)
+        totals = parts.sum(axis=1)
+        shares = parts / totals[:, None]
+        return totals, np.asarray(shares @ covariance @ shares.T)
+
+    def _counts(self, architecture: Architecture, workload: Workload) -> dict[Point, float]:
+        known = self.kinds[workload.phase]
+        counts = terms(architecture, workload, self.model_config)
+        return {(op, workload): n for op, n in counts.items() if op.kind in known}
+
+    def _known(self, points: Sequence[Point]) -> dict[str, list[int]]:
+        """Indices of the points whose kind is known, by phase."""
+        found: dict[str, list[int]] = {}
+        for i, (op, workload) in enumerate(points):
+            if op.kind in self.kinds.get(workload.phase, ()):
+                found.setdefault(workload.phase, []).append(i)
+        return found
+
+    def _source(self, points: Sequence[Point], places: Sequence[int]) -> dict[Point, float] | None:
+        """Seconds of points on the known device, if that model counts."""
+        if self.source is None:
+            return None
+        some = [points[i] for i in places]
+        return _source_seconds(self.source, some)
 
     def to_json(self) -> JsonObject:
         """The latencies as a JSON object, without the model configuration."""
         return {
-            "models": [
-                {"kind": kind, "phase": phase, "processes": [p.to_json() for p in model.processes]}
-                for (kind, phase), model in self.models.items()
-            ],
-            "op_effect": [[op, workload, value] for (op, workload), value in self.op_effect.items()],
+            "models": {phase: model.to_json() for phase, model in self.models.items()},
+            "kinds": {phase: sorted(kinds) for phase, kinds in self.kinds.items()},
             "source": self.source.to_json() if self.source else None,
         }
 
@@ -141,35 +151,93 @@ class OpLatencies:
             model_config: model configuration of the space.
             value: a JSON object.
         """
-        models = {
-            (item["kind"], item["phase"]): OpModel(tuple(map(Process.from_json, item["processes"])))
-            for item in value["models"]
-        }
-        op_effect = {(op, workload): effect for op, workload, effect in value["op_effect"]}
+        models = {phase: OpModel.from_json(model) for phase, model in value["models"].items()}
+        kinds = {phase: frozenset(names) for phase, names in value["kinds"].items()}
         source = OpLatencies.from_json(model_config, value["source"]) if value["source"] else None
-        return OpLatencies(model_config, models, op_effect, source)
+        return OpLatencies(model_config, models, kinds, source)
+
+
+def _source_seconds(source: OpLatencies, points: Sequence[Point]) -> dict[Point, float] | None:
+    """Seconds of points on a known device; None if it lacks one of them.
+
+    A cache that the known device was not seen to have takes the time of none.
+    """
+    seconds = source.seconds(points)
+    for i, (op, _) in enumerate(points):
+        if cache_size(op) is not None and not np.isfinite(seconds[i]):
+            seconds[i] = MIN_SOURCE_SECONDS
+    return None if not np.isfinite(seconds).all() else dict(zip(points, seconds.tolist(), strict=True))
 
 
 def fit_op_latencies(
-    model_config: ModelConfig, timed: Mapping[Point, tuple[float, float]], source: OpLatencies | None = None
+    model_config: ModelConfig, timed: Sequence[TimedModel], source: OpLatencies | None = None
 ) -> OpLatencies:
-    """Fit the latencies of every kind of op and phase.
+    """Infer the latencies of ops from those of whole models.
 
     Args:
         model_config: model configuration of the space.
-        timed: seconds and their relative standard deviation, by op and workload.
+        timed: the measured models.
         source: latencies of a known device, as a prior.
     """
-    points = list(timed)
-    models: dict[tuple[str, str], OpModel] = {}
-    op_effect: dict[tuple[str, str], float] = {}
-    for key, places in grouped(points).items():
-        group = [points[i] for i in places]
-        seconds, noise = np.array([timed[point] for point in group]).T
-        known = source.seconds(group) if source and key in source.models else None
-        models[key] = fit_op_model(
-            Observations(features(group), work(group, model_config), seconds, noise, known)
-        )
-        for (op, workload), value in zip(group, models[key].op_effect(), strict=True):
-            op_effect[op.key, str(workload)] = float(value)
-    return OpLatencies(model_config, models, op_effect, source)
+    models, kinds = {}, {}
+    for phase in dict.fromkeys(item.workload.phase for item in timed):
+        rows = [item for item in timed if item.workload.phase == phase]
+        reading = [item for item in rows if reads_most(item.workload)]
+        held = [held_bytes(item.architecture, item.workload, model_config) for item in reading]
+        sizes = caches(np.array(held, dtype=np.float64))
+        counts = []
+        for item in rows:
+            found = terms(item.architecture, item.workload, model_config)
+            counts.append(
+                {
+                    (op, item.workload): n
+                    for op, n in found.items()
+                    if (size := cache_size(op)) is None or size in sizes
+                }
+            )
+        points = sorted({point for row in counts for point in row})
+        known = _source_seconds(source, points) if source and phase in source.models else None
+        ops, order = as_ops(points, model_config, known)
+        place = {points[i]: column for column, i in enumerate(order)}
+        matrix = np.zeros((len(rows), len(points)))
+        for i, row in enumerate(counts):
+            for point, n in row.items():
+                matrix[i, place[point]] = n
+        seconds, noise = np.array([(item.seconds, item.noise) for item in rows]).T
+        # The same model at another length tells nearly everything about it: it is left out too.
+        groups = [item.architecture.key for item in rows]
+        models[phase] = fit_op_model(Observations(ops, matrix, seconds, noise, groups))
+        kinds[phase] = frozenset(ops)
+    return OpLatencies(model_config, models, kinds, source)
+
+
+def expected_latencies(
+    model_config: ModelConfig, architectures: Sequence[Architecture], workloads: Sequence[Workload]
+) -> OpLatencies:
+    """Latencies of a device before anything was measured on it, for choosing what to measure.
+
+    Args:
+        model_config: model configuration of the space.
+        architectures: models whose terms count.
+        workloads: the workloads.
+    """
+    models, kinds = {}, {}
+    for phase in dict.fromkeys(workload.phase for workload in workloads):
+        points = {
+            (op, w)
+            for w in workloads
+            if w.phase == phase
+            for a in architectures
+            for op in terms(a, w, model_config)
+            if cache_size(op) is None
+        }
+        ops, _ = as_ops(sorted(points), model_config)
+        models[phase] = unmeasured(ops, np.array(EXPECTED_RATES))
+        kinds[phase] = frozenset(ops)
+    return OpLatencies(model_config, models, kinds)
+
+
+def term_points(ops: Sequence[Op], workload: Workload, latencies: OpLatencies) -> list[Point]:
+    """Ops of a space and all other terms that are known in a workload's phase."""
+    others = [Op(kind=kind) for kind in sorted(latencies.kinds.get(workload.phase, ())) if "." in kind or kind == "run"]
+    return [(op, workload) for op in (*ops, *others)]

@@ -1,28 +1,30 @@
-"""Latency of ops of one kind as a function of their sizes: a roofline and a Gaussian process.
+"""Latency of ops as a function of their sizes, inferred from the times of sums of ops.
 
-``log t = log(sum over terms of c * work) + g(features)``. The sum is an additive roofline: the work of an op
-(a call, FLOPs, bytes), each at a rate of the device, all rates >= 0. The process ``g`` models the log
-efficiency that the roofline leaves unexplained (Rasmussen and Williams 2006). If another device is known, its
-latency replaces the roofline in a second model. The two are averaged with weights from their leave-one-out
-likelihoods, separately for each kind of op.
+An observation is the time of a run in which op ``p`` occurs ``n_p`` times: a whole model, or a single op. It is
+modelled as ``sum_p n_p t_p``, with ``log t_p = log(sum over terms of rate * work) + g(features)``. The sum over
+terms is an additive roofline: the work of an op (a call, FLOPs, bytes), each at a rate of the device, which is
+known to a factor. The process ``g`` models the log efficiency that the roofline leaves unexplained. Each kind of op
+has rates and a process of its own (Rasmussen and Williams 2006). The logarithm of a sum is linearised at the
+current estimate (an op's part in it is its share of the time), which makes the posterior Gaussian, and the
+estimate is iterated. Weighing many ops at once, each in many sums, is a weighing design (Hotelling 1944).
 
-Measurements contain outliers: in some published tables a quarter of the rows are 20% too slow. The
-roofline is therefore fitted to absolute relative errors, and the process to Student-t noise, by reweighting.
+If another device is known, its latency of an op replaces the roofline in a second model. The two are averaged with
+weights from their leave-one-out likelihoods.
+
+Measurements contain outliers: in some published tables a quarter of the rows are 20% too slow. The roofline is
+therefore fitted to absolute relative errors, and the process to Student-t noise, by reweighting.
 """
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import block_diag, cho_factor, cho_solve
 from scipy.optimize import minimize, nnls
 from scipy.stats import norm
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
+from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern
 
 from latency.device_runner.timing import JsonObject
 
@@ -34,186 +36,289 @@ MIN_NOISE = 0.003  # relative; no timing repeats better
 MAX_KERNEL_ROWS = 300  # observations that the kernel is fitted to; predictions use all of them
 KERNEL_ROUNDS = 3  # alternations of fitting the kernel and the outlier weights
 REWEIGHTINGS = 15  # of the outlier weights in each round
+ROWS_PER_TREND = 3  # observations per coefficient of the trend, below which no outliers are looked for
+LINEARISATIONS = 6  # of the logarithm of the sums
 ROOFLINE_ITERATIONS = 10
 TREND_ITERATIONS = 20
+RATE_SPREAD = 0.5  # of the logarithm of a rate around its first estimate
+MIN_RATE_SHARE = 1e-4  # of a term in the work of its kind, in the first estimate
 INITIAL_SPREAD = 0.05  # of the kernel, log seconds
 INITIAL_LENGTH = 4.0  # of the kernel, doublings of a size
-INITIAL_WHITE = 0.01  # standard deviation of op effects, log seconds
+INITIAL_WHITE = 0.01  # standard deviation of a run's own effect, log seconds
+SPREAD_BOUNDS, LENGTH_BOUNDS, WHITE_BOUNDS = (1e-8, 1.0), (0.1, 1e3), (1e-6, 0.1)  # variances and doublings
 PRIOR_SPREAD = 1.0  # of the kernel's log hyperparameters around their initial values
+MAX_STEP = 1.0  # of a log rate in one linearisation
 NORMAL_SQUARE_MEDIAN = 2.198  # ratio of a squared normal's mean to its median
 
 
 @dataclass(frozen=True)
-class Observations:
-    """Measured ops, one row each.
+class Ops:
+    """Ops of one kind, one row each.
 
     Attributes:
-        features: logarithms to base 2 of the sizes: [N, D].
-        work: terms of the roofline in any units; all >= 0, and at least one above 0 in every row: [N, K].
-        seconds: latencies: [N].
-        noise: relative standard deviation of each timing: [N].
-        source: latencies of the same ops on a known device, s: [N]; None if there is none.
+        features: logarithms to base 2 of the sizes: [P, D].
+        work: terms of the roofline in any units; all >= 0, and at least one above 0 in every row: [P, K].
+        source: latencies of the same ops on a known device, s: [P]; None if there is none.
     """
 
     features: Array
     work: Array
-    seconds: Array
-    noise: Array
     source: Array | None = None
 
 
 @dataclass(frozen=True)
-class Process:
-    """A mean and a Gaussian process around it, conditioned on residuals in log seconds.
+class Observations:
+    """Measured runs, one row each.
 
     Attributes:
-        rates: seconds per unit of work of the roofline: [K]; None if the mean is a known device's latency.
-        offset: center of the residuals.
-        theta: logarithms of the kernel's hyperparameters, in scikit-learn's order.
-        inputs: [N, D], or [N, D + 1] with the known device's latency.
-        residuals: log seconds minus mean and offset: [N].
-        noise: variance of each, including ``white`` and outlier weights: [N].
-        white: variance of op effects.
+        ops: the ops that occur in them, by kind.
+        counts: how often each op occurs in each run, in the order of ``ops``: [N, P]; need not be whole.
+        seconds: latencies: [N].
+        noise: relative standard deviation of each timing: [N].
+        groups: label of each run; runs of one label are left out together: [N]. None: each run alone.
     """
 
-    rates: Array | None
-    offset: float
+    ops: Mapping[str, Ops]
+    counts: Array
+    seconds: Array
+    noise: Array
+    groups: Sequence[str] | None = None
+
+    @staticmethod
+    def of_ops(ops: Ops, seconds: Array, noise: Array) -> "Observations":
+        """Observations of single ops of one kind.
+
+        Args:
+            ops: the ops.
+            seconds: their latencies: [P].
+            noise: relative standard deviation of each timing: [P].
+        """
+        return Observations({"op": ops}, np.eye(len(seconds)), seconds, noise)
+
+
+@dataclass(frozen=True)
+class KindModel:
+    """Fitted latency of the ops of one kind.
+
+    Attributes:
+        rates: seconds per unit of work: [K]; of a known device, seconds per second of it: [1].
+        theta: logarithms of the kernel's hyperparameters, in scikit-learn's order.
+        inputs: features of the ops that were observed: [P, D], or [P, D + 1] with the known device's latency.
+        weights: what each of them adds to the process: [P].
+    """
+
+    rates: Array
     theta: Array
     inputs: Array
-    residuals: Array
-    noise: Array
-    white: float
+    weights: Array
 
     @cached_property
     def kernel(self) -> Kernel:
-        """The covariance function."""
+        """The covariance function of the process."""
         return kernel(self.inputs.shape[1]).clone_with_theta(self.theta)
 
-    @cached_property
-    def factor(self) -> tuple[Array, bool]:
-        """Cholesky factor of the observations' covariance."""
-        return cho_factor(self.kernel(self.inputs) + np.diag(self.noise), lower=True)
-
-    @cached_property
-    def solved(self) -> Array:
-        """Inverse covariance times the residuals: [N]."""
-        return np.asarray(cho_solve(self.factor, self.residuals))
-
-    @cached_property
-    def precision(self) -> Array:
-        """Inverse variance of each residual given the others: [N]."""
-        return np.diag(cho_solve(self.factor, np.eye(len(self.residuals))))
-
-    def posterior(self, inputs: Array) -> tuple[Array, Array]:
-        """Mean and covariance of the process.
+    def log_seconds(self, inputs: Array, work: Array) -> Array:
+        """Logarithm of the latencies.
 
         Args:
-            inputs: [M, D] or [M, D + 1], as :attr:`inputs`.
-
-        Returns:
-            Mean: [M]; covariance: [M, M].
+            inputs: as :attr:`inputs`: [M, D].
+            work: [M, K].
         """
-        across = self.kernel(inputs, self.inputs)
-        covariance = self.kernel(inputs) - across @ cho_solve(self.factor, across.T)
-        return across @ self.solved, covariance
+        return np.asarray(np.log(work @ self.rates) + self.kernel(inputs, self.inputs) @ self.weights)
 
-    def op_effect(self) -> Array:
-        """Expected deviation of each observed op from the process, log seconds: [N].
+    def rate_shares(self, work: Array) -> Array:
+        """Share of each term in the roofline: [M, K]."""
+        parts = work * self.rates
+        return np.asarray(parts / parts.sum(axis=1, keepdims=True))
 
-        A deviation is split between the op's effect and timing noise in the ratio of their variances.
-        """
-        off = self.residuals - self.kernel(self.inputs) @ self.solved
-        return np.asarray(self.white / self.noise * off)
-
-    def loo_residuals(self) -> Array:
-        """Each residual minus its prediction from the others: [N] (Rasmussen and Williams 2006, 5.4.2)."""
-        return np.asarray(self.solved / self.precision)
-
-    def loo_log_density(self) -> Array:
-        """Log density of each residual given the others, up to a constant: [N]; the same source."""
-        return np.asarray(0.5 * np.log(self.precision) - 0.5 * self.solved**2 / self.precision)
+    def prior_covariance(self, inputs: Array, work: Array, others: Array, others_work: Array) -> Array:
+        """Covariance of the log latencies of some ops with those of others, before observations: [M, L]."""
+        rates = RATE_SPREAD**2 * self.rate_shares(work) @ self.rate_shares(others_work).T
+        return np.asarray(rates + self.kernel(inputs, others))
 
     def to_json(self) -> JsonObject:
-        """The process as a JSON object."""
-        # Not vars(): it also holds the cached properties.
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+        """The model as a JSON object."""
+        return {name: getattr(self, name).tolist() for name in ("rates", "theta", "inputs", "weights")}
 
     @staticmethod
-    def from_json(value: JsonObject) -> "Process":
-        """Read a process; the inverse of :meth:`to_json`."""
-        arrays: JsonObject = {name: np.array(v) if isinstance(v, list) else v for name, v in value.items()}
-        return Process(**arrays)
+    def from_json(value: JsonObject) -> "KindModel":
+        """Read a model; the inverse of :meth:`to_json`."""
+        inputs = np.array(value["inputs"], dtype=np.float64)
+        return KindModel(np.array(value["rates"]), np.array(value["theta"]), inputs, np.array(value["weights"]))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the observations of a fit were, for intervals and leave-one-out residuals.
+
+    Attributes:
+        work: of the observed ops, by kind: [P, K].
+        information: inverse covariance of the observations, brought to the ops: [all P, all P].
+        residuals: log seconds of each run minus its prediction from the other groups: [N].
+        deviations: their expected standard deviations: [N].
+    """
+
+    work: Mapping[str, Array]
+    information: Array
+    residuals: Array
+    deviations: Array
+
+    @property
+    def log_density(self) -> float:
+        """Leave-one-out log likelihood, up to a constant (Rasmussen and Williams 2006, 5.4.2)."""
+        return float(-np.log(self.deviations).sum() - 0.5 * np.square(self.residuals / self.deviations).sum())
+
+
+@dataclass(frozen=True)
+class Process:
+    """Latencies of ops of several kinds, on a roofline or on a known device's latencies.
+
+    Attributes:
+        kinds: by kind of op.
+        from_source: True if a known device's latencies replace the roofline.
+        white: variance of a run's own effect, squared log seconds.
+        fit: the observations; None once it was saved.
+    """
+
+    kinds: Mapping[str, KindModel]
+    from_source: bool
+    white: float
+    fit: Fit | None = None
+
+    def log_seconds(self, ops: Mapping[str, Ops]) -> Array:
+        """Logarithm of the latencies of ops, in their order: [M]."""
+        rows = {kind: _inputs_and_work(some, self.from_source) for kind, some in ops.items()}
+        return np.concatenate([self.kinds[kind].log_seconds(*pair) for kind, pair in rows.items()])
+
+    def covariance(self, ops: Mapping[str, Ops]) -> Array:
+        """Posterior covariance of the log latencies of ops, in their order: [M, M]."""
+        if self.fit is None:
+            raise ValueError("a model that was read from a file has no covariance")
+        blocks, across = [], []
+        for kind, some in ops.items():
+            inputs, work = _inputs_and_work(some, self.from_source)
+            model = self.kinds[kind]
+            blocks.append(model.prior_covariance(inputs, work, inputs, work))
+            columns = [
+                model.prior_covariance(inputs, work, model.inputs, self.fit.work[kind])
+                if known == kind
+                else np.zeros((len(inputs), len(self.kinds[known].inputs)))
+                for known in self.kinds
+            ]
+            across.append(np.hstack(columns))
+        joined = np.vstack(across)
+        return np.asarray(block_diag(*blocks) - joined @ self.fit.information @ joined.T)
 
 
 @dataclass(frozen=True)
 class OpModel:
-    """Fitted model of one kind of op.
+    """Fitted latencies of ops of several kinds.
 
     Attributes:
-        processes: a process around the roofline, and one around a known device's latency if there is one.
+        processes: one on a roofline, and one on a known device's latencies if there is one.
+        weights: weight of each process, by its leave-one-out likelihood: [processes].
     """
 
     processes: tuple[Process, ...]
+    weights: tuple[float, ...]
 
-    @cached_property
-    def weights(self) -> Array:
-        """Weight of each process, by its leave-one-out likelihood: [P]."""
-        score = np.array([process.loo_log_density().sum() for process in self.processes])
-        raised = np.exp(score - score.max())
-        return np.asarray(raised / raised.sum())
-
-    def predict(self, features: Array, work: Array, source: Array | None = None) -> tuple[Array, Array]:
-        """Mean and covariance of log seconds.
+    def log_seconds(self, ops: Mapping[str, Ops]) -> Array:
+        """Mean log latencies.
 
         Args:
-            features: logarithms to base 2 of the sizes: [M, D].
-            work: terms of the roofline: [M, K].
-            source: latencies on the known device, s: [M].
+            ops: M ops by kind.
 
         Returns:
-            Mean: [M]; covariance: [M, M].
+            In the order of ``ops``: [M].
         """
-        means, covariances = [], []
-        for process in self.processes:
-            inputs, base = _base(process.rates, features, work, source)
-            residual, covariance = process.posterior(inputs)
-            means.append(process.offset + base + residual)
-            covariances.append(covariance)
-        mean = np.einsum("p,pm->m", self.weights, np.array(means))
+        return np.asarray(sum(w * p.log_seconds(ops) for w, p in zip(self.weights, self.processes, strict=True)))
+
+    def predict(self, ops: Mapping[str, Ops]) -> tuple[Array, Array]:
+        """Mean and covariance of the log latencies of M ops: [M], [M, M].
+
+        Args:
+            ops: by kind.
+
+        Raises:
+            ValueError: the model was read from a file, which has no covariance.
+        """
+        mean = self.log_seconds(ops)
         # The covariance of a mixture: within each process, and between their means.
-        covariance = sum(
-            weight * (within + np.outer(m - mean, m - mean))
-            for weight, m, within in zip(self.weights, means, covariances, strict=True)
-        )
-        return mean, np.asarray(covariance)
+        covariance = np.zeros((len(mean), len(mean)))
+        for weight, process in zip(self.weights, self.processes, strict=True):
+            if weight:
+                off = process.log_seconds(ops) - mean
+                covariance += weight * (process.covariance(ops) + np.outer(off, off))
+        return mean, covariance
 
     @property
     def white(self) -> float:
-        """Variance of op effects, in squared log seconds."""
-        return float(self.weights @ [process.white for process in self.processes])
+        """Variance of a run's own effect, in squared log seconds."""
+        return sum(w * process.white for w, process in zip(self.weights, self.processes, strict=True))
 
-    @property
-    def timing(self) -> float:
-        """Median variance of a timing, in squared log seconds."""
-        first = self.processes[0]
-        return float(np.median(first.noise)) - first.white
+    def left_out(self) -> tuple[Array, Array]:
+        """Leave-one-out residuals of the observations in log seconds, and their expected deviations: [N], [N]."""
+        fits = [process.fit for process in self.processes if process.fit is not None]
+        residuals = np.array([fit.residuals for fit in fits])
+        deviations = np.array([fit.deviations for fit in fits])
+        return np.asarray(self.weights @ residuals), np.asarray(self.weights @ deviations)
 
-    def op_effect(self) -> Array:
-        """Expected deviation of each observed op from the model, log seconds: [N]."""
-        return np.asarray(self.weights @ np.array([process.op_effect() for process in self.processes]))
+    def to_json(self) -> JsonObject:
+        """The model as a JSON object, without its observations."""
+        return {
+            "weights": list(self.weights),
+            "processes": [
+                {
+                    "from_source": process.from_source,
+                    "white": process.white,
+                    "kinds": {kind: model.to_json() for kind, model in process.kinds.items()},
+                }
+                for process in self.processes
+            ],
+        }
+
+    @staticmethod
+    def from_json(value: JsonObject) -> "OpModel":
+        """Read a model; the inverse of :meth:`to_json`."""
+        processes = [
+            Process(
+                kinds={kind: KindModel.from_json(model) for kind, model in item["kinds"].items()},
+                from_source=item["from_source"],
+                white=item["white"],
+            )
+            for item in value["processes"]
+        ]
+        return OpModel(tuple(processes), tuple(value["weights"]))
 
 
 def fit_op_model(seen: Observations) -> OpModel:
-    """Fit the model of a kind of op.
+    """Fit the latencies of ops to the times of runs.
 
     Args:
-        seen: measured ops of that kind.
+        seen: measured runs.
     """
-    processes = [_fit(seen, fit_rates(seen.work, seen.seconds))]
-    if seen.source is not None:
-        processes.append(_fit(seen, None))
-    return OpModel(tuple(processes))
+    processes = [_fit(seen, from_source=False)]
+    if all(some.source is not None for some in seen.ops.values()):
+        processes.append(_fit(seen, from_source=True))
+    score = np.array([process.fit.log_density for process in processes if process.fit is not None])
+    raised = np.exp(score - score.max())
+    return OpModel(tuple(processes), tuple(float(w) for w in raised / raised.sum()))
+
+
+def unmeasured(ops: Mapping[str, Ops], rates: Array) -> OpModel:
+    """The model of a device before it was measured, for choosing what to measure first.
+
+    Args:
+        ops: the ops, by kind.
+        rates: expected seconds per unit of work, of every kind: [K].
+    """
+    kinds = {}
+    for kind, some in ops.items():
+        columns = some.features.shape[1]
+        kinds[kind] = KindModel(rates, kernel(columns).theta, np.zeros((0, columns)), np.zeros(0))
+    work = {kind: some.work[:0] for kind, some in ops.items()}
+    fit = Fit(work, np.zeros((0, 0)), np.zeros(0), np.zeros(0))
+    return OpModel((Process(kinds, False, INITIAL_WHITE**2, fit),), (1.0,))
 
 
 def fit_rates(work: Array, seconds: Array) -> Array:
@@ -243,15 +348,6 @@ def fit_rates(work: Array, seconds: Array) -> Array:
     return np.asarray(found / scale)
 
 
-def _base(rates: Array | None, features: Array, work: Array, source: Array | None) -> tuple[Array, Array]:
-    """Inputs of a process [N, D], and its mean in log seconds [N]."""
-    if rates is not None:
-        return features, np.log(work @ rates)
-    if source is None:
-        raise ValueError("the latency of the known device is needed")
-    return np.column_stack([features, np.log2(source)]), np.log(source)
-
-
 def kernel(columns: int) -> Kernel:
     """The covariance function before it is fitted: Matern 3/2 over sizes in doublings.
 
@@ -259,45 +355,293 @@ def kernel(columns: int) -> Kernel:
         columns: number of inputs.
     """
     lengths = np.full(columns, INITIAL_LENGTH)
-    return ConstantKernel(INITIAL_SPREAD**2, (1e-8, 1.0)) * Matern(lengths, (0.1, 1e3), nu=1.5)
+    return ConstantKernel(INITIAL_SPREAD**2, SPREAD_BOUNDS) * Matern(lengths, LENGTH_BOUNDS, nu=1.5)
 
 
-def _fit(seen: Observations, rates: Array | None) -> Process:
-    """Fit the kernel, the noise and the outlier weights of the observations alternately.
+def _inputs_and_work(ops: Ops, from_source: bool) -> tuple[Array, Array]:
+    """Inputs of a process [P, D], and the work that its rates multiply [P, K]."""
+    if not from_source:
+        return ops.features, ops.work
+    if ops.source is None:
+        raise ValueError("the latency of the known device is needed")
+    return np.column_stack([ops.features, np.log2(ops.source)]), ops.source[:, None]
 
-    The fit is done twice: without outlier weights, and with Student-t weights that start from the deviations
-    from a stiff trend. The fit with the better leave-one-out likelihood is kept.
+
+@dataclass(frozen=True)
+class _Problem:
+    """Observations in the form that a process is fitted to.
+
+    Attributes:
+        inputs: by kind: [P, D].
+        work: by kind: [P, K].
+        counts: [N, all P].
+        log_seconds: [N].
+        timed: variance of each timing: [N].
+        first: log rates of the first estimate, by kind.
     """
-    inputs, base = _base(rates, seen.features, seen.work, seen.source)
-    residuals = np.log(seen.seconds) - base
-    offset = float(np.median(residuals))
-    residuals = residuals - offset
-    timed = np.maximum(seen.noise, MIN_NOISE) ** 2
-    rows = np.random.default_rng(0).permutation(len(residuals))[:MAX_KERNEL_ROWS]
-    start = kernel(inputs.shape[1]) + WhiteKernel(INITIAL_WHITE**2, (1e-6, 0.1))
-    found: list[tuple[float, Process]] = []
-    for excess, rounds in (
-        (np.zeros(len(residuals)), 1),
-        (_excess(residuals - _trend(inputs, residuals), timed), KERNEL_ROUNDS),
+
+    inputs: Sequence[Array]
+    work: Sequence[Array]
+    counts: Array
+    log_seconds: Array
+    timed: Array
+    first: Sequence[Array]
+
+    @cached_property
+    def start(self) -> Array:
+        """Initial hyperparameters: those of each kind's kernel, and the white variance."""
+        thetas = [kernel(inputs.shape[1]).theta for inputs in self.inputs]
+        return np.concatenate([*thetas, [np.log(INITIAL_WHITE**2)]])
+
+    def thetas(self, theta: Array) -> list[Array]:
+        """Hyperparameters of each kind's kernel."""
+        ends = np.cumsum([inputs.shape[1] + 1 for inputs in self.inputs])
+        return np.split(theta[:-1], ends[:-1])
+
+    def blocks(self, values: Array) -> list[Array]:
+        """Values of all ops [all P], by kind."""
+        return np.split(values, np.cumsum([len(inputs) for inputs in self.inputs])[:-1])
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linearisation: ``residuals = shares @ (deviation of the log latencies) + noise``.
+
+    Attributes:
+        shares: share of each op in each run: [N, all P].
+        residuals: [N].
+        rate_shares: share of each term in each op, by kind: [P, K].
+    """
+
+    shares: Array
+    residuals: Array
+    rate_shares: Sequence[Array]
+
+    @property
+    def rate_covariance(self) -> Array:
+        """Covariance of the ops' log latencies from their rates: [all P, all P]."""
+        return np.asarray(block_diag(*[RATE_SPREAD**2 * a @ a.T for a in self.rate_shares]))
+
+
+@dataclass
+class _State:
+    """The current estimate: log rates by kind, and the process at the observed ops [all P]."""
+
+    rates: list[Array]
+    process: Array
+
+    def linearised(self, problem: _Problem) -> _Linear:
+        shares, base, moved = [], [], []
+        for work, rates, first in zip(problem.work, self.rates, problem.first, strict=True):
+            parts = work * np.exp(rates)
+            total = parts.sum(axis=1)
+            shares.append(parts / total[:, None])
+            base.append(np.log(total))
+            moved.append(shares[-1] @ (rates - first))
+        parts = problem.counts * np.exp(np.concatenate(base) + self.process)
+        totals = parts.sum(axis=1)
+        of_ops = parts / totals[:, None]
+        deviation = np.concatenate(moved) + self.process
+        return _Linear(of_ops, problem.log_seconds - np.log(totals) + of_ops @ deviation, shares)
+
+
+def _fit(seen: Observations, *, from_source: bool) -> Process:
+    """Fit the rates, the kernels, the noise and the outlier weights of the observations alternately.
+
+    The fit is done without outlier weights and, if there are enough observations, with Student-t weights that
+    start from the deviations from a stiff trend. The fit with the better leave-one-out likelihood is kept.
+    """
+    pairs = [_inputs_and_work(ops, from_source) for ops in seen.ops.values()]
+    problem = _Problem(
+        inputs=[inputs for inputs, _ in pairs],
+        work=[work for _, work in pairs],
+        counts=seen.counts,
+        log_seconds=np.log(seen.seconds),
+        timed=np.maximum(seen.noise, MIN_NOISE) ** 2,
+        first=_first_rates([work for _, work in pairs], seen.counts, seen.seconds),
+    )
+    none = np.zeros(len(seen.seconds))
+    begun = _State([first.copy() for first in problem.first], np.zeros(seen.counts.shape[1]))
+    starts: list[tuple[Array, int]] = [(none, 1)]
+    linear = begun.linearised(problem)
+    if sum(2 * inputs.shape[1] + 1 for inputs in problem.inputs) * ROWS_PER_TREND <= len(none):
+        off = linear.residuals - _trend(linear.shares, problem.inputs, linear.residuals)
+        starts.append((_excess(off, problem.timed), KERNEL_ROUNDS))
+    found = [_alternated(problem, excess, rounds) for excess, rounds in starts]
+    _, state, theta, variance = max(found, key=lambda item: item[0])
+    return _conditioned(seen, problem, state, theta, variance, from_source)
+
+
+def _first_rates(work: Sequence[Array], counts: Array, seconds: Array) -> list[Array]:
+    """Logarithms of the first estimate of the rates, by kind; no term of a kind is left without a share."""
+    ends = np.cumsum([len(rows) for rows in work])
+    sums = np.hstack([part @ rows for part, rows in zip(np.split(counts, ends[:-1], axis=1), work, strict=True)])
+    used = sums.max(axis=0) > 0
+    rates = np.zeros(sums.shape[1])
+    rates[used] = fit_rates(sums[:, used], seconds)
+    least_kind = MIN_RATE_SHARE * float(np.median(seconds)) / len(work)  # seconds of a run
+    found = []
+    for rows, kind_sums, some in zip(
+        work,
+        np.split(sums, np.cumsum([rows.shape[1] for rows in work])[:-1], axis=1),
+        np.split(rates, np.cumsum([rows.shape[1] for rows in work])[:-1]),
+        strict=True,
     ):
-        for _ in range(rounds):
-            search = GaussianProcessRegressor(start, alpha=(timed + excess)[rows], optimizer=_with_prior)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # the bounds are meant to be reachable
-                search.fit(inputs[rows], residuals[rows])
-            # The last hyperparameter is that of the white kernel.
-            theta, white = search.kernel_.theta[:-1], float(np.exp(search.kernel_.theta[-1]))
-            for _ in range(REWEIGHTINGS if rounds > 1 else 1):
-                process = Process(rates, offset, theta, inputs, residuals, timed + white + excess, white)
-                # Variance of a leave-one-out residual if it is no outlier.
-                expected = np.maximum(1 / process.precision - excess, timed)
-                excess = _excess(process.loo_residuals(), expected)
-        # Likelihood of the residuals under a mixture of usual ones and outliers, which are only ever slow.
-        off = process.loo_residuals()
-        usual, outlying = (norm.pdf(off, scale=np.sqrt(expected + w**2)) for w in (0.0, OUTLIER_SPREAD))
-        mixture = (1 - OUTLIER_SHARE) * usual + OUTLIER_SHARE * 2 * outlying * (off > 0)
-        found.append((float(np.log(mixture).sum()), process))
-    return max(found, key=lambda pair: pair[0])[1]
+        mean = rows.mean(axis=0)
+        typical = float(mean @ some)
+        if typical <= 0:  # the sums explain the runs without this kind
+            present = kind_sums.max(axis=1) > 0
+            typical = MIN_RATE_SHARE * least_kind / max(1.0, float(counts.sum(axis=1)[present].mean()) / 10)
+        least = np.where(mean > 0, MIN_RATE_SHARE * typical / np.maximum(mean, 1e-30), 1e-300)
+        found.append(np.log(np.maximum(some, least)))
+    return found
+
+
+def _alternated(problem: _Problem, excess: Array, rounds: int) -> tuple[float, _State, Array, Array]:
+    """Fit kernels and linearisation, with outlier weights if there are several rounds.
+
+    Returns:
+        The log likelihood of the left-out residuals under a mixture of usual ones and outliers, the estimate,
+        the hyperparameters and the variance of each observation.
+    """
+    state = _State([first.copy() for first in problem.first], np.zeros(problem.counts.shape[1]))
+    theta = problem.start
+    rows = np.random.default_rng(0).permutation(len(problem.timed))[:MAX_KERNEL_ROWS]
+    off = expected = np.zeros(0)
+    for _ in range(rounds):
+        for turn in range(LINEARISATIONS):
+            linear = state.linearised(problem)
+            if turn % 2:  # not at the first estimate of the rates
+                theta = _fitted_theta(problem, linear, problem.timed + excess, rows, theta)
+            _step(problem, state, linear, theta, problem.timed + np.exp(theta[-1]) + excess)
+        linear = state.linearised(problem)
+        covariance = _op_covariance(problem, theta) + linear.rate_covariance
+        through = linear.shares @ covariance @ linear.shares.T
+        white = np.exp(theta[-1])
+        for _ in range(REWEIGHTINGS if rounds > 1 else 1):
+            inverse = np.linalg.inv(through + np.diag(problem.timed + white + excess))
+            precision = np.diag(inverse)
+            off = inverse @ linear.residuals / precision
+            expected = np.maximum(1 / precision - excess, problem.timed)
+            if rounds > 1:
+                excess = _excess(off, expected)
+    usual, outlying = (norm.pdf(off, scale=np.sqrt(expected + w**2)) for w in (0.0, OUTLIER_SPREAD))
+    # Outliers are only ever slow.
+    mixture = (1 - OUTLIER_SHARE) * usual + OUTLIER_SHARE * 2 * outlying * (off > 0)
+    return float(np.log(mixture).sum()), state, theta, problem.timed + np.exp(theta[-1]) + excess
+
+
+def _op_covariance(problem: _Problem, theta: Array) -> Array:
+    """Covariance of the processes at the observed ops: [all P, all P]."""
+    pairs = zip(problem.inputs, problem.thetas(theta), strict=True)
+    return np.asarray(block_diag(*[kernel(x.shape[1]).clone_with_theta(some)(x) for x, some in pairs]))
+
+
+def _step(problem: _Problem, state: _State, linear: _Linear, theta: Array, variance: Array) -> None:
+    """Move the estimate to the posterior mean of a linearisation (Gauss-Newton)."""
+    process = _op_covariance(problem, theta)
+    through = linear.shares @ (process + linear.rate_covariance) @ linear.shares.T
+    solved = cho_solve(cho_factor(through + np.diag(variance), lower=True), linear.residuals)
+    by_op = linear.shares.T @ solved
+    state.process = process @ by_op
+    for i, (first, shares, some) in enumerate(
+        zip(problem.first, linear.rate_shares, problem.blocks(by_op), strict=True)
+    ):
+        wanted = first + RATE_SPREAD**2 * shares.T @ some
+        state.rates[i] = state.rates[i] + np.clip(wanted - state.rates[i], -MAX_STEP, MAX_STEP)
+
+
+def _conditioned(
+    seen: Observations, problem: _Problem, state: _State, theta: Array, variance: Array, from_source: bool
+) -> Process:
+    """The process at the estimate, with what is needed for its covariance."""
+    linear = state.linearised(problem)
+    covariance = _op_covariance(problem, theta) + linear.rate_covariance
+    inverse = np.linalg.inv(linear.shares @ covariance @ linear.shares.T + np.diag(variance))
+    solved = inverse @ linear.residuals
+    weights = problem.blocks(linear.shares.T @ solved)
+    kinds = {
+        kind: KindModel(np.exp(rates), some, inputs, weight)
+        for kind, rates, some, inputs, weight in zip(
+            seen.ops, state.rates, problem.thetas(theta), problem.inputs, weights, strict=True
+        )
+    }
+    residuals, deviations = _left_out(inverse, solved, seen.groups)
+    fit = Fit(
+        work=dict(zip(seen.ops, problem.work, strict=True)),
+        information=linear.shares.T @ inverse @ linear.shares,
+        residuals=residuals,
+        deviations=deviations,
+    )
+    return Process(kinds, from_source, float(np.exp(theta[-1])), fit)
+
+
+def _left_out(inverse: Array, solved: Array, groups: Sequence[str] | None) -> tuple[Array, Array]:
+    """Residual of each observation from the other groups [N], and its expected standard deviation [N].
+
+    Args:
+        inverse: inverse covariance of the observations: [N, N].
+        solved: the same times the residuals: [N].
+        groups: label of each observation.
+    """
+    labels = np.arange(len(solved)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    residuals, deviations = np.empty(len(solved)), np.empty(len(solved))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        covariance = np.linalg.inv(inverse[np.ix_(rows, rows)])
+        residuals[rows] = covariance @ solved[rows]
+        deviations[rows] = np.sqrt(np.diag(covariance))
+    return residuals, deviations
+
+
+def _fitted_theta(
+    problem: _Problem, linear: _Linear, variance: Array, rows: NDArray[np.int64], theta: Array
+) -> Array:
+    """Hyperparameters with the greatest evidence times a prior around their initial values.
+
+    The prior is against overfitting few rows.
+    """
+    shares, residuals, noise = linear.shares[rows], linear.residuals[rows], variance[rows]
+    used = shares.any(axis=0)
+    kept = [inputs[mask] for inputs, mask in zip(problem.inputs, problem.blocks(used), strict=True)]
+    shares, rates = shares[:, used], linear.rate_covariance[np.ix_(used, used)]
+    ends = np.cumsum([0, *(len(inputs) for inputs in kept)])
+    start = problem.start
+
+    def loss(theta: Array) -> tuple[float, Array]:
+        blocks, gradients = [], []
+        for inputs, some in zip(kept, problem.thetas(theta), strict=True):
+            of_kind = kernel(inputs.shape[1]).clone_with_theta(some)
+            if not len(inputs):
+                blocks.append(np.zeros((0, 0)))
+                gradients.append(np.zeros((0, 0, len(some))))
+                continue
+            block, gradient = of_kind(inputs, eval_gradient=True)
+            blocks.append(block)
+            gradients.append(gradient)
+        total = shares @ (block_diag(*blocks) + rates) @ shares.T + np.diag(noise + np.exp(theta[-1]))
+        factor = cho_factor(total, lower=True)
+        solved = cho_solve(factor, residuals)
+        slope = cho_solve(factor, np.eye(len(residuals))) - np.outer(solved, solved)
+        by_op = shares.T @ slope @ shares
+        parts = [
+            0.5 * np.einsum("ij,ijk->k", by_op[a:b, a:b], gradient)
+            for a, b, gradient in zip(ends[:-1], ends[1:], gradients, strict=True)
+        ]
+        away = (theta - start) / PRIOR_SPREAD
+        value = 0.5 * float(residuals @ solved) + float(np.log(np.diag(factor[0])).sum())
+        whole = np.concatenate([*parts, [0.5 * np.trace(slope) * np.exp(theta[-1])]])
+        return value + 0.5 * float(away @ away), whole + away / PRIOR_SPREAD
+
+    bounds = [
+        pair
+        for inputs in problem.inputs
+        for pair in (np.log(SPREAD_BOUNDS), *[np.log(LENGTH_BOUNDS)] * inputs.shape[1])
+    ]
+    found = minimize(
+        loss, theta, jac=True, method="L-BFGS-B", bounds=[*bounds, np.log(WHITE_BOUNDS)], options={"maxiter": 60}
+    )
+    return np.asarray(found.x)
 
 
 def _excess(off: Array, least: Array) -> Array:
@@ -315,10 +659,11 @@ def _excess(off: Array, least: Array) -> Array:
     return np.asarray(usual * np.maximum(0.0, (STUDENT_T_DOF + slow**2 / usual) / (STUDENT_T_DOF + 1) - 1))
 
 
-def _trend(inputs: Array, residuals: Array) -> Array:
-    """A parabola in each input, by least absolute deviations: too stiff to follow an outlier."""
-    middle = inputs - inputs.mean(axis=0)
-    design = np.column_stack([np.ones(len(inputs)), middle, middle**2])
+def _trend(shares: Array, inputs: Sequence[Array], residuals: Array) -> Array:
+    """A parabola in each input of each kind, by least absolute deviations: too stiff to follow an outlier."""
+    middles = [x - x.mean(axis=0) for x in inputs]
+    blocks = [np.column_stack([np.ones(len(x)), x, x**2]) for x in middles]
+    design = shares @ block_diag(*blocks)
     prior = 1e-3 * np.eye(design.shape[1])
     weights = np.ones(len(residuals))
     fitted = np.zeros(len(residuals))
@@ -329,22 +674,3 @@ def _trend(inputs: Array, residuals: Array) -> Array:
         weights = 1 / np.maximum(off, 0.1 * float(np.median(off)) + 1e-5)
         weights /= weights.mean()
     return np.asarray(fitted)
-
-
-Objective = Callable[..., tuple[float, Array]]
-
-
-def _with_prior(objective: Objective, start: Array, bounds: Array) -> tuple[Array, float]:
-    """Maximise the evidence times a prior around the kernel's initial values, against overfitting few rows.
-
-    This is an optimizer as scikit-learn calls it: ``objective`` is the negative log evidence.
-    """
-
-    def loss(theta: Array) -> tuple[float, Array]:
-        value, gradient = objective(theta, eval_gradient=True)
-        away = (theta - start) / PRIOR_SPREAD
-        return value + 0.5 * float(away @ away), gradient + away / PRIOR_SPREAD
-
-    box = list(zip(*bounds.T, strict=True))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": 60})
-    return np.asarray(found.x), float(found.fun)

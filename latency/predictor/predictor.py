@@ -1,11 +1,11 @@
 """Predicting the latency of a model: the mean, an interval, and an upper bound with stated confidence.
 
-The mean is a :mod:`latency.predictor.composition`. The upper bound multiplies it by one factor per workload:
-the conformal quantile of the leave-one-out relative residuals (Vovk, Gammerman and Shafer 2005) of the models
-that were drawn at random, pooled over workloads. A bound that is monotone in the mean keeps limits exact.
+The mean is a sum of terms, see :mod:`latency.predictor.terms`. The upper bound adds to it a multiple of the spread
+of measurements around it: the conformal quantile of the leave-one-out residuals (Vovk, Gammerman and Shafer 2005) of
+the models that were drawn at random, in units of their spread and pooled over workloads. The spread is linear in the
+mean, see :mod:`latency.predictor.bounds`, and a bound that is monotone in the mean keeps limits exact.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from latency.card import PREDICTOR
 from latency.device_runner.timing import JsonObject
-from latency.predictor.composition import conformal
+from latency.predictor.bounds import Spread, conformal
 from latency.predictor.memory import MemoryModel
-from latency.predictor.op_latencies import OpLatencies
-from latency.predictor.workload_model import WorkloadModel, finite_seconds
+from latency.predictor.op_latencies import OpLatencies, term_points
+from latency.predictor.terms import CLASSES, RUN, SHARED, cache_size, reads_most
+from latency.predictor.workload_model import WorkloadModel
 from space import InputError, Space, Workload
 from space.genome import Genomes
 from space.io.artefact import check_inputs
@@ -38,7 +39,7 @@ class Predictor:
         space: the space.
         ops: latencies of its ops.
         models: latency model by workload.
-        residuals: leave-one-out residuals of all workloads, each in units of its workload's scale.
+        residuals: leave-one-out residuals of all workloads, each in units of its workload's spread.
         memory: memory model by prefill workload; empty if memory was not measured.
     """
 
@@ -95,16 +96,16 @@ class Predictor:
         """
         mean = self.predict(genomes, workload)
         low, high = np.quantile(self.residuals, [(1 - coverage) / 2, (1 + coverage) / 2])
-        spread = self.spread(workload)
-        return mean * (1 + low * spread), mean * (1 + high * spread)
+        deviation = self.spread(workload).at(mean)
+        return mean + low * deviation, mean + high * deviation
 
-    def spread(self, workload: Workload) -> float:
-        """Relative standard deviation of a measurement in another run around the prediction.
+    def spread(self, workload: Workload) -> Spread:
+        """Standard deviation of a measurement in another run around the prediction.
 
         Args:
             workload: the workload.
         """
-        return math.hypot(self.model(workload).scale, RUN_SPREAD)
+        return self.model(workload).spread.beside(RUN_SPREAD)
 
     def model(self, workload: Workload) -> WorkloadModel:
         """The latency model of a workload: fitted, or interpolated between lengths.
@@ -117,11 +118,9 @@ class Predictor:
         """
         if workload in self.models:
             return self.models[workload]
-        low, high, share = self._around(workload, self.models)
-        ops = space_ops(self.space)
-        seconds = self.ops.seconds([(op, workload) for op in ops])
-        op_seconds = finite_seconds({op.key: float(value) for op, value in zip(ops, seconds, strict=True)})
-        return self.models[low].interpolate(self.models[high], share, op_seconds)
+        low, high, _ = self._around(workload, self.models)
+        spread = max((self.models[w].spread for w in (low, high)), key=lambda spread: spread.relative)
+        return workload_model(self.space, self.ops, workload, spread)
 
     def _around(
         self, workload: Workload, measured: Mapping[Workload, object]
@@ -182,8 +181,12 @@ class Predictor:
         Raises:
             InputError: the workload is outside the measured range.
         """
-        factor = 1.0 if confidence is None else self.factor(workload, confidence)
-        return self.model(workload).cost(self.space, workload, factor)
+        if confidence is None:
+            return self.model(workload).cost(self.space, workload)
+        spread, many = self.spread(workload), conformal(self.residuals, confidence)
+        return self.model(workload).cost(
+            self.space, workload, 1.0 + many * spread.relative, many * spread.seconds
+        )
 
     def recalibrated(
         self, genomes: Genomes, seconds: Mapping[Workload, Array], rss: Mapping[Workload, Array]
@@ -192,7 +195,8 @@ class Predictor:
 
         Models that a search chose resemble each other, and the composition misses the same of all of them.
         Their mean relative residual shifts every prediction, and the remaining residuals define the new
-        spread. Both are shrunk towards the earlier values, which count as much as one measurement.
+        spread, as a share of the prediction. Both are shrunk towards the earlier values, which count as much as
+        one measurement.
 
         Args:
             genomes: the measured models: [N, G].
@@ -201,27 +205,20 @@ class Predictor:
         """
         models = dict(self.models)
         for workload, measured in seconds.items():
-            model = self.model(workload)
-            residuals = measured / self.predict(genomes, workload) - 1
+            model, predicted = self.model(workload), self.predict(genomes, workload)
+            residuals = measured / predicted - 1
             count = len(residuals)
             shift = float(residuals.sum()) / (count + 1)
-            squares = float(((residuals - shift) ** 2).sum()) + model.scale**2
-            models[workload] = replace(model.times(1 + shift), scale=math.sqrt(squares / (count + 1)))
+            known = float(np.mean(model.spread.at(predicted) / predicted))
+            squares = float(((residuals - shift) ** 2).sum()) + known**2
+            spread = Spread(0.0, float(np.sqrt(squares / (count + 1))))
+            models[workload] = replace(model.times(1 + shift), spread=spread)
         memory = dict(self.memory)
         for workload, measured in rss.items():
             predicted = self.memory_cost(workload)(genomes)
             shift = float((measured / predicted - 1).sum()) / (len(measured) + 1)
             memory[workload] = self.memory_model(workload).times(1 + shift)
         return replace(self, models=models, memory=memory)
-
-    def factor(self, workload: Workload, confidence: float) -> float:
-        """Factor on the mean latency that a measurement exceeds with probability at most 1 - confidence.
-
-        Args:
-            workload: the workload.
-            confidence: probability with which a measurement stays below.
-        """
-        return 1.0 + conformal(self.residuals, confidence) * self.spread(workload)
 
     def identity(self) -> JsonObject:
         """The fitted numbers that determine the predictions, without their errors, as a JSON object."""
@@ -250,6 +247,36 @@ class Predictor:
             "ops": self.ops.to_json(),
         }
         PREDICTOR.write(path, {"space": self.space.hash, **inputs}, body)
+
+
+def workload_model(
+    space: Space, ops: OpLatencies, workload: Workload, spread: Spread, spreads: bool = False
+) -> WorkloadModel:
+    """The terms of a workload, from the latencies of ops.
+
+    Args:
+        space: the space.
+        ops: fitted latencies.
+        workload: the workload.
+        spread: how far measurements are from the predictions.
+        spreads: True to add the spreads of the op latencies, which a fit that was read from a file lacks.
+    """
+    names = space_ops(space)
+    points = term_points(names, workload, ops)
+    seconds = ops.seconds(points)
+    by_kind = {op.kind: float(value) for (op, _), value in zip(points, seconds, strict=True)}
+    finite = [i for i in range(len(names)) if np.isfinite(seconds[i])]
+    deviations = ops.spreads([points[i] for i in finite]) if spreads else []
+    full, linear, local = (by_kind.get(SHARED[name].kind, 0.0) for name in CLASSES)
+    caches = {size: by_kind[op.kind] for op, _ in points if (size := cache_size(op)) is not None}
+    return WorkloadModel(
+        op_seconds={names[i].key: float(seconds[i]) for i in finite},
+        op_spreads={names[i].key: float(d) for i, d in zip(finite, deviations, strict=False)},
+        run=by_kind.get(RUN.kind, 0.0),
+        shared=(full, linear, local),
+        caches=caches if reads_most(workload) else {},
+        spread=spread,
+    )
 
 
 def load_predictor(path: str | Path, space: Space, made_by: str = "formfit profile") -> Predictor:

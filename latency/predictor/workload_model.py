@@ -2,45 +2,36 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from latency.device_runner.timing import JsonObject
 from latency.predictor.accuracy import PredictorErrors
-from latency.predictor.composition import MAX_SAVED_SHARE, NO_SAVING, Saving, hinge_bytes
+from latency.predictor.bounds import Spread
+from latency.predictor.terms import CACHE_UNIT, CLASSES, op_bytes
 from space import Space, Workload
-from space.cost import op_held_bytes
-from space.ops import Cost, Op, OpTables
-
-
-def finite_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """The finite latencies by op key; an op that the device cannot run has none."""
-    return {key: value for key, value in seconds.items() if math.isfinite(value)}
+from space.ops import Cost, Footprint, OpTables
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadModel:
-    """Fitted coefficients of one workload; see :mod:`latency.predictor.composition`.
+    """Fitted terms of one workload; see :mod:`latency.predictor.terms`.
 
     Attributes:
         op_seconds: seconds by op key; ops that the device cannot run are missing.
-        kinds: a_k, by op kind.
-        constant: c0, seconds.
-        attention_constant: s, seconds.
-        per_layer: b, seconds.
-        hinges: r_j, seconds per median bytes.
-        saving: saving of models that fit into a cache.
-        scale: standard deviation of the relative residuals.
+        op_spreads: relative standard deviation of each; empty for a model that was interpolated.
+        run: seconds that every model takes once.
+        shared: seconds that a model with a mixer of a class takes once, in the order of ``Cost.shared``.
+        caches: seconds per MiB read from beyond a cache, by its size in bytes.
+        spread: how far measurements are from the predictions.
         errors: errors of the fit; None for a model that was interpolated.
     """
 
     op_seconds: Mapping[str, float]
-    kinds: Mapping[str, float]
-    constant: float
-    attention_constant: float
-    per_layer: float
-    hinges: tuple[float, ...]
-    saving: Saving = NO_SAVING
-    scale: float
+    op_spreads: Mapping[str, float] = field(default_factory=dict)
+    run: float
+    shared: tuple[float, float, float]
+    caches: Mapping[int, float]
+    spread: Spread
     errors: PredictorErrors | None = None
 
     def times(self, factor: float) -> "WorkloadModel":
@@ -49,125 +40,84 @@ class WorkloadModel:
         Args:
             factor: the factor.
         """
+        full, linear, local = self.shared
         return replace(
             self,
-            kinds={kind: factor * value for kind, value in self.kinds.items()},
-            constant=factor * self.constant,
-            attention_constant=factor * self.attention_constant,
-            per_layer=factor * self.per_layer,
-            hinges=tuple(factor * value for value in self.hinges),
-            saving=replace(self.saving, rate=factor * self.saving.rate),
+            op_seconds={key: factor * value for key, value in self.op_seconds.items()},
+            run=factor * self.run,
+            shared=(factor * full, factor * linear, factor * local),
+            caches={size: factor * value for size, value in self.caches.items()},
         )
 
-    def interpolate(
-        self, other: "WorkloadModel", share: float, op_seconds: Mapping[str, float]
-    ) -> "WorkloadModel":
-        """The model of a length between those of two models.
-
-        Args:
-            other: the model of the greater length.
-            share: position between the lengths, from 0 (this model) to 1 (the other).
-            op_seconds: latencies of the ops at that length, by op key.
-        """
-
-        def between(a: float, b: float) -> float:
-            return (1 - share) * a + share * b
-
-        # The cache has the same size at both lengths; if only one fit found it, that size counts.
-        saving = max(self.saving, other.saving, key=lambda saving: saving.rate)
-        return WorkloadModel(
-            op_seconds=op_seconds,
-            kinds={kind: between(value, other.kinds[kind]) for kind, value in self.kinds.items()},
-            constant=between(self.constant, other.constant),
-            attention_constant=between(self.attention_constant, other.attention_constant),
-            per_layer=between(self.per_layer, other.per_layer),
-            hinges=tuple(between(*pair) for pair in zip(self.hinges, other.hinges, strict=True)),
-            saving=replace(saving, rate=between(self.saving.rate, other.saving.rate)),
-            scale=max(self.scale, other.scale),
-        )
-
-    def cost(self, space: Space, workload: Workload, factor: float) -> Cost:
+    def cost(self, space: Space, workload: Workload, factor: float = 1.0, constant: float = 0.0) -> Cost:
         """The predicted latency as a cost of the space.
 
         Args:
             space: the space.
             workload: the workload.
             factor: factor on the mean, 1 for the mean itself.
+            constant: seconds to add.
 
         Returns:
-            Seconds, as a maximum of additive costs, capped by another one if there is a saving.
+            Seconds.
         """
-        typical, starts = hinge_bytes(space, workload)
-
-        def piece(rate: float, free: float, share: float = 1.0) -> Cost:
-            """A share of the latency, plus ``rate`` seconds per byte held, minus ``free`` seconds."""
-
-            def seconds(op: Op) -> float:
-                op_seconds = self.kinds[op.kind] * self.op_seconds.get(op.key, math.inf)
-                return factor * share * (op_seconds + rate * op_held_bytes(op, workload, space.config))
-
-            return Cost(
-                OpTables(space, seconds),
-                constant=factor * share * (self.constant - free),
-                per_layer=factor * share * self.per_layer,
-                attention_constant=factor * share * self.attention_constant,
-            )
-
-        # A sum of hinges is the maximum of its linear pieces, one for each stretch between hinges: the rate
-        # of bytes there, and the value of that line at 0 bytes.
-        rates = [(0.0, 0.0)]
-        for start, hinge in zip(starts, self.hinges, strict=True):
-            if hinge > 0:
-                rate, free = rates[-1]
-                rates.append((rate + hinge / typical, free + hinge / typical * start))
-        first, *others = (piece(*pair) for pair in rates)
-        plain = replace(first, max_with=tuple(others))
-        saving = self.saving
-        if not saving.rate:
-            return plain
-        # The saved bytes are the minimum of two lines, so the latency less the saving is the maximum of two
-        # sets of pieces. Never is more saved than a share of the latency, which is a third set. Beyond the
-        # size from which nothing is saved, the second line exceeds the latency without a saving, which
-        # caps it.
-        lost = saving.rate * saving.fall
-        saved = [(rate - saving.rate, free) for rate, free in rates]
-        saved += [(rate + lost, free + lost * saving.gone) for rate, free in rates]
-        first, *others = [
-            *(piece(*pair) for pair in saved),
-            *(piece(*pair, 1 - MAX_SAVED_SHARE) for pair in rates),
-        ]
-        return replace(plain, min_with=replace(first, max_with=tuple(others)))
+        scaled = self.times(factor)
+        footprint = None
+        if scaled.caches:
+            starts, slopes = pieces(scaled.caches)
+            held = OpTables(space, lambda op: op_bytes(op, workload, space.config))
+            footprint = Footprint(held, starts, slopes)
+        return Cost(
+            OpTables(space, lambda op: scaled.op_seconds.get(op.key, math.inf)),
+            constant=scaled.run + constant,
+            shared=scaled.shared,
+            footprint=footprint,
+        )
 
     def to_json(self) -> JsonObject:
         """The model as a JSON object."""
         return {
             "op_seconds": dict(self.op_seconds),
-            "kinds": dict(self.kinds),
-            "constant_seconds": self.constant,
-            "attention_constant_seconds": self.attention_constant,
-            "per_layer_seconds": self.per_layer,
-            "hinge_seconds": list(self.hinges),
-            "saving": {
-                "full_bytes": self.saving.full,
-                "gone_bytes": self.saving.gone,
-                "seconds_per_byte": self.saving.rate,
-            },
-            "relative_scale": self.scale,
+            "op_relative_spreads": dict(self.op_spreads),
+            "run_seconds": self.run,
+            "shared_seconds": dict(zip(CLASSES, self.shared, strict=True)),
+            "cache_seconds_per_mib": {str(size): value for size, value in self.caches.items()},
+            "spread": self.spread.to_json(),
             "errors": self.errors.to_json() if self.errors else {},
         }
 
     @staticmethod
     def from_json(value: JsonObject) -> "WorkloadModel":
         """Read a model; the inverse of :meth:`to_json`."""
-        saving = value["saving"]
+        full, linear, local = (value["shared_seconds"][name] for name in CLASSES)
         return WorkloadModel(
             op_seconds=value["op_seconds"],
-            kinds=value["kinds"],
-            constant=value["constant_seconds"],
-            attention_constant=value["attention_constant_seconds"],
-            per_layer=value["per_layer_seconds"],
-            hinges=tuple(value["hinge_seconds"]),
-            saving=Saving(saving["full_bytes"], saving["gone_bytes"], saving["seconds_per_byte"]),
-            scale=value["relative_scale"],
+            op_spreads=value["op_relative_spreads"],
+            run=value["run_seconds"],
+            shared=(full, linear, local),
+            caches={int(size): rate for size, rate in value["cache_seconds_per_mib"].items()},
+            spread=Spread.from_json(value["spread"]),
             errors=PredictorErrors.from_json(value["errors"]) if value["errors"] else None,
         )
+
+
+def pieces(caches: Mapping[int, float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The time of reading from beyond caches as a piecewise linear function of a model's bytes.
+
+    Args:
+        caches: seconds per MiB beyond each cache, by its size in bytes.
+
+    Returns:
+        Bytes at which each piece starts, and seconds per byte on it.
+    """
+    ends = sorted({float(place) for size in caches for place in (size, 2 * size)})
+    starts = [0.0, *ends]
+    slopes = [
+        sum(
+            rate / CACHE_UNIT * (0 if start < size else 2 if start < 2 * size else 1)
+            for size, rate in caches.items()
+        )
+        for start in starts
+    ]
+    kept = [i for i in range(len(starts)) if i == 0 or slopes[i] != slopes[i - 1]]
+    return tuple(starts[i] for i in kept), tuple(slopes[i] for i in kept)
