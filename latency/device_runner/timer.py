@@ -174,8 +174,8 @@ class _Work:
 
     def block(self) -> tuple[float, float]:
         """Time one block; returns seconds per loop of its fastest sample, and the clock at its middle, ns."""
-        # Untimed, refills the caches that other items used. Without it a block of a single run is 2 to 4% slower
-        # than the fastest of several.
+        # Untimed, refills the caches that other items used. Without it a block of a single run is 2 to 4%
+        # slower than the fastest of several.
         self.run(1)
         collecting = gc.isenabled()
         gc.disable()
