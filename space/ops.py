@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from space.architecture import Architecture, Layer, has_heads
-from space.genome import FULL, Genomes, encoding, split
+from space.genome import FULL, LINEAR, LOCAL, Genomes, encoding, split
 from space.space import Space
+
+MIXER_CLASSES = (FULL, LINEAR, LOCAL)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -207,6 +209,17 @@ class OpTables:
         return sums
 
 
+def classes_present(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
+    """Whether each genome has a layer with a full, a linear and a local mixer [N, 3], in this order.
+
+    Args:
+        space: the space.
+        genomes: genomes [N, G].
+    """
+    classes = encoding(space).classes[split(genomes)[1]]
+    return np.stack([(classes == kind).any(axis=1) for kind in MIXER_CLASSES], axis=1)
+
+
 def has_full(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
     """Mask of the genomes that have a layer with a full mixer [N].
 
@@ -214,7 +227,7 @@ def has_full(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
         space: the space.
         genomes: genomes [N, G].
     """
-    return np.asarray((encoding(space).classes[split(genomes)[1]] == FULL).any(axis=1))
+    return np.asarray(classes_present(space, genomes)[:, MIXER_CLASSES.index(FULL)])
 
 
 def depths(genomes: Genomes) -> NDArray[np.int64]:
@@ -228,31 +241,73 @@ def depths(genomes: Genomes) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """A cost of architectures that can be minimised exactly.
+class Footprint:
+    """A cost that rises with another sum over ops, such as seconds with the bytes that a model holds.
 
-    The additive part is ``constant + per_layer * depth + sum of table over ops``, plus ``attention_constant``
-    if a layer has a full mixer, plus the maximum of ``max_op`` over ops. The value is the maximum of the
-    additive part and the costs ``max_with``, capped by the cost ``min_with``: a pointwise maximum of sums
-    represents a convex function of several sums.
+    It is 0 at sum 0, continuous, piecewise linear, and never falls; pieces may be steeper or flatter than
+    those before them.
+
+    Attributes:
+        sums: the other quantity of each op, finite and at least 0.
+        starts: sums at which the linear pieces start, ascending; the first is 0.
+        slopes: cost per unit of the sum on each piece, at least 0.
+
+    Raises:
+        ValueError: a number is not as described.
+    """
+
+    sums: OpTables
+    starts: tuple[float, ...]
+    slopes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        starts, slopes = np.array(self.starts), np.array(self.slopes)
+        if len(starts) != len(slopes) or not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any():
+            raise ValueError(f"a slope for each start, and starts that rise from 0: {self.starts}")
+        parts = (slopes, self.sums.ends, self.sums.ffn, self.sums.mixer)
+        if not all(((part >= 0) & np.isfinite(part)).all() for part in parts):
+            raise ValueError("slopes and sums must be finite and at least 0")
+
+    @property
+    def heights(self) -> NDArray[np.float64]:
+        """The cost at each start [pieces]."""
+        rises = np.array(self.slopes[:-1]) * np.diff(self.starts)
+        return np.concatenate([[0.0], np.cumsum(rises)])
+
+    def __call__(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The cost at sums, of the same shape.
+
+        Args:
+            sums: at least 0.
+        """
+        starts, slopes = np.array(self.starts), np.array(self.slopes)
+        piece = np.searchsorted(starts, sums, side="right") - 1
+        return np.asarray(self.heights[piece] + slopes[piece] * (sums - starts[piece]))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost of architectures that can be minimised and limited exactly.
+
+    The value is ``constant + per_layer * depth + sum of table over ops``, plus ``shared`` of each mixer class
+    that a layer has, plus the maximum of ``max_op`` over ops, plus ``footprint`` of its sum over ops.
 
     Attributes:
         table: cost of each op.
         constant: cost of every architecture.
         per_layer: cost of a layer, beside its ops.
-        attention_constant: cost that all layers with a full mixer share, such as a mask.
+        shared: cost that all layers with a full, a linear and a local mixer share, in this order, such as a
+            mask.
         max_op: if given, its maximum over the architecture's ops is added.
-        max_with: costs of a pointwise maximum.
-        min_with: cost of a final pointwise minimum.
+        footprint: if given, its value is added.
     """
 
     table: OpTables
     constant: float = 0.0
     per_layer: float = 0.0
-    attention_constant: float = 0.0
+    shared: tuple[float, float, float] = (0.0, 0.0, 0.0)
     max_op: OpTables | None = None
-    max_with: tuple["Cost", ...] = ()
-    min_with: "Cost | None" = None
+    footprint: Footprint | None = None
 
     def __call__(self, genomes: Genomes) -> NDArray[np.float64]:
         """Evaluate the cost of each genome [N].
@@ -261,10 +316,10 @@ class Cost:
             genomes: genomes [N, G].
         """
         total = self.constant + self.per_layer * depths(genomes) + self.table.totals(genomes)
-        if self.attention_constant:
-            total += self.attention_constant * has_full(self.table.space, genomes)
+        if any(self.shared):
+            total += classes_present(self.table.space, genomes) @ np.array(self.shared)
         if self.max_op is not None:
             total += self.max_op.greatest(genomes)
-        for other in self.max_with:
-            total = np.maximum(total, other(genomes))
-        return total if self.min_with is None else np.minimum(total, self.min_with(genomes))
+        if self.footprint is not None:
+            total += self.footprint(self.footprint.sums.totals(genomes))
+        return total
