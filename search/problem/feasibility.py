@@ -38,9 +38,11 @@ def check_feasible(space: Space, asked: Sequence[Constraint], latencies: Sequenc
     impossible = _impossible(space, asked)
     if impossible:
         raise InfeasibleError(f"space {space.name}: {'; '.join(impossible)}{_relaxation(space, asked)}")
+    if len(asked) < 2 and not latencies:  # decided by the least value
+        return
     costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
     runs = [math.inf] * len(latencies)
-    if not (asked or latencies) or feasible(space, [*costs, *latencies], [*bounds, *runs]) is not None:
+    if feasible(space, [*costs, *latencies], [*bounds, *runs]) is not None:
         return
     for size in range(2, len(asked) + 1):
         for subset in combinations(asked, size):
