@@ -119,6 +119,26 @@ def _scaled(row: Floats, low: float, high: float, size: float) -> tuple[Floats, 
     return SCALE * row / size, SCALE * low / size, SCALE * high / size
 
 
+def _candidates(space: Space, terms: Sequence[Term], few: bool) -> tuple[Ints, Ints]:
+    """The mixer options and the FFN options that no other may replace at no more of any cost.
+
+    Another may replace an option if it is of the same class, and of the same linear kind if the number of
+    kinds is limited. The sums of a footprint count apart from the rest of its cost: an option with less of
+    both may lie on an earlier piece, whose slope is another, yet costs no more, because a footprint never
+    falls.
+    """
+    enc, at = encoding(space), options_of(space)
+    kinds = np.where(few & (at.classes == LINEAR), LOCAL + 1 + at.kinds, at.classes)
+    present = (np.arange(len(space.ffn_options)) > 0).astype(int)
+    mixer_values = [one for t in terms for one in (t.prices.mixer, t.prices.mixer_peak)]
+    ffn_values = [one for t in terms for one in (t.prices.ffn, t.prices.ffn_peak)]
+    for rise in [term.rise for term in terms if term.rise]:
+        mixer_values.append(rise.sums.mixer)
+        ffn_values.append(rise.sums.ffn)
+    ffns = _undominated(np.stack(ffn_values, axis=1), present)
+    return _undominated(np.stack(mixer_values, axis=1), kinds), ffns[ffns >= enc.least_ffn]
+
+
 class IntegerProgram:
     """The programme that minimises a weighted sum of costs, each at most its bound, at one width.
 
@@ -139,20 +159,7 @@ class IntegerProgram:
         self._space, self._width, self._terms = space, width, terms
         enc, at = encoding(space), options_of(space)
         few = space.max_linear_kinds < enc.kind_count  # otherwise the number of kinds needs no rows
-        # Dominated options are left out, but only beside options that may take their place: of the same
-        # class, and of the same linear kind if the number of kinds is limited. The sums of a footprint count
-        # apart from the other cost: an option with less of both may lie on an earlier piece, whose slope is
-        # another, yet costs no more, because a footprint never falls.
-        groups = np.where(few & (at.classes == LINEAR), LOCAL + 1 + at.kinds, at.classes)
-        rises = [term.rise for term in terms if term.rise]
-        values = [np.stack([t.prices.mixer, t.prices.mixer_peak], axis=1) for t in terms]
-        values += [rise.sums.mixer[:, None] for rise in rises]
-        mixers = _undominated(np.concatenate(values, axis=1), groups)
-        values = [np.stack([t.prices.ffn, t.prices.ffn_peak], axis=1) for t in terms]
-        values += [rise.sums.ffn[:, None] for rise in rises]
-        present = (np.arange(len(space.ffn_options)) > 0).astype(int)
-        ffns = _undominated(np.concatenate(values, axis=1), present)
-        ffns = ffns[ffns >= enc.least_ffn]
+        mixers, ffns = _candidates(space, terms, few)
         peaks = [np.concatenate([t.prices.mixer_peak[mixers], t.prices.ffn_peak[ffns]]) for t in terms]
         levels = [np.unique(peak) for peak in peaks]
 

@@ -75,8 +75,8 @@ class _Width:
 
     Attributes:
         terms: the costs, with what is asked of them.
-        patterns: the layer counts with which each cost alone keeps its bound [P, 4]; none: the width is out.
-        floor: no weighted sum of the costs is less.
+        patterns: the layer counts with which each cost alone keeps its bound [P, 4].
+        floor: no weighted sum of the costs is less; infinite: the width is out.
     """
 
     def __init__(
@@ -131,6 +131,17 @@ class _Width:
                 best, near = float(line_floor[keep].min()), middle
         return floor, Rise(footprint, sums, (low, high), near)
 
+    @property
+    def unit(self) -> float:
+        """A weighted sum of costs of the size of those that are searched for."""
+        return sum(term.weight * term.unit for term in self.terms)
+
+    def whole(self) -> "_Part":
+        """All architectures of the width."""
+        rises = [term.rise for term in self.terms if term.rise]
+        ranges, near = tuple(rise.range for rise in rises), tuple(rise.near for rise in rises)
+        return _Part(self, ranges, near, np.zeros_like(self.program.highest), self.program.highest)
+
     @cached_property
     def program(self) -> IntegerProgram:
         """The programme over the counts."""
@@ -176,7 +187,7 @@ class _Part:
                 )
 
     def is_one_piece(self, place: int) -> bool:
-        """Whether the range of a footprint's sums has no start of a piece inside.
+        """True if the range of a footprint's sums has no start of a piece inside.
 
         Args:
             place: of the footprint's range.
@@ -216,43 +227,38 @@ def optimum(
         weights: of the costs in the objective.
     """
     limits, factors = np.array(bounds, float), np.array(weights, float)
-    best: tuple[float, Genomes] | None = None
+    best: tuple[float, Genomes | None] = np.inf, None
     order = count()
-    parts: list[tuple[float, int, _Part | _Width]] = []
-    for index in range(len(space.width)):
-        width = _Width(space, index, costs, limits, factors)
-        if len(width.patterns):
-            heapq.heappush(parts, (width.floor, next(order), width))
+    widths = [_Width(space, index, costs, limits, factors) for index in range(len(space.width))]
+    parts: list[tuple[float, int, _Part | _Width]] = [(one.floor, next(order), one) for one in widths]
+    heapq.heapify(parts)
     while parts:
         floor, _, part = heapq.heappop(parts)
-        if best is not None and floor >= best[0]:
+        if floor >= best[0]:
             break
         if isinstance(part, _Width):
-            highest = part.program.highest
-            rises = [term.rise for term in part.terms if term.rise]
-            ranges, near = tuple(rise.range for rise in rises), tuple(rise.near for rise in rises)
-            part = _Part(part, ranges, near, np.zeros_like(highest), highest)
+            part = part.whole()
         solved = part.width.program.solve(part.ranges, part.near, part.low, part.high)
         if solved is None:
             continue
         counts, genome = solved
         values = np.array([cost(genome)[0] for cost in costs])
-        kept = all(within(value, bound) for value, bound in zip(values, limits, strict=True))
+        kept = bool((values <= limits * (1 + ROUNDING_TOLERANCE)).all())
         total = float(factors @ values)
-        if kept and (best is None or total < best[0]):
+        if kept and total < best[0]:
             best = total, genome
         missed, widest = _missed(part, values, genome)
-        if kept and factors @ missed <= EXACT * sum(term.weight * term.unit for term in part.width.terms):
+        if kept and factors @ missed <= EXACT * part.width.unit:
             continue
         rest = part.without(counts) if widest is None else part.split(*widest)
         floor = max(floor, total - float(factors @ missed))
         for one in rest:
             heapq.heappush(parts, (floor, next(order), one))
-    return None if best is None else best[1]
+    return best[1]
 
 
 def _missed(part: _Part, values: Floats, genome: Genomes) -> tuple[Floats, tuple[int, float] | None]:
-    """What the lines in the objective miss of the footprints of a genome [1, G].
+    """The costs of footprints of a genome [1, G] beyond the lines in the objective.
 
     Args:
         part: of a search.
@@ -260,7 +266,7 @@ def _missed(part: _Part, values: Floats, genome: Genomes) -> tuple[Floats, tuple
         genome: the genome.
 
     Returns:
-        What is missed of each cost [costs]; and the place of the footprint to split and its sum, None if no
+        The missed cost [costs]; and the place of the footprint to split and its sum, None if no
         footprint that matters lies above its line on more than one piece.
     """
     missed = np.zeros(len(values))
