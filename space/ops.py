@@ -210,7 +210,7 @@ class OpTables:
 
 
 def classes_present(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
-    """Whether each genome has a layer with a full, a linear and a local mixer [N, 3], in this order.
+    """Masks of the genomes that have a layer with a full, a linear and a local mixer [N, 3], in this order.
 
     Args:
         space: the space.

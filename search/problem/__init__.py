@@ -7,6 +7,7 @@ A limit goes through these modules in this order; docs/limits.md has the whole c
 - ``objective``: a text such as ``latency:decode@256`` becomes an ``Objective``, by the same grammar.
 - ``problem``: on a space and devices, limits become ``Constraint`` values: a cost and a bound in base units.
 - ``feasibility``: decides if an architecture keeps all constraints; explains conflicts.
-- ``dynamic_program``: the least value of one cost over a space.
-- ``milp``: architectures under several constraints, by integer programmes.
+- ``dynamic_program``: the least value over a space of one cost without a footprint.
+- ``milp``: architectures under several constraints and with footprints, by integer programmes.
+- ``integer_program``: the integer programme of one width.
 """

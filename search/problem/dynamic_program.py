@@ -1,4 +1,4 @@
-"""The exact minimum of one additive cost over a space, by a dynamic programme over slots.
+"""The exact minimum of one cost without a footprint over a space, by a dynamic programme over slots.
 
 All slots of a space have the same options at the same costs, so the cost of an architecture is a function of
 its counts: the layers with each mixer and heads, and those with each FFN. For each width, number of layers of
@@ -61,7 +61,7 @@ class Prices:
     Attributes:
         fixed: embedding, head and the cost's constant.
         per_layer: of every layer.
-        attention_constant: once, if any layer has full attention.
+        shared: by all layers of a class, once [4]; 0 for FFN_ONLY.
         mixer: of a layer's mixer [O].
         ffn: of a layer's FFN [F].
         mixer_peak: contribution of a mixer to the largest op [O].
@@ -70,34 +70,45 @@ class Prices:
 
     fixed: float
     per_layer: float
-    attention_constant: float
+    shared: Floats
     mixer: Floats
     ffn: Floats
     mixer_peak: Floats
     ffn_peak: Floats
 
+    def of_patterns(self, patterns: Ints) -> Floats:
+        """The part that depends on nothing but the number of layers of each class [P].
+
+        Args:
+            patterns: numbers of layers [P, 4].
+        """
+        parts: Floats = self.per_layer * patterns.sum(axis=1) + (patterns > 0) @ self.shared
+        return parts
+
 
 def prices_at(space: Space, cost: Cost, width: int) -> Prices:
     """A cost at one width, in parts.
 
-    Peaks below those of embedding and head are raised to them; they are 0 for a cost without a largest op.
+    A footprint is left out. Peaks below those of embedding and head are raised to them; they are 0 for a cost
+    without a largest op.
 
     Args:
         space: the search space.
-        cost: one sum, without maxima and minima.
+        cost: a cost.
         width: index of the width.
     """
     at = options_of(space)
     table, peak = cost.table, cost.max_op
     mixer, ffn = table.mixer[width, at.mixer, at.heads], table.ffn[width]
     fixed = cost.constant + float(table.ends[width].sum())
+    shared = np.array([0.0, *cost.shared])
     if peak is None:
         zero = np.zeros_like(mixer), np.zeros_like(ffn)
-        return Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, *zero)
+        return Prices(fixed, cost.per_layer, shared, mixer, ffn, *zero)
     ends = peak.ends[width].max()
     mixer_peak = np.maximum(ends, peak.mixer[width, at.mixer, at.heads])
     ffn_peak = np.maximum(ends, peak.ffn[width])
-    return Prices(fixed, cost.per_layer, cost.attention_constant, mixer, ffn, mixer_peak, ffn_peak)
+    return Prices(fixed, cost.per_layer, shared, mixer, ffn, mixer_peak, ffn_peak)
 
 
 def cheapest(space: Space, prices: Prices) -> tuple[Floats, Ints, Ints]:
@@ -118,8 +129,7 @@ def cheapest(space: Space, prices: Prices) -> tuple[Floats, Ints, Ints]:
     mixer = np.where(prices.mixer_peak <= levels[:, None], prices.mixer, np.inf)  # [T, O]
     ffn = np.where(prices.ffn_peak <= levels[:, None], prices.ffn, np.inf)  # [T, F]
     place = np.arange(len(prices.ffn))
-    apart = prices.per_layer * enc.patterns.sum(axis=1) + prices.attention_constant * (enc.patterns[:, 1] > 0)
-    totals = prices.fixed + apart + levels[:, None]  # [T, P]
+    totals = prices.fixed + prices.of_patterns(enc.patterns) + levels[:, None]  # [T, P]
     chosen = np.zeros((2, len(levels), 4), np.int64)
     for column, kind in enumerate((FFN_ONLY, FULL, LINEAR, LOCAL)):
         beside = np.where(place >= (1 if kind == FFN_ONLY else enc.least_ffn), ffn, np.inf)
@@ -162,11 +172,11 @@ def assemble(space: Space, width: int, mixers: Ints, ffns: Ints) -> Genomes:
 
 
 def least_sum(space: Space, cost: Cost) -> tuple[float, Architecture]:
-    """The exact minimum of a sum over a space, and an architecture that has it.
+    """The exact minimum of a cost without a footprint, and an architecture that has it.
 
     Args:
         space: the search space.
-        cost: without maxima and minima; they are ignored.
+        cost: without a footprint.
 
     Returns:
         An infinite value and the smallest architecture if every architecture has an op of infinite cost.

@@ -1,28 +1,19 @@
 """Feasibility of limits, decided exactly before a search starts.
 
-One limit is decided by the dynamic programme of :mod:`search.problem.dynamic_program`, several together by
-the integer programmes of :mod:`search.problem.milp`. Error messages name the fewest limits that cannot be met
-together, the least value that each can have, and the least common factor on all limits that makes them
-feasible.
+One limit without a footprint is decided by the dynamic programme of :mod:`search.problem.dynamic_program`,
+others by the integer programmes of :mod:`search.problem.milp`. Error messages name the fewest limits that
+cannot be met together, the least value that each can have, and the least common factor on all limits that
+makes them feasible.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 
 from search.problem.limit import Constraint, within
-from search.problem.milp import (
-    alternatives,
-    feasible,
-    least,
-    lowered,
-    most_room,
-    optimum,
-    split_maxima,
-)
+from search.problem.milp import feasible, least, most_room, optimum
 from space import Architecture, InfeasibleError, Space
 from space.genome import Genomes, decode, encode
 from space.ops import Cost
@@ -47,9 +38,11 @@ def check_feasible(space: Space, asked: Sequence[Constraint], latencies: Sequenc
     impossible = _impossible(space, asked)
     if impossible:
         raise InfeasibleError(f"space {space.name}: {'; '.join(impossible)}{_relaxation(space, asked)}")
+    if len(asked) < 2 and not latencies:  # decided by the least value
+        return
     costs, bounds = [one.cost for one in asked], [one.bound for one in asked]
     runs = [math.inf] * len(latencies)
-    if not (asked or latencies) or feasible(space, [*costs, *latencies], [*bounds, *runs]) is not None:
+    if feasible(space, [*costs, *latencies], [*bounds, *runs]) is not None:
         return
     for size in range(2, len(asked) + 1):
         for subset in combinations(asked, size):
@@ -65,8 +58,7 @@ def _impossible(space: Space, asked: Sequence[Constraint]) -> list[str]:
     impossible = []
     for one in asked:
         value, architecture = least(space, one.cost)
-        exact = not one.cost.max_with and not one.cost.min_with
-        if not within(value, one.bound) and (exact or not _are_feasible(space, [one])):
+        if not within(value, one.bound):
             reason = f"the least is {_has(one.show(value), architecture)}" if np.isfinite(value) else _LACKS
             impossible.append(f"{one.text} cannot be met: {reason}")
     return impossible
@@ -127,28 +119,15 @@ def _conflict(space: Space, some: Sequence[Constraint]) -> str:
     for one in some:
         others = [other for other in some if other is not one]
         costs, bounds = [other.cost for other in others], [other.bound for other in others]
-        found = [
-            _least_beside(space, first, rest, bounds) for first, *rest in alternatives([one.cost, *costs])
-        ]
-        genomes = [genome for genome in found if genome is not None]
+        genome = optimum(space, [one.cost, *costs], [math.inf, *bounds], [1.0] + [0.0] * len(costs))
         met = " and ".join(other.limit.text for other in others)
-        if not genomes:
+        if genome is None:
             leasts.append(f"with {met}, {_LACKS}")
         else:
-            genome = min(genomes, key=lambda genome: float(one.cost(genome)[0]))
             value = _has(one.show(float(one.cost(genome)[0])), decode(space, genome)[0])
             leasts.append(f"with {met}, the least {one.limit.subject} is {value}")
     names = f"{', '.join(one.text for one in some[:-1])} and {some[-1].text}"
     return f"{names} cannot be met together, though each alone can: {'; '.join(leasts)}"
-
-
-def _least_beside(
-    space: Space, cost: Cost, others: Sequence[Cost], bounds: Sequence[float]
-) -> Genomes | None:
-    """The genome [1, G] with the least cost under bounds on others; None if there is none."""
-    sums, limits = split_maxima([replace(cost, max_with=()), *others], [np.inf, *bounds])
-    genome = optimum(space, sums, limits, [1.0] + [0.0] * (len(sums) - 1))
-    return None if genome is None else lowered(space, cost, genome, others, bounds)
 
 
 def _has(value: str, architecture: Architecture) -> str:

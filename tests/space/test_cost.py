@@ -34,7 +34,7 @@ from space.mixers import MIXERS, recurrent_torch, softmax_torch
 from space.mixers.recurrent import FEW
 from space.onnx.graph import Graph
 from space.onnx.model import add_embedding, add_ffn, add_head, add_mixer, model_graph
-from space.ops import Cost, Op, OpTables, count_ops, depths, op_kinds, space_ops
+from space.ops import Cost, Footprint, Op, OpTables, count_ops, depths, op_kinds, space_ops
 from space.shapes import end_shapes, ffn_shapes, mixer_shapes, model_shapes, state_shapes
 from space.variation import sample
 from tests.contracts import TINY_SPACES, every_genome, tiny_space, uses_linear_attention
@@ -183,18 +183,69 @@ def test_gathered_numbers_are_in_their_slot(space: Space) -> None:
 
 
 @each_space
-def test_cost_adds_constant_layers_sum_and_maximum(space: Space) -> None:
+def test_cost_adds_constant_layers_sum_shared_and_maximum(space: Space) -> None:
     genomes, numbers = every_genome(space)[::3], numbered(space)
     table, peak = OpTables(space, numbers.__getitem__), OpTables(space, lambda op: 7 * numbers[op] % 1013)
     without = Cost(table, constant=3.0, per_layer=0.5)(genomes)
     with_peak = Cost(table, constant=3.0, per_layer=0.5, max_op=peak)(genomes)
-    with_once = Cost(table, constant=3.0, per_layer=0.5, attention_constant=0.25)(genomes)
+    with_shared = Cost(table, constant=3.0, per_layer=0.5, shared=(0.25, 2.0, 16.0))(genomes)
     for i, architecture in enumerate(decode(space, genomes)):
         ops = count_ops(architecture)
         expected = 3 + 0.5 * architecture.depth + sum(n * numbers[op] for op, n in ops.items())
         assert without[i] == expected
-        assert with_once[i] == expected + 0.25 * ("attention" in architecture.pattern)
+        classes = {space.mixer_class(layer.mixer) for layer in architecture.layers if layer.mixer != "none"}
+        shared = 0.25 * ("full" in classes) + 2.0 * ("linear" in classes) + 16.0 * ("local" in classes)
+        assert with_shared[i] == expected + shared
         assert with_peak[i] == expected + max(7 * numbers[op] % 1013 for op in ops)
+
+
+def climbed(footprint: Footprint, total: float) -> float:
+    """A footprint's cost at a sum, piece by piece."""
+    ends = [*footprint.starts[1:], np.inf]
+    parts = zip(footprint.starts, ends, footprint.slopes, strict=True)
+    return sum(slope * max(0.0, min(total, end) - start) for start, end, slope in parts)
+
+
+@each_space
+def test_footprint_adds_its_slope_on_each_piece(space: Space) -> None:
+    genomes, numbers = every_genome(space)[::3], numbered(space)
+    table, sums = OpTables(space, numbers.__getitem__), OpTables(space, lambda op: 7 * numbers[op] % 1013)
+    held = sums.totals(genomes)
+    low, high = float(held.min()), float(held.max())
+    middle = (low + high + 1) / 2
+    for starts, slopes in (
+        ((0.0,), (2.0,)),
+        ((0.0, middle), (0.0, 3.0)),
+        ((0.0, low, middle, high + 1), (1.0, 4.0, 0.0, 0.5)),
+        ((0.0, middle, high + 1), (0.25, 9.0, 0.5)),
+    ):
+        footprint = Footprint(sums, starts, slopes)
+        expected = [climbed(footprint, total) for total in held]
+        np.testing.assert_allclose(footprint(held), expected, rtol=1e-12)
+        np.testing.assert_array_equal(footprint(np.array(starts)), footprint.heights)
+        assert footprint(np.zeros(1)) == [0.0]
+        cost = Cost(table, constant=3.0, footprint=footprint)
+        np.testing.assert_allclose(cost(genomes), Cost(table, constant=3.0)(genomes) + expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("starts", "slopes", "number"),
+    [
+        ((), (), 1.0),
+        ((1.0,), (1.0,), 1.0),
+        ((0.0, 2.0, 2.0), (1.0, 1.0, 1.0), 1.0),
+        ((0.0, 2.0), (1.0,), 1.0),
+        ((0.0, 2.0), (1.0, -1.0), 1.0),
+        ((0.0,), (np.inf,), 1.0),
+        ((0.0,), (1.0,), -1.0),
+        ((0.0,), (1.0,), np.inf),
+    ],
+)
+def test_footprint_that_may_fall_is_refused(
+    starts: tuple[float, ...], slopes: tuple[float, ...], number: float
+) -> None:
+    with pytest.raises(ValueError, match=r"at least 0|rise from 0"):
+        Footprint(OpTables(SPACES["plain"], lambda _: number), starts, slopes)
 
 
 @each_space

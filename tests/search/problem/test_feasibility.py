@@ -11,15 +11,15 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import milp
 
-import search.problem.milp as integer
+import search.problem.integer_program as integer
 from search.problem.feasibility import check_feasible, least_relaxation
 from search.problem.limit import Constraint, Limit, within
 from search.problem.metric import format_quantity
-from search.problem.milp import feasible, least
+from search.problem.milp import feasible, least, optimum
 from space import InfeasibleError, Space, Workload, load_space
 from space.cost import flops_table, memory_cost, params_cost
 from space.genome import Genomes, contains, decode, encode, encoding, size
-from space.ops import Cost, Op, OpTables
+from space.ops import Cost, Footprint, Op, OpTables
 from space.variation import sample
 
 Floats = NDArray[np.float64]
@@ -106,13 +106,35 @@ def random_table(space: Space, rng: np.random.Generator, style: str) -> OpTables
     return OpTables(space, number)
 
 
-def random_cost(space: Space, rng: np.random.Generator, style: str) -> Cost:
+def random_footprint(space: Space, rng: np.random.Generator, style: str) -> Footprint:
+    """Up to 4 pieces within the sums of the space: steep, flat and level ones, and jumps, in any order."""
+    sums = random_table(space, rng, "ties" if style == "ties" else "any")
+    some = sums.totals(sample(space, rng, 40))
+    starts, slopes = [0.0], [float(rng.choice([0.0, 0.3]))]
+    for start in sorted(set(rng.choice(some, rng.integers(0, 4)))):  # some exactly at what a genome has
+        if rng.random() < 0.3:
+            start *= rng.uniform(0.9, 1.1)
+        if start <= starts[-1] * 1.001:
+            continue
+        starts.append(float(start))
+        if rng.random() < 0.3 and len(starts) < 4:  # a jump
+            width = float(start * rng.choice([1e-5, 1e-3]))
+            slopes.append(float(rng.uniform(0.5, 8)) / width)
+            starts.append(float(start + width))
+        slopes.append(float(rng.choice([0.0, 0.2, 1.0, 4.0])) * float(rng.uniform(0.5, 1.5)))
+    return Footprint(sums, tuple(starts), tuple(slopes))
+
+
+def random_cost(space: Space, rng: np.random.Generator, style: str, *, footprint: bool | None = None) -> Cost:
     table = random_table(space, rng, style)
     peak = random_table(space, rng, "ties" if style == "ties" else "any") if rng.random() < 0.6 else None
     if peak is not None and rng.random() < 0.5:  # a peak that matters more than the sum
         peak.ends, peak.mixer, peak.ffn = peak.ends * 0.1, peak.mixer * 5, peak.ffn * 5
-    constant, per_layer, once_full = rng.integers(8, 11), rng.integers(-2, 3), rng.integers(0, 4)
-    return Cost(table, float(constant), float(per_layer), float(once_full), peak)
+    constant, per_layer = float(rng.integers(8, 11)), float(rng.integers(-2, 3))
+    full, linear, local = map(float, rng.integers(0, 4, 3))
+    rises = rng.random() < 0.6 if footprint is None else footprint
+    rise = random_footprint(space, rng, style) if rises else None
+    return Cost(table, constant, per_layer, (full, linear, local), peak, rise)
 
 
 def priced(costs: list[Cost], genomes: Genomes) -> Floats:
@@ -126,120 +148,14 @@ def priced(costs: list[Cost], genomes: Genomes) -> Floats:
 def test_least_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(0)
-    for _ in range(25):
-        cost = random_cost(space, rng, style)
+    for turn in range(40):
+        cost = random_cost(space, rng, style, footprint=turn % 2 == 0)
         values = cost(genomes)
         value, architecture = least(space, cost)
         row = encode(space, [architecture])
         assert contains(space, row).all()
         assert value == pytest.approx(values.min(), rel=1e-9)
         assert cost(row)[0] == value
-
-
-def greatest_of(space: Space, rng: np.random.Generator, style: str, count: int) -> Cost:
-    """The greatest of so many random sums."""
-    first, *others = (random_cost(space, rng, style) for _ in range(count))
-    return replace(first, max_with=tuple(others))
-
-
-@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
-@pytest.mark.parametrize("name", SPACES)
-def test_least_maximum_of_sums_equals_brute_force(name: str, style: str) -> None:
-    space, genomes = SPACES[name], everything(name)
-    rng = np.random.default_rng(5)
-    bent = 0
-    for _ in range(3):
-        cost = greatest_of(space, rng, style, 3)
-        parts = priced([replace(cost, max_with=()), *cost.max_with], genomes)
-        values = priced([cost], genomes)
-        assert np.array_equal(values[:, 0], parts.max(axis=1))
-        value, architecture = least(space, cost)
-        assert value == pytest.approx(values.min(), rel=2e-6)
-        assert cost(encode(space, [architecture]))[0] == value
-        bent += parts[parts[:, 0].argmin()].max() > parts[:, 0].min()
-        other = random_cost(space, rng, style)
-        both = priced([cost, other], genomes)
-        for bounds in bounds_to_try(both, rng):
-            kept = (both <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(both).all(axis=1)
-            assert (feasible(space, [cost, other], list(bounds)) is not None) == kept.any()
-    assert bent  # in some, the least of the first sum is not the answer
-
-
-@pytest.mark.parametrize("style", ["any", "ties", "lacking"])
-@pytest.mark.parametrize("name", SPACES)
-def test_least_minimum_of_two_equals_brute_force(name: str, style: str) -> None:
-    space, genomes = SPACES[name], everything(name)
-    rng = np.random.default_rng(7)
-    turns = set()
-    for _ in range(3):
-        cost = replace(greatest_of(space, rng, style, 2), min_with=greatest_of(space, rng, style, 2))
-        both = [replace(cost, min_with=None), cost.min_with]
-        parts = priced(both, genomes)
-        values = priced([cost], genomes)
-        assert np.array_equal(values[:, 0], parts.min(axis=1))
-        value, architecture = least(space, cost)
-        assert value == pytest.approx(values.min(), rel=2e-6)
-        assert cost(encode(space, [architecture]))[0] == value
-        turns.add(int(parts.min(axis=0).argmin()))
-        costs = [cost, random_cost(space, rng, style)]
-        pairs = priced(costs, genomes)
-        for bounds in bounds_to_try(pairs, rng):
-            kept = (pairs <= bounds * (1 + 1e-9)).all(axis=1) & np.isfinite(pairs).all(axis=1)
-            found = feasible(space, costs, list(bounds))
-            assert (found is not None) == kept.any()
-            if found is not None:
-                row = priced(costs, encode(space, [found]))[0]
-                assert all(within(value, bound) for value, bound in zip(row, bounds, strict=True))
-    assert turns
-
-
-@pytest.mark.parametrize("rounds", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_infeasible_minimum_of_two_is_refused_with_its_least_value(rounds: int) -> None:
-    name = "no FFN"
-    space, genomes = SPACES[name], everything(name)
-    rng = np.random.default_rng(8)
-    together = 0
-    for _ in range(rounds):
-        costs = [
-            replace(greatest_of(space, rng, "any", 2), min_with=greatest_of(space, rng, "any", 2))
-            for _ in range(2)
-        ]
-        values = priced(costs, genomes)
-        low = values.min(axis=0)
-        asked = asked_of(costs, low * [0.999, 2.0])
-        assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in refusal(space, asked)
-        check_feasible(space, asked_of(costs[:1], low[:1]))
-        bounds = low * [1.0, 1.0]
-        bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
-        if bounds[1] > low[1]:
-            together += 1
-            message = refusal(space, asked_of(costs, bounds))
-            assert "cannot be met together" in message
-            reached = priced(costs, named_architectures(message, name))
-            assert reached[1, 1] == pytest.approx(bounds[1] / 0.999, rel=1e-5)
-    assert together
-
-
-@pytest.mark.parametrize("rounds", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_infeasible_maximum_is_refused_with_its_least_value(rounds: int) -> None:
-    name = "no FFN"
-    space, genomes = SPACES[name], everything(name)
-    rng = np.random.default_rng(6)
-    for _ in range(rounds):
-        costs = [greatest_of(space, rng, "any", 3) for _ in range(2)]
-        values = priced(costs, genomes)
-        low = values.min(axis=0)
-        asked = asked_of(costs, low * [0.999, 2.0])
-        message = refusal(space, asked)
-        assert f"cannot be met: the least is {asked[0].show(low[0])}, of " in message
-        check_feasible(space, asked_of(costs[:1], low[:1]))
-        bounds = low * [1.0, 1.0]
-        bounds[1] = values[values[:, 0] <= low[0] * (1 + 1e-9), 1].min() * 0.999
-        if bounds[1] > low[1]:
-            message = refusal(space, asked_of(costs, bounds))
-            assert "cannot be met together" in message
-            reached = priced(costs, named_architectures(message, name))
-            assert reached[1, 1] == pytest.approx(bounds[1] / 0.999, rel=1e-5)
 
 
 def bounds_to_try(values: Floats, rng: np.random.Generator) -> list[Floats]:
@@ -292,6 +208,34 @@ def test_joint_feasibility_equals_brute_force(name: str, style: str) -> None:
                 comfort = (values[kept] / bounds).sum(axis=1).min()
                 assert (found / bounds).sum() == pytest.approx(comfort, rel=1e-8)
     assert decided == {True, False}
+
+
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 60), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("style", ["any", "ties", "kinds", "lacking"])
+@pytest.mark.parametrize("name", SPACES)
+def test_footprints_equal_brute_force(name: str, style: str, seeds: range) -> None:
+    """The least of one cost, and the least weighted sum, beside others with footprints."""
+    space, genomes = SPACES[name], everything(name)
+    for seed in seeds:
+        rng = np.random.default_rng((9, seed))
+        number = 1 + seed % 3
+        costs = [random_cost(space, rng, style, footprint=True) for _ in range(number)]
+        values = priced(costs, genomes)
+        runs = np.isfinite(values).all(axis=1)
+        for bounds in bounds_to_try(values, rng)[seed % 2 :: 2]:
+            kept = (values <= bounds * (1 + 1e-9)).all(axis=1) & runs
+            sums = [np.eye(number)[0], rng.uniform(0.1, 2, number)]
+            some = np.where(np.arange(number) == 0, np.inf, bounds)  # the first is only minimised
+            beside = (values <= some * (1 + 1e-9)).all(axis=1) & runs
+            for weights, limits, mask in ((sums[0], some, beside), (sums[1], bounds, kept)):
+                genome = optimum(space, costs, list(limits), list(weights))
+                assert (genome is not None) == mask.any(), (seed, limits)
+                if genome is None:
+                    continue
+                assert contains(space, genome).all()
+                found = priced(costs, genome)[0]
+                assert all(within(value, bound) for value, bound in zip(found, limits, strict=True))
+                assert weights @ found == pytest.approx((values[mask] @ weights).min(), rel=1e-8), seed
 
 
 @pytest.mark.parametrize("name", ["no FFN", "one kind of two, layers may be absent"])
@@ -527,8 +471,7 @@ def test_least_relaxation_equals_brute_force(name: str, style: str) -> None:
     space, genomes = SPACES[name], everything(name)
     rng = np.random.default_rng(3)
     for count in (2, 3, 2):
-        costs = [random_cost(space, rng, style) for _ in range(count - 1)]
-        costs.append(greatest_of(space, rng, style, 2))
+        costs = [random_cost(space, rng, style) for _ in range(count)]
         values = priced(costs, genomes)
         finite = values[np.isfinite(values).all(axis=1)]
         if not len(finite) or (finite <= 0).any():
