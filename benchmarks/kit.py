@@ -26,8 +26,8 @@ from space import Space, Workload, load_space, variation
 
 SPACE = Path(__file__).parents[1] / "configs" / "spaces" / "quickstart.yaml"
 QUICK = {
-    "block_ms": 1.0, "min_rounds": 3, "op_rounds": 3, "max_rounds": 3, "held_out_models": 5,
-    "repeated_models": 2, "op_error": 0.5, "max_noise": None,
+    "block_ms": 1.0, "min_rounds": 3, "max_rounds": 3, "held_out_models": 5,
+    "repeated_models": 2, "error": 0.5, "max_noise": None,
 }  # fmt: skip
 
 

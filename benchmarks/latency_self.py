@@ -34,7 +34,7 @@ REPEATED = 20  # models measured again in a second session
 def fit(devices: Path, quick: bool) -> dict[str, Any]:
     """Profile this machine; return the duration and the errors in the profiling run."""
     small = {
-        "block_ms": 1.0, "min_rounds": 4, "op_rounds": 4, "max_rounds": 4, "op_error": 1.0,
+        "block_ms": 1.0, "min_rounds": 4, "max_rounds": 4, "error": 1.0,
         "held_out_models": 6, "repeated_models": 2, "max_noise": None,
     }  # fmt: skip
     workloads = WORKLOADS[::3] if quick else WORKLOADS

@@ -75,8 +75,8 @@ def smoke(config: RunConfig) -> RunConfig:
     """
     changes: dict[str, dict[str, Any]] = {
         "train": {"steps": 12, "batch": 2, "checkpoint_every": 6},
-        "profile": {"block_ms": 1.0, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2,
-                    "op_error": 1.0, "max_noise": None, "rss_models": 1,
+        "profile": {"block_ms": 1.0, "min_rounds": 2, "max_rounds": 2,
+                    "error": 1.0, "max_noise": None, "max_error": None, "rss_models": 1,
                     "optimal_models": 6, "random_models": 4,
                     "held_out_models": 5, "repeated_models": 2},
         "search": {"generations": 2, "population": 8, "windows": 4, "front_windows": 8},

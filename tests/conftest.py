@@ -103,9 +103,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> 
             "data": {"path": str(text_folder), "held_out": 0.2},
         },
         "profile": {
-            "block_ms": 0.5, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2, "optimal_models": 6,
+            "block_ms": 0.5, "min_rounds": 2, "max_rounds": 2, "optimal_models": 6,
             "random_models": 4, "held_out_models": 5, "repeated_models": 2, "rss_models": 1,
-            "max_noise": None,
+            "max_noise": None, "max_error": None,
         },
         "search": {
             "limits": ["prefill@64<=90%", "params<=95%"], "generations": 4, "population": 8, "windows": 8,

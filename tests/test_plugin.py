@@ -80,9 +80,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
             "data": {"path": str(text_folder), "held_out": 0.2},
         },
         "profile": {
-            "runtime": "eager", "block_ms": 0.5, "min_rounds": 2, "op_rounds": 2, "max_rounds": 2,
-            "op_error": 1.0, "optimal_models": 5, "random_models": 3, "held_out_models": 4,
-            "repeated_models": 1, "rss": False, "max_noise": None,
+            "runtime": "eager", "block_ms": 0.5, "min_rounds": 2, "max_rounds": 2,
+            "error": 1.0, "optimal_models": 5, "random_models": 3, "held_out_models": 4,
+            "repeated_models": 1, "rss": False, "max_noise": None, "max_error": None,
         },
         "search": {
             "strategy": "hill-climbing", "limits": ["energy@64<=95%", "params<=95%"],

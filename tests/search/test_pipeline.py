@@ -282,7 +282,7 @@ def test_all_stages_with_a_torch_card(
     """Profiled, searched and verified on the card's runtime."""
     folder = tmp_path / "config"
     shutil.copytree(config_file.parent, folder)
-    path = edit(folder / config_file.name, lambda v: v["profile"].update(runtime=runtime, op_error=1.0))
+    path = edit(folder / config_file.name, lambda v: v["profile"].update(runtime=runtime, error=1.0))
     words = ("--devices", tmp_path / "devices", "run", path, "--out", tmp_path / "run", "--json")
     done = formfit(*words)
     assert done.returncode in (0, 3), done.stderr  # measured hardly at all, a limit may be missed

@@ -29,13 +29,13 @@ QUICK = ProfileConfig(
     workloads=("prefill@16", "decode@16"),
     block_ms=0.5,
     min_rounds=2,
-    op_rounds=2,
     max_rounds=2,
     optimal_models=4,
     random_models=3,
     held_out_models=3,
     repeated_models=1,
     max_noise=None,
+    max_error=None,
 )
 
 

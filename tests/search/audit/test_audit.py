@@ -16,6 +16,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from latency import Card, Predictor, load_card, load_predictor
 from latency.device_runner.fingerprint import Fingerprint
+from latency.predictor.bounds import Spread
 from latency.predictor.op_latencies import OpLatencies
 from latency.predictor.predictor import WorkloadModel
 from search import pipeline
@@ -41,7 +42,7 @@ from search.config import Run, load_run_config
 from space import Architecture, InputError, Workload, genome, load_space
 from space.cost import op_flops, params_cost
 from space.onnx.graph import VERSION
-from space.ops import op_kinds, space_ops
+from space.ops import space_ops
 from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.training.recipe import TrainConfig
@@ -258,13 +259,10 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
     space, workload = run.space, Workload(phase="prefill", length=64)
     model = WorkloadModel(
         op_seconds={op.key: 1e-6 + 1e-11 * op_flops(op, workload, space.config) for op in space_ops(space)},
-        kinds=dict.fromkeys(op_kinds(space), 1.0),
-        constant=1e-5,
-        attention_constant=2e-6,
-        per_layer=1e-6,
-        scale=0.01,
-        hinges=(0.0,) * 4,
-        errors=None,
+        run=1e-5,
+        shared=(2e-6, 0.0, 0.0),
+        caches={},
+        spread=Spread(0.0, 0.01),
     )
     card = Card(
         run.devices / "desk",

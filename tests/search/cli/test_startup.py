@@ -148,7 +148,7 @@ def test_space_devices_and_dry_run_need_no_heavy_imports(answered: Path) -> None
         span=3.0,
     )
     test = HeldOutErrors(
-        held_out=accuracy, plain_sum=accuracy, flops_and_params=accuracy, repeatability_mape_percent=None
+        held_out=accuracy, flops_and_params=accuracy, repeatability_mape_percent=None
     )
     errors = PredictorErrors(leave_one_out_mape_percent=2.0, test=test)
     path = card.predictor_path("small", "onnxruntime", 1, "fp32")

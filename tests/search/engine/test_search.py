@@ -350,11 +350,9 @@ def test_limits_of_two_devices_are_kept(run_folder: Path, formfit: Program) -> N
     path = next((run_folder / "devices" / "slow" / "predictors").glob("*.json"))
     value = json.loads(path.read_text())
     model = value["workloads"]["prefill@64"]
-    for name in ("constant_seconds", "attention_constant_seconds", "per_layer_seconds"):
-        model[name] *= 2
-    model["kinds"] = {kind: 2 * factor for kind, factor in model["kinds"].items()}
-    model["hinge_seconds"] = [2 * seconds for seconds in model["hinge_seconds"]]
-    model["saving"]["seconds_per_byte"] *= 2
+    model["run_seconds"] *= 2
+    for table in ("op_seconds", "shared_seconds", "cache_seconds_per_mib"):
+        model[table] = {name: seconds * 2 for name, seconds in model[table].items()}
     path.write_text(json.dumps(value))
     limits = ("--limit", "prefill@64<=90%", "--limit", "slow:prefill@64<=70%")
     objectives = ("--objective", "loss", "--objective", "slow:latency:prefill@64")

@@ -72,11 +72,9 @@ def test_optimistic_predictor_is_recalibrated(run_folder: Path, formfit: Program
     path = next((run_folder / "devices" / "desk" / "predictors").glob("*.json"))
     value = json.loads(path.read_text())
     model = value["workloads"]["prefill@64"]
-    for name in ("constant_seconds", "attention_constant_seconds", "per_layer_seconds"):
-        model[name] /= 3
-    model["kinds"] = {kind: factor / 3 for kind, factor in model["kinds"].items()}
-    model["hinge_seconds"] = [seconds / 3 for seconds in model["hinge_seconds"]]
-    model["saving"]["seconds_per_byte"] /= 3
+    model["run_seconds"] /= 3
+    for table in ("op_seconds", "shared_seconds", "cache_seconds_per_mib"):
+        model[table] = {name: seconds / 3 for name, seconds in model[table].items()}
     path.write_text(json.dumps(value))
     space = load_run_config(run_folder / "run" / "config.yaml").space
     ends = genome.encode(space, [genome.smallest(space), genome.largest(space)])
@@ -115,8 +113,10 @@ def test_recalibration_by_hand(finished_run: Path) -> None:
     shift = 0.4 / 5  # the mean of four residuals and of what was known before, which is none
     np.testing.assert_allclose(after.predict(rows, PREFILL), before * (1 + shift), rtol=1e-12)
     residuals = np.array([0.1, 0.12, 0.08, 0.1]) - shift
-    scale = math.sqrt((float((residuals**2).sum()) + predictor.models[PREFILL].scale ** 2) / 5)
-    assert after.spread(PREFILL) == pytest.approx(math.hypot(scale, RUN_SPREAD))
+    known = float(np.mean(predictor.models[PREFILL].spread.at(before) / before))
+    scale = math.sqrt((float((residuals**2).sum()) + known**2) / 5)
+    assert after.spread(PREFILL).relative == pytest.approx(math.hypot(scale, RUN_SPREAD))
+    assert after.spread(PREFILL).seconds == 0
     others = [w for w in predictor.models if w != PREFILL]
     assert all(after.models[w] == predictor.models[w] for w in others)
 
