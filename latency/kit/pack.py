@@ -135,16 +135,25 @@ def _is_plain(architecture: Architecture) -> bool:
 
 def _mixer_items(writer: KitWriter, space: Space, workload: Workload, precision: str) -> list[KitItem]:
     """One layer of each mixer of a space."""
-    first: dict[str, Op] = {}
-    for op in space_ops(space):
-        if op.kind not in ("embedding", "head", "ffn"):
-            first.setdefault(op.kind, op)
     found = []
-    for kind, op in first.items():
+    for kind, op in first_ops(space).items():
         graph = quantise(stack_graph(op, 1, space.config), precision)
         bindings = workload_io_bindings(graph, [workload], space.config, op.width, [op.layer])
         found.append(writer.item(mixer_item(op), graph, bindings, [kind], is_op=True))
     return found
+
+
+def first_ops(space: Space) -> dict[str, Op]:
+    """One op of each mixer of a space, by mixer.
+
+    Args:
+        space: the space.
+    """
+    first: dict[str, Op] = {}
+    for op in space_ops(space):
+        if op.kind not in ("embedding", "head", "ffn"):
+            first.setdefault(op.kind, op)
+    return first
 
 
 def mixer_item(op: Op) -> str:

@@ -8,7 +8,7 @@ from latency.card import Card, open_card
 from latency.config import ProfileConfig
 from latency.device_runner.timing import Timing
 from latency.kit.manifest import KIT_RUNTIME, KitManifest, KitModel
-from latency.kit.pack import mixer_item
+from latency.kit.pack import first_ops, mixer_item
 from latency.kit.result import Result, ResultGroup, read_result, read_timings
 from latency.predictor.design import ModelRole
 from latency.predictor.predictor import Predictor
@@ -18,7 +18,6 @@ from latency.runtimes.reference import reference_work
 from space import Architecture, InputError, Space, Workload
 from space.cost import flops, op_flops
 from space.onnx.graph import VERSION
-from space.ops import space_ops
 
 Timings = Mapping[str, Timing]
 
@@ -56,10 +55,16 @@ class _Wanted:
         }
         found |= reference_work()
         first = self.workloads[0]
-        found |= {
-            f"{mixer_item(op)}|{first}": op_flops(op, first, self.space.config) for op in space_ops(self.space)
+        ops = first_ops(self.space)
+        return found | {
+            name: op_flops(ops[mixer], first, self.space.config) for mixer, name in self.mixer_names().items()
         }
-        return found
+
+    def mixer_names(self) -> dict[str, str]:
+        """Name of the timing that shows that the device runs a mixer, by mixer."""
+        return {
+            mixer: f"{mixer_item(op)}|{self.workloads[0]}" for mixer, op in first_ops(self.space).items()
+        }
 
     def without(self, unsupported: Mapping[str, str]) -> "_Wanted":
         """The part without some mixers."""
@@ -116,9 +121,12 @@ def _chosen(
     """The measured whole models by role.
 
     Raises:
-        InputError: there are too few models to fit and test on.
+        InputError: a mixer is missing, or there are too few models to fit and test on.
     """
     measured = {name for group in groups for name in group.timings}
+    for mixer, name in wanted.mixer_names().items():
+        if mixer not in result.unsupported and name not in measured:
+            raise InputError(f"{path}: lacks {name} that its kit measures")
     chosen: dict[ModelRole, list[Architecture]] = {"optimal": [], "random": [], "held_out": [], "repeat": []}
     for model in wanted.models:
         if measured.issuperset(wanted.model_names(model)):

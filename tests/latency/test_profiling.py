@@ -9,8 +9,7 @@ import pytest
 
 from latency import OnnxRuntime, ProfileConfig, load_card, load_predictor
 from latency.card import Card, open_card
-from latency.predictor.composition import OpTimes
-from latency.predictor.design import choose_models
+from latency.predictor.design import model_design
 from latency.profiling import load_prior, profile
 from latency.runtimes.onnx_graphs import stack_graph
 from latency.runtimes.onnxruntime import bind_workload
@@ -20,7 +19,7 @@ from space.architecture import has_heads
 from space.cost import params_cost
 from space.mixers import MIXERS
 from space.onnx.model import model_graph
-from space.ops import Op, mixer_op, space_ops
+from space.ops import Op, mixer_op
 from space.shapes import model_shapes
 from tests.contracts import change_mixer, tiny_space, unknown_operator
 from tests.numerics import TOLERANCE, assert_close
@@ -53,44 +52,41 @@ def test_interrupted_profile_measures_only_what_is_missing(tmp_path: Path) -> No
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     card = load_card(tmp_path, "this")
-    ops, models = card.table("ops"), card.table("models")
-    assert len(ops) == 2 * len(space_ops(space()))
-    assert (ops["seconds"] > 0).all()
+    models = card.table("models")
+    assert (models["seconds"] > 0).all()
     assert set(models["role"]) == {"optimal", "random", "held_out", "repeat"}
     assert models[models["role"].isin(["optimal", "random"])]["key"].nunique() == 8
     path = card.predictor_path("tiny", "onnxruntime", 1, "fp32")
     predictor = load_predictor(path, space(), "formfit profile")
     assert predictor.models[Workload.parse("decode@64")].errors.test.held_out.models == 4
 
-    # Ops are lost, models are not: only what is missing is measured again.
+    # Half of the models are lost: only these are measured again.
     half = Card(card.folder, card.fingerprint)
-    (card.folder / "ops.parquet").unlink()
-    half.append("ops", ops.iloc[: len(ops) // 2].to_dict("records"))
-    seen.clear()
-    profile(space(), tmp_path, "this", QUICK, lambda what, share: seen.append((what, share)))
-    again = load_card(tmp_path, "this").table("ops")
-    kept = ops.iloc[: len(ops) // 2]
-    merged = kept.merge(again, on=["op", "workload"], suffixes=("", "_again"))
-    assert len(again) == len(ops)
-    assert (merged["seconds"] == merged["seconds_again"]).mean() > 0.9
-    assert not any("whole models" in what for what, _ in seen) or len(card.table("models")) >= len(models)
+    kept = models.iloc[: len(models) // 2]
+    (card.folder / "models.parquet").unlink()
+    half.append("models", kept.to_dict("records"))
+    profile(space(), tmp_path, "this", QUICK)
+    again = load_card(tmp_path, "this").table("models")
+    merged = kept.merge(again, on=["key", "role", "workload"], suffixes=("", "_again"))
+    assert len(again) >= len(models)
+    assert (merged["seconds"] == merged["seconds_again"]).mean() > 0.7  # a doubtful one is measured again
 
-    # A second space adds to the same card.
+    # A second space adds to the same card, and its fit sees the models of the first.
     other = tiny_space(mixer=["attention", "retnet"], width=[16], heads=[1], depth=[1, 2, 3])
-    profile(other, tmp_path, "this", QUICK)
-    assert len(load_card(tmp_path, "this").table("ops")) > len(ops)
+    found = profile(other, tmp_path, "this", QUICK)
+    assert len(load_card(tmp_path, "this").table("models")) > len(again)
+    assert "sliding" in found.ops.kinds["prefill"]
 
 
 def test_held_out_models_are_disjoint_from_the_fit() -> None:
-    prefill = Workload.parse("prefill@64")
-    ops = {prefill: OpTimes(prefill, {op.key: 1e-3 for op in space_ops(space())})}
-    chosen = choose_models(space(), QUICK.counts(), ops)
-    fit = {a.key for role in ("optimal", "random") for a in chosen[role]}
-    held = {a.key for a in chosen["held_out"]}
+    design = model_design(space(), QUICK.parsed(space()), QUICK.counts())
+    chosen = design.choose(design.expected(), 5)
+    fit = {a.key for a in (*chosen, *design.random)}
+    held = {a.key for a in design.held_out}
     assert len(fit) == 8
     assert len(held) == 4
     assert not fit & held
-    assert {a.key for a in chosen["repeat"]} <= held
+    assert {a.key for a in design.repeat} <= held
 
 
 def test_card_of_another_machine_is_refused(tmp_path: Path) -> None:
@@ -108,18 +104,18 @@ def test_card_of_another_machine_is_refused(tmp_path: Path) -> None:
 def test_truncated_card_is_refused(tmp_path: Path) -> None:
     card = Card(tmp_path / "d", OnnxRuntime().fingerprint())
     card.save()
-    card.append("ops", [{"op": "x", "seconds": 1.0, "half_width": 0.1, "timing": "{}"}])
-    card.append("ops", [{"op": "x", "seconds": 2.0, "half_width": 0.1, "timing": "{}"}])
-    assert list(card.table("ops")["seconds"]) == [2.0]
-    for name in ("ops.parquet", "device.json"):
+    card.append("models", [{"key": "x", "seconds": 1.0, "half_width": 0.1, "timing": "{}"}])
+    card.append("models", [{"key": "x", "seconds": 2.0, "half_width": 0.1, "timing": "{}"}])
+    assert list(card.table("models")["seconds"]) == [2.0]
+    for name in ("models.parquet", "device.json"):
         data = (card.folder / name).read_bytes()
         (card.folder / name).write_bytes(data[: len(data) // 2])
         with pytest.raises(InputError, match=name):
-            load_card(tmp_path, "d").table("ops")
+            load_card(tmp_path, "d").table("models")
         (card.folder / name).write_bytes(data)
-    pd.DataFrame({"a": [1]}).to_parquet(card.folder / "ops.parquet")
-    with pytest.raises(InputError, match="not a device ops file"):
-        card.table("ops")
+    pd.DataFrame({"a": [1]}).to_parquet(card.folder / "models.parquet")
+    with pytest.raises(InputError, match="not a device models file"):
+        card.table("models")
 
 
 def test_workloads_that_do_not_fit_the_space_are_refused() -> None:
@@ -205,7 +201,7 @@ def test_preallocated_caches_give_equal_logits() -> None:
 
 
 def test_known_device_serves_as_prior(tmp_path: Path) -> None:
-    config = QUICK.model_copy(update={"op_error": 9.0})
+    config = QUICK.model_copy(update={"error": 9.0})
     profile(space(), tmp_path, "known", QUICK)
     source = load_prior(space(), tmp_path, "known", QUICK)
     predictor = profile(space(), tmp_path, "new", config, prior=source)

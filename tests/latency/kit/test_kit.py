@@ -205,7 +205,7 @@ INVALID_RESULTS: dict[str, tuple[Callable[[str], str], str]] = {
         lambda text: change(text, lambda v: v["groups"][0].update(anchor_reference=1e-320)),
         "reference product in .* impossible",
     ),
-    "an op less": (
+    "a mixer less": (
         lambda text: change(
             text, lambda v: v["groups"][0]["timings"].pop(next(iter(v["groups"][0]["timings"])))
         ),
@@ -271,7 +271,7 @@ def test_card_is_extended_but_not_by_another_device(measured: Path, tmp_path: Pa
     unpack(space(), folder, tmp_path / "again.json")
     again = load_card(tmp_path / "devices", "far")
     assert again.references == first.references
-    assert len(again.table("ops")) == len(first.table("ops"))
+    assert len(again.table("models")) == len(first.table("models"))
     other = change((measured / "result.json").read_text(), lambda v: v["fingerprint"].update(cpu="Other"))
     (tmp_path / "other.json").write_text(other)
     with pytest.raises(InputError, match="measured on another device"):
