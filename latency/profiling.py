@@ -302,7 +302,7 @@ class _Session:
         prefills = [w for w in workloads if w.phase == "prefill"]
         if not prefills or not self.config.rss or not self.runtime.supports_rss:
             return
-        wanted: list[tuple[ModelRole, Architecture]] = [("optimal", a) for a in chosen["optimal"]]
+        wanted: list[tuple[ModelRole, Architecture]] = [(role, a) for role in FIT_ROLES for a in chosen[role]]
         wanted = wanted[: self.config.rss_fit_models]
         wanted += [("held_out", a) for a in chosen["held_out"][: self.config.rss_models]]
         known = self.records.memory()
