@@ -56,16 +56,16 @@ def test_intervals_cover_unseen_shapes() -> None:
     assert 0.7 < float((off < 1.645).mean()) <= 1.0
 
 
-def summed(seed: int, *, noise: float = 0.0) -> tuple[Observations, Array, dict[str, Ops]]:
+def summed(seed: int, *, noise: float = 0.0, runs: int = 80) -> tuple[Observations, Array, dict[str, Ops]]:
     """Runs of random sums of the ops of two kinds; with the seconds of each op, and the ops."""
     rng = np.random.default_rng(seed)
     first, second = law(9, 20), law(7, 21)
     ops = {"a": first.ops["op"], "b": second.ops["op"]}
     seconds = np.concatenate([first.seconds, 3 * second.seconds])
-    counts = rng.integers(0, 3, (80, 16)).astype(float)
+    counts = rng.integers(0, 3, (runs, 16)).astype(float)
     counts[:, 0] = 1
-    total = counts @ seconds * np.exp(noise * rng.standard_normal(80))
-    return Observations(ops, counts, total, np.full(80, max(noise, 1e-3))), seconds, ops
+    total = counts @ seconds * np.exp(noise * rng.standard_normal(runs))
+    return Observations(ops, counts, total, np.full(runs, max(noise, 1e-3))), seconds, ops
 
 
 def test_latencies_of_ops_are_inferred_from_sums_within_their_intervals() -> None:
@@ -83,8 +83,8 @@ def test_latencies_of_ops_are_inferred_from_sums_within_their_intervals() -> Non
 
 def test_left_out_residuals_equal_refits_of_the_linearised_model() -> None:
     """Against Gaussian conditioning written out, with runs of one group left out together."""
-    seen, _, ops = summed(1, noise=0.01)
-    groups = [str(i // 2) for i in range(80)]
+    seen, _, ops = summed(1, noise=0.01, runs=28)  # too few to look for outliers
+    groups = [str(i // 2) for i in range(28)]
     model = fit_op_model(replace(seen, groups=groups))
     residuals, deviations = model.left_out()
     process = model.processes[0]
@@ -103,9 +103,9 @@ def test_left_out_residuals_equal_refits_of_the_linearised_model() -> None:
     # The residuals around the posterior mean are those of the observations less what the fit explains.
     explained = np.log(seconds / total)
     target = covariance @ np.linalg.solve(np.diag(noise), explained)
-    for group in (0, 7, 39):
+    for group in (0, 7, 13):
         rows = [2 * group, 2 * group + 1]
-        rest = [i for i in range(80) if i not in rows]
+        rest = [i for i in range(28) if i not in rows]
         weights = np.linalg.solve(covariance[np.ix_(rest, rest)], covariance[np.ix_(rest, rows)])
         expected = target[rows] - weights.T @ target[rest]
         variance = covariance[np.ix_(rows, rows)] - covariance[np.ix_(rows, rest)] @ weights

@@ -1,174 +1,218 @@
-"""The predictor on latencies that follow a known law."""
+"""The predictor on a made device: known op latencies, two caches, noise, drift between groups."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from latency.predictor import composition
 from latency.predictor.accuracy import accuracy
-from latency.predictor.composition import (
-    OpTimes,
-    Saving,
-    design_matrix,
-    fit_composition,
-    held_bytes,
-    hinge_bytes,
-    leave_one_out,
-)
-from latency.predictor.fit import MeasuredModels, fit_predictor
-from latency.predictor.initial_design import d_optimal
-from latency.predictor.op_latencies import OpLatencies
+from latency.predictor.bounds import Spread, conformal, fit_spread
+from latency.predictor.design import ModelCounts, model_design
+from latency.predictor.fit import HeldOutModels, fit_predictor
+from latency.predictor.op_latencies import TimedModel
 from latency.predictor.predictor import Predictor, load_predictor
-from space import InputError, Space, Workload, genome, variation
-from space.onnx.graph import VERSION
-from space.ops import count_ops, op_kinds, space_ops
+from latency.predictor.terms import beyond, cache_term, held_bytes, terms
+from latency.predictor.workload_model import pieces
+from latency.profiling import require_accurate
+from space import Architecture, InputError, Space, Workload, genome, load_space, variation
+from space.cost import op_flops, op_held_bytes
+from space.mixers import MIXERS
+from space.ops import Op, count_ops, space_ops
 from tests.contracts import tiny_space
 
-W = Workload(phase="prefill", length=64)
-D = Workload(phase="decode", length=64)
-Law = Callable[[Any], NDArray[np.float64]]
-EXACT = np.zeros(20)  # timings without error, as many as are fitted
-UNMEASURED = OpLatencies(tiny_space().config, {}, {})
+SPACE = load_space(Path(__file__).parents[3] / "configs" / "spaces" / "small.yaml")
+PREFILL, DECODE = Workload.parse("prefill@256"), Workload.parse("decode@512")
+WORKLOADS = (PREFILL, DECODE)
+CACHES = {2**20: 8e-6, 2**22: 12e-6}  # seconds per MiB read from beyond them
+RUN, FULL, LOCAL, LINEAR = 2e-6, 4e-6, 3e-6, 1e-6
+GROUP, DRIFT = 16, 0.005  # models that share a deviation, and its relative size
+Array = NDArray[np.float64]
 
 
-def space() -> Space:
-    return tiny_space(
-        mixer=["attention", "linear", "retnet", "none"], depth=[1, 2, 3], heads=[1, 2], ffn=[0, 16, 32]
+def op_seconds(op: Op, workload: Workload) -> float:
+    """A call, work at an efficiency that depends on the width, and a factor of the kind."""
+    kind = 1 + 0.1 * (sum(map(ord, op.kind)) % 7)
+    efficiency = 0.7 + 0.3 * np.tanh(np.log2(op.width / 128))
+    flops, held = op_flops(op, workload, SPACE.config), op_held_bytes(op, workload, SPACE.config)
+    return float(kind * (1e-6 + flops / (5e10 * efficiency) + held / 4e10))
+
+
+def truth(architecture: Architecture, workload: Workload) -> float:
+    """Latency on the made device."""
+    total = RUN + sum(n * op_seconds(op, workload) for op, n in count_ops(architecture).items())
+    shared = {"full": FULL, "local": LOCAL, "linear": LINEAR}
+    used = {MIXERS.get(x.mixer).mixer_class for x in architecture.layers if x.mixer != "none"}
+    total += sum(shared[name] for name in used)
+    if workload == DECODE:
+        held = np.array([held_bytes(architecture, workload, SPACE.config)], float)
+        total += sum(rate * float(beyond(held, size)[0]) / 2**20 for size, rate in CACHES.items())
+    return total
+
+
+def measured(architectures: list[Architecture], workload: Workload, rng: np.random.Generator, noise: float) -> Array:
+    """Measurements with noise, and a deviation that the models of a group share."""
+    seconds = np.array([truth(a, workload) for a in architectures])
+    groups = rng.standard_normal(len(seconds) // GROUP + 1).repeat(GROUP)[: len(seconds)]
+    return np.asarray(seconds * np.exp(noise * rng.standard_normal(len(seconds)) + DRIFT * groups * (noise > 0)))
+
+
+def made(seed: int = 0, noise: float = 0.01) -> Predictor:
+    """A predictor of the made device, from 60 chosen and 30 random models."""
+    rng = np.random.default_rng(seed)
+    design = model_design(SPACE, WORKLOADS, ModelCounts(60, 30, 40, 0, seed))
+    chosen = design.choose(design.expected(), 60)
+    fit = [*chosen, *design.random]
+    timed = [
+        TimedModel(a, w, seconds, max(noise, 1e-3))
+        for w in WORKLOADS
+        for a, seconds in zip(fit, measured(fit, w, rng, noise), strict=True)
+    ]
+    held = HeldOutModels(
+        architectures=design.held_out,
+        seconds={w: measured(list(design.held_out), w, rng, noise) for w in WORKLOADS},
+        repeatability=dict.fromkeys(WORKLOADS, 1.0),
     )
+    roles = {a.key: "optimal" for a in chosen} | {a.key: "random" for a in design.random}
+    return fit_predictor(SPACE, WORKLOADS, timed, roles, held)
 
 
-def op_seconds(seed: int = 0) -> dict[str, float]:
-    rng = np.random.default_rng(seed)
-    return {op.key: float(s) for op, s in zip(space_ops(space()), rng.uniform(1e-4, 3e-3, 100), strict=False)}
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return made()
 
 
-def truth(genomes: Any, ops: dict[str, float], noise: float, seed: int) -> NDArray[np.float64]:
-    """Latencies by a loop over ops: kind factors, a constant, a cost per layer, relative noise."""
-    factors = {kind: 0.9 + 0.05 * i for i, kind in enumerate(op_kinds(space()))}
-    rng = np.random.default_rng(seed)
-    seconds = []
-    for architecture in genome.decode(space(), genomes):
-        total = 1e-4 + 5e-5 * architecture.depth
-        total += sum(n * factors[op.kind] * ops[op.key] for op, n in count_ops(architecture).items())
-        seconds.append(total * (1 + noise * rng.standard_normal()))
-    return np.array(seconds)
+def unseen(count: int = 300) -> tuple[list[Architecture], Array]:
+    rows = variation.sample(SPACE, np.random.default_rng(99), count)
+    return genome.decode(SPACE, rows), rows
 
 
-def fitted(noise: float = 0.01, seed: int = 0) -> tuple[Predictor, Any, dict[str, float]]:
-    ops = op_seconds()
-    rng = np.random.default_rng(seed)
-    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
-    predictor = fit_predictor(
-        space(),
-        UNMEASURED,
-        {W: OpTimes(W, ops), D: OpTimes(D, ops)},
-        MeasuredModels(
-            genomes=train,
-            seconds={W: truth(train, ops, noise, 1), D: truth(train, ops, 2 * noise, 2)},
-            spread={W: EXACT, D: EXACT},
-            drawn=20,
-        ),
-        MeasuredModels(
-            genomes=held, seconds={W: truth(held, ops, noise, 3), D: truth(held, ops, 2 * noise, 4)}
-        ),
-        {W: 1.0, D: 1.0},
-    )
-    return predictor, held, ops
+def test_latencies_of_unseen_models_are_within_one_percent(predictor: Predictor) -> None:
+    architectures, rows = unseen()
+    for workload in WORKLOADS:
+        true = np.array([truth(a, workload) for a in architectures])
+        off = np.abs(predictor.predict(rows, workload) / true - 1)
+        assert off.mean() < 0.01
+        assert np.quantile(off, 0.99) < 0.04
+        errors = predictor.models[workload].errors
+        assert errors is not None
+        assert errors.test is not None
+        assert errors.test.held_out.mape_percent < errors.test.flops_and_params.mape_percent / 2
 
 
-def fitted_to(law: Law, times: dict[Workload, OpTimes], train: Any, held: Any) -> Predictor:
-    """A predictor of one workload, fitted to a law without noise and tested on it."""
-    models = MeasuredModels(genomes=train, seconds={W: law(train)}, spread={W: EXACT}, drawn=20)
-    tested = MeasuredModels(genomes=held, seconds={W: law(held)})
-    return fit_predictor(space(), UNMEASURED, times, models, tested, {W: 1.0})
+def test_latencies_of_ops_are_within_their_intervals(predictor: Predictor) -> None:
+    for workload in WORKLOADS:
+        model = predictor.models[workload]
+        off = np.array(
+            [
+                np.log(model.op_seconds[op.key] / op_seconds(op, workload)) / model.op_spreads[op.key]
+                for op in space_ops(SPACE)
+                if op.kind not in ("embedding", "head")  # always together: only their sum is known
+            ]
+        )
+        assert (np.abs(off) < 1.96).mean() > 0.85
+        assert np.abs(off).max() < 5
 
 
-def test_known_law_is_recovered() -> None:
-    predictor, held, ops = fitted(noise=0.0)
-    predicted = predictor.cost(W)(held)
-    assert np.abs(predicted / truth(held, ops, 0.0, 0) - 1).max() < 0.02
-    noisy, held, ops = fitted(noise=0.01)
-    errors = noisy.models[W].errors
-    assert errors.test.held_out.mape_percent < 1.5
-    assert errors.test.held_out.mape_percent < errors.test.plain_sum.mape_percent
-    assert errors.test.held_out.mape_percent < errors.test.flops_and_params.mape_percent / 2
+def test_caches_are_found_where_they_are() -> None:
+    exact = made(noise=0.0)
+    found = exact.models[DECODE].caches
+    assert exact.models[PREFILL].caches == {}
+    assert found[2**20] == pytest.approx(CACHES[2**20], rel=0.4)
+    assert found[2**22] == pytest.approx(CACHES[2**22], rel=0.4)
+    others = sum(rate for size, rate in found.items() if size not in CACHES)
+    assert others < 0.3 * sum(CACHES.values())
 
 
-def test_coefficients_are_not_negative_and_near_the_prior() -> None:
+def test_cost_equals_the_sum_of_terms(predictor: Predictor) -> None:
+    architectures, rows = unseen(20)
+    for workload in WORKLOADS:
+        model = predictor.models[workload]
+        kinds = {"run": model.run} | {
+            f"shared.{name}": seconds
+            for name, seconds in zip(("full", "linear", "local"), model.shared, strict=True)
+        }
+        kinds |= {cache_term(size).kind: rate for size, rate in model.caches.items()}
+        by_hand = [
+            sum(n * model.op_seconds.get(op.key, kinds.get(op.kind, 0.0)) for op, n in found.items())
+            for found in (terms(a, workload, SPACE.config) for a in architectures)
+        ]
+        np.testing.assert_allclose(predictor.predict(rows, workload), by_hand, rtol=1e-9)
+
+
+def test_pieces_of_caches_are_their_bytes() -> None:
+    starts, slopes = pieces(CACHES)
+    held = np.geomspace(2**18, 2**25, 200)
+    expected = sum(rate * beyond(held, size) / 2**20 for size, rate in CACHES.items())
+    rises = np.concatenate([[0.0], np.cumsum(np.array(slopes[:-1]) * np.diff(starts))])
+    place = np.searchsorted(starts, held, side="right") - 1
+    np.testing.assert_allclose(rises[place] + np.array(slopes)[place] * (held - np.array(starts)[place]), expected)
+    assert pieces({}) == ((0.0,), (0,))
+
+
+def test_upper_bounds_hold_at_their_rate_in_each_third(predictor: Predictor) -> None:
+    architectures, rows = unseen(600)
+    rng = np.random.default_rng(5)
+    inside: list[list[float]] = [[], [], []]
+    for workload in WORKLOADS:
+        seconds = measured(architectures, workload, rng, 0.01)
+        upper, mean = predictor.upper(rows, workload, 0.975), predictor.predict(rows, workload)
+        assert (upper > mean).all()
+        low, high = predictor.interval(rows, workload, 0.9)
+        assert 0.8 < ((low <= seconds) & (seconds <= high)).mean() <= 1.0
+        for third, places in zip(inside, np.array_split(np.argsort(mean), 3), strict=True):
+            third.extend(seconds[places] <= upper[places])
+    assert all(0.95 <= np.mean(third) <= 1.0 for third in inside)
+
+
+def test_spread_has_a_part_in_seconds_and_one_in_proportion() -> None:
     rng = np.random.default_rng(0)
-    ops = op_seconds()
-    design = design_matrix(space(), OpTimes(W, ops), variation.sample(space(), rng, 8))
-    for _ in range(20):
-        seconds = design[:, 2:-5].sum(axis=1) * rng.uniform(0.3, 3.0, len(design))
-        assert (fit_composition(design, seconds, EXACT[:8]).coefficients >= 0).all()
-    exact = design[:, 2:-5].sum(axis=1)
-    coefficients = fit_composition(design, exact, EXACT[:8]).coefficients
-    assert np.abs(coefficients[2:-5] - 1).max() < 0.05
+    predicted = rng.uniform(1e-5, 1e-3, 5000)
+    truth = Spread(1e-6, 0.02)
+    found = fit_spread(predicted, predicted + truth.at(predicted) * rng.standard_normal(5000))
+    assert found.seconds == pytest.approx(truth.seconds, rel=0.15)
+    assert found.relative == pytest.approx(truth.relative, rel=0.1)
+    assert truth.beside(0.02).relative == pytest.approx(0.02 * 2**0.5)
 
 
-def test_noisy_timing_counts_less() -> None:
-    ops, rng = op_seconds(), np.random.default_rng(0)
-    design = design_matrix(space(), OpTimes(W, ops), variation.sample(space(), rng, 20))
-    exact = design[:, 2:-5].sum(axis=1)
-    seconds, timing = exact.copy(), EXACT.copy()
-    seconds[:5] *= 1.3
-    timing[:5] = 0.3
-    found = [np.abs(fit_composition(design, seconds, t)(design) / exact - 1).mean() for t in (EXACT, timing)]
-    assert found[1] < found[0] / 3
+def test_conformal_bound_is_the_order_statistic() -> None:
+    values = list(range(-50, 49))
+    assert conformal(values, 0.9) == values[89]
+    assert conformal([1.0, 2.0], 0.975) > 2.0  # too few for the confidence
+    assert conformal([-1.0, -2.0, -3.0], 0.5) == 0.0
 
 
-def test_leave_one_out_equals_a_fit_to_the_others() -> None:
-    ops = op_seconds()
-    genomes = variation.sample(space(), np.random.default_rng(0), 20)
-    design, seconds = design_matrix(space(), OpTimes(W, ops), genomes), truth(genomes, ops, 0.01, 0)
-    seconds[3] *= 2
-    residuals = leave_one_out(design, seconds, EXACT)
-    assert residuals[3] > 0.8  # a fit that saw it would have bent towards it
-    keep = np.arange(20) != 7
-    alone = fit_composition(design[keep], seconds[keep], EXACT[keep])(design[7:8])[0]
-    assert residuals[7] == pytest.approx(seconds[7] / alone - 1)
+def test_inaccurate_predictor_is_refused(predictor: Predictor) -> None:
+    require_accurate(predictor, 0.05, "here")
+    errors = predictor.models[DECODE].errors
+    assert errors is not None
+    assert errors.test is not None
+    worse = replace(errors.test.held_out, mape_percent=errors.test.flops_and_params.mape_percent - 0.1)
+    spoilt = replace(errors, test=replace(errors.test, held_out=worse))
+    models = {**predictor.models, DECODE: replace(predictor.models[DECODE], errors=spoilt)}
+    with pytest.raises(InputError, match=r"device here, decode@512: predictions are .* not written") as caught:
+        require_accurate(replace(predictor, models=models), 0.05, "here")
+    assert "\n" not in str(caught.value)
 
 
-def test_upper_is_the_mean_times_one_factor_and_has_its_coverage() -> None:
-    covered = []
-    for seed in range(6):
-        predictor, held, ops = fitted(noise=0.02, seed=seed)
-        for workload, noise in ((W, 0.02), (D, 0.04)):
-            mean, upper = predictor.cost(workload)(held), predictor.cost(workload, 0.9)(held)
-            assert np.ptp(upper / mean) < 1e-12
-            assert upper[0] / mean[0] == pytest.approx(predictor.factor(workload, 0.9))
-            covered.append((truth(held, ops, noise, 100 + seed) <= upper).mean())
-    assert 0.85 < np.mean(covered) < 0.99
-    factors = [predictor.factor(W, c) for c in (0.6, 0.75, 0.9, 0.975)]
-    assert factors == sorted(factors)
-    assert predictor.factor(D, 0.9) > predictor.factor(W, 0.9)
-    sharp = replace(predictor.models[W], scale=1e-9)  # runs of different hours still lie apart
-    certain = replace(predictor, models={W: sharp})
-    assert certain.factor(W, 0.9) - 1 == pytest.approx(0.02 * np.sort(predictor.residuals)[-4], rel=0.5)
-
-
-def test_predictor_round_trips_and_refuses_other_spaces(tmp_path: Path) -> None:
-    predictor, held, _ = fitted()
+def test_predictor_round_trips_and_refuses_other_spaces(tmp_path: Path, predictor: Predictor) -> None:
+    _, rows = unseen(20)
     path = tmp_path / "p.json"
     predictor.save(path, {})
-    again = load_predictor(path, space(), "formfit profile")
-    assert np.array_equal(again.cost(D, 0.975)(held), predictor.cost(D, 0.975)(held))
+    again = load_predictor(path, SPACE, "formfit profile")
+    assert np.array_equal(again.cost(DECODE, 0.975)(rows), predictor.cost(DECODE, 0.975)(rows))
     assert again.identity() == predictor.identity()
-    other = tiny_space()
+    other: Space = tiny_space()
     with pytest.raises(InputError, match=other.hash[:12]):
         load_predictor(path, other, "formfit profile")
-    with pytest.raises(InputError, match=r"decode@32.*measured: prefill@64, decode@64.*formfit profile"):
+    with pytest.raises(InputError, match=r"decode@32.*measured: prefill@256, decode@512.*formfit profile"):
         predictor.cost(Workload.parse("decode@32"))
     text = path.read_text()
     for cut in (0, 10, len(text) // 2):
         path.write_text(text[:cut])
         with pytest.raises(InputError, match="formfit profile"):
-            load_predictor(path, space(), "formfit profile")
+            load_predictor(path, SPACE, "formfit profile")
 
 
 def test_accuracy_equals_hand_computation() -> None:
@@ -177,98 +221,3 @@ def test_accuracy_equals_hand_computation() -> None:
     assert found.within_10_percent == pytest.approx(2 / 3)
     assert found.span == 4
     assert found.spearman == pytest.approx(1.0)
-
-
-def test_d_optimal_has_more_information_than_random_choices() -> None:
-    rng = np.random.default_rng(0)
-    pool = np.exp(rng.standard_normal((200, 5)))
-    chosen = d_optimal([pool], 10)
-    assert len(set(chosen)) == 10
-
-    def information(rows: Any) -> float:
-        return float(np.linalg.slogdet(np.eye(5) / 100 + pool[rows].T @ pool[rows])[1])
-
-    best = information(chosen)
-    assert all(information(rng.choice(200, 10, replace=False)) < best for _ in range(200))
-
-
-def test_attention_constant_counts_once_per_model() -> None:
-    ops = op_seconds()
-    rng = np.random.default_rng(0)
-    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 100)
-
-    def law(genomes: Any) -> NDArray[np.float64]:
-        full = ["attention" in a.pattern for a in genome.decode(space(), genomes)]
-        return truth(genomes, ops, 0.0, 0) + 2e-3 * np.array(full)
-
-    latencies = {W: OpTimes(W, ops, attention_constant=1.5e-3)}
-    predictor = fitted_to(law, latencies, train, held)
-    assert predictor.models[W].attention_constant == pytest.approx(2e-3, rel=0.25)
-    assert predictor.models[W].errors.test.held_out.mape_percent < 1.5
-
-
-def test_hinges_are_fitted_and_the_cost_is_their_maximum() -> None:
-    """A law with a hinge: beyond some bytes, each more costs; the cost is the greatest of sums."""
-    ops, rng = op_seconds(), np.random.default_rng(0)
-    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
-    typical, starts = hinge_bytes(space(), W)
-
-    def law(genomes: Any) -> NDArray[np.float64]:
-        over = np.maximum(0.0, held_bytes(space(), W, genomes) - starts[1]) / typical
-        return truth(genomes, ops, 0.0, 0) + 6e-3 * over
-
-    times = {W: OpTimes(W, ops)}
-    predictor = fitted_to(law, times, train, held)
-    assert predictor.models[W].errors.test.held_out.mape_percent < 2.0
-    cost = predictor.cost(W)
-    assert 1 <= len(cost.max_with) <= 4
-    parts = np.array([part(held) for part in (replace(cost, max_with=()), *cost.max_with)])
-    assert np.array_equal(cost(held), parts.max(axis=0))
-    model = predictor.models[W]
-    over = np.maximum(0.0, held_bytes(space(), W, held)[:, None] - np.array(starts)) / typical
-    assert cost(held) == pytest.approx(parts[0] + over @ model.hinges)
-
-
-def test_saving_is_fitted_and_caps_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A law of a cache: up to some bytes nothing is fetched, from twice as many on everything is."""
-    monkeypatch.setattr(composition, "CACHE_SIZES", tuple(2**10 * 2 ** (i / 2) for i in range(20)))
-    ops, rng = op_seconds(), np.random.default_rng(0)
-    train, held = variation.sample(space(), rng, 20), variation.sample(space(), rng, 200)
-    sizes = held_bytes(space(), W, held)
-    full = float(np.quantile(sizes, 0.4))
-    rate = 0.8 * float((truth(held, ops, 0.0, 0) / sizes).min())  # nothing takes less than no time
-
-    def law(genomes: Any) -> NDArray[np.float64]:
-        bytes_, plain = held_bytes(space(), W, genomes), truth(genomes, ops, 0.0, 0)
-        saved = np.where(bytes_ <= full, bytes_, np.clip(2 * full - bytes_, 0, None))
-        return plain - rate * saved
-
-    def of(law: Law) -> Predictor:
-        return fitted_to(law, {W: OpTimes(W, ops)}, train, held)
-
-    predictor = of(law)
-    error = predictor.models[W].errors.test.held_out.mape_percent
-    saving = predictor.models[W].saving
-    assert error < 3.0
-    assert saving.rate == pytest.approx(rate, rel=0.3)
-    assert saving.full == pytest.approx(full, rel=0.5)
-    cost = predictor.cost(W)
-    assert cost.min_with is not None
-    ends = np.array([replace(cost, min_with=None)(held), cost.min_with(held)])
-    assert np.array_equal(cost(held), ends.min(axis=0))
-    assert 0 < (ends[1] < ends[0]).mean() < 1
-    plain = ends[0]
-    expected = np.maximum(plain - saving.rate * saving.saved(sizes), 0.2 * plain)
-    assert cost(held) == pytest.approx(expected)
-    assert predictor.models[W].times(2.0).saving.rate == 2 * saving.rate
-    without = of(lambda genomes: truth(genomes, ops, 0.01, 0))
-    assert without.models[W].saving.rate == 0
-    assert without.cost(W).min_with is None
-
-
-def test_saving_round_trips_through_its_file(tmp_path: Path) -> None:
-    predictor, _, _ = fitted()
-    saving = Saving(1e6, 3e6, 2e-11)
-    changed = replace(predictor, models={W: replace(predictor.models[W], saving=saving)})
-    changed.save(tmp_path / "p.json", {"graphs": str(VERSION)})
-    assert load_predictor(tmp_path / "p.json", space(), "formfit profile").models[W].saving == saving
