@@ -302,7 +302,7 @@ def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dic
 
     costs, known = np.array([timing(point) for point in design.points]), initial_design(design.points)
     while True:
-        fit = fit_op_latencies(space.config, {point: (table[point], 0.01) for point in known})
+        fit = fit_op_latencies(space, {point: (table[point], 0.01) for point in known})
         error = design.expected_error(fit)
         if error <= config.op_error or len(known) == len(design.points):
             break

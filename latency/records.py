@@ -208,7 +208,7 @@ class Records:
         Args:
             source: op latencies of a known device.
         """
-        return fit_op_latencies(self.space.config, self.timed(), source)
+        return fit_op_latencies(self.space, self.timed(), source)
 
     def predictor(
         self,

@@ -68,7 +68,7 @@ class ModelDesign:
 
     def expected(self) -> OpLatencies:
         """Latencies before anything was measured."""
-        return expected_latencies(self.space.config, self.population, self.workloads)
+        return expected_latencies(self.space, self.population, self.workloads)
 
     def expected_error(self, ops: OpLatencies) -> float:
         """Expected relative error of a latency (root mean square) due to the uncertainty of op latencies.
@@ -185,7 +185,7 @@ def _spread(
     """
     if not drawn:
         return []
-    expected = expected_latencies(space.config, drawn, workloads)
+    expected = expected_latencies(space, drawn, workloads)
     order = np.argsort(expected.covariance(drawn, workloads[0])[0])
     places = np.unique(np.linspace(0, len(drawn) - 1, count).round().astype(int))
     return [drawn[order[place]] for place in np.random.default_rng(len(drawn)).permutation(places)]

@@ -80,7 +80,7 @@ def fit_predictor(
         held_out: models to test on.
         source: op latencies of a known device, as a prior.
     """
-    ops = fit_op_latencies(space.config, timed, source)
+    ops = fit_op_latencies(space, timed, source)
     left_out: dict[str, Array] = {phase: model.left_out()[0] for phase, model in ops.models.items()}
     models, residuals = {}, []
     for workload in workloads:

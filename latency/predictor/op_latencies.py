@@ -21,7 +21,7 @@ from latency.predictor.terms import (
     reads_most,
     terms,
 )
-from space import Architecture, ModelConfig, Workload
+from space import Architecture, Space, Workload
 from space.ops import Op
 
 Array = NDArray[np.float64]
@@ -52,13 +52,13 @@ class OpLatencies:
     """Latencies of ops on one device.
 
     Attributes:
-        model_config: model configuration of the space.
+        space: a space with the model configuration of the models.
         models: by phase.
         kinds: kinds of terms that are known, by phase; an op of another kind takes infinitely long.
         source: latencies of the known device that served as a prior; None if there was none.
     """
 
-    model_config: ModelConfig
+    space: Space
     models: Mapping[str, OpModel]
     kinds: Mapping[str, frozenset[str]]
     source: "OpLatencies | None" = None
@@ -74,7 +74,7 @@ class OpLatencies:
         """
         found = np.full(len(points), np.inf)
         for phase, places in self._known(points).items():
-            ops, order = as_ops([points[i] for i in places], self.model_config, self._source(points, places))
+            ops, order = as_ops([points[i] for i in places], self.space.config, self._source(points, places))
             found[[places[i] for i in order]] = np.exp(self.models[phase].log_seconds(ops))
         return found
 
@@ -89,7 +89,7 @@ class OpLatencies:
         """
         found = np.full(len(points), np.inf)
         for phase, places in self._known(points).items():
-            ops, order = as_ops([points[i] for i in places], self.model_config, self._source(points, places))
+            ops, order = as_ops([points[i] for i in places], self.space.config, self._source(points, places))
             covariance = self.models[phase].predict(ops)[1]
             found[[places[i] for i in order]] = np.sqrt(np.maximum(np.diag(covariance), 0.0))
         return found
@@ -108,7 +108,7 @@ class OpLatencies:
         points = list(dict.fromkeys(point for row in rows for point in row))
         counts = np.array([[row.get(point, 0.0) for point in points] for row in rows])
         everything = list(range(len(points)))
-        ops, order = as_ops(points, self.model_config, self._source(points, everything))
+        ops, order = as_ops(points, self.space.config, self._source(points, everything))
         mean, covariance = self.models[workload.phase].predict(ops)
         parts = counts[:, order] * np.exp(mean)
         totals = parts.sum(axis=1)
@@ -117,7 +117,7 @@ class OpLatencies:
 
     def _counts(self, architecture: Architecture, workload: Workload) -> dict[Point, float]:
         known = self.kinds[workload.phase]
-        counts = terms(architecture, workload, self.model_config)
+        counts = terms(architecture, workload, self.space)
         return {(op, workload): n for op, n in counts.items() if op.kind in known}
 
     def _known(self, points: Sequence[Point]) -> dict[str, list[int]]:
@@ -136,7 +136,7 @@ class OpLatencies:
         return _source_seconds(self.source, some)
 
     def to_json(self) -> JsonObject:
-        """The latencies as a JSON object, without the model configuration."""
+        """The latencies as a JSON object, without the space."""
         return {
             "models": {phase: model.to_json() for phase, model in self.models.items()},
             "kinds": {phase: sorted(kinds) for phase, kinds in self.kinds.items()},
@@ -144,17 +144,17 @@ class OpLatencies:
         }
 
     @staticmethod
-    def from_json(model_config: ModelConfig, value: JsonObject) -> "OpLatencies":
+    def from_json(space: Space, value: JsonObject) -> "OpLatencies":
         """Read latencies; the inverse of :meth:`to_json`.
 
         Args:
-            model_config: model configuration of the space.
+            space: a space with the model configuration of the models.
             value: a JSON object.
         """
         models = {phase: OpModel.from_json(model) for phase, model in value["models"].items()}
         kinds = {phase: frozenset(names) for phase, names in value["kinds"].items()}
-        source = OpLatencies.from_json(model_config, value["source"]) if value["source"] else None
-        return OpLatencies(model_config, models, kinds, source)
+        source = OpLatencies.from_json(space, value["source"]) if value["source"] else None
+        return OpLatencies(space, models, kinds, source)
 
 
 def _source_seconds(source: OpLatencies, points: Sequence[Point]) -> dict[Point, float] | None:
@@ -170,12 +170,12 @@ def _source_seconds(source: OpLatencies, points: Sequence[Point]) -> dict[Point,
 
 
 def fit_op_latencies(
-    model_config: ModelConfig, timed: Sequence[TimedModel], source: OpLatencies | None = None
+    space: Space, timed: Sequence[TimedModel], source: OpLatencies | None = None
 ) -> OpLatencies:
     """Infer the latencies of ops from those of whole models.
 
     Args:
-        model_config: model configuration of the space.
+        space: a space with the model configuration of the models.
         timed: the measured models.
         source: latencies of a known device, as a prior.
     """
@@ -183,11 +183,11 @@ def fit_op_latencies(
     for phase in dict.fromkeys(item.workload.phase for item in timed):
         rows = [item for item in timed if item.workload.phase == phase]
         reading = [item for item in rows if reads_most(item.workload)]
-        held = [held_bytes(item.architecture, item.workload, model_config) for item in reading]
+        held = [held_bytes(item.architecture, item.workload, space.config) for item in reading]
         sizes = caches(np.array(held, dtype=np.float64))
         counts = []
         for item in rows:
-            found = terms(item.architecture, item.workload, model_config)
+            found = terms(item.architecture, item.workload, space)
             counts.append(
                 {
                     (op, item.workload): n
@@ -197,7 +197,7 @@ def fit_op_latencies(
             )
         points = sorted({point for row in counts for point in row})
         known = _source_seconds(source, points) if source and phase in source.models else None
-        ops, order = as_ops(points, model_config, known)
+        ops, order = as_ops(points, space.config, known)
         place = {points[i]: column for column, i in enumerate(order)}
         matrix = np.zeros((len(rows), len(points)))
         for i, row in enumerate(counts):
@@ -208,16 +208,16 @@ def fit_op_latencies(
         groups = [item.architecture.key for item in rows]
         models[phase] = fit_op_model(Observations(ops, matrix, seconds, noise, groups))
         kinds[phase] = frozenset(ops)
-    return OpLatencies(model_config, models, kinds, source)
+    return OpLatencies(space, models, kinds, source)
 
 
 def expected_latencies(
-    model_config: ModelConfig, architectures: Sequence[Architecture], workloads: Sequence[Workload]
+    space: Space, architectures: Sequence[Architecture], workloads: Sequence[Workload]
 ) -> OpLatencies:
     """Latencies of a device before anything was measured on it, for choosing what to measure.
 
     Args:
-        model_config: model configuration of the space.
+        space: a space with the model configuration of the models.
         architectures: models whose terms count.
         workloads: the workloads.
     """
@@ -228,13 +228,13 @@ def expected_latencies(
             for w in workloads
             if w.phase == phase
             for a in architectures
-            for op in terms(a, w, model_config)
+            for op in terms(a, w, space)
             if cache_size(op) is None
         }
-        ops, _ = as_ops(sorted(points), model_config)
+        ops, _ = as_ops(sorted(points), space.config)
         models[phase] = unmeasured(ops, np.array(EXPECTED_RATES))
         kinds[phase] = frozenset(ops)
-    return OpLatencies(model_config, models, kinds)
+    return OpLatencies(space, models, kinds)
 
 
 def term_points(ops: Sequence[Op], workload: Workload, latencies: OpLatencies) -> list[Point]:

@@ -303,5 +303,5 @@ def load_predictor(path: str | Path, space: Space, made_by: str = "formfit profi
         Workload.parse(text): WorkloadModel.from_json(model) for text, model in value["workloads"].items()
     }
     memory = {Workload.parse(text): MemoryModel.from_json(item) for text, item in value["memory"].items()}
-    ops = OpLatencies.from_json(space.config, value["ops"])
+    ops = OpLatencies.from_json(space, value["ops"])
     return Predictor(space=space, ops=ops, models=models, residuals=value["residuals"], memory=memory)

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.predictor.op_model import Ops
-from space import Architecture, ModelConfig, Workload
+from space import Architecture, ModelConfig, Space, Workload
 from space.cost import op_activation_bytes, op_flops, op_held_bytes, op_state_bytes, op_weight_bytes
-from space.mixers import MIXERS
 from space.ops import Op, count_ops
 from space.precision import matrix_bytes
 
@@ -90,21 +89,21 @@ def held_bytes(architecture: Architecture, workload: Workload, model_config: Mod
 
 
 @lru_cache(maxsize=8192)
-def terms(architecture: Architecture, workload: Workload, model_config: ModelConfig) -> Mapping[Op, float]:
+def terms(architecture: Architecture, workload: Workload, space: Space) -> Mapping[Op, float]:
     """The terms of a model's latency with their counts; every cache in :data:`CACHE_SIZES` that it exceeds.
 
     Args:
         architecture: the model.
         workload: the workload.
-        model_config: vocabulary, context and heads.
+        space: a space with its model configuration, which has the classes of mixers.
     """
     found: dict[Op, float] = {op: float(n) for op, n in count_ops(architecture).items()}
     found[RUN] = 1.0
     for layer in architecture.layers:
         if layer.mixer != "none":
-            found[SHARED[MIXERS.get(layer.mixer).mixer_class]] = 1.0
+            found[SHARED[space.mixer_class(layer.mixer)]] = 1.0
     if reads_most(workload):
-        held = np.array([held_bytes(architecture, workload, model_config)], dtype=np.float64)
+        held = np.array([held_bytes(architecture, workload, space.config)], dtype=np.float64)
         for size in CACHE_SIZES:
             count = float(beyond(held, size)[0]) / CACHE_UNIT
             if count:

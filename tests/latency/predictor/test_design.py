@@ -28,8 +28,8 @@ def test_every_kind_of_op_is_in_the_first_choice(design: ModelDesign) -> None:
     chosen = design.choose(design.expected(), 16)
     assert len({a.key for a in chosen}) == 16
     for workload in WORKLOADS:
-        kinds = {op.kind for a in design.population for op in terms(a, workload, SMALL.config)}
-        known = {op.kind for a in chosen for op in terms(a, workload, SMALL.config)}
+        kinds = {op.kind for a in design.population for op in terms(a, workload, SMALL)}
+        known = {op.kind for a in chosen for op in terms(a, workload, SMALL)}
         assert {kind for kind in kinds if not kind.startswith("cache.")} <= known
 
 
@@ -42,7 +42,7 @@ def test_chosen_models_tell_more_than_random_ones(design: ModelDesign) -> None:
         for workload in WORKLOADS:
             seconds, _ = expected.covariance(design.population, workload)
             timed += [TimedModel(design.population[i], workload, seconds[i], 0.003) for i in chosen]
-        return design.expected_error(fit_op_latencies(SMALL.config, timed))
+        return design.expected_error(fit_op_latencies(SMALL, timed))
 
     keys = [a.key for a in design.population]
     best = left([keys.index(a.key) for a in design.choose(expected, 24)])
@@ -67,7 +67,7 @@ def test_budget_ends_the_choice_and_progress_tells_its_accuracy(tmp_path: Path) 
     config = ProfileConfig(
         workloads=("decode@16",), block_ms=0.2, min_rounds=2, max_rounds=2, optimal_models=200,
         random_models=2, held_out_models=3, repeated_models=1, max_noise=None, max_error=None, error=1e-6, group=8,
-        budget_minutes=1 / 60, rss=False,
+        budget_minutes=4 / 60, rss=False,
     )  # fmt: skip
     said: list[str] = []
     predictor = profile(many_shapes(), tmp_path, "here", config, lambda what, _: said.append(what))

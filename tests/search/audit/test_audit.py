@@ -269,7 +269,7 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
         Fingerprint(machine="", cpu="made up", system="", runtime="onnxruntime", runtime_version="0"),
     )
     card.save()
-    unmeasured = OpLatencies(space.config, {}, {})
+    unmeasured = OpLatencies(space, {}, {})
     predictor = Predictor(space=space, ops=unmeasured, models={workload: model}, residuals=[0.0])
     predictor.save(card.predictor_path(space.name, "onnxruntime", 1, "fp32"), {"graphs": str(VERSION)})
     return run
