@@ -30,7 +30,7 @@ CACHE_PREFIX = "cache."
 CACHE_SIZES = tuple(2**i for i in range(16, 31))  # bytes
 CACHE_UNIT = 2**20  # bytes; the count of a cache's term is in these
 MAX_READING_TOKENS = 64  # up to which reading the weights dominates the time of a run
-RIGHT_OF_LAST = 0.8  # of the greatest bytes; a cache that hardly any model exceeds cannot be told from none
+EXTREMES = (0.05, 0.95)  # quantiles of the bytes of models, between which a cache can be told from the ops' own bytes
 
 
 def cache_term(size: int) -> Op:
@@ -73,8 +73,8 @@ def caches(held: Array) -> tuple[int, ...]:
     """
     if not len(held):
         return ()
-    low, high = float(held.min()), float(held.max())
-    return tuple(size for size in CACHE_SIZES if low < 2 * size and size < RIGHT_OF_LAST * high)
+    low, high = np.quantile(held, EXTREMES)
+    return tuple(size for size in CACHE_SIZES if low < 2 * size and size < high)
 
 
 @lru_cache(maxsize=4096)
