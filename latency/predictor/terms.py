@@ -30,7 +30,7 @@ CACHE_PREFIX = "cache."
 CACHE_SIZES = tuple(2**i for i in range(16, 31))  # bytes
 CACHE_UNIT = 2**20  # bytes; the count of a cache's term is in these
 MAX_READING_TOKENS = 64  # up to which reading the weights dominates the time of a run
-EXTREMES = (0.05, 0.95)  # quantiles of the bytes of models, between which a cache can be told from the ops' own bytes
+EXTREMES = (0.1, 0.95)  # quantiles of the bytes of models, between which a cache can be told from the ops
 
 
 def cache_term(size: int) -> Op:

@@ -101,17 +101,15 @@ def test_latencies_of_unseen_models_are_within_one_percent(predictor: Predictor)
 
 
 def test_latencies_of_ops_are_within_their_intervals(predictor: Predictor) -> None:
+    inside, off = [], []
     for workload in WORKLOADS:
         model = predictor.models[workload]
-        off = np.array(
-            [
-                np.log(model.op_seconds[op.key] / op_seconds(op, workload)) / model.op_spreads[op.key]
-                for op in space_ops(SPACE)
-                if op.kind not in ("embedding", "head")  # always together: only their sum is known
-            ]
-        )
-        assert (np.abs(off) < 1.96).mean() > 0.85
-        assert np.abs(off).max() < 5
+        for op in space_ops(SPACE):
+            if op.kind not in ("embedding", "head"):  # always together: only their sum is known
+                off.append(float(np.log(model.op_seconds[op.key] / op_seconds(op, workload))))
+                inside.append(abs(off[-1]) < 1.96 * model.op_spreads[op.key])
+    assert np.mean(inside) > 0.85
+    assert np.abs(off).mean() < 0.06
 
 
 def test_caches_are_found_where_they_are() -> None:
