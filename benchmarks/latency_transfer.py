@@ -176,9 +176,7 @@ def chosen(rows: pd.DataFrame, source: str, count: int) -> NDArray[np.int64]:
     """Select rows by expected variance reduction, before any measurement on the target."""
     inputs = np.column_stack([describe(rows)[0], np.log2(rows[source].to_numpy(np.float64))])
     one, all_free = np.ones(len(rows)), np.ones(len(rows), dtype=bool)
-    found = expected_variance_reduction(
-        [covariance(inputs)], [one * NOISE**2], one, count, all_free
-    )
+    found = expected_variance_reduction([covariance(inputs)], [one * NOISE**2], one, count, all_free)
     return np.array(found)
 
 

@@ -29,7 +29,9 @@ from space.io.artefact import canonical_json, digest
 
 CHOSEN_PER_FIT = 16  # models that are chosen before the next fit
 MAX_HALF_WIDTH = 0.05  # relative; a timing that is less certain is measured again
-MAX_DEVIATION = 0.1  # relative deviation from what the other models say, above which a model is measured again
+MAX_DEVIATION = (
+    0.1  # relative deviation from what the other models say, above which a model is measured again
+)
 MAX_DEVIATIONS = 5.0  # and in expected standard deviations
 CHOSEN_SHARE, OTHERS_SHARE = 0.5, 0.42  # of the progress; memory is the rest
 Report = Callable[[str, float], None]  # called with the current work and the share of all that is done
@@ -198,13 +200,17 @@ class _Session:
         repeated = self._missing([("repeat", a) for a in design.repeat], design.workloads)
         start, end = CHOSEN_SHARE, CHOSEN_SHARE + OTHERS_SHARE
         middle = start + (end - start) * 0.85
-        self._models([missing[i] for i in order], design.workloads, "random and held-out models", (start, middle))
+        self._models(
+            [missing[i] for i in order], design.workloads, "random and held-out models", (start, middle)
+        )
         self._models(repeated, design.workloads, "held-out models again", (middle, end))
         doubtful = self._doubtful(design)
         if doubtful:
             self._models(doubtful, design.workloads, "doubtful models again", (end, end))
             for role, architecture in self._doubtful(design):
-                self.card.problems.append(f"model {architecture.key} ({role}): doubtful also when measured again")
+                self.card.problems.append(
+                    f"model {architecture.key} ({role}): doubtful also when measured again"
+                )
             self.card.save()
 
     def measured(self, design: ModelDesign) -> dict[ModelRole, list[Architecture]]:
@@ -221,7 +227,9 @@ class _Session:
         self, wanted: Sequence[tuple[ModelRole, Architecture]], workloads: Sequence[Workload]
     ) -> list[tuple[ModelRole, Architecture]]:
         known = self.records.models()
-        return [(role, a) for role, a in wanted if any(model_name(role, a, w) not in known for w in workloads)]
+        return [
+            (role, a) for role, a in wanted if any(model_name(role, a, w) not in known for w in workloads)
+        ]
 
     def _time_for_others(self, design: ModelDesign) -> bool:
         """True if the rest of the budget is only just enough for the models that are not chosen."""
@@ -246,7 +254,8 @@ class _Session:
             (role, a)
             for role, models in self.measured(design).items()
             for a in models
-            if (role in FIT_ROLES and a.key in far) or any(model_name(role, a, w) in names for w in design.workloads)
+            if (role in FIT_ROLES and a.key in far)
+            or any(model_name(role, a, w) in names for w in design.workloads)
         ]
 
     def _models(

@@ -163,9 +163,13 @@ class Records:
             rows = rows[rows["role"].isin(FIT_ROLES)]
         if not len(rows):
             return []
-        columns = zip(rows["architecture"], rows["workload"], rows["seconds"], rows["half_width"], strict=True)
+        columns = zip(
+            rows["architecture"], rows["workload"], rows["seconds"], rows["half_width"], strict=True
+        )
         return [
-            TimedModel(Architecture.from_json(json.loads(a)), Workload.parse(w), seconds, half_width / NORMAL_95)
+            TimedModel(
+                Architecture.from_json(json.loads(a)), Workload.parse(w), seconds, half_width / NORMAL_95
+            )
             for a, w, seconds, half_width in columns
         ]
 
@@ -236,7 +240,8 @@ class Records:
         held_out = HeldOutModels(
             architectures=chosen["held_out"],
             seconds={
-                w: np.array([seconds[model_name("held_out", a, w)] for a in chosen["held_out"]]) for w in workloads
+                w: np.array([seconds[model_name("held_out", a, w)] for a in chosen["held_out"]])
+                for w in workloads
             },
             repeatability={w: repeatability(w) for w in workloads},
         )

@@ -62,9 +62,7 @@ class _Wanted:
 
     def mixer_names(self) -> dict[str, str]:
         """Name of the timing that shows that the device runs a mixer, by mixer."""
-        return {
-            mixer: f"{mixer_item(op)}|{self.workloads[0]}" for mixer, op in first_ops(self.space).items()
-        }
+        return {mixer: f"{mixer_item(op)}|{self.workloads[0]}" for mixer, op in first_ops(self.space).items()}
 
     def without(self, unsupported: Mapping[str, str]) -> "_Wanted":
         """The part without some mixers."""

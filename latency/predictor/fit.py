@@ -103,7 +103,10 @@ def fit_predictor(
     predictor = Predictor(space=space, ops=ops, models=models, residuals=residuals)
     if not held_out.architectures:
         return predictor
-    tested = {w: _tested(predictor, w, [t for t in timed if t.architecture.key in roles], held_out) for w in workloads}
+    tested = {
+        w: _tested(predictor, w, [t for t in timed if t.architecture.key in roles], held_out)
+        for w in workloads
+    }
     return replace(
         predictor,
         models={

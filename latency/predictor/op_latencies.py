@@ -239,5 +239,9 @@ def expected_latencies(
 
 def term_points(ops: Sequence[Op], workload: Workload, latencies: OpLatencies) -> list[Point]:
     """Ops of a space and all other terms that are known in a workload's phase."""
-    others = [Op(kind=kind) for kind in sorted(latencies.kinds.get(workload.phase, ())) if "." in kind or kind == "run"]
+    others = [
+        Op(kind=kind)
+        for kind in sorted(latencies.kinds.get(workload.phase, ()))
+        if "." in kind or kind == "run"
+    ]
     return [(op, workload) for op in (*ops, *others)]

@@ -144,7 +144,9 @@ class KindModel:
     def from_json(value: JsonObject) -> "KindModel":
         """Read a model; the inverse of :meth:`to_json`."""
         inputs = np.array(value["inputs"], dtype=np.float64)
-        return KindModel(np.array(value["rates"]), np.array(value["theta"]), inputs, np.array(value["weights"]))
+        return KindModel(
+            np.array(value["rates"]), np.array(value["theta"]), inputs, np.array(value["weights"])
+        )
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,9 @@ class OpModel:
         Returns:
             In the order of ``ops``: [M].
         """
-        return np.asarray(sum(w * p.log_seconds(ops) for w, p in zip(self.weights, self.processes, strict=True)))
+        return np.asarray(
+            sum(w * p.log_seconds(ops) for w, p in zip(self.weights, self.processes, strict=True))
+        )
 
     def predict(self, ops: Mapping[str, Ops]) -> tuple[Array, Array]:
         """Mean and covariance of the log latencies of M ops: [M], [M, M].
@@ -475,7 +479,9 @@ def _fit(seen: Observations, *, from_source: bool) -> Process:
 def _first_rates(work: Sequence[Array], counts: Array, seconds: Array) -> list[Array]:
     """Logarithms of the first estimate of the rates, by kind; no term of a kind is left without a share."""
     ends = np.cumsum([len(rows) for rows in work])
-    sums = np.hstack([part @ rows for part, rows in zip(np.split(counts, ends[:-1], axis=1), work, strict=True)])
+    sums = np.hstack(
+        [part @ rows for part, rows in zip(np.split(counts, ends[:-1], axis=1), work, strict=True)]
+    )
     used = sums.max(axis=0) > 0
     rates = np.zeros(sums.shape[1])
     rates[used] = fit_rates(sums[:, used], seconds)
@@ -639,7 +645,12 @@ def _fitted_theta(
         for pair in (np.log(SPREAD_BOUNDS), *[np.log(LENGTH_BOUNDS)] * inputs.shape[1])
     ]
     found = minimize(
-        loss, theta, jac=True, method="L-BFGS-B", bounds=[*bounds, np.log(WHITE_BOUNDS)], options={"maxiter": 60}
+        loss,
+        theta,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[*bounds, np.log(WHITE_BOUNDS)],
+        options={"maxiter": 60},
     )
     return np.asarray(found.x)
 

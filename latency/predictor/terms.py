@@ -143,7 +143,9 @@ def work(points: Sequence[Point], model_config: ModelConfig) -> Array:
     Returns:
         1 (a call), FLOPs, and bytes of weights, states and activations: [N, 5]; 1 alone for what is no op.
     """
-    return np.array([_work(op, workload, model_config) for op, workload in points], dtype=np.float64).reshape(-1, 5)
+    return np.array([_work(op, workload, model_config) for op, workload in points], dtype=np.float64).reshape(
+        -1, 5
+    )
 
 
 @lru_cache(maxsize=16384)

@@ -50,11 +50,15 @@ def truth(architecture: Architecture, workload: Workload) -> float:
     return total
 
 
-def measured(architectures: list[Architecture], workload: Workload, rng: np.random.Generator, noise: float) -> Array:
+def measured(
+    architectures: list[Architecture], workload: Workload, rng: np.random.Generator, noise: float
+) -> Array:
     """Measurements with noise, and a deviation that the models of a group share."""
     seconds = np.array([truth(a, workload) for a in architectures])
     groups = rng.standard_normal(len(seconds) // GROUP + 1).repeat(GROUP)[: len(seconds)]
-    return np.asarray(seconds * np.exp(noise * rng.standard_normal(len(seconds)) + DRIFT * groups * (noise > 0)))
+    return np.asarray(
+        seconds * np.exp(noise * rng.standard_normal(len(seconds)) + DRIFT * groups * (noise > 0))
+    )
 
 
 def made(seed: int = 0, noise: float = 0.01) -> Predictor:
@@ -144,7 +148,9 @@ def test_pieces_of_caches_are_their_bytes() -> None:
     expected = sum(rate * beyond(held, size) / 2**20 for size, rate in CACHES.items())
     rises = np.concatenate([[0.0], np.cumsum(np.array(slopes[:-1]) * np.diff(starts))])
     place = np.searchsorted(starts, held, side="right") - 1
-    np.testing.assert_allclose(rises[place] + np.array(slopes)[place] * (held - np.array(starts)[place]), expected)
+    np.testing.assert_allclose(
+        rises[place] + np.array(slopes)[place] * (held - np.array(starts)[place]), expected
+    )
     assert pieces({}) == ((0.0,), (0,))
 
 
@@ -188,7 +194,9 @@ def test_inaccurate_predictor_is_refused(predictor: Predictor) -> None:
     worse = replace(errors.test.held_out, mape_percent=max(6.0, errors.test.flops_and_params.mape_percent))
     spoilt = replace(errors, test=replace(errors.test, held_out=worse))
     models = {**predictor.models, DECODE: replace(predictor.models[DECODE], errors=spoilt)}
-    with pytest.raises(InputError, match=r"device here, decode@512: predictions are .* not written") as caught:
+    with pytest.raises(
+        InputError, match=r"device here, decode@512: predictions are .* not written"
+    ) as caught:
         require_accurate(replace(predictor, models=models), 0.05, "here")
     assert "\n" not in str(caught.value)
 

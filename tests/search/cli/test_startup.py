@@ -147,9 +147,7 @@ def test_space_devices_and_dry_run_need_no_heavy_imports(answered: Path) -> None
         spearman=None,
         span=3.0,
     )
-    test = HeldOutErrors(
-        held_out=accuracy, flops_and_params=accuracy, repeatability_mape_percent=None
-    )
+    test = HeldOutErrors(held_out=accuracy, flops_and_params=accuracy, repeatability_mape_percent=None)
     errors = PredictorErrors(leave_one_out_mape_percent=2.0, test=test)
     path = card.predictor_path("small", "onnxruntime", 1, "fp32")
     PREDICTOR.write(path, {}, {"workloads": {"decode@256": {"errors": errors.to_json()}}})
