@@ -27,12 +27,12 @@ from driver import refused
 from threadpoolctl import threadpool_limits
 
 from latency.config import ProfileConfig
-from latency.predictor.design import op_design, stack_heights, stacks
-from latency.predictor.initial_design import initial_design
-from latency.predictor.op_latencies import OpLatencies, fit_op_latencies
+from latency.predictor.bounds import Spread
+from latency.predictor.design import MODEL_RUNS, MODEL_SECONDS, model_design
+from latency.predictor.op_latencies import OpLatencies, TimedModel, fit_op_latencies
 from latency.predictor.predictor import Predictor
 from latency.predictor.workload_model import WorkloadModel
-from latency.profiling import BUILD_SECONDS
+from latency.profiling import CHOSEN_PER_FIT
 from latency.runtimes.protocol import random_weights
 from search.engine.config import SearchConfig, make_problem
 from search.engine.search import Search
@@ -45,8 +45,8 @@ from search.strategies.pareto import non_dominated, survivors
 from search.strategies.strategy import Task, unseen
 from search.strategies.surrogate import Surrogate
 from space import Architecture, InfeasibleError, Space, Workload, genome, load_space, variation
-from space.cost import flops_table, op_activation_bytes, op_flops, op_held_bytes, op_params, params_cost
-from space.ops import Cost, Footprint, OpTables, op_kinds, space_ops
+from space.cost import flops_table, op_activation_bytes, op_flops, op_held_bytes, params_cost
+from space.ops import Cost, Footprint, OpTables, count_ops, space_ops
 from supernet.evaluate import EvaluationSet, Quality
 from supernet.supernet import Supernet, supernet_shapes
 from supernet.training.parallel import ray_session
@@ -152,10 +152,9 @@ def synthetic(space: Space) -> tuple[Predictor, dict[Any, float]]:
     table = {(op, w): (1e-6 + op_flops(op, w, model_config) / rate
                        + op_held_bytes(op, w, model_config) / bandwidth)
              * float(rng.lognormal(0, 0.05)) for op in ops for w in workloads}  # fmt: skip
-    kinds = dict.fromkeys(op_kinds(space), 1.0)
-    models = {w: WorkloadModel(op_seconds={op.key: table[op, w] for op in ops}, kinds=kinds, constant=1e-6,
-                               attention_constant=1e-6, per_layer=1e-6, hinges=(1e-6,) * 4,
-                               scale=0.02, errors=None)
+    models = {w: WorkloadModel(op_seconds={op.key: table[op, w] for op in ops}, run=1e-6, shared=(1e-6,) * 3,
+                               caches={2**20: 1e-6, 2**23: 1e-6} if w.phase == "decode" else {},
+                               spread=Spread(0.0, 0.02))
               for w in workloads}  # fmt: skip
     return Predictor(
         space=space, ops=OpLatencies(model_config, {}, {}), models=models, residuals=[-1, 1, 2]
@@ -291,28 +290,30 @@ def on_workers(predictor: Predictor, quick: bool) -> dict[str, Any]:
 
 
 def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dict[str, float]:
-    """Run the experimental design on synthetic timings; return the number of timings and their duration."""
-    config, began = ProfileConfig(), time.perf_counter()
-    design = op_design(space, space_ops(space), list(map(Workload.parse, texts)))
-    block, rounds = config.block_ms * 1e-3, (config.min_rounds + config.max_rounds) / 2
+    """Choose models to measure by synthetic timings; return their number, and the duration of a profile."""
+    config, began, workloads = ProfileConfig(), time.perf_counter(), list(map(Workload.parse, texts))
+    design = model_design(space, workloads, config.counts())
 
-    def timing(point: Any) -> float:
-        heights = stack_heights(space, *point)
-        return sum(config.min_rounds * max(block, h * table[point]) + BUILD_SECONDS for h in heights)
+    def seconds(architecture: Architecture, workload: Workload) -> float:
+        return 1e-6 + sum(n * table[op, workload] for op, n in count_ops(architecture).items())
 
-    costs, known = np.array([timing(point) for point in design.points]), initial_design(design.points)
-    while True:
-        fit = fit_op_latencies(space, {point: (table[point], 0.01) for point in known})
+    chosen: list[Architecture] = []
+    fit, error = design.expected(), float("inf")
+    while error > config.error and len(chosen) < config.optimal_models:
+        chosen += design.choose(fit, CHOSEN_PER_FIT, [a.key for a in chosen])
+        fit = fit_op_latencies(
+            space, [TimedModel(a, w, seconds(a, w), 0.005) for a in chosen for w in workloads]
+        )
         error = design.expected_error(fit)
-        if error <= config.op_error or len(known) == len(design.points):
-            break
-        known += design.choose(fit, costs, config.group, known)
-    models = np.maximum(block, design.counts @ [table[point] for point in design.points])
-    whole = 58 * len(texts) * float((rounds * models + BUILD_SECONDS).mean())  # 58: ProfileConfig's models
-    values = [height * op_params(op, space.config) for op, height in stacks(space, known)]
-    return {"ops": len(space_ops(space)), "points": len(costs), "measured": len(known), "error": error,
-            "design_seconds": time.perf_counter() - began, "timing_seconds": sum(map(timing, known)) + whole,
-            "values": sum(values), "values_in_a_group": sum(values) * config.group / len(known)}  # fmt: skip
+    others = [*design.random, *design.held_out, *design.repeat]
+    timing = sum(
+        MODEL_SECONDS + MODEL_RUNS * sum(seconds(a, w) for w in workloads) for a in (*chosen, *others)
+    )
+    values = params_cost(space)(genome.encode(space, chosen))
+    return {"ops": len(space_ops(space)), "models": len(chosen) + len(others), "chosen": len(chosen),
+            "error": error, "design_seconds": time.perf_counter() - began, "timing_seconds": timing,
+            "values": float(values.sum()),
+            "values_in_a_group": float(values.mean()) * config.group}  # fmt: skip
 
 
 def on_models(space: Space, steps: int) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The device card: everything known of one device, as plain files in one folder.
 
 ``device.json`` holds the fingerprint and the times of the reference work that define the units of its
-latencies. ``models.parquet`` and ``memory.parquet`` hold measurements of whole models, and ``predictors/`` fitted
-predictors with the latency of every op. Measurements of all spaces accumulate.
+latencies. ``models.parquet`` and ``memory.parquet`` hold measurements of whole models, and ``predictors/``
+fitted predictors with the latency of every op. Measurements of all spaces accumulate.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class ProfileConfig(BaseModel):
         block_ms: minimum length of a timed block, ms.
         min_rounds: minimum rounds of every timing. Few are enough: the fit averages over models.
         max_rounds: maximum rounds of every timing.
-        group: models that are in memory at once, and between two saves. Where a process puts its memory shifts all
-            models of a group by about a percent, so several groups are better than one.
+        group: models that are in memory at once, and between two saves. Where a process puts its memory
+            shifts all models of a group by about a percent, so several groups are better than one.
         error: expected relative error of a latency at which no more models are chosen.
         budget_minutes: time for everything; choosing stops in time for the other models. None: no limit.
         seed: seed of all choices.
@@ -41,8 +41,8 @@ class ProfileConfig(BaseModel):
         rss_fit_models: models whose memory is measured to fit it.
         rss_models: held-out models whose memory is measured to test the fit.
         max_noise: maximum relative difference between two timings of the same work; None: any.
-        max_error: relative error on held-out models above which a predictor that is not clearly better than FLOPs
-            and parameters is refused; None: any.
+        max_error: relative error on held-out models above which a predictor that is not clearly better than
+            FLOPs and parameters is refused; None: any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

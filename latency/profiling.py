@@ -1,8 +1,9 @@
 """Profiling: measure whole models of a space, and infer the latencies of its ops.
 
-:mod:`latency.predictor.design` chooses the models to measure. Choosing stops when latencies are known accurately
-enough, or when the budget ends. Models that were drawn at random follow, for the intervals, and held-out models, for
-the test. Measurements are saved group by group, so that an interrupted profiling resumes.
+:mod:`latency.predictor.design` chooses the models to measure. Choosing stops when latencies are known
+accurately enough, or when the budget ends. Models that were drawn at random follow, for the intervals, and
+held-out models, for the test. Measurements are saved group by group, so that an interrupted profiling
+resumes.
 """
 
 import math
@@ -120,8 +121,8 @@ def require_accurate(predictor: Predictor, max_error: float, device: str) -> Non
         device: name of the card, for the error.
 
     Raises:
-        InputError: on a workload the error is larger, and not below that of a fit on FLOPs and parameters by more
-            than its standard error.
+        InputError: on a workload the error is larger, and not below that of a fit on FLOPs and parameters by
+            more than its standard error.
     """
     for workload, model in predictor.models.items():
         test = model.errors.test if model.errors else None
@@ -131,9 +132,10 @@ def require_accurate(predictor: Predictor, max_error: float, device: str) -> Non
         deviation = ours.standard_error_percent
         if ours.mape_percent > 100 * max_error and ours.mape_percent + deviation > plain.mape_percent:
             raise InputError(
-                f"device {device}, {workload}: predictions are {ours.mape_percent:.1f}% off on {ours.models} models "
-                f"that were not fitted, a fit on FLOPs and parameters {plain.mape_percent:.1f}%; the predictor is "
-                "not written. Stop other programs, move the card away and profile again, or raise profile.max_error"
+                f"device {device}, {workload}: predictions are {ours.mape_percent:.1f}% off on {ours.models} "
+                f"models that were not fitted, a fit on FLOPs and parameters {plain.mape_percent:.1f}%; the "
+                "predictor is not written. Stop other programs, move the card away and profile again, "
+                "or raise profile.max_error"
             )
 
 

@@ -1,7 +1,8 @@
 """Packing a kit: one zip file that Python runs (``python3 kit.zip``).
 
-It holds the device runner, and a fixed choice of whole models as graphs without their weights, which the device draws
-from seeds. The choice is the one that is best before anything was measured. :mod:`latency.kit.unpack` makes a card of the result.
+It holds the device runner, and a fixed choice of whole models as graphs without their weights, which the
+device draws from seeds. The choice is the one that is best before anything was measured.
+:mod:`latency.kit.unpack` makes a card of the result.
 """
 
 import zipfile

@@ -1,9 +1,9 @@
 """Choice of the whole models to measure.
 
-Every model tells something about all of its ops, so the models are chosen that tell most together. Each is the one
-that lowers the expected squared relative error of a population's latencies most, per second that it takes to measure
-(variance reduction, Cohn et al. 1996). Several are chosen before any of them is measured, because the variance of a
-Gaussian process does not depend on the measured values.
+Every model tells something about all of its ops, so the models are chosen that tell most together. Each is
+the one that lowers the expected squared relative error of a population's latencies most, per second that it
+takes to measure (variance reduction, Cohn et al. 1996). Several are chosen before any of them is measured,
+because the variance of a Gaussian process does not depend on the measured values.
 """
 
 from collections.abc import Callable, Sequence
@@ -141,8 +141,8 @@ def model_design(
 ) -> ModelDesign:
     """Draw the models of a design.
 
-    Held-out models are drawn with a seed of their own, are disjoint from the models of the fit, and are spread
-    evenly over the range of latencies.
+    Held-out models are drawn with a seed of their own, are disjoint from the models of the fit, and are
+    spread evenly over the range of latencies.
 
     Args:
         space: the space.

@@ -24,8 +24,8 @@ class HeldOutModels:
     Attributes:
         architectures: the models: N of them; may be none.
         seconds: latency of each by workload: [N].
-        repeatability: mean relative difference between two measurements of a model by workload, percent; None if
-            it is unknown.
+        repeatability: mean relative difference between two measurements of a model by workload, percent; None
+            if it is unknown.
     """
 
     architectures: Sequence[Architecture]
@@ -69,8 +69,8 @@ def fit_predictor(
 ) -> Predictor:
     """Fit a predictor, and test it on models that no fit used.
 
-    Bounds come from the models that were drawn at random. The others were chosen to be unlike each other, and the
-    residuals of extremes would overestimate the error of a typical model.
+    Bounds come from the models that were drawn at random. The others were chosen to be unlike each other, and
+    the residuals of extremes would overestimate the error of a typical model.
 
     Args:
         space: the space.

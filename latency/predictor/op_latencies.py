@@ -1,7 +1,7 @@
 """Latency of every op in any workload within the measured range, inferred from whole models.
 
-There is one :class:`latency.predictor.op_model.OpModel` for each phase. Its observations are whole models in the
-phase's workloads; :mod:`latency.predictor.terms` says what their times are sums of.
+There is one :class:`latency.predictor.op_model.OpModel` for each phase. Its observations are whole models
+in the phase's workloads; :mod:`latency.predictor.terms` says what their times are sums of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from space import Architecture, Space, Workload
 from space.ops import Op
 
 Array = NDArray[np.float64]
-# Latency of an op before anything is measured, s: a call, per FLOP, and per byte of weights, states, activations.
+# Latency of an op before anything is measured, s: a call, per FLOP, per byte of weights, states, activations.
 EXPECTED_RATES = (2e-6, 1e-11, 3e-11, 3e-11, 3e-11)
 MIN_SOURCE_SECONDS = 1e-9  # of a term that a known device was not seen to have
 

@@ -1,23 +1,26 @@
 """Latency of ops as a function of their sizes, inferred from the times of sums of ops.
 
-An observation is the time of a run in which op ``p`` occurs ``n_p`` times: a whole model, or a single op. It is
-modelled as ``sum_p n_p t_p``, with ``log t_p = log(sum over terms of rate * work) + g(features)``. The sum over
-terms is an additive roofline: the work of an op (a call, FLOPs, bytes), each at a rate of the device, which is
-known to a factor. The process ``g`` models the log efficiency that the roofline leaves unexplained. Each kind of op
-has rates and a process of its own (Rasmussen and Williams 2006). The logarithm of a sum is linearised at the
-current estimate (an op's part in it is its share of the time), which makes the posterior Gaussian, and the
-estimate is iterated. Weighing many ops at once, each in many sums, is a weighing design (Hotelling 1944).
+An observation is the time of a run in which op ``p`` occurs ``n_p`` times: a whole model, or a single op.
+It is modelled as ``sum_p n_p t_p``, with ``log t_p = log(sum over terms of rate * work) + g(features)``.
+The sum over terms is an additive roofline: the work of an op (a call, FLOPs, bytes), each at a rate of the
+device, which is known to a factor. The process ``g`` models the log efficiency that the roofline leaves
+unexplained. Each kind of op has rates and a process of its own (Rasmussen and Williams 2006). The logarithm
+of a sum is linearised at the current estimate (an op's part in it is its share of the time), which makes
+the posterior Gaussian, and the estimate is iterated. Weighing many ops at once, each in many sums, is a
+weighing design (Hotelling 1944).
 
-If another device is known, its latency of an op replaces the roofline in a second model. The two are averaged with
-weights from their leave-one-out likelihoods.
+If another device is known, its latency of an op replaces the roofline in a second model. The two are
+averaged with weights from their leave-one-out likelihoods.
 
-Measurements contain outliers: in some published tables a quarter of the rows are 20% too slow. The roofline is
-therefore fitted to absolute relative errors, and the process to Student-t noise, by reweighting.
+Measurements contain outliers: in some published tables a quarter of the rows are 20% too slow. The roofline
+is therefore fitted to absolute relative errors, and the process to Student-t noise, by reweighting.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -261,7 +264,7 @@ class OpModel:
         return sum(w * process.white for w, process in zip(self.weights, self.processes, strict=True))
 
     def left_out(self) -> tuple[Array, Array]:
-        """Leave-one-out residuals of the observations in log seconds, and their expected deviations: [N], [N]."""
+        """Left-out residuals of the observations in log seconds, and their expected deviations: [N], [N]."""
         fits = [process.fit for process in self.processes if process.fit is not None]
         residuals = np.array([fit.residuals for fit in fits])
         deviations = np.array([fit.deviations for fit in fits])
@@ -402,7 +405,7 @@ class _Problem:
         ends = np.cumsum([inputs.shape[1] + 1 for inputs in self.inputs])
         return np.split(theta[:-1], ends[:-1])
 
-    def blocks(self, values: Array) -> list[Array]:
+    def blocks(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         """Values of all ops [all P], by kind."""
         return np.split(values, np.cumsum([len(inputs) for inputs in self.inputs])[:-1])
 
@@ -563,7 +566,9 @@ def _conditioned(
     """The process at the estimate, with what is needed for its covariance."""
     linear = state.linearised(problem)
     covariance = _op_covariance(problem, theta) + linear.rate_covariance
-    inverse = np.linalg.inv(linear.shares @ covariance @ linear.shares.T + np.diag(variance))
+    inverse = np.asarray(
+        np.linalg.inv(linear.shares @ covariance @ linear.shares.T + np.diag(variance)), np.float64
+    )
     solved = inverse @ linear.residuals
     weights = problem.blocks(linear.shares.T @ solved)
     kinds = {
@@ -608,7 +613,7 @@ def _fitted_theta(
     The prior is against overfitting few rows.
     """
     shares, residuals, noise = linear.shares[rows], linear.residuals[rows], variance[rows]
-    used = shares.any(axis=0)
+    used = np.asarray(shares.any(axis=0))
     kept = [inputs[mask] for inputs, mask in zip(problem.inputs, problem.blocks(used), strict=True)]
     shares, rates = shares[:, used], linear.rate_covariance[np.ix_(used, used)]
     ends = np.cumsum([0, *(len(inputs) for inputs in kept)])
@@ -639,17 +644,14 @@ def _fitted_theta(
         whole = np.concatenate([*parts, [0.5 * np.trace(slope) * np.exp(theta[-1])]])
         return value + 0.5 * float(away @ away), whole + away / PRIOR_SPREAD
 
-    bounds = [
-        pair
-        for inputs in problem.inputs
-        for pair in (np.log(SPREAD_BOUNDS), *[np.log(LENGTH_BOUNDS)] * inputs.shape[1])
-    ]
+    boxes = [box for inputs in problem.inputs for box in (SPREAD_BOUNDS, *[LENGTH_BOUNDS] * inputs.shape[1])]
+    bounds = [(math.log(low), math.log(high)) for low, high in (*boxes, WHITE_BOUNDS)]
     found = minimize(
         loss,
         theta,
         jac=True,
         method="L-BFGS-B",
-        bounds=[*bounds, np.log(WHITE_BOUNDS)],
+        bounds=bounds,
         options={"maxiter": 60},
     )
     return np.asarray(found.x)

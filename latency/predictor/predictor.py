@@ -1,9 +1,10 @@
 """Predicting the latency of a model: the mean, an interval, and an upper bound with stated confidence.
 
-The mean is a sum of terms, see :mod:`latency.predictor.terms`. The upper bound adds to it a multiple of the spread
-of measurements around it: the conformal quantile of the leave-one-out residuals (Vovk, Gammerman and Shafer 2005) of
-the models that were drawn at random, in units of their spread and pooled over workloads. The spread is linear in the
-mean, see :mod:`latency.predictor.bounds`, and a bound that is monotone in the mean keeps limits exact.
+The mean is a sum of terms, see :mod:`latency.predictor.terms`. The upper bound adds to it a multiple of the
+spread of measurements around it: the conformal quantile of the leave-one-out residuals (Vovk, Gammerman and
+Shafer 2005) of the models that were drawn at random, in units of their spread and pooled over workloads.
+The spread is linear in the mean, see :mod:`latency.predictor.bounds`, and a bound that is monotone in the
+mean keeps limits exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -193,10 +194,10 @@ class Predictor:
     ) -> "Predictor":
         """The predictor after further models were measured.
 
-        Models that a search chose resemble each other, and the composition misses the same of all of them.
+        Models that a search chose resemble each other, and the terms miss the same of all of them.
         Their mean relative residual shifts every prediction, and the remaining residuals define the new
-        spread, as a share of the prediction. Both are shrunk towards the earlier values, which count as much as
-        one measurement.
+        spread, as a share of the prediction. Both are shrunk towards the earlier values, which count as much
+        as one measurement.
 
         Args:
             genomes: the measured models: [N, G].
@@ -266,7 +267,7 @@ def workload_model(
     seconds = ops.seconds(points)
     by_kind = {op.kind: float(value) for (op, _), value in zip(points, seconds, strict=True)}
     finite = [i for i in range(len(names)) if np.isfinite(seconds[i])]
-    deviations = ops.spreads([points[i] for i in finite]) if spreads else []
+    deviations = ops.spreads([points[i] for i in finite]) if spreads else np.zeros(0)
     full, linear, local = (by_kind.get(SHARED[name].kind, 0.0) for name in CLASSES)
     caches = {size: by_kind[op.kind] for op, _ in points if (size := cache_size(op)) is not None}
     return WorkloadModel(

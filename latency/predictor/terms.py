@@ -3,10 +3,11 @@
 ``T = run + shared nodes of each mixer class in use + sum over ops + sum over caches of r_c beyond_c(bytes)``
 
 Every term is written as an op: an op of the space, or one of the kinds ``run`` (a call of the runtime),
-``shared.CLASS`` (nodes that all layers of a mixer class share, such as positions and masks) and ``cache.BYTES``. A
-model that decodes reads all of its weights and states for one token. If they fit into a cache, they are there from
-the run before. If they exceed it, reading a byte takes ``r_c`` seconds longer. The caches' sizes are unknown, so
-there is one term for every power of two within the range of the models, and ``r_c`` is 0 where there is no cache.
+``shared.CLASS`` (nodes that all layers of a mixer class share, such as positions and masks) and
+``cache.BYTES``. A model that decodes reads all of its weights and states for one token. If they fit into a
+cache, they are there from the run before. If they exceed it, reading a byte takes ``r_c`` seconds longer.
+The caches' sizes are unknown, so there is one term for every power of two within the range of the models,
+and ``r_c`` is 0 where there is no cache.
 """
 
 from collections.abc import Mapping, Sequence

@@ -34,7 +34,7 @@ def test_every_kind_of_op_is_in_the_first_choice(design: ModelDesign) -> None:
 
 
 def test_chosen_models_tell_more_than_random_ones(design: ModelDesign) -> None:
-    """On latencies by the expected rates, the uncertainty after the choice is below that after any drawing."""
+    """On latencies by the expected rates, the uncertainty after the choice is below that after a drawing."""
     expected = design.expected()
 
     def left(chosen: list[int]) -> float:
@@ -66,8 +66,8 @@ def many_shapes() -> Space:
 def test_budget_ends_the_choice_and_progress_tells_its_accuracy(tmp_path: Path) -> None:
     config = ProfileConfig(
         workloads=("decode@16",), block_ms=0.2, min_rounds=2, max_rounds=2, optimal_models=200,
-        random_models=2, held_out_models=3, repeated_models=1, max_noise=None, max_error=None, error=1e-6, group=8,
-        budget_minutes=4 / 60, rss=False,
+        random_models=2, held_out_models=3, repeated_models=1, max_noise=None, max_error=None, error=1e-6,
+        group=8, budget_minutes=4 / 60, rss=False,
     )  # fmt: skip
     said: list[str] = []
     predictor = profile(many_shapes(), tmp_path, "here", config, lambda what, _: said.append(what))
