@@ -22,6 +22,7 @@ from latency.predictor.design import ModelDesign, model_design
 from latency.predictor.op_model import Observations, fit_op_model
 from latency.predictor.terms import RUN, Point, as_ops, cache_size, caches, held_bytes, terms
 from space import Architecture, Workload, load_space
+from space.cost import op_held_bytes
 from space.ops import Op, space_ops
 
 Array = NDArray[np.float64]
@@ -59,8 +60,7 @@ def timed(design: ModelDesign, models: Sequence[Architecture], quick: bool) -> d
                             counts[f"{i}|{w}"] = w, {(t, w): n for t, n in terms(item, w, space).items()}
                         continue
                     for w in WORKLOADS:
-                        op_bytes = held_bytes_of(item, w, design)
-                        for height in heights(item, w, op_bytes):
+                        for height in heights(item, w, op_held_bytes(item, w, space.config)):
                             name = f"{i}|{height}|{w}"
                             runs[name] = runtime.stack(item, height, [w], space.config)[w]
                             counts[name] = w, {(item, w): float(height), (RUN, w): 1.0}
@@ -69,13 +69,6 @@ def timed(design: ModelDesign, models: Sequence[Architecture], quick: bool) -> d
                 rows[w].append((row, timings[name].seconds))
         found[source] = rows, (time.monotonic() - began) / 60
     return found
-
-
-def held_bytes_of(op: Op, workload: Workload, design: ModelDesign) -> int:
-    """Bytes of an op's weights and states."""
-    from space.cost import op_held_bytes
-
-    return op_held_bytes(op, workload, design.space.config)
 
 
 def error(
@@ -108,8 +101,8 @@ def main() -> int:
     design = model_design(space, WORKLOADS, config.counts())
     sizes = SIZES[:1] if arguments.quick else SIZES
     chosen = design.choose(design.expected(), max(sizes))
-    fit, _ = (found := timed(design, [*chosen, *design.held_out], arguments.quick))["models"]
-    _, minutes = found["models"]
+    found = timed(design, [*chosen, *design.held_out], arguments.quick)
+    fit, minutes = found["models"]
     stacks, stack_minutes = found["stacks"]
     per_model = minutes / (len(chosen) + len(design.held_out))
     curves: dict[str, Any] = {}

@@ -194,7 +194,7 @@ def checked(name: str, minutes: float, pooled: dict[str, Any]) -> dict[str, bool
         f"{name}: MAPE at most half of the {proxy:.1f}% from FLOPs and parameters": error <= proxy / 2,
         f"{name}: 90% intervals cover {coverage:.1%}, 85 to 95%": 0.85 <= coverage <= 0.95,
         f"{name}: and {smallest:.1%} of the smallest third, >= 80%": smallest >= 0.8,
-        f"{name}: of the 97.5% bounds {', '.join(f'{b:.1%}' for b in bounds)} hold by third, 95 to 99.5%": all(
+        f"{name}: of the 97.5% bounds {', '.join(f'{b:.1%}' for b in bounds)} hold, 95 to 99.5%": all(
             0.95 <= b <= 0.995 for b in bounds
         ),
     }
