@@ -1,5 +1,6 @@
 """Accuracy of predictions on measured models."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -135,4 +136,22 @@ def read_predictor_errors(path: Path) -> dict[str, PredictorErrors]:
         workload: PredictorErrors.from_json(model["errors"])
         for workload, model in models.items()
         if model["errors"]
+    }
+
+
+def read_op_latencies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """Seconds of each op and their relative standard deviation, by workload, from a predictor's file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: the file is missing or not whole.
+    """
+    return {
+        workload: {
+            op: (seconds, model["op_relative_spreads"].get(op, math.nan))
+            for op, seconds in model["op_seconds"].items()
+        }
+        for workload, model in PREDICTOR.read(path)["workloads"].items()
     }

@@ -28,11 +28,13 @@ class CardSummary:
         card: the card.
         here: fingerprint of this machine with the card's runtime.
         predictors: errors of the fitted predictors, by file and workload.
+        ops: seconds of each op and their relative standard deviation, by file and workload.
     """
 
     card: "Card"
     here: "Fingerprint"
     predictors: "Mapping[str, Mapping[str, PredictorErrors]]"
+    ops: "Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]"
 
     @property
     def age_days(self) -> float:
@@ -56,9 +58,13 @@ class CardSummary:
 
         return outdated(self.card, self.here)
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that ``formfit devices --json`` prints for a card."""
-        card = self.card
+    def to_json(self, details: bool) -> dict[str, Any]:
+        """The JSON object that ``formfit devices --json`` prints for a card.
+
+        Args:
+            details: add the latencies of ops.
+        """
+        card, ops = self.card, self.ops if details else {}
         return {
             "name": card.name,
             "measured": card.measured,
@@ -72,6 +78,16 @@ class CardSummary:
             "predictors": {
                 name: {workload: errors.to_json() for workload, errors in by_workload.items()}
                 for name, by_workload in self.predictors.items()
+            },
+            "op_latencies": {
+                name: {
+                    workload: {
+                        op: {"seconds": seconds, "relative_spread": spread}
+                        for op, (seconds, spread) in by_op.items()
+                    }
+                    for workload, by_op in by_workload.items()
+                }
+                for name, by_workload in ops.items()
             },
             "problems": card.problems,
         }
@@ -88,7 +104,7 @@ def summarise_card(devices: Path, name: str) -> CardSummary:
         InputError: there is no such card, or one of its files is not whole.
     """
     from latency import load_card
-    from latency.predictor.accuracy import read_predictor_errors
+    from latency.predictor.accuracy import read_op_latencies, read_predictor_errors
     from latency.runtimes.registry import local_fingerprint
 
     card = load_card(devices, name)
@@ -98,16 +114,17 @@ def summarise_card(devices: Path, name: str) -> CardSummary:
     except InputError:  # this machine does not have the card's runtime
         here = local_fingerprint("onnxruntime")
     predictors = {path.stem: read_predictor_errors(path) for path in files}
-    return CardSummary(card=card, here=here, predictors=predictors)
+    ops = {path.stem: read_op_latencies(path) for path in files}
+    return CardSummary(card=card, here=here, predictors=predictors, ops=ops)
 
 
 def card_tables(devices: Path, cards: Sequence[CardSummary], details: bool) -> "list[Table]":
-    """A table of cards; with ``details`` the errors of the first one's predictors too.
+    """A table of cards; with ``details`` the errors and op latencies of the first one's predictors too.
 
     Args:
         devices: folder of all cards.
         cards: to show.
-        details: show the errors.
+        details: show the errors and op latencies.
     """
     rows = [
         [
@@ -122,7 +139,27 @@ def card_tables(devices: Path, cards: Sequence[CardSummary], details: bool) -> "
     ]
     columns = ["name", "age", "measured on", "this machine", "predictors", "worst MAPE"]
     tables = [make_table(f"Devices in {devices}", columns, rows)]
-    return tables + (list(map(error_table, cards[0].predictors.values())) if details else [])
+    if details:
+        tables += map(error_table, cards[0].predictors.values())
+        tables += [op_table(name, by_workload) for name, by_workload in cards[0].ops.items()]
+    return tables
+
+
+def op_table(predictor: str, latencies: "Mapping[str, Mapping[str, tuple[float, float]]]") -> "Table":
+    """The latencies of ops, with their relative standard deviations.
+
+    Args:
+        predictor: name of the predictor.
+        latencies: seconds and relative standard deviation of each op, by workload.
+    """
+    ops = list(dict.fromkeys(op for by_op in latencies.values() for op in by_op))
+    rows = [[op, *(_latency(by_op.get(op)) for by_op in latencies.values())] for op in ops]
+    return make_table(f"Ops of {predictor}, us", ["op", *latencies], rows)
+
+
+def _latency(value: tuple[float, float] | None) -> str:
+    """An op's latency in microseconds with its deviation; a dash for one that the device cannot run."""
+    return "-" if value is None else f"{1e6 * value[0]:.1f} ±{value[1]:.1%}"
 
 
 def _worst_error(errors: "Mapping[str, PredictorErrors]") -> str:

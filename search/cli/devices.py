@@ -240,7 +240,8 @@ def _evaluation_data(submodel: "SubModel") -> "EvaluationSet | None":
 def devices(
     context: typer.Context,
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Name of one device, to show its predictors' errors.")
+        str | None,
+        typer.Argument(metavar="NAME", help="Name of one device, to show its errors and op latencies."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -260,7 +261,7 @@ def devices(
             if name:
                 raise
             note(str(error))
-    value = {"devices": [card.to_json() for card in cards]}
+    value = {"devices": [card.to_json(details=name is not None) for card in cards]}
     show(value, as_json, lambda: card_tables(root, cards, details=name is not None))
     for card in cards if not as_json else ():
         if card.warning:
