@@ -300,7 +300,7 @@ def profiled(space: Space, table: dict[Any, float], texts: Sequence[str]) -> dic
     chosen: list[Architecture] = []
     fit, error = design.expected(), float("inf")
     while error > config.error and len(chosen) < config.optimal_models:
-        chosen += design.choose(fit, CHOSEN_PER_FIT, [a.key for a in chosen])
+        chosen += design.choose(fit, CHOSEN_PER_FIT, chosen)
         fit = fit_op_latencies(
             space, [TimedModel(a, w, seconds(a, w), 0.005) for a in chosen for w in workloads]
         )

@@ -187,7 +187,7 @@ class _Session:
             count = min(CHOSEN_PER_FIT, most - len(done))
             if count <= 0 or (done and self._time_for_others(design)):
                 break
-            chosen = design.choose(ops, count, [a.key for a in done])
+            chosen = design.choose(ops, count, done)
             if not chosen:
                 break
             ends = [CHOSEN_SHARE * n / most for n in (len(done), len(done) + len(chosen))]

@@ -79,22 +79,43 @@ class ModelDesign:
         variances = [np.diag(ops.covariance(self.population, w)[1]).mean() for w in self.workloads]
         return float(np.sqrt(np.mean(variances)))
 
-    def choose(self, ops: OpLatencies, count: int, measured: Sequence[str] = ()) -> list[Architecture]:
+    def choose(
+        self, ops: OpLatencies, count: int, measured: Sequence[Architecture] = ()
+    ) -> list[Architecture]:
         """Choose the next models to measure, by expected variance reduction per second.
+
+        Mixers that no measured model has come first, since nothing is known of them.
 
         Args:
             ops: op latencies as they are known so far.
-            count: maximum number of models.
-            measured: keys of models that are not chosen again.
+            count: maximum number of models, but for those that are needed for all mixers.
+            measured: models that are not chosen again.
         """
-        known = set(measured)
+        needed = self._covering({mixer for a in measured for mixer in _mixers(a)})
+        known = {a.key for a in (*measured, *needed)}
         free = np.array([a.key not in known for a in self.population])
         found = [ops.covariance(self.population, w) for w in self.workloads]
         covariances = [covariance for _, covariance in found]
         costs = MODEL_SECONDS + MODEL_RUNS * sum(seconds for seconds, _ in found)
         noise = [np.full(len(free), ops.models[w.phase].white) for w in self.workloads]
-        chosen = expected_variance_reduction(covariances, noise, np.asarray(costs), count, free)
-        return [self.population[i] for i in chosen]
+        rest = max(0, count - len(needed))
+        chosen = expected_variance_reduction(covariances, noise, np.asarray(costs), rest, free)
+        return [*needed, *(self.population[i] for i in chosen)]
+
+    def _covering(self, known: set[str]) -> list[Architecture]:
+        """A few models that together have all mixers that are not known, greedily."""
+        wanted = {mixer for a in self.population for mixer in _mixers(a)} - known
+        found: list[Architecture] = []
+        while wanted:
+            best = max(self.population, key=lambda a: len(_mixers(a) & wanted))
+            found.append(best)
+            wanted -= _mixers(best)
+        return found
+
+
+def _mixers(architecture: Architecture) -> set[str]:
+    """The mixers of a model."""
+    return {layer.mixer for layer in architecture.layers} - {"none"}
 
 
 def expected_variance_reduction(

@@ -1,5 +1,6 @@
 """Device cards as the command ``devices`` shows them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -141,25 +142,33 @@ def card_tables(devices: Path, cards: Sequence[CardSummary], details: bool) -> "
     tables = [make_table(f"Devices in {devices}", columns, rows)]
     if details:
         tables += map(error_table, cards[0].predictors.values())
-        tables += [op_table(name, by_workload) for name, by_workload in cards[0].ops.items()]
+        tables += [table for name, found in cards[0].ops.items() for table in op_tables(name, found)]
     return tables
 
 
-def op_table(predictor: str, latencies: "Mapping[str, Mapping[str, tuple[float, float]]]") -> "Table":
-    """The latencies of ops, with their relative standard deviations.
+def op_tables(predictor: str, latencies: "Mapping[str, Mapping[str, tuple[float, float]]]") -> "list[Table]":
+    """The latencies of ops with their relative standard deviations, a table for each phase.
 
     Args:
         predictor: name of the predictor.
         latencies: seconds and relative standard deviation of each op, by workload.
     """
-    ops = list(dict.fromkeys(op for by_op in latencies.values() for op in by_op))
-    rows = [[op, *(_latency(by_op.get(op)) for by_op in latencies.values())] for op in ops]
-    return make_table(f"Ops of {predictor}, us", ["op", *latencies], rows)
+    tables = []
+    for phase in dict.fromkeys(workload.split("@")[0] for workload in latencies):
+        of_phase = {w: by_op for w, by_op in latencies.items() if w.split("@")[0] == phase}
+        ops = dict.fromkeys(op for by_op in of_phase.values() for op in by_op)
+        rows = [[op, *(_latency(by_op.get(op)) for by_op in of_phase.values())] for op in ops]
+        columns = ["op", *(w.removeprefix(phase).split(",")[0] for w in of_phase)]
+        tables.append(make_table(f"Ops of {predictor}: {phase}, us", columns, rows))
+    return tables
 
 
 def _latency(value: tuple[float, float] | None) -> str:
     """An op's latency in microseconds with its deviation; a dash for one that the device cannot run."""
-    return "-" if value is None else f"{1e6 * value[0]:.1f} ±{value[1]:.1%}"
+    if value is None:
+        return "-"
+    seconds, spread = value
+    return f"{1e6 * seconds:.1f}" if math.isnan(spread) else f"{1e6 * seconds:.1f} ±{spread:.0%}"
 
 
 def _worst_error(errors: "Mapping[str, PredictorErrors]") -> str:

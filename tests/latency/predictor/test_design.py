@@ -33,6 +33,13 @@ def test_every_kind_of_op_is_in_the_first_choice(design: ModelDesign) -> None:
         assert {kind for kind in kinds if not kind.startswith("cache.")} <= known
 
 
+def test_every_mixer_is_measured_however_few_models_are_asked_for(design: ModelDesign) -> None:
+    few = design.choose(design.expected(), 1)
+    mixers = {x.mixer for a in design.population for x in a.layers}
+    assert mixers == {x.mixer for a in few for x in a.layers} | {"none"}
+    assert len(few) < 8
+
+
 def test_chosen_models_tell_more_than_random_ones(design: ModelDesign) -> None:
     """On latencies by the expected rates, the uncertainty after the choice is below that after a drawing."""
     expected = design.expected()
@@ -53,7 +60,7 @@ def test_chosen_models_tell_more_than_random_ones(design: ModelDesign) -> None:
 
 def test_measured_models_are_not_chosen_again(design: ModelDesign) -> None:
     first = design.choose(design.expected(), 5)
-    second = design.choose(design.expected(), 5, [a.key for a in first])
+    second = design.choose(design.expected(), 5, first)
     assert not {a.key for a in first} & {a.key for a in second}
 
 

@@ -141,6 +141,7 @@ def test_space_devices_and_dry_run_need_no_heavy_imports(answered: Path) -> None
     accuracy = Accuracy(
         models=9,
         mape_percent=2.5,
+        standard_error_percent=0.5,
         worst_percent=9.0,
         within_5_percent=0.9,
         within_10_percent=1.0,
@@ -149,8 +150,14 @@ def test_space_devices_and_dry_run_need_no_heavy_imports(answered: Path) -> None
     )
     test = HeldOutErrors(held_out=accuracy, flops_and_params=accuracy, repeatability_mape_percent=None)
     errors = PredictorErrors(leave_one_out_mape_percent=2.0, test=test)
+    ops = {"ffn-w96-f128": 1e-5, "gated_deltanet-w192-h6-k3": 2.5e-5}
+    model = {
+        "errors": errors.to_json(),
+        "op_seconds": ops,
+        "op_relative_spreads": {"ffn-w96-f128": 0.0123},
+    }
     path = card.predictor_path("small", "onnxruntime", 1, "fp32")
-    PREDICTOR.write(path, {}, {"workloads": {"decode@256": {"errors": errors.to_json()}}})
+    PREDICTOR.write(path, {}, {"workloads": {"decode@256": model}})
     asked = [["devices"], ["devices", "laptop"], ["space", str(SPACE)], ["run", str(CONFIG), "--dry-run"]]
     for words, (code, out, err, modules) in zip(asked, run(answered, asked), strict=True):
         assert (code, "measured with onnxruntime 0.1" in err) == (0, words[0] == "devices"), words
