@@ -481,28 +481,20 @@ def _fit(seen: Observations, *, from_source: bool) -> Process:
 
 def _first_rates(work: Sequence[Array], counts: Array, seconds: Array) -> list[Array]:
     """Logarithms of the first estimate of the rates, by kind; no term of a kind is left without a share."""
-    ends = np.cumsum([len(rows) for rows in work])
-    sums = np.hstack(
-        [part @ rows for part, rows in zip(np.split(counts, ends[:-1], axis=1), work, strict=True)]
-    )
+    ops = np.cumsum([len(rows) for rows in work])[:-1]
+    terms = np.cumsum([rows.shape[1] for rows in work])[:-1]
+    parts = zip(np.split(counts, ops, axis=1), work, strict=True)
+    sums = np.hstack([part @ rows for part, rows in parts])
     used = sums.max(axis=0) > 0
     rates = np.zeros(sums.shape[1])
     rates[used] = fit_rates(sums[:, used], seconds)
-    least_kind = MIN_RATE_SHARE * float(np.median(seconds)) / len(work)  # seconds of a run
+    unseen = MIN_RATE_SHARE * float(np.median(seconds))  # of an op without which the sums explain the runs
     found = []
-    for rows, kind_sums, some in zip(
-        work,
-        np.split(sums, np.cumsum([rows.shape[1] for rows in work])[:-1], axis=1),
-        np.split(rates, np.cumsum([rows.shape[1] for rows in work])[:-1]),
-        strict=True,
-    ):
+    for rows, some in zip(work, np.split(rates, terms), strict=True):
         mean = rows.mean(axis=0)
-        typical = float(mean @ some)
-        if typical <= 0:  # the sums explain the runs without this kind
-            present = kind_sums.max(axis=1) > 0
-            typical = MIN_RATE_SHARE * least_kind / max(1.0, float(counts.sum(axis=1)[present].mean()) / 10)
-        least = np.where(mean > 0, MIN_RATE_SHARE * typical / np.maximum(mean, 1e-30), 1e-300)
-        found.append(np.log(np.maximum(some, least)))
+        least = MIN_RATE_SHARE * max(float(mean @ some), unseen)
+        floor = np.where(mean > 0, least / np.maximum(mean, 1e-30), 1e-300)
+        found.append(np.log(np.maximum(some, floor)))
     return found
 
 
