@@ -154,7 +154,7 @@ def synthetic(space: Space) -> tuple[Predictor, dict[Any, float]]:
              * float(rng.lognormal(0, 0.05)) for op in ops for w in workloads}  # fmt: skip
     models = {w: WorkloadModel(op_seconds={op.key: table[op, w] for op in ops}, run=1e-6, shared=(1e-6,) * 3,
                                caches={2**20: 1e-6, 2**23: 1e-6} if w.phase == "decode" else {},
-                               spread=Spread(0.0, 0.02))
+                               spread=Spread(0.0, 0.02), run_spread=0.01)
               for w in workloads}  # fmt: skip
     return Predictor(
         space=space, ops=OpLatencies(model_config, {}, {}), models=models, residuals=[-1, 1, 2]

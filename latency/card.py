@@ -26,7 +26,7 @@ TABLES = {
     for name, schema in (("models", 3), ("memory", 1))
 }
 PREDICTOR = Artefact("latency predictor", "formfit profile", schema=4)
-MEASURED_COLUMNS = ("seconds", "half_width", "timing", "bytes")  # all others identify a row
+MEASURED_COLUMNS = ("seconds", "half_width", "timing", "group", "bytes")  # all others identify a row
 MAX_PROBLEMS = 50  # that a card keeps, the latest
 
 

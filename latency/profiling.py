@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,11 @@ def settings_digest(config: ProfileConfig) -> str:
     return digest(canonical_json([config.model_dump(mode="json"), graph_version(config.runtime)]))
 
 
+def _now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 class _Session:
     """One profiling on one card: measures in groups and saves after each."""
 
@@ -276,7 +282,7 @@ class _Session:
             with pinned(self.config.threads):  # not while fitting: its library runs threads of its own
                 items = self._built(group, workloads)
                 measured = self._measure(f"measuring {what}", items, (part[0], part[1]))
-            self.records.add_models(group, workloads, measured.timings)
+            self.records.add_models(group, workloads, measured.timings, _now())
             self.seconds_per_model.append((time.monotonic() - began) / len(group))
 
     def _built(

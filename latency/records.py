@@ -99,6 +99,7 @@ class Records:
         models: Sequence[tuple[ModelRole, Architecture]],
         workloads: Sequence[Workload],
         timings: Mapping[str, Timing],
+        group: str,
     ) -> None:
         """Add the latencies of whole models that were measured in a run, in the card's units.
 
@@ -106,6 +107,7 @@ class Records:
             models: role and architecture of the measured models.
             workloads: workloads that each of them was measured in.
             timings: timings of the run, with those of the reference work.
+            group: label of the run.
         """
         scales = card_scale(self.card, self.threads, timings)
         rows = []
@@ -124,6 +126,7 @@ class Records:
                         "seconds": timing.seconds * scales[workload.phase],
                         "half_width": timing.half_width,
                         "timing": canonical_json(timing.to_json()),
+                        "group": group,
                     }
                 )
         self.card.save()
@@ -163,14 +166,16 @@ class Records:
             rows = rows[rows["role"].isin(FIT_ROLES)]
         if not len(rows):
             return []
-        columns = zip(
-            rows["architecture"], rows["workload"], rows["seconds"], rows["half_width"], strict=True
-        )
+        names = ("architecture", "workload", "seconds", "half_width", "group")
         return [
             TimedModel(
-                Architecture.from_json(json.loads(a)), Workload.parse(w), seconds, half_width / NORMAL_95
+                architecture=Architecture.from_json(json.loads(a)),
+                workload=Workload.parse(w),
+                seconds=seconds,
+                noise=half_width / NORMAL_95,
+                group=group,
             )
-            for a, w, seconds, half_width in columns
+            for a, w, seconds, half_width, group in zip(*(rows[name] for name in names), strict=True)
         ]
 
     def architectures(self, role: ModelRole, workloads: Sequence[Workload]) -> list[Architecture]:

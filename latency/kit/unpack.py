@@ -138,7 +138,7 @@ def _chosen(
 def _recorded(card: Card, config: ProfileConfig, wanted: _Wanted, groups: Sequence[MeasuredGroup]) -> Records:
     """The records of a card, extended by the groups."""
     records = Records(card, wanted.space, KIT_RUNTIME, config.threads, config.precision)
-    for group in groups:
+    for number, group in enumerate(groups):
         card.problems += group.problems
         names = group.timings.keys()
         models = [
@@ -147,5 +147,5 @@ def _recorded(card: Card, config: ProfileConfig, wanted: _Wanted, groups: Sequen
             if names >= set(wanted.model_names(model))
         ]
         if models:
-            records.add_models(models, wanted.workloads, group.timings)
+            records.add_models(models, wanted.workloads, group.timings, f"kit {number}")
     return records

@@ -13,6 +13,8 @@ from latency.device_runner.timing import JsonObject
 
 Array = NDArray[np.float64]
 MIN_RELATIVE = 0.005  # below the repeatability of any timing here
+MIN_GROUPS = 4  # from which their deviations can be told
+UNKNOWN_BETWEEN = 0.02  # relative deviation between runs if it is unknown; see docs/adr/0004
 MEAN_TO_STD = math.sqrt(math.pi / 2)  # ratio of a normal's standard deviation to its mean absolute deviation
 
 
@@ -72,6 +74,26 @@ def fit_spread(predicted: Array, measured: Array) -> Spread:
     scale = rows.max(axis=0)
     seconds, relative = MEAN_TO_STD * nnls(rows / scale, off)[0] / scale
     return Spread(float(seconds), max(MIN_RELATIVE, float(relative)))
+
+
+def between_groups(off: Array, groups: Sequence[str]) -> float:
+    """Standard deviation of what the values of a group have in common.
+
+    Args:
+        off: values: [N].
+        groups: label of each: [N].
+
+    Returns:
+        At least :data:`MIN_RELATIVE`; the variance within groups is subtracted from that of their means.
+    """
+    labels = np.unique(groups, return_inverse=True)[1]
+    some = [off[labels == label] for label in np.unique(labels)]
+    some = [values for values in some if len(values) > 1]
+    if len(some) < MIN_GROUPS:
+        return UNKNOWN_BETWEEN
+    means = np.array([values.mean() for values in some])
+    within = float(np.mean([values.var(ddof=1) / len(values) for values in some]))
+    return max(MIN_RELATIVE, math.sqrt(max(0.0, float(means.var(ddof=1)) - within)))
 
 
 def conformal(residuals: Sequence[float], confidence: float) -> float:

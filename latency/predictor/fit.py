@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency.predictor.accuracy import HeldOutErrors, PredictorErrors, accuracy
-from latency.predictor.bounds import fit_spread
+from latency.predictor.bounds import between_groups, fit_spread
 from latency.predictor.op_latencies import OpLatencies, TimedModel, fit_op_latencies
 from latency.predictor.predictor import Predictor, workload_model
 from space import Architecture, Space, Workload, genome
@@ -96,8 +96,9 @@ def fit_predictor(
         predicted = measured / (1 + off)
         spread = fit_spread(predicted[random], measured[random])
         residuals += ((measured - predicted) / spread.at(predicted))[random].tolist()
+        between = between_groups(off, [item.group for item, _ in relative.values()])
         models[workload] = replace(
-            workload_model(space, ops, workload, spread, spreads=True),
+            workload_model(space, ops, workload, spread, between, spreads=True),
             errors=PredictorErrors(leave_one_out_mape_percent=100 * float(np.abs(off).mean())),
         )
     predictor = Predictor(space=space, ops=ops, models=models, residuals=residuals)

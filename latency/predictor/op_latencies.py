@@ -39,12 +39,14 @@ class TimedModel:
         workload: the workload.
         seconds: its latency.
         noise: relative standard deviation of the timing.
+        group: label of the run that it was timed in.
     """
 
     architecture: Architecture
     workload: Workload
     seconds: float
     noise: float
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from space.io.artefact import check_inputs
 from space.onnx.graph import VERSION
 from space.ops import Cost, space_ops
 
-RUN_SPREAD = 0.02  # relative standard deviation between runs in different hours; see docs/adr/0004
 NO_GRAPHS = "0"  # graph version of a runtime that builds models in its own way
 Array = NDArray[np.float64]
 
@@ -106,7 +105,8 @@ class Predictor:
         Args:
             workload: the workload.
         """
-        return self.model(workload).spread.beside(RUN_SPREAD)
+        model = self.model(workload)
+        return model.spread.beside(model.run_spread)
 
     def model(self, workload: Workload) -> WorkloadModel:
         """The latency model of a workload: fitted, or interpolated between lengths.
@@ -120,8 +120,8 @@ class Predictor:
         if workload in self.models:
             return self.models[workload]
         low, high, _ = self._around(workload, self.models)
-        spread = max((self.models[w].spread for w in (low, high)), key=lambda spread: spread.relative)
-        return workload_model(self.space, self.ops, workload, spread)
+        wider = max((self.models[w] for w in (low, high)), key=lambda model: model.spread.relative)
+        return workload_model(self.space, self.ops, workload, wider.spread, wider.run_spread)
 
     def _around(
         self, workload: Workload, measured: Mapping[Workload, object]
@@ -251,7 +251,13 @@ class Predictor:
 
 
 def workload_model(
-    space: Space, ops: OpLatencies, workload: Workload, spread: Spread, spreads: bool = False
+    space: Space,
+    ops: OpLatencies,
+    workload: Workload,
+    spread: Spread,
+    run_spread: float,
+    *,
+    spreads: bool = False,
 ) -> WorkloadModel:
     """The terms of a workload, from the latencies of ops.
 
@@ -259,7 +265,8 @@ def workload_model(
         space: the space.
         ops: fitted latencies.
         workload: the workload.
-        spread: how far measurements are from the predictions.
+        spread: how far measurements of the same runs are from the predictions.
+        run_spread: relative standard deviation that all measurements of another run have in common.
         spreads: True to add the spreads of the op latencies, which a fit that was read from a file lacks.
     """
     names = space_ops(space)
@@ -277,6 +284,7 @@ def workload_model(
         shared=(full, linear, local),
         caches=caches if reads_most(workload) else {},
         spread=spread,
+        run_spread=run_spread,
     )
 
 

@@ -22,7 +22,8 @@ class WorkloadModel:
         run: seconds that every model takes once.
         shared: seconds that a model with a mixer of a class takes once, in the order of ``Cost.shared``.
         caches: seconds per MiB read from beyond a cache, by its size in bytes.
-        spread: how far measurements are from the predictions.
+        spread: how far measurements of the same runs are from the predictions.
+        run_spread: relative standard deviation that all measurements of another run have in common.
         errors: errors of the fit; None for a model that was interpolated.
     """
 
@@ -32,6 +33,7 @@ class WorkloadModel:
     shared: tuple[float, float, float]
     caches: Mapping[int, float]
     spread: Spread
+    run_spread: float
     errors: PredictorErrors | None = None
 
     def times(self, factor: float) -> "WorkloadModel":
@@ -83,6 +85,7 @@ class WorkloadModel:
             "shared_seconds": dict(zip(CLASSES, self.shared, strict=True)),
             "cache_seconds_per_mib": {str(size): value for size, value in self.caches.items()},
             "spread": self.spread.to_json(),
+            "run_relative_spread": self.run_spread,
             "errors": self.errors.to_json() if self.errors else {},
         }
 
@@ -97,6 +100,7 @@ class WorkloadModel:
             shared=(full, linear, local),
             caches={int(size): rate for size, rate in value["cache_seconds_per_mib"].items()},
             spread=Spread.from_json(value["spread"]),
+            run_spread=value["run_relative_spread"],
             errors=PredictorErrors.from_json(value["errors"]) if value["errors"] else None,
         )
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latency.predictor.predictor import RUN_SPREAD
 from search.engine.choice import Choice
 from search.engine.front import Member
 from search.engine.verification import LimitResult, Verification, describe_unmeasured
@@ -18,7 +17,7 @@ from space.io.record import read_document, read_record, tuple_of
 
 MEASURED_SEARCH = Artefact("measured search", "formfit search --verify")
 MEASURED_FINALISTS = Artefact("measured finalists", "formfit search --verify")
-SAFETY_MARGIN = RUN_SPREAD  # share of a limit that the chosen finalist leaves unused
+SAFETY_MARGIN = 0.02  # share of a limit that the chosen finalist leaves unused; see docs/adr/0004
 MEASURED_NAMES = ("latency_ms", "rss_bytes", "limits", "used", "tightest", "kept", "choice")
 JsonObject = dict[str, Any]
 Values = Mapping[Workload, NDArray[np.float64]]

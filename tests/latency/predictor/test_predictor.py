@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from latency.predictor.accuracy import accuracy
-from latency.predictor.bounds import Spread, conformal, fit_spread
+from latency.predictor.bounds import Spread, between_groups, conformal, fit_spread
 from latency.predictor.design import ModelCounts, model_design
 from latency.predictor.fit import HeldOutModels, fit_predictor
 from latency.predictor.op_latencies import TimedModel
@@ -68,9 +68,9 @@ def made(seed: int = 0, noise: float = 0.01) -> Predictor:
     chosen = design.choose(design.expected(), 60)
     fit = [*chosen, *design.random]
     timed = [
-        TimedModel(a, w, seconds, max(noise, 1e-3))
+        TimedModel(a, w, seconds, max(noise, 1e-3), str(i // GROUP))
         for w in WORKLOADS
-        for a, seconds in zip(fit, measured(fit, w, rng, noise), strict=True)
+        for i, (a, seconds) in enumerate(zip(fit, measured(fit, w, rng, noise), strict=True))
     ]
     held = HeldOutModels(
         architectures=design.held_out,
@@ -177,6 +177,15 @@ def test_spread_has_a_part_in_seconds_and_one_in_proportion() -> None:
     assert found.seconds == pytest.approx(truth.seconds, rel=0.15)
     assert found.relative == pytest.approx(truth.relative, rel=0.1)
     assert truth.beside(0.02).relative == pytest.approx(0.02 * 2**0.5)
+
+
+def test_deviation_between_groups_is_that_of_their_means_beyond_the_noise() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(200), 10)
+    off = 0.02 * rng.standard_normal(200)[groups] + 0.03 * rng.standard_normal(2000)
+    assert between_groups(off, list(map(str, groups))) == pytest.approx(0.02, rel=0.15)
+    assert between_groups(0.03 * rng.standard_normal(2000), list(map(str, groups))) < 0.006
+    assert between_groups(off[:20], ["a"] * 10 + ["b"] * 10) == 0.02  # too few to tell
 
 
 def test_conformal_bound_is_the_order_statistic() -> None:

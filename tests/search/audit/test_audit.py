@@ -263,6 +263,7 @@ def trained(tmp_path: Path, config_file: Path) -> Run:
         shared=(2e-6, 0.0, 0.0),
         caches={},
         spread=Spread(0.0, 0.01),
+        run_spread=0.02,
     )
     card = Card(
         run.devices / "desk",

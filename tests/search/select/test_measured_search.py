@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latency import load_predictor
-from latency.predictor.predictor import RUN_SPREAD, Predictor
+from latency.predictor.predictor import Predictor
 from search.config import load_run_config
 from search.engine.choice import Choice
 from search.select.measured_search import TARGET_USE, require_kept
@@ -115,7 +115,9 @@ def test_recalibration_by_hand(finished_run: Path) -> None:
     residuals = np.array([0.1, 0.12, 0.08, 0.1]) - shift
     known = float(np.mean(predictor.models[PREFILL].spread.at(before) / before))
     scale = math.sqrt((float((residuals**2).sum()) + known**2) / 5)
-    assert after.spread(PREFILL).relative == pytest.approx(math.hypot(scale, RUN_SPREAD))
+    assert after.spread(PREFILL).relative == pytest.approx(
+        math.hypot(scale, predictor.models[PREFILL].run_spread)
+    )
     assert after.spread(PREFILL).seconds == 0
     others = [w for w in predictor.models if w != PREFILL]
     assert all(after.models[w] == predictor.models[w] for w in others)
