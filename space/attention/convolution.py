@@ -19,19 +19,19 @@ def causal_conv(x: Tensor, taps: Tensor, past: Tensor | None) -> tuple[Tensor, T
     Args:
         x: inputs [B, T, C].
         taps: [C, K], the last one for the present.
-        past: the inputs before x [B, C, K-1]; None for zeros.
+        past: the inputs before x [B, K-1, C]; None for zeros.
 
     Returns:
-        The output [B, T, C] and the past of the next call [B, C, K-1], in the type of x.
+        The output [B, T, C] and the past of the next call [B, K-1, C], in the type of x.
     """
     before = taps.shape[1] - 1
     if past is None:
-        past = x.new_zeros(x.shape[0], x.shape[2], before)
-    joined = torch.cat([past.mT.to(x.dtype), x], dim=1)  # [B, T+K-1, C]
+        past = x.new_zeros(x.shape[0], before, x.shape[2])
+    joined = torch.cat([past.to(x.dtype), x], dim=1)  # [B, T+K-1, C]
     wide = torch.promote_types(x.dtype, torch.float32)
     out: Tensor = _Shifted.apply(joined.to(wide), taps.to(wide))  # type: ignore[no-untyped-call]
     out = out.to(x.dtype)
-    return out, joined[:, joined.shape[1] - before :].mT.contiguous()
+    return out, joined[:, joined.shape[1] - before :].contiguous()
 
 
 class _Shifted(torch.autograd.Function):

@@ -66,17 +66,17 @@ def write_gated_deltanet(block: Block) -> tuple[str, dict[str, str]]:
     """The same as nodes of a graph."""
     from space.mixers.recurrent_onnx import (
         convolve_parts,
+        decay_nodes,
         gate_heads_nodes,
         recurrence_node,
-        step_nodes,
+        step_rate,
         unit_heads,
-        write_strength_node,
     )
 
     parts, past = convolve_parts(block)
     q, k = unit_heads(block, parts["q"], parts["k"])
-    beta = write_strength_node(block, parts["beta"])
-    _, decay = step_nodes(block, parts["decay"])
+    bias, rate = block.weights["dt_bias"], step_rate(block)
+    decay, beta = decay_nodes(block, parts["decay"], bias, rate, parts["beta"])
     out, state = recurrence_node(block, q, k, parts["v"], rule="gated_delta", decay=decay, beta=beta)
     return gate_heads_nodes(block, out, parts["gate"]), {"conv": past, "s": state}
 

@@ -67,11 +67,12 @@ def write_gla(block: Block) -> tuple[str, dict[str, str]]:
 
 def _decay_nodes(block: Block, low: str) -> str:
     """The log decays from the low-rank product, as -softplus(-(W2 low + b)) / 16."""
-    graph, w = block.graph, block.weights
-    logits = block.product(low, "decay_up", -w["decay_up"])
-    logits = graph.add("Add", logits, block.constant("-decay_bias", -w["decay_bias"]))
-    decay = graph.add("Mul", graph.add("Softplus", logits), graph.scalar("-1/16", -1 / 16))
-    return str(graph.add("Max", decay, graph.scalar("floor", MIN_LOG_DECAY)))
+    import numpy as np
+
+    from space.mixers.recurrent_onnx import decay_nodes
+
+    up, bias = block.weights["decay_up"], block.weights["decay_bias"]
+    return decay_nodes(block, block.product(low, "decay_up", -up), -bias, np.full(len(up), -1 / 16))[0]
 
 
 register_mixer(

@@ -55,10 +55,10 @@ def hgrn2_forget(f: Tensor, lower_bound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_hgrn2(block: Block) -> tuple[str, dict[str, str]]:
-    """The same as nodes of a graph; the sign of the forget gate is folded into its matrix."""
+    """The same as nodes of a graph."""
     from space.mixers.recurrent_onnx import norm_heads_nodes, project_parts, recurrence_node
 
-    parts = project_parts(block, k=-block.weights["k"])
+    parts = project_parts(block)
     q = block.graph.silu(parts["q"])
     k, decay = _forget_nodes(block, parts["k"])
     out, state = recurrence_node(block, q, k, parts["v"], rule="gated", decay=decay)
@@ -66,19 +66,21 @@ def write_hgrn2(block: Block) -> tuple[str, dict[str, str]]:
 
 
 def _forget_nodes(block: Block, f: str) -> tuple[str, str]:
-    """Keys and log decays from the negated logits of the forget gate.
+    """Keys and log decays from the logits of the forget gate.
 
-    With y the logit of the key, k = sigmoid(y) and g = -softplus(y): both exact, where log and 1 - exp
-    of what the graph has would cancel.
+    With b the lower bound's logit, the logit of the key is y = -b - softplus(f + softplus(-b)). The key is
+    sigmoid(y) and the log decay -softplus(y): log and 1 - exp of the other would cancel.
     """
     import numpy as np
 
-    graph = block.graph
+    from space.mixers.recurrent_onnx import decay_nodes
+
     bound = np.maximum(block.weights["lower_bound"].astype(np.float64), MIN_LOG_DECAY)
-    room = block.constant("room", -np.logaddexp(0, bound))  # log(1 - lower bound)
-    taken = graph.add("Softplus", graph.add("Add", f, block.constant("low", -np.logaddexp(0, -bound))))
-    y = graph.add("Sub", graph.add("Add", f, room), taken)
-    return graph.add("Sigmoid", y), graph.add("Neg", graph.add("Softplus", y))
+    minus = np.full(len(bound), -1.0)
+    taken, _ = decay_nodes(block, f, np.logaddexp(0, -bound), minus, place="taken.")
+    decay, _ = decay_nodes(block, taken, -bound, minus)
+    y = block.graph.add("Add", taken, block.constant("-bound", -bound))
+    return block.graph.add("Sigmoid", y), decay
 
 
 def hgrn2_activations(

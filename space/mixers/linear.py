@@ -29,12 +29,13 @@ def linear_forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tuple[T
 
 def write_linear(block: Block) -> tuple[str, dict[str, str]]:
     """The same as nodes of a graph."""
-    from space.mixers.recurrent_onnx import norm_heads_nodes, project_parts, recurrence_node
+    from space.mixers.recurrent_onnx import norm_heads_nodes, recurrence_node
 
-    graph, parts = block.graph, project_parts(block)
-    one = graph.scalar("one", 1.0)
-    q, k = (graph.add("Add", graph.add("Elu", parts[name]), one) for name in ("q", "k"))
-    out, state = recurrence_node(block, q, k, parts["v"], rule="linear")
+    graph, sizes = block.graph, block.sizes
+    queries_keys, v = graph.split(block.packed(), [sizes["q"] + sizes["k"], sizes["v"]])
+    mapped = graph.add("Add", graph.add("Elu", queries_keys), graph.scalar("one", 1.0))
+    q, k = graph.split(mapped, [sizes["q"], sizes["k"]])
+    out, state = recurrence_node(block, q, k, v, rule="linear")
     return norm_heads_nodes(block, out), {"s": state}
 
 

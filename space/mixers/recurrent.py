@@ -10,7 +10,6 @@ from space.mixers.mixer import Initialiser, Shapes, elementwise_activations
 from space.workload import Workload
 
 CONV = 4  # taps of the causal depthwise convolution before a recurrence (Yang et al. 2024)
-FEW = 32  # tokens up to which a graph's convolution before a recurrence is the operator for few tokens
 CONV_INITIAL: dict[str, Initialiser] = dict.fromkeys(("conv_q", "conv_k", "conv_v"), taps)
 
 
@@ -32,10 +31,10 @@ def recurrent_state(layer: Layer, width: int, model_config: ModelConfig, batch: 
 
 
 def convolved_state(layer: Layer, width: int, model_config: ModelConfig, batch: int, past: int) -> Shapes:
-    """The state ``s``, and ``conv``, the last inputs of the convolutions [B, (H + 2 Hkv) D, CONV - 1]."""
+    """The state ``s``, and ``conv``, the last inputs of the convolutions [B, CONV - 1, (H + 2 Hkv) D]."""
     channels = (layer.heads + 2 * layer.kv_heads) * model_config.head_dim
     state = recurrent_state(layer, width, model_config, batch, past)
-    return state | {"conv": (batch, channels, CONV - 1)}
+    return state | {"conv": (batch, CONV - 1, channels)}
 
 
 def recurrent_flops(layer: Layer, width: int, workload: Workload, model_config: ModelConfig) -> int:
@@ -69,12 +68,13 @@ def convolved_activations(
 ) -> int:
     """Floats at the widest node of a graph with convolutions before the recurrence.
 
-    Beside the gates stand what is convolved, joined with its past where the sequence is long, and what it
-    becomes; later the silu of that with its parts.
+    Beside the gates stand, where there are more tokens than one, what is convolved after its past, twice, and
+    later the silu of what it becomes with its parts.
     """
     tokens = workload.batch * workload.tokens
     mixed = (layer.heads + 2 * layer.kv_heads) * model_config.head_dim
-    past = workload.batch * (CONV - 1) * mixed if workload.tokens > FEW else 0
+    past = workload.batch * (CONV - 1) * mixed
     widest = elementwise_activations(layer, width, packed, workload, model_config)
     silu = tokens * (width + packed + 2 * mixed)
-    return max(widest, silu, tokens * (width + packed + mixed) + past)
+    joined = tokens * (width + packed + mixed) + 2 * past if workload.tokens > 1 else 0
+    return max(widest, silu, joined)

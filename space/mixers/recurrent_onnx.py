@@ -6,8 +6,7 @@ same input are one product, and constants are folded into weights. Values are [B
 
 import numpy as np
 
-from space.layer import MIN_LOG_DECAY
-from space.mixers.recurrent import FEW
+from space.layer import NORM_EPS
 from space.onnx.block import Array, Block
 from space.onnx.graph import CONTRIB, Graph
 
@@ -33,60 +32,61 @@ def convolve_parts(block: Block) -> tuple[dict[str, str], str]:
     names, sizes = list(block.sizes), list(block.sizes.values())
     mixed, *rest = graph.split(block.packed(), [sum(sizes[:3]), *sizes[3:]])
     taps = np.concatenate([weights[name] for name in ("conv_q", "conv_k", "conv_v")])
-    mixed, after = _convolution(block, mixed, taps)
-    mixed = graph.add("Transpose", graph.silu(mixed), perm=[0, 2, 1])
-    return dict(zip(names, (*graph.split(mixed, sizes[:3]), *rest), strict=True)), after
+    mixed, after = convolution_nodes(block, mixed, taps, block.state["conv"], fused=True)
+    return dict(zip(names, (*graph.split(graph.silu(mixed), sizes[:3]), *rest), strict=True)), after
 
 
-def _convolution(block: Block, x: str, taps: Array) -> tuple[str, str]:
-    """Causal depthwise convolution: x [B, T, C], taps [C, K] -> (out [B, C, T], next past [B, C, K-1]).
+def convolution_nodes(
+    block: Block, x: str, taps: Array, past: str, *, fused: bool = False
+) -> tuple[str, str]:
+    """Causal depthwise convolution, by other nodes for one token than for more.
 
-    For a few tokens onnxruntime has an operator with the state in it, that takes an eighth of the time; for
-    many its general one is nearly twice as fast.
+    Many tokens are an image of height 1: onnxruntime has a convolution that is vectorised over channels for
+    images only, and on x86 only. Without it, one token would take ten times as long.
+
+    Args:
+        block: the block.
+        x: [B, T, C].
+        taps: [C, K], the last one for the present.
+        past: the inputs before x, [B, K-1, C].
+        fused: one token is convolved by the operator ``CausalConvWithState``, which older versions of
+            onnxruntime lack; otherwise by a product and a sum.
+
+    Returns:
+        The output [B, T, C] and the past of the next call [B, K-1, C].
     """
-    graph, past = block.graph, block.state["conv"]
-    x = graph.add("Transpose", x, perm=[0, 2, 1])
-    weight = block.constant("conv", taps[:, None])
-    few = graph.once("few", lambda: _is_few(graph, block.source))
+    graph, (channels, count) = block.graph, taps.shape
+    taps = taps.astype(np.float32)
 
-    def general(branch: Graph) -> tuple[str, str]:
-        return general_convolution(branch, past, x, weight, taps.shape)
+    def join(branch: Graph, axis: str) -> tuple[str, str]:
+        joined = branch.add("Concat", past, x, axis=1)
+        start, end = (branch.literal(np.array([i], np.int64)) for i in (1 - count, 2**31 - 1))
+        return joined, branch.add("Slice", joined, start, end, axis)
 
-    def fused(branch: Graph) -> tuple[str, str]:
-        out, after = branch.add("CausalConvWithState", x, weight, "", past, outputs=2, domain=CONTRIB)
-        return out, after
+    def image(branch: Graph) -> tuple[str, str]:
+        axis, kernel = branch.literal(np.array([1], np.int64)), branch.literal(taps[:, None, None])
+        joined, after = join(branch, axis)
+        wide = branch.add("Transpose", branch.add("Unsqueeze", joined, axis), perm=[0, 3, 1, 2])
+        out = branch.add("Conv", wide, kernel, group=channels)
+        return branch.add("Squeeze", branch.add("Transpose", out, perm=[0, 2, 3, 1]), axis), after
 
-    out, after = graph.branch(few, fused, general)
+    def single(branch: Graph) -> tuple[str, str]:
+        if fused:
+            kernel, layout = branch.literal(taps[:, None]), {"channels_last": 1}
+            made = branch.add("CausalConvWithState", x, kernel, "", past, outputs=2, domain=CONTRIB, **layout)
+            return made[0], made[1]
+        axis, rows = branch.literal(np.array([1], np.int64)), branch.literal(taps.T)
+        joined, after = join(branch, axis)
+        return branch.add("ReduceSum", branch.add("Mul", joined, rows), axis, keepdims=1), after
+
+    one = graph.once("one token", lambda: _is_one(graph, block.source))
+    out, after = graph.branch(one, single, image)
     return out, after
 
 
-def _is_few(graph: Graph, source: str) -> str:
-    most = graph.constant("few.tokens", np.array([FEW], np.int64))
-    return str(graph.add("LessOrEqual", graph.size(source, 1), most))
-
-
-def general_convolution(
-    graph: Graph, past: str, x: str, weight: str, shape: tuple[int, ...]
-) -> tuple[str, str]:
-    """Causal depthwise convolution by the operator ``Conv``.
-
-    Args:
-        graph: the graph.
-        past: the inputs before x, [B, C, K-1].
-        x: [B, C, T].
-        weight: name of the taps, a constant [C, 1, K].
-        shape: (C, K).
-
-    Returns:
-        The output [B, C, T] and the past of the next call [B, C, K-1].
-    """
-    channels, before = shape[0], shape[1] - 1
-    joined = graph.add("Concat", past, x, axis=2)
-    out = graph.add("Conv", joined, weight, group=channels)
-    start = graph.constant(f"conv.start.{before}", np.array([-before], np.int64))
-    end = graph.constant("end", np.array([2**31 - 1], np.int64))
-    axis = graph.constant("axis.2", np.array([2], np.int64))
-    return out, graph.add("Slice", joined, start, end, axis)
+def _is_one(graph: Graph, source: str) -> str:
+    one = graph.constant("one.int64[1]", np.array([1], np.int64))
+    return str(graph.add("Equal", graph.size(source, 1), one))
 
 
 def unit_heads(block: Block, q: str, k: str) -> tuple[str, str]:
@@ -100,9 +100,13 @@ def unit_heads(block: Block, q: str, k: str) -> tuple[str, str]:
 def _unit(graph: Graph, x: str, heads: int) -> str:
     """L2 norm per head, as an RMSNorm whose gain and epsilon are scaled to it: one node instead of four."""
     d = graph.model_config.head_dim
-    by_head = graph.reshape(x, [0, 0, heads, d])
-    normed = graph.norm(by_head, "unit", np.full(d, d**-0.5, np.float32), eps=1e-6 / d)
-    return graph.reshape(normed, [0, 0, heads * d])
+    gain = graph.constant("unit", np.full(d, d**-0.5, np.float32))
+    return _norm(graph, x, gain, heads, 1e-6 / d)
+
+
+def _norm(graph: Graph, x: str, gain: str, heads: int, eps: float) -> str:
+    """RMSNorm of each head, [B, T, heads * D]."""
+    return str(graph.add("BranchwiseRMSNorm", x, gain, domain=CONTRIB, num_branches=heads, epsilon=eps))
 
 
 def write_strength_node(block: Block, beta: str) -> str:
@@ -110,13 +114,35 @@ def write_strength_node(block: Block, beta: str) -> str:
     return str(block.graph.add("Sigmoid", beta))
 
 
-def step_nodes(block: Block, decay: str) -> tuple[str, str]:
-    """Time steps and log decays of Mamba-2 and Gated DeltaNet from their logits: [B, T, Hkv] each."""
-    graph, weights = block.graph, block.weights
-    bias = block.constant("dt_bias", weights["dt_bias"])
-    step = graph.add("Softplus", graph.add("Add", decay, bias))
-    rate = block.constant("A", -np.exp(weights["A_log"].astype(np.float64)))
-    return step, graph.add("Max", graph.add("Mul", step, rate), graph.scalar("floor", MIN_LOG_DECAY))
+def decay_nodes(
+    block: Block, logits: str, bias: Array, rate: Array, strength: str = "", *, place: str = ""
+) -> tuple[str, str]:
+    """Log decays ``rate * softplus(logits + bias)``, and the write strengths where their logits are given.
+
+    The decays have no floor: the recurrence of a graph multiplies by their exponentials and nothing else.
+
+    Args:
+        block: the block.
+        logits: [B, T, size].
+        bias: [size].
+        rate: at most 0, [size].
+        strength: logits of the write strengths [B, T, size]; empty for a rule without.
+        place: prefix of the names of the constants, unique in the block.
+
+    Returns:
+        The decays [B, T, size], and the write strengths in that shape, empty without logits.
+    """
+    constants = block.constant(f"{place}bias", bias), block.constant(f"{place}rate", rate)
+    outputs = 2 if strength else 1
+    made = block.graph.add(
+        "LinearAttentionGate", logits, *constants, strength, outputs=outputs, domain=CONTRIB
+    )
+    return made if strength else (str(made), "")
+
+
+def step_rate(block: Block) -> Array:
+    """The rates of Mamba-2 and Gated DeltaNet, -exp(A_log): [Hkv]."""
+    return -np.exp(block.weights["A_log"].astype(np.float64))
 
 
 def recurrence_node(
@@ -161,9 +187,8 @@ def recurrence_node(
 
 def norm_heads_nodes(block: Block, out: str) -> str:
     """The norm of each head's output: [B, T, H*D]."""
-    graph, heads, d = block.graph, block.layer.heads, block.graph.model_config.head_dim
-    by_head = graph.norm(graph.reshape(out, [0, 0, heads, d]), block.place + "norm", block.weights["norm"])
-    return graph.reshape(by_head, [0, 0, heads * d])
+    gain = block.constant("norm", block.weights["norm"])
+    return _norm(block.graph, out, gain, block.layer.heads, NORM_EPS)
 
 
 def gate_heads_nodes(block: Block, out: str, gate: str, *, sigmoid: bool = False) -> str:

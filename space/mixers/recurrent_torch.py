@@ -32,7 +32,7 @@ def convolve_heads(
         q: queries [B, T, H, D].
         k: keys [B, T, K, D].
         v: values [B, T, K, D].
-        past: the inputs before the first token [B, (H + 2K) D, taps - 1]; None for zeros.
+        past: the inputs before the first token [B, taps - 1, (H + 2K) D]; None for zeros.
 
     Returns:
         q, k and v in their shapes, and the past of the next call.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from space.layer import Layer, ModelConfig
 from space.mixers import register_mixer
 from space.mixers.initial import taps
-from space.mixers.mixer import Mixer, MixerCall, Shapes, State, Weights
+from space.mixers.mixer import Mixer, MixerCall, Shapes, State, Weights, elementwise_activations
 from space.workload import Workload
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def short_conv_shapes(width: int, heads: int, kv_heads: int, model_config: Model
 
 def short_conv_state(layer: Layer, width: int, model_config: ModelConfig, batch: int, past: int) -> Shapes:
     """The last inputs of the convolution."""
-    return {"conv": (batch, width, SHORT_CONV_TAPS - 1)}
+    return {"conv": (batch, SHORT_CONV_TAPS - 1, width)}
 
 
 def short_conv_forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tuple[Tensor, State]:
@@ -41,24 +41,28 @@ def short_conv_forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tup
 
 
 def write_short_conv(block: Block) -> tuple[str, dict[str, str]]:
-    """The same with one Conv node.
+    """The same as nodes of a graph, of operators that older versions of onnxruntime have too."""
+    from space.mixers.recurrent_onnx import convolution_nodes, project_parts
 
-    Older versions of onnxruntime have this operator for convolutions alone, and of the mixers with a
-    convolution they run this one, so it does without the operator for few tokens.
-    """
-    from space.mixers.recurrent_onnx import general_convolution, project_parts
-
-    graph, shape = block.graph, block.weights["conv_x"].shape
+    graph = block.graph
     b, c, x = project_parts(block).values()
-    inner = graph.add("Transpose", graph.add("Mul", b, x), perm=[0, 2, 1])
-    weight = block.constant("conv", block.weights["conv_x"][:, None])
-    mixed, past = general_convolution(graph, block.state["conv"], inner, weight, shape)
-    return str(graph.add("Mul", c, graph.add("Transpose", mixed, perm=[0, 2, 1]))), {"conv": past}
+    taps, past = block.weights["conv_x"], block.state["conv"]
+    mixed, after = convolution_nodes(block, graph.add("Mul", b, x), taps, past)
+    return str(graph.add("Mul", c, mixed)), {"conv": after}
 
 
 def short_conv_flops(layer: Layer, width: int, workload: Workload, model_config: ModelConfig) -> int:
     """FLOPs of the convolution."""
     return 2 * workload.batch * workload.tokens * width * SHORT_CONV_TAPS
+
+
+def short_conv_activations(
+    layer: Layer, width: int, packed: int, workload: Workload, model_config: ModelConfig
+) -> int:
+    """Floats at the widest node; for one token it is the product with the taps, its past included."""
+    held = workload.batch * (workload.tokens + SHORT_CONV_TAPS - 1)
+    weighing = 2 * width * (workload.batch * workload.tokens + held)
+    return max(elementwise_activations(layer, width, packed, workload, model_config), weighing)
 
 
 register_mixer(
@@ -70,6 +74,7 @@ register_mixer(
         forward=short_conv_forward,
         write=write_short_conv,
         flops=short_conv_flops,
+        activations=short_conv_activations,
         projections=("in_b", "in_c", "in_x"),
         output="out",
         initial={"conv_x": taps},

@@ -15,7 +15,7 @@ Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]
 Step = Callable[["Graph", Sequence[str], Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 OPSET = 21
-VERSION = 2  # of the graphs: timings of graphs of different versions are not comparable
+VERSION = 3  # of the graphs: timings of graphs of different versions are not comparable
 CONTRIB = "com.microsoft"
 
 
@@ -109,6 +109,14 @@ class Graph:
                 f"constant {name!r} has another value already; a mixer names its own by Block.constant"
             )
         return name
+
+    def literal(self, value: NDArray[Any]) -> str:
+        """A constant of a branch alone: some nodes are only optimised if their constants are inside.
+
+        Args:
+            value: of the constant.
+        """
+        return str(self.add("Constant", value=numpy_helper.from_array(np.asarray(value, order="C"))))
 
     def once(self, name: str, make: Any) -> str:
         """A value that is made once and shared.

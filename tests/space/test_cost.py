@@ -31,7 +31,6 @@ from space.cost import (
 )
 from space.genome import decode, encode
 from space.mixers import MIXERS, recurrent_torch, softmax_torch
-from space.mixers.recurrent import FEW
 from space.onnx.graph import Graph
 from space.onnx.model import add_embedding, add_ffn, add_head, add_mixer, model_graph
 from space.ops import Cost, Footprint, Op, OpTables, count_ops, depths, op_kinds, space_ops
@@ -370,7 +369,7 @@ def inlined(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:
         if node.op_type != "If":
             nodes.append(node)
             continue
-        taken = next(a.g for a in node.attribute if (a.name == "then_branch") == (tokens <= FEW))
+        taken = next(a.g for a in node.attribute if (a.name == "then_branch") == (tokens == 1))
         names = {old.name: new for old, new in zip(taken.output, node.output, strict=True)}
         for inner in taken.node:
             inner.output[:] = [names.get(name, name) for name in inner.output]

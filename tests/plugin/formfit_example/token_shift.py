@@ -24,7 +24,7 @@ def shapes(width: int, heads: int, kv_heads: int, model_config: ModelConfig) -> 
 
 def state_shapes(layer: Layer, width: int, model_config: ModelConfig, batch: int, past: int) -> Shapes:
     """The token before."""
-    return {"last": (batch, width, TAPS - 1)}
+    return {"last": (batch, TAPS - 1, width)}
 
 
 def forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tuple[Tensor, State]:
@@ -38,13 +38,10 @@ def forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tuple[Tensor, 
 
 def write(block: Block) -> tuple[str, dict[str, str]]:
     """The same as nodes of an ONNX graph."""
-    from space.mixers.recurrent_onnx import general_convolution
+    from space.mixers.recurrent_onnx import convolution_nodes
 
-    graph, taps = block.graph, block.weights["taps"]
-    inner = graph.add("Transpose", block.packed(), perm=[0, 2, 1])
-    weight = block.constant("taps", taps[:, None])
-    mixed, last = general_convolution(graph, block.state["last"], inner, weight, taps.shape)
-    return str(graph.add("Transpose", mixed, perm=[0, 2, 1])), {"last": last}
+    mixed, last = convolution_nodes(block, block.packed(), block.weights["taps"], block.state["last"])
+    return mixed, {"last": last}
 
 
 def flops(layer: Layer, width: int, workload: Workload, model_config: ModelConfig) -> int:

@@ -49,14 +49,14 @@ def compare(ours: Any, plain: Any, inputs: tuple[Tensor, ...]) -> None:
 
 
 def conv1d(x: Tensor, taps: Tensor, past: Tensor) -> Tensor:
-    joined = torch.cat([past, x.mT], dim=2)
+    joined = torch.cat([past, x], dim=1).mT
     return F.conv1d(joined, taps[:, None], groups=len(taps)).mT
 
 
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_convolution_equals_conv1d(tokens: int, taps: int) -> None:
-    inputs = drawn(2, tokens, 6), drawn(6, taps, seed=1), drawn(2, 6, taps - 1, seed=2)
+    inputs = drawn(2, tokens, 6), drawn(6, taps, seed=1), drawn(2, taps - 1, 6, seed=2)
     compare(lambda *given: causal_conv(*given)[0], conv1d, inputs)
 
 
@@ -64,7 +64,7 @@ def test_convolution_equals_conv1d(tokens: int, taps: int) -> None:
 def test_convolution_in_pieces_equals_the_whole(taps: int) -> None:
     x, weights = drawn(2, 9, 6), drawn(6, taps, seed=1)
     whole, last = causal_conv(x, weights, None)
-    assert torch.equal(whole, causal_conv(x, weights, torch.zeros(2, 6, taps - 1))[0])
+    assert torch.equal(whole, causal_conv(x, weights, torch.zeros(2, taps - 1, 6))[0])
     past, pieces = None, []
     for piece in torch.split(x, [1, 1, 5, 2], dim=1):
         out, past = causal_conv(piece, weights, past)
@@ -72,7 +72,7 @@ def test_convolution_in_pieces_equals_the_whole(taps: int) -> None:
     assert torch.equal(torch.cat(pieces, 1), whole)
     assert past is not None
     assert torch.equal(past, last)
-    assert torch.equal(last, x.mT[:, :, 1 - taps :])
+    assert torch.equal(last, x[:, 1 - taps :])
 
 
 def test_convolution_of_bfloat16_sums_in_float32() -> None:
