@@ -156,9 +156,7 @@ def synthetic(space: Space) -> tuple[Predictor, dict[Any, float]]:
                                caches={2**20: 1e-6, 2**23: 1e-6} if w.phase == "decode" else {},
                                spread=Spread(0.0, 0.02), run_spread=0.01)
               for w in workloads}  # fmt: skip
-    return Predictor(
-        space=space, ops=OpLatencies(model_config, {}, {}), models=models, residuals=[-1, 1, 2]
-    ), table
+    return Predictor(space=space, ops=OpLatencies(space, {}, {}), models=models, residuals=[-1, 1, 2]), table
 
 
 def on_architectures(predictor: Predictor, sizes: Sequence[int]) -> dict[str, Any]:

@@ -34,13 +34,12 @@ import outcome
 
 from latency import Predictor
 from latency.device_runner.fingerprint import cpu_model
-from latency.predictor.composition import OpTimes
-from latency.predictor.fit import MeasuredModels, fit_predictor
-from latency.predictor.op_latencies import fit_op_latencies
+from latency.predictor.fit import HeldOutModels, fit_predictor
+from latency.predictor.op_latencies import TimedModel
 from search.engine.config import SearchConfig
 from search.engine.entry import search_supernet
 from search.submodel.export import export
-from space import InputError, Space, Workload, genome, variation
+from space import Architecture, InputError, Space, Workload, genome, variation
 from space.cost import op_flops, op_params
 from space.io.artefact import file_digest
 from space.io.config import parse
@@ -69,7 +68,7 @@ SEARCH = SearchConfig(
     front_windows=12,
     workers=0,
 )
-FITTED, HELD_OUT, RANDOM = 14, 6, 6  # whole models of the predictor's fit; the last RANDOM give the intervals
+FITTED, RANDOM, HELD_OUT = 14, 6, 6  # whole models of the predictor: chosen, drawn at random, held out
 DIFFERENT = 3  # exit code
 SHOWN = 12  # differences printed per file
 TABLE = "table.json"
@@ -105,33 +104,30 @@ def write_texts(folder: Path) -> None:
 def synthetic_predictor(space: Space) -> Predictor:
     """Fit a predictor to synthetic timings: FLOPs and parameters at fixed rates, 5% random variation."""
     rng = np.random.default_rng(0)
-    ops, config = space_ops(space), space.config
-
-    def seconds(op: Any, workload: Workload) -> float:
-        plain = 1e-6 + 1e-10 * op_flops(op, workload, config) + 1e-10 * op_params(op, config)
-        return plain * float(rng.lognormal(0, 0.05))
-
-    timings = {(op, w): (seconds(op, w), 0.01) for op in ops for w in WORKLOADS}
-    times = {w: OpTimes(w, {op.key: timings[op, w][0] for op in ops}) for w in WORKLOADS}
-    rows = variation.sample(space, rng, FITTED + HELD_OUT)
-    models = genome.decode(space, rows)
-    totals = {
-        w: np.array([sum(n * timings[op, w][0] for op, n in count_ops(a).items()) for a in models])
-        * rng.lognormal(0, 0.02, len(models))
+    config = space.config
+    seconds = {
+        (op, w): (1e-6 + 1e-10 * op_flops(op, w, config) + 1e-10 * op_params(op, config))
+        * float(rng.lognormal(0, 0.05))
+        for op in space_ops(space)
         for w in WORKLOADS
     }
+    models = genome.decode(space, variation.sample(space, rng, FITTED + RANDOM + HELD_OUT))
+
+    def timed(architecture: Architecture, workload: Workload) -> float:
+        total = sum(n * seconds[op, workload] for op, n in count_ops(architecture).items())
+        return total * float(rng.lognormal(0, 0.02))
+
+    fitted, held_out = models[: FITTED + RANDOM], models[FITTED + RANDOM :]
     return fit_predictor(
         space,
-        fit_op_latencies(config, timings),
-        times,
-        MeasuredModels(
-            genomes=rows[:FITTED],
-            seconds={w: totals[w][:FITTED] for w in WORKLOADS},
-            spread={w: np.full(FITTED, 0.01) for w in WORKLOADS},
-            drawn=RANDOM,
+        WORKLOADS,
+        [TimedModel(a, w, timed(a, w), 0.02) for w in WORKLOADS for a in fitted],
+        {a.key: "optimal" if i < FITTED else "random" for i, a in enumerate(fitted)},
+        HeldOutModels(
+            architectures=held_out,
+            seconds={w: np.array([timed(a, w) for a in held_out]) for w in WORKLOADS},
+            repeatability=dict.fromkeys(WORKLOADS, 1.0),
         ),
-        MeasuredModels(genomes=rows[FITTED:], seconds={w: totals[w][FITTED:] for w in WORKLOADS}),
-        dict.fromkeys(WORKLOADS, 0.01),
     )
 
 

@@ -256,3 +256,27 @@ def test_public_names_are_pinned(package: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_are_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
+
+
+def test_benchmarks_import_what_exists() -> None:
+    missing = []
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                not isinstance(node, ast.ImportFrom)
+                or not node.module
+                or node.module.split(".")[0] not in PACKAGES
+            ):
+                continue
+            try:
+                module = importlib.import_module(node.module)
+            except ModuleNotFoundError:
+                missing.append(f"{path.name}: {node.module}")
+                continue
+            for item in node.names:
+                if not hasattr(module, item.name):
+                    try:
+                        importlib.import_module(f"{node.module}.{item.name}")
+                    except ModuleNotFoundError:
+                        missing.append(f"{path.name}: {node.module}.{item.name}")
+    assert not missing
