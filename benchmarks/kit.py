@@ -95,7 +95,7 @@ def main() -> int:
         text += f"{of_noise['mean_percent']:.1f}%; at most twice that, or 3%"
         checks[text] = of_kit["mean_percent"] <= bound
     body = {
-        "kit": packed,
+        "kit": vars(packed),
         "kit_minutes": round(kit_minutes, 1),
         "direct_minutes": round(minutes, 1),
         "workloads": table,
