@@ -5,16 +5,28 @@ A space lists choices; :mod:`space.genome` encodes its architectures. The hybrid
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    model_validator,
+)
 
 from space.architecture import ModelConfig, is_windowed
 from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
+from space.io.errors import InputError
+from space.layer import NORM_EPS, Rope
 from space.mixers import MIXERS, MixerClass, mixers_of_class
 
 MAX_INT = 2**31 - 1
@@ -29,6 +41,15 @@ def _ratio(value: object) -> object:
 
 
 Ratio = Annotated[Literal["full", "linear"] | int, BeforeValidator(_ratio)]
+
+
+def _rope(value: object) -> Rope:
+    if isinstance(value, Rope):
+        return value
+    try:
+        return Rope.from_json(value)
+    except InputError as error:
+        raise ValueError(str(error).removeprefix("rope").lstrip(".: ")) from None
 
 
 def _full() -> str:
@@ -105,6 +126,9 @@ class Space(BaseModel):
         head_dim: channels per head.
         tie_embeddings: whether the embedding is the output matrix too.
         qk_norm: whether softmax mixers normalise queries and keys.
+        norm_eps: added to the mean of squares in the model's norms.
+        qkv_bias: whether softmax mixers add biases to queries, keys and values.
+        rope: rotary embedding: ``theta`` and, if any, Llama 3's ``scaling``.
         kv_group: query heads per kv head; None uses ``layer.kv_heads``.
         sharing: ``qkvo`` lets all mixers of a slot share q, k, v and o in the supernet; ``none`` gives each
             its own.
@@ -122,6 +146,9 @@ class Space(BaseModel):
     head_dim: Positive
     tie_embeddings: StrictBool = True
     qk_norm: StrictBool = False
+    norm_eps: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = NORM_EPS
+    qkv_bias: StrictBool = False
+    rope: Annotated[Rope, PlainValidator(_rope), PlainSerializer(asdict)] = Rope()
     kv_group: Positive | None = None
     sharing: Literal["qkvo", "none"] = "qkvo"
     width: tuple[Positive, ...]
@@ -156,8 +183,8 @@ class Space(BaseModel):
             for i, value in enumerate(axes[name]):
                 if value % 16:
                     yield f"{name}[{i}]: {value} is not a multiple of 16"
-        if self.head_dim % 16:
-            yield f"head_dim: {self.head_dim} is not a multiple of 16"
+        if self.head_dim % 8:
+            yield f"head_dim: {self.head_dim} is not a multiple of 8"
         if self.layer.ffn == (0,) and "none" in self.layer.mixer:
             yield "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead"
 
@@ -262,6 +289,9 @@ class Space(BaseModel):
             head_dim=self.head_dim,
             tie_embeddings=self.tie_embeddings,
             qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            qkv_bias=self.qkv_bias,
+            rope=self.rope,
         )
 
     @cached_property
@@ -331,8 +361,14 @@ class Space(BaseModel):
 
     @cached_property
     def hash(self) -> str:
-        """The sha256 of the space without its name."""
-        return digest(canonical_json(self.model_dump(mode="json", exclude={"name"})))
+        """The sha256 of the space without its name.
+
+        Settings of the model that newer versions added count only where they are not the default, so that
+        spaces keep the hash that their supernets and device cards refer to.
+        """
+        value = self.model_dump(mode="json", exclude={"name", "norm_eps", "qkv_bias", "rope"})
+        newer = {"norm_eps", "qkv_bias", "rope"} & set(self.config.to_json())
+        return digest(canonical_json(value | self.model_dump(mode="json", include=newer)))
 
 
 def load_space(path: str | Path) -> Space:

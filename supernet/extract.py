@@ -7,7 +7,7 @@ chosen under and the text it was trained on. ``model.safetensors`` holds the wei
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def write_submodel(
     body = {
         "key": architecture.key,
         "architecture": architecture.to_json(),
-        "model_config": vars(model_config),
+        "model_config": model_config.to_json(),
         "space": supernet.space.name,
         "chosen": dict(chosen),
         "text": text.model_dump(mode="json") if text else None,
@@ -200,25 +200,9 @@ def read_submodel(folder: Path) -> SubModel:
     architecture = Architecture.from_json(value["architecture"], f"{path}: architecture")
     if architecture.key != value["key"]:
         raise InputError(f"{path}: key {value['key']}, but its architecture has {architecture.key}")
-    model_config = _model_config(value["model_config"], f"{path}: model_config")
+    model_config = ModelConfig.from_json(value["model_config"], f"{path}: model_config")
     text = value.get("text") and parse(Text, value["text"], f"{path}: text")
     return SubModel(folder, architecture, model_config, value["chosen"], text, value.get("tokenizer"))
-
-
-def _model_config(value: Any, where: str) -> ModelConfig:
-    """Read the constants of a space.
-
-    Raises:
-        InputError: a field is missing, unknown or of another type.
-    """
-    known = {field.name: field.type for field in fields(ModelConfig)}
-    if not isinstance(value, dict) or set(value) != set(known):
-        raise InputError(f"{where}: expected an object with {', '.join(known)}")
-    for name, kind in known.items():
-        if type(value[name]) is not kind or (kind is int and value[name] < 1):
-            expected = "a positive integer" if kind is int else "true or false"
-            raise InputError(f"{where}.{name}: {value[name]!r} is not {expected}")
-    return ModelConfig(**value)
 
 
 def _card(architecture: Architecture, model_config: ModelConfig, chosen: Mapping[str, Any]) -> str:

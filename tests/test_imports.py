@@ -24,7 +24,7 @@ OWN_NODES = {"space/onnx/block.py": "onnx.block", "space/onnx/graph.py": "onnx.g
 EDGES: dict[str, dict[str, str]] = {
     "space": {
         "io": "",
-        "layer": "",
+        "layer": "io",
         "precision": "",
         "attention": "layer",
         "onnx.graph": "layer",

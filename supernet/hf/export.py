@@ -20,7 +20,7 @@ from torch import Tensor
 from space.architecture import Architecture, ModelConfig
 from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
-from space.layer import NORM_EPS, ROPE_BASE
+from space.layer import NORM_EPS, ROPE_THETA
 from space.mixers import MIXERS
 from space.shapes import model_shapes
 from supernet.data.tokenizer import SEPARATORS, load_tokenizer
@@ -81,7 +81,7 @@ def write_hf(
             "auto_map": {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in CLASSES.items()},
             "model_type": "formfit",
             "architecture": architecture.to_json(),
-            "model_config": dict(vars(model_config)),
+            "model_config": model_config.to_json(),
         }
         texts[MODELING_FILE] = modelling_file(layer.mixer for layer in architecture.layers)
     with atomic_path(folder / "model.safetensors") as temporary:
@@ -182,7 +182,7 @@ def _as_llama(architecture: Architecture, model_config: ModelConfig) -> Json:
         "max_position_embeddings": model_config.max_seq_len,
         "hidden_act": "silu",
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": model_config.tie_embeddings,

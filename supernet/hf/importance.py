@@ -124,16 +124,17 @@ def _gated_loss(
     x = F.embedding(windows[:, :-1], weights["embedding"])
     for slot, layer in enumerate(architecture.layers):
         block = mixer_part(weights, architecture, slot, layer, model_config)
-        normed = rms_norm(x, block["pre_norm"]) * residual
+        normed = rms_norm(x, block["pre_norm"], model_config.norm_eps) * residual
         q, k, v = (heads_of(project(normed, block[name]), model_config.head_dim) for name in ("q", "k", "v"))
-        out = softmax_attention(rotate(q, 0), rotate(k, 0), v) * heads[slot][..., None]
+        q, k = (rotate(side, 0, model_config.rope) for side in (q, k))
+        out = softmax_attention(q, k, v) * heads[slot][..., None]
         x = x + project(out.flatten(2), block["o"])
         block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
-        normed = rms_norm(x, block["pre_norm"]) * residual
+        normed = rms_norm(x, block["pre_norm"], model_config.norm_eps) * residual
         active = F.silu(project(normed, block["gate"])) * project(normed, block["up"])
         x = x + project(active * hidden[slot], block["down"])
     logits = project(
-        rms_norm(x, weights["norm"]) * residual,
+        rms_norm(x, weights["norm"], model_config.norm_eps) * residual,
         weights["embedding" if model_config.tie_embeddings else "head"],
     )
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from space import Architecture, InputError, Space, genome
 from space.io.artefact import canonical_json, digest, file_digest
-from space.layer import NORM_EPS, ROPE_BASE
+from space.layer import NORM_EPS, ROPE_THETA
 from space.shapes import model_shapes
 
 Settings = dict[str, Any]
@@ -134,7 +134,7 @@ def _check_config(path: Path, space: Space, architecture: Architecture) -> None:
         "tie_word_embeddings": space.tie_embeddings,
         "hidden_act": "silu",
         "rms_norm_eps": NORM_EPS,
-        "rope_theta": ROPE_BASE,
+        "rope_theta": ROPE_THETA,
         "rope_type": "default",
         "partial_rotary_factor": 1.0,
         "attention_bias": False,
@@ -158,7 +158,7 @@ def _settings(path: Path) -> Settings:
     if isinstance(heads, int) and isinstance(width, int) and heads > 0:
         derived["head_dim"] = width // heads
     derived |= DEFAULTS | {key: item for key, item in value.items() if item is not None}
-    rope: Settings = {"rope_theta": ROPE_BASE, "rope_type": "default", "partial_rotary_factor": 1.0}
+    rope: Settings = {"rope_theta": ROPE_THETA, "rope_type": "default", "partial_rotary_factor": 1.0}
     for source in (value, value.get("rope_scaling"), value.get("rope_parameters")):
         source = source if isinstance(source, dict) else {}
         rope |= {key: source[key] for key in rope if source.get(key) is not None}

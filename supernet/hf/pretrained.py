@@ -154,7 +154,7 @@ def align(
                 errors.append(Alignment(slot, other.mixer, *before_after))
         with torch.no_grad():
             block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
-            x = torch.cat([ffn(block, rows) for rows in torch.split(after, BATCH_WINDOWS)])
+            x = torch.cat([ffn(block, rows, model_config) for rows in torch.split(after, BATCH_WINDOWS)])
     return errors
 
 

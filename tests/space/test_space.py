@@ -82,7 +82,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"width": [16, 40]}, "width[1]: 40 is not a multiple of 16"),
     ({"ffn": [0, 16, 20]}, "layer.ffn[2]: 20 is not a multiple of 16"),
-    ({"head_dim": 8}, "head_dim: 8 is not a multiple of 16"),
+    ({"head_dim": 12}, "head_dim: 12 is not a multiple of 8"),
     (
         {"mixer": ["attention", "linear", "none"], "ffn": [0]},
         "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead",
