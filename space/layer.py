@@ -30,7 +30,7 @@ class Llama3Scaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: float
+    original_max_position_embeddings: int
 
     @staticmethod
     def from_json(value: object, where: str) -> "Llama3Scaling":
@@ -47,7 +47,12 @@ class Llama3Scaling:
         names = [field.name for field in fields(Llama3Scaling)]
         if not isinstance(value, Mapping) or set(value) != set(names):
             raise InputError(f"{where}: expected an object with {', '.join(names)}")
-        scaling = Llama3Scaling(**{name: _positive(value[name], f"{where}.{name}") for name in names})
+        *factors, context = (_positive(value[name], f"{where}.{name}") for name in names)
+        if not context.is_integer():
+            raise InputError(f"{where}.{names[-1]}: {context} is not a whole number")
+        scaling = Llama3Scaling(
+            **dict(zip(names, factors, strict=False)), original_max_position_embeddings=int(context)
+        )
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             raise InputError(f"{where}: low_freq_factor is not below high_freq_factor")
         return scaling

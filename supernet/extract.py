@@ -147,21 +147,63 @@ def write_submodel(
     Raises:
         InputError: ``folder`` is a file.
     """
+    return write_model(
+        folder,
+        extract(supernet, architecture),
+        architecture,
+        supernet.space.config,
+        inputs,
+        chosen,
+        space=supernet.space.name,
+        text=text,
+        tokenizer=text.data.tokenizer if text else None,
+    )
+
+
+def write_model(
+    folder: str | Path,
+    weights: dict[str, Tensor],
+    architecture: Architecture,
+    model_config: ModelConfig,
+    inputs: Mapping[str, str],
+    chosen: Mapping[str, Any],
+    *,
+    space: str,
+    text: Text | None = None,
+    tokenizer: Path | None = None,
+) -> SubModel:
+    """Write weights as a sub-model's folder; ``architecture.json`` is written after the weights.
+
+    Args:
+        folder: the sub-model's folder; files derived from previous weights are removed.
+        weights: every parameter of :func:`space.shapes.model_shapes`.
+        architecture: the architecture.
+        model_config: the constants of its space.
+        inputs: sha256 of everything the sub-model is made from, by name.
+        chosen: limits and predictions that it was chosen under, as JSON values.
+        space: name of its space.
+        text: its training text.
+        tokenizer: its ``tokenizer.json``, which is copied; None if the tokens are bytes.
+
+    Returns:
+        The sub-model, as read back from the folder.
+
+    Raises:
+        InputError: ``folder`` is a file.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give a sub-model's folder, an empty one, or a new path")
     remove_derived(folder)
-    model_config = supernet.space.config
-    tokenizer = text.data.tokenizer if text else None
     if tokenizer:
         write_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(extract(supernet, architecture), temporary)
+        save_file(weights, temporary)
     body = {
         "key": architecture.key,
         "architecture": architecture.to_json(),
         "model_config": model_config.to_json(),
-        "space": supernet.space.name,
+        "space": space,
         "chosen": dict(chosen),
         "text": text.model_dump(mode="json") if text else None,
         "tokenizer": file_digest(folder / TOKENIZER_FILE) if tokenizer else None,

@@ -48,8 +48,9 @@ EDGES: dict[str, dict[str, str]] = {
         "supernet": "",
         "evaluate": "data",
         "extract": "data supernet",
-        "hf": "data supernet",
-        "training": "data extract hf supernet",
+        "hf": "data parent supernet",
+        "parent": "",
+        "training": "data extract hf parent supernet",
     },
     "latency": {
         "device_runner": "",

@@ -49,7 +49,7 @@ def _queries_keys_values(block: Block) -> tuple[str, str, str]:
     """The packed product with biases as it is; its parts where queries and keys are normed or rotated."""
     graph, joined, d = block.graph, block.packed(), block.graph.model_config.head_dim
     if graph.model_config.qkv_bias:
-        bias = np.concatenate([block.weights[f"{name}_bias"] for name in block.projections])
+        bias = np.concatenate([block.weights[f"{name}_bias"] for name in ("q", "k", "v")])
         joined = str(graph.add("Add", joined, block.constant("bias", bias)))
     if not graph.model_config.qk_norm and rotates_inside(graph.model_config):
         return joined, "", ""

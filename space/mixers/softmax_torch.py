@@ -21,18 +21,33 @@ def softmax_forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tuple[
     Returns:
         The output matrix's input [B, T, H*D], and the state after the last token.
     """
-    model_config, window = call.model_config, call.layer.window
-    q, k, v = (_projected(weights, hidden, name, model_config) for name in ("q", "k", "v"))
-    if model_config.qk_norm:
-        eps = model_config.norm_eps
-        q, k = (rms_norm(x, weights[f"{n}_norm"], eps).to(v.dtype) for n, x in (("q", q), ("k", k)))
-    q, k = (rotate(x, call.position, model_config.rope) for x in (q, k))
+    window = call.layer.window
+    q, k, v = rotated_heads(weights, hidden, call.position, call.model_config)
     if call.state:
         k = torch.cat([call.state["key"].transpose(1, 2), k], dim=1)
         v = torch.cat([call.state["value"].transpose(1, 2), v], dim=1)
     out = softmax_attention(q, k, v, window, None if call.mask is None else call.mask[:, -k.shape[1] :])
     held = slice(1 - window, None) if window else slice(None)
     return out.flatten(2), {"key": k[:, held].transpose(1, 2), "value": v[:, held].transpose(1, 2)}
+
+
+def rotated_heads(
+    weights: Weights, hidden: Tensor, position: int, model_config: ModelConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, T, H, D] and keys [B, T, Hkv, D] as they are compared, and values [B, T, Hkv, D].
+
+    Args:
+        weights: of the block.
+        hidden: the normed input [B, T, W].
+        position: place of the first token in its sequence.
+        model_config: the settings of the space.
+    """
+    q, k, v = (_projected(weights, hidden, name, model_config) for name in ("q", "k", "v"))
+    if model_config.qk_norm:
+        eps = model_config.norm_eps
+        q, k = (rms_norm(x, weights[f"{n}_norm"], eps).to(v.dtype) for n, x in (("q", q), ("k", k)))
+    q, k = (rotate(x, position, model_config.rope) for x in (q, k))
+    return q, k, v
 
 
 def _projected(weights: Weights, hidden: Tensor, name: str, model_config: ModelConfig) -> Tensor:

@@ -37,7 +37,7 @@ class TrainConfig(BaseModel):
 
     Attributes:
         data: the corpus.
-        init: folder of a ``LlamaForCausalLM`` to start from; None starts from random weights.
+        init: a parent to start from (:func:`supernet.parent.read_parent`); None starts from random weights.
         steps: number of training steps.
         batch: rows per sub-network and step, over all workers.
         length: tokens per row; None is the space's ``max_seq_len``.
