@@ -35,12 +35,12 @@ Depth = Annotated[int, Field(strict=True, gt=0, le=256)]
 
 
 def _ratio(value: object) -> object:
-    if value in ("full", "linear") or (type(value) is int and 0 < value <= MAX_INT):
+    if value in ("full", "linear", "any") or (type(value) is int and 0 < value <= MAX_INT):
         return value
-    raise ValueError(f"{value!r} is not full, linear, or a whole number above 0")
+    raise ValueError(f"{value!r} is not full, linear, any, or a whole number above 0")
 
 
-Ratio = Annotated[Literal["full", "linear"] | int, BeforeValidator(_ratio)]
+Ratio = Annotated[Literal["full", "linear", "any"] | int, BeforeValidator(_ratio)]
 
 
 def _rope(value: object) -> Rope:
@@ -81,7 +81,8 @@ class Hybrid(BaseModel):
     """The hybrid rule: allowed mixtures of full and linear mixers.
 
     Attributes:
-        ratios: linear layers per full layer; ``full`` and ``linear`` allow only one class.
+        ratios: linear layers per full layer; ``full`` and ``linear`` allow only one class, ``any`` allows
+            every mixture.
         max_linear_kinds: greatest number of distinct linear mixers in an architecture; None is no limit.
         full_layers: slots that must have a full mixer.
         local: whether local mixers count as ``linear``, or are ``separate`` and not counted.
@@ -239,6 +240,8 @@ class Space(BaseModel):
         if len(set(ratios)) < len(ratios):
             yield f"hybrid.ratios: {list(ratios)} names a ratio twice"
         for i, ratio in enumerate(ratios):
+            if ratio == "any" and (full or linear):
+                continue
             if ratio != "full" and not linear:
                 yield f"hybrid.ratios[{i}]: {ratio} needs a linear mixer, and layer.mixer has none"
             if ratio != "linear" and not full:
@@ -325,16 +328,21 @@ class Space(BaseModel):
         kinds = {m for m in self.layer.mixer if m != "none" and self.mixer_class(m) == "linear"}
         return self.hybrid.max_linear_kinds or max(1, len(kinds))
 
-    def full_count(self, ratio: Ratio, mixers: int) -> int:
-        """Number of full layers at a ratio of r linear layers to 1 full one, rounded up.
+    def full_counts(self, ratio: Ratio, mixers: int) -> range:
+        """The numbers of full layers that a ratio allows.
+
+        At a ratio of r linear layers to 1 full one, it is one number, rounded up.
 
         Args:
-            ratio: r, ``full`` or ``linear``.
+            ratio: r, ``full``, ``linear`` or ``any``.
             mixers: number of full and linear layers together.
         """
-        if ratio == "full":
-            return mixers
-        return 0 if ratio == "linear" else -(-mixers // (ratio + 1))
+        if ratio == "any":
+            classes = {self.mixer_class(m) for m, _ in self.mixer_options[1:]}
+            return range(0 if "linear" in classes else mixers, (mixers if "full" in classes else 0) + 1)
+        count = {"full": mixers, "linear": 0}.get(str(ratio))
+        count = -(-mixers // (int(ratio) + 1)) if count is None else count
+        return range(count, count + 1)
 
     @cached_property
     def patterns(self) -> dict[tuple[int, Ratio], tuple[LayerCounts, ...]]:
@@ -347,9 +355,11 @@ class Space(BaseModel):
                 for ffn_only in range(depth if "none" in self.layer.mixer else 1):
                     for local in range(depth - ffn_only + 1 if has_local else 1):
                         mixers = depth - ffn_only - local
-                        full = self.full_count(ratio, mixers)
-                        if full >= len(self.hybrid.full_layers):
-                            rows.append(LayerCounts(ffn_only, full, mixers - full, local))
+                        rows += [
+                            LayerCounts(ffn_only, full, mixers - full, local)
+                            for full in self.full_counts(ratio, mixers)
+                            if full >= len(self.hybrid.full_layers)
+                        ]
                 if rows:
                     table[depth, ratio] = tuple(rows)
         return table
