@@ -138,6 +138,8 @@ def write_tokenizer(parent: Parent, path: Path) -> None:
 
 def _source(path: Path) -> Path:
     """The folder of transformers, or the GGUF file."""
+    if not path.exists():
+        raise InputError(f"{path}: not found; give a folder of config.json and safetensors, or a GGUF file")
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
