@@ -24,7 +24,7 @@ OWN_NODES = {"space/onnx/block.py": "onnx.block", "space/onnx/graph.py": "onnx.g
 EDGES: dict[str, dict[str, str]] = {
     "space": {
         "io": "",
-        "layer": "",
+        "layer": "io",
         "precision": "",
         "attention": "layer",
         "onnx.graph": "layer",
@@ -48,8 +48,9 @@ EDGES: dict[str, dict[str, str]] = {
         "supernet": "",
         "evaluate": "data",
         "extract": "data supernet",
-        "hf": "data supernet",
-        "training": "data extract hf supernet",
+        "hf": "data parent supernet",
+        "parent": "",
+        "training": "data extract hf parent supernet",
     },
     "latency": {
         "device_runner": "",

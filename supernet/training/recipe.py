@@ -37,7 +37,7 @@ class TrainConfig(BaseModel):
 
     Attributes:
         data: the corpus.
-        init: folder of a ``LlamaForCausalLM`` to start from; None starts from random weights.
+        init: a parent to start from (:func:`supernet.parent.read_parent`); None starts from random weights.
         steps: number of training steps.
         batch: rows per sub-network and step, over all workers.
         length: tokens per row; None is the space's ``max_seq_len``.
@@ -279,7 +279,9 @@ def _max_size_subnet(space: Space, seed: int, turn: int, rng: np.random.Generato
     genomes = genome.encode(space, [genome.largest(space)])
     classes = genome.encoding(space).classes
     full_option = int((classes == genome.FULL).argmax()) if genome.FULL in classes else option
-    full = rng.permutation(space.slots) < space.full_count(ratio, space.slots)
+    counts = space.full_counts(ratio, space.slots)
+    count = counts[0] if len(counts) == 1 else int(rng.choice(counts))
+    full = rng.permutation(space.slots) < count
     full |= genome.encoding(space).must_be_full
     genomes[0, 1::3] = np.where(full, full_option, option)
     genomes[0, 2::3] = len(space.head_options) - 1

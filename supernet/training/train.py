@@ -9,7 +9,7 @@ from space.blocks import Model
 from space.io.artefact import canonical_json, digest
 from supernet.data.corpus import Corpus, load_corpus
 from supernet.extract import Text
-from supernet.hf.pretrained import pretrained_digest
+from supernet.parent import parent_digest
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint, sole_writer
 from supernet.training.loop import Report, take_steps
@@ -31,7 +31,7 @@ def training_inputs(
     settings = config.model_dump(mode="json", exclude={"data", "init", "checkpoint_every", "workers"})
     inputs = {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
     if config.init:
-        inputs["init"] = pretrained_digest(config.init)
+        inputs["init"] = parent_digest(config.init)
     if architecture:
         inputs["architecture"] = architecture.key
     return inputs
