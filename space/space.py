@@ -106,8 +106,9 @@ class Space(BaseModel):
         tie_embeddings: whether the embedding is the output matrix too.
         qk_norm: whether softmax mixers normalise queries and keys.
         kv_group: query heads per kv head; None uses ``layer.kv_heads``.
-        sharing: ``qkvo`` lets all mixers of a slot share q, k, v and o in the supernet; ``none`` gives each
-            its own.
+        sharing: what the choices of a slot share in the supernet. ``qkvo``: all mixers share q, k, v and o,
+            and smaller sizes are prefixes; ``none``: mixers share nothing, sizes are prefixes; ``block``:
+            every choice of a mixer with its heads and window, and every FFN size, has its own parameters.
         width: residual widths, ascending.
         depth: numbers of layers, ascending.
         layer: choices of every layer.
@@ -123,7 +124,7 @@ class Space(BaseModel):
     tie_embeddings: StrictBool = True
     qk_norm: StrictBool = False
     kv_group: Positive | None = None
-    sharing: Literal["qkvo", "none"] = "qkvo"
+    sharing: Literal["qkvo", "none", "block"] = "qkvo"
     width: tuple[Positive, ...]
     depth: tuple[Depth, ...]
     layer: LayerChoices
@@ -158,6 +159,8 @@ class Space(BaseModel):
                     yield f"{name}[{i}]: {value} is not a multiple of 16"
         if self.head_dim % 16:
             yield f"head_dim: {self.head_dim} is not a multiple of 16"
+        if self.sharing == "block" and len(self.width) > 1:
+            yield f"sharing: block needs one width, width gives {list(self.width)}"
         if self.layer.ffn == (0,) and "none" in self.layer.mixer:
             yield "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead"
 

@@ -82,6 +82,7 @@ def run_trials(
     workers: int,
     storage: Path,
     stage: "Stage",
+    done: str = "trained",
 ) -> list[Failure | None]:
     """Run trainings in parallel, each in a process of its own on one CPU.
 
@@ -95,11 +96,12 @@ def run_trials(
             :class:`InputError` are raised.
         storage: folder for Tune's files, deleted before and after.
         stage: shows the progress of all trainings.
+        done: what the progress says of jobs that are done.
 
     Returns:
         The failure of each job; None for a job that succeeded.
     """
-    progress = Progress(len(jobs), stage)
+    progress = Progress(len(jobs), stage, done)
     if not workers:
         return [_refusal(work, job, shared, partial(progress, i)) for i, job in enumerate(jobs)]
     with _quiet_tune(), ray_session(workers):
@@ -153,10 +155,12 @@ class Progress:
     Args:
         count: number of trainings.
         stage: shows their progress.
+        done: what it says of those that are done.
     """
 
-    def __init__(self, count: int, stage: "Stage") -> None:
+    def __init__(self, count: int, stage: "Stage", done: str = "trained") -> None:
         self.stage, self.shares, self.began_s = stage, [0.0] * count, time.monotonic()
+        self.done = done
 
     def __call__(self, job: int, share: float) -> None:
         """Show the progress of all trainings.
@@ -169,7 +173,7 @@ class Progress:
         overall = sum(self.shares) / len(self.shares)
         done = sum(value >= 1 for value in self.shares)
         left_s = (time.monotonic() - self.began_s) * (1 - overall) / max(overall, 1e-6)
-        self.stage(overall, f"{done} of {len(self.shares)} trained, about {format_duration(left_s)} left")
+        self.stage(overall, f"{done} of {len(self.shares)} {self.done}, about {format_duration(left_s)} left")
 
 
 def _refusal(
