@@ -100,7 +100,7 @@ def best_output(moments: Moments, held_out: Moments) -> tuple[Tensor, float]:
     """
     outputs = [solve(moments, penalty).float() for penalty in PENALTIES]
     errors = [held_out.error(output) for output in outputs]
-    finite = [i for i, error in enumerate(errors) if error == error]  # noqa: PLR0124 (not a number)
+    finite = [i for i, error in enumerate(errors) if error == error]
     best = min(finite, key=errors.__getitem__)
     return outputs[best].contiguous(), errors[best]
 

@@ -3,7 +3,6 @@
 The checkpoint is written last, so a folder with a checkpoint is complete.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ def _train(
     boundaries = require_room(plan, parent, windows, config, len(missing))
     write_parent(plan.parent, parent.weights)
     parent.weights.clear()  # from here on read from the file, a layer at a time
-    stage = _Stage(plan, windows, config, report)
+    stage = Stages(plan, windows, config, report)
     stage.fit(missing, boundaries)
     remove_capture(plan.capture)
     if data is not None:
@@ -246,7 +245,7 @@ def _gigabytes(size: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stages:
     """The long stages, with their progress."""
 
     plan: LibraryPlan

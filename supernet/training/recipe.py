@@ -31,8 +31,10 @@ CANDIDATES_PER_SUBNET = 32  # genomes drawn for each sub-network that balanced s
 ELASTIC_AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order of progressive shrinking
 BLOCKWISE_STEPS = 64  # default of `steps`
 # Settings of method joint alone. depth_warmup is among them, but its default depends on others.
-JOINT_ONLY = ("weight_decay", "clip", "warmup", "rule", "sampled", "balanced_sampling", "update",
-              "largest_warmup", "distillation", "teacher", "progressive_shrinking", "maximal_mixers")  # fmt: skip
+JOINT_ONLY = (
+    "weight_decay", "clip", "warmup", "rule", "sampled", "balanced_sampling", "update", "largest_warmup",
+    "distillation", "teacher", "progressive_shrinking", "maximal_mixers",
+)  # fmt: skip
 FINAL_RATE_SHARE = 0.05  # of the peak learning rate, at the last step
 
 
