@@ -5,7 +5,7 @@ output matrix is solved again. Of the states after each of these, and at every c
 one with the least error on held-out windows is kept, so that no part can do harm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,12 @@ from torch import Tensor
 from supernet.blockwise.block import Block, Weights
 from supernet.blockwise.ridge import Moments, best_output
 
+BATCH_TOKENS = 2048  # at a time where no gradient is needed
 START_TOKENS = 16384  # of the moments before the first step; those after the last step are of all tokens
-CHECKS = 6  # of the held-out error, evenly over the steps
-PATIENCE = 2  # checks without a lower error
-VECTOR_RATE_FACTOR = 10.0  # decays, biases and taps are few and have far to go
+WARMUP = 0.1  # of the steps, in which the learning rate rises: the solved output matrix is a narrow optimum
+CHECKS = 8  # of the held-out error, evenly over the steps
+PATIENCE = 2  # checks after each of which the error was higher than at the one before
+VECTOR_RATE_FACTOR = 10.0  # of vectors that start at zero, and the greatest of any parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +80,18 @@ class Fitted:
     steps: int
 
 
+def batches(x: Tensor) -> Iterator[slice]:
+    """Windows [N, T, ...] in parts of about ``BATCH_TOKENS`` tokens.
+
+    Args:
+        x: the windows.
+    """
+    size = max(1, BATCH_TOKENS // x.shape[1])
+    return (slice(start, start + size) for start in range(0, len(x), size))
+
+
 @torch.no_grad()
-def moments(block: Block, weights: Weights, rows: Rows, windows: slice, batch: int) -> Moments:
+def moments(block: Block, weights: Weights, rows: Rows, windows: slice) -> Moments:
     """Moments of a block's features on some windows.
 
     Args:
@@ -87,31 +99,28 @@ def moments(block: Block, weights: Weights, rows: Rows, windows: slice, batch: i
         weights: of the block.
         rows: its inputs and targets.
         windows: which of them.
-        batch: windows at a time.
     """
     total = Moments.empty(block.shapes[block.output][1], block.width)
     x, target = rows.x[windows], rows.target[windows]
-    for start in range(0, len(x), batch):
-        part = slice(start, start + batch)
+    for part in batches(x):
         total = total.plus(block.features(weights, x[part].float()), target[part])
     return total
 
 
 @torch.no_grad()
-def held_out_error(block: Block, weights: Weights, rows: Rows, batch: int) -> float:
+def held_out_error(block: Block, weights: Weights, rows: Rows) -> float:
     """Squared error on the held-out windows over the square of the parent's contribution.
 
     Args:
         block: the block.
         weights: of the block.
         rows: its inputs and targets.
-        batch: windows at a time.
     """
     error = energy = 0.0
-    for start in range(rows.fitted, len(rows.x), batch):
-        part = slice(start, start + batch)
-        target = rows.target[part]
-        found = block.contribution(weights, rows.x[part].float())
+    x, targets = rows.x[rows.fitted :], rows.target[rows.fitted :]
+    for part in batches(x):
+        target = targets[part]
+        found = block.contribution(weights, x[part].float())
         error += float((found - target).double().square().sum())
         energy += float(target.double().square().sum())
     return error / energy
@@ -142,25 +151,26 @@ def fit(
         fitted: moments of the first weights on fitted windows; None to compute them.
     """
     batch = recipe.batch
-    start_windows = min(rows.fitted, max(batch, START_TOKENS // rows.x.shape[1]))
+    start_windows = min(rows.fitted, max(2, START_TOKENS // rows.x.shape[1]))
     apart = slice(rows.fitted, None)
     current = {name: value.clone() for name, value in weights.items()}
     best = _solved(
         block,
         current,
-        fitted or moments(block, current, rows, slice(0, start_windows), batch),
-        held_out or moments(block, current, rows, apart, batch),
+        fitted or moments(block, current, rows, slice(0, start_windows)),
+        held_out or moments(block, current, rows, apart),
     )
     start_error = best[1]
     current = {name: value.clone().requires_grad_() for name, value in best[0].items()}
     optimiser = _optimiser(current, inherited | {block.output}, recipe)
     energy = rows.target[: rows.fitted].square().mean()
     checks = {round(recipe.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    warmup = max(1, round(WARMUP * recipe.steps))
     order: list[int] = []
-    misses = taken = 0
+    rises, taken, before = 0, 0, start_error
     for step in range(recipe.steps):
         for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * (1 - step / recipe.steps)
+            group["lr"] = group["peak"] * min((step + 1) / warmup, 1 - step / recipe.steps)
         if len(order) < batch:
             order += rng.permutation(rows.fitted).tolist()
         drawn, order = order[:batch], order[batch:]
@@ -172,18 +182,18 @@ def fit(
         optimiser.step()
         taken = step + 1
         if taken in checks:
-            error = held_out_error(block, current, rows, batch)
-            misses = 0 if error < best[1] else misses + 1
+            error = held_out_error(block, current, rows)
+            rises, before = (rises + 1 if error > before else 0), error
             if error < best[1]:
                 best = ({name: value.detach().clone() for name, value in current.items()}, error)
-            if misses >= PATIENCE:
+            if rises >= PATIENCE:
                 break
             report(taken / recipe.steps)
     if recipe.steps:
-        everything = moments(block, best[0], rows, slice(0, rows.fitted), batch)
+        everything = moments(block, best[0], rows, slice(0, rows.fitted))
         best = min(
             best,
-            _solved(block, best[0], everything, moments(block, best[0], rows, apart, batch)),
+            _solved(block, best[0], everything, moments(block, best[0], rows, apart)),
             key=lambda state: state[1],
         )
     return Fitted(best[0], start_error, best[1], taken)
@@ -203,13 +213,15 @@ def _solved(
 def _optimiser(
     weights: Mapping[str, Tensor], solved: frozenset[str], recipe: Recipe
 ) -> torch.optim.Optimizer:
-    """Adam with a peak rate for each parameter; what was taken over or solved has a lower one."""
+    """Adam with a peak rate for each parameter; what was taken over or solved has a lower one.
+
+    Adam moves every number by about the rate, so a rate fits one scale of numbers: that of a matrix whose
+    rows have norm 1. It is scaled to the numbers that a parameter starts with.
+    """
     groups = []
     for name, value in weights.items():
-        small = value.ndim == 1 or value.shape[-1] <= 4  # vectors and taps
-        if name in solved:
-            peak = recipe.inherited_rate
-        else:
-            peak = recipe.rate * (VECTOR_RATE_FACTOR if small else 1.0)
-        groups.append({"params": [value], "peak": peak, "lr": peak})
-    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10)
+        size = float(value.detach().square().mean().sqrt()) * value.shape[-1] ** 0.5
+        scale = size or (1.0 if value.ndim > 1 else VECTOR_RATE_FACTOR)
+        peak = recipe.inherited_rate if name in solved else recipe.rate
+        groups.append({"params": [value], "peak": peak * min(scale, VECTOR_RATE_FACTOR)})
+    return torch.optim.Adam(groups, lr=recipe.rate, betas=(0.9, 0.98), eps=1e-10)

@@ -25,7 +25,7 @@ from space.io.artefact import atomic_path, canonical_json, digest
 from supernet.blockwise.block import Block
 from supernet.blockwise.candidates import Candidate, candidates
 from supernet.blockwise.capture import parent_blocks, read_boundary, read_layer
-from supernet.blockwise.fit import Fitted, Recipe, Rows, fit, moments
+from supernet.blockwise.fit import Fitted, Recipe, Rows, batches, fit, moments
 from supernet.blockwise.ridge import Moments, elimination_order
 from supernet.blockwise.start import (
     SOFTMAX_MIXERS,
@@ -260,8 +260,8 @@ class _LayerFits:
 
     def _contributions(self, part: str, x: Tensor) -> Tensor:
         """What a block of the parent adds to windows [N, T, W], fp32."""
-        block, weights, size = self.blocks[part], self.weights[part], self.plan.recipe.batch
-        return torch.cat([block.contribution(weights, rows.float()) for rows in torch.split(x, size)])
+        block, weights = self.blocks[part], self.weights[part]
+        return torch.cat([block.contribution(weights, x[rows].float()) for rows in batches(x)])
 
     @cached_property
     @torch.no_grad()
@@ -272,14 +272,14 @@ class _LayerFits:
         x = self.x[: min(count, self.mixer_rows.fitted)].float()
         square = torch.zeros(self.width, self.width, dtype=torch.float64)
         total = torch.zeros(self.width, dtype=torch.float64)
-        for rows in torch.split(x, self.plan.recipe.batch):
-            hidden = rms_norm(rows, weights["pre_norm"]).flatten(0, 1)
+        for rows in batches(x):
+            hidden = rms_norm(x[rows], weights["pre_norm"]).flatten(0, 1)
             square += hidden.T @ hidden
             total += hidden.double().sum(0)
         tokens = x.shape[0] * x.shape[1]
         own = None
         if block.layer.heads:
-            own = moments(block, weights, self.mixer_rows, slice(0, len(x)), self.plan.recipe.batch)
+            own = moments(block, weights, self.mixer_rows, slice(0, len(x)))
         softmax = block.layer.mixer in SOFTMAX_MIXERS
         distances = mean_distances(block, weights, x[:DISTANCE_WINDOWS]) if softmax else None
         return Measured(constant_direction(square / tokens, total / tokens), square / tokens, own, distances)
@@ -288,9 +288,8 @@ class _LayerFits:
     def ffn_moments(self) -> tuple[Moments, Moments, list[int]]:
         """The moments of the parent's FFN on fitted and on held-out windows, and its channels in order."""
         block, weights, rows = self.blocks["ffn"], self.weights["ffn"], self.ffn_rows
-        batch = self.plan.recipe.batch
-        fitted = moments(block, weights, rows, slice(0, rows.fitted), batch)
-        held_out = moments(block, weights, rows, slice(rows.fitted, None), batch)
+        fitted = moments(block, weights, rows, slice(0, rows.fitted))
+        held_out = moments(block, weights, rows, slice(rows.fitted, None))
         return fitted, held_out, elimination_order(fitted.gram, weights["down"])
 
 

@@ -158,4 +158,5 @@ def _scores(inverse: Tensor, weights: Tensor, blocks: Tensor) -> Tensor:
         return weights[:, at].square().sum(0) / inverse.diagonal()[at]
     own = inverse[blocks[:, :, None], blocks[:, None, :]]  # [n, size, size]
     columns = weights[:, blocks].movedim(1, 0)  # [n, W, size]
-    return (columns * torch.linalg.solve(own, columns.mT).mT).sum((1, 2))
+    solved: Tensor = torch.linalg.solve(own, columns.mT)  # [n, size, W]
+    return (columns * solved.mT).sum((1, 2))

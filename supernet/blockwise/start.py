@@ -29,7 +29,8 @@ from supernet.blockwise.ridge import Moments, elimination_order
 
 SOFTMAX_MIXERS = ("attention", "sliding")
 GATE_LEVEL = 1.278  # silu(1.278) = 1
-SILU_INPUT = 0.5  # root mean square of what a scaled convolution passes to its silu
+SILU_INPUT = 0.1  # root mean square of what a scaled convolution passes to its silu
+VALUE_INPUT = 0.05
 MAX_DISTANCE = 1e4  # tokens; a longer memory is the same within any context
 
 
@@ -59,7 +60,8 @@ def constant_direction(square: Tensor, mean: Tensor) -> Tensor:
     """
     penalty = 1e-4 * float(square.diagonal().mean())
     system = square + penalty * torch.eye(len(square), dtype=square.dtype)
-    return torch.linalg.solve(system, mean).float()
+    found: Tensor = torch.linalg.solve(system, mean)
+    return found.float()
 
 
 @torch.no_grad()
@@ -192,7 +194,8 @@ def _neutral(block: Block, made: Weights, measured: Measured, chosen: Sequence[i
             neutral[name] = torch.zeros_like(value)
             size = torch.einsum("ow,wv,ov->o", source.double(), measured.square, source.double()).sqrt()
             heads = size.view(-1, block.model_config.head_dim).square().mean(1).sqrt()  # one scale a head
-            scale = (SILU_INPUT / heads.clamp(min=1e-6)).float()
+            level = VALUE_INPUT if name == "conv_v" else SILU_INPUT
+            scale = (level / heads.clamp(min=1e-6)).float()
             neutral[name][:, -1] = scale.repeat_interleave(block.model_config.head_dim)
         elif name == "gate":
             neutral[name] = GATE_LEVEL * measured.constant.expand_as(value).clone()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from space import InputError, Space
 from space.io.artefact import Artefact, canonical_json, digest
 from space.io.parquet import write_table
+from space.io.progress import Stage
 from supernet.blockwise.capture import (
     boundary_bytes,
     boundary_path,
@@ -35,19 +36,16 @@ from supernet.training.checkpoint import Checkpoint, latest_checkpoint, save_che
 from supernet.training.precision import matrix_type
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import training_inputs
-from supernet.training.trials import Failure, run_trials
+from supernet.training.trials import Failure, Share, Shared, run_trials
 
 LIBRARY = Artefact("block library", "formfit train")
 SCORES = Artefact("block scores", "formfit train")
 CAPTURE_SHARE, FIT_SHARE = 0.05, 0.8  # of the progress; the rest are the scores
 SPARE_BYTES = 2**27  # left free on disk and in memory
 
-Report = Callable[[float, str], None]
-"""Called with the share that is done and a few words."""
-
 
 def train_blocks(
-    space: Space, config: TrainConfig, root: str | Path, report: Report, corpus: Corpus | None = None
+    space: Space, config: TrainConfig, root: str | Path, report: Stage, corpus: Corpus | None = None
 ) -> Checkpoint:
     """Fit every block of a space to a frozen parent; a complete training returns at once.
 
@@ -90,7 +88,7 @@ def _train(
     inputs: Mapping[str, str],
     corpus: Corpus,
     parent: Parent,
-    report: Report,
+    report: Stage,
 ) -> None:
     """Run the stages."""
     length = config.length or space.max_seq_len
@@ -251,7 +249,7 @@ class Stages:
     plan: LibraryPlan
     windows: NDArray[np.int64]
     config: TrainConfig
-    report: Report
+    report: Stage
 
     def fit(self, missing: list[int], boundaries: int) -> None:
         """Capture and fit the layers with missing blocks, as many at a time as the disk holds."""
@@ -284,9 +282,9 @@ class Stages:
 
     def _run(
         self,
-        work: Callable[[int, object, Callable[[float], None]], None],
+        work: Callable[[int, Shared, Share], None],
         slots: list[int],
-        shared: object,
+        shared: Shared,
         done_word: str,
         before: int,
         total: int,
@@ -299,10 +297,10 @@ class Stages:
         """
         if not slots:
             return
-        begin, share = shares
+        begin, part = shares
 
-        def stage(part: float, text: str) -> None:
-            self.report(begin + share * (before + part * len(slots)) / total, text)
+        def stage(share: float, text: str) -> None:
+            self.report(begin + part * (before + share * len(slots)) / total, text)
 
         storage = self.plan.folder / "tasks"
         failures = run_trials(work, slots, shared, self.config.workers, storage, stage, f"layers {done_word}")

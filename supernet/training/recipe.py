@@ -29,7 +29,7 @@ from supernet.data.corpus import DataConfig
 
 CANDIDATES_PER_SUBNET = 32  # genomes drawn for each sub-network that balanced sampling chooses
 ELASTIC_AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order of progressive shrinking
-BLOCKWISE_STEPS = 64  # default of `steps`
+BLOCKWISE_DEFAULTS = {"steps": 256, "batch": 1}  # small batches need fewer tokens
 # Settings of method joint alone. depth_warmup is among them, but its default depends on others.
 JOINT_ONLY = (
     "weight_decay", "clip", "warmup", "rule", "sampled", "balanced_sampling", "update", "largest_warmup",
@@ -66,8 +66,8 @@ class TrainConfig(BaseModel):
         init: folder of a trained model to start from: a ``LlamaForCausalLM``, or with method blockwise also
             a sub-model that `formfit extract` wrote; None starts from random weights.
         blockwise: settings of method blockwise.
-        steps: number of training steps; with method blockwise, of each block, 64 by default.
-        batch: rows per sub-network and step, over all workers.
+        steps: number of training steps; with method blockwise, of each block, 256 by default.
+        batch: rows per sub-network and step, over all workers; 1 by default with method blockwise.
         length: tokens per row; None is the space's ``max_seq_len``.
         learning_rate: peak learning rate.
         weight_decay: AdamW's weight decay of matrices.
@@ -126,7 +126,7 @@ class TrainConfig(BaseModel):
     def _defaults(cls, value: Any) -> Any:
         starts_deep = ("init", "largest_warmup", "progressive_shrinking")
         if isinstance(value, Mapping) and value.get("method") == "blockwise":
-            value = {"steps": BLOCKWISE_STEPS, **value}
+            value = {**BLOCKWISE_DEFAULTS, **value}
         if isinstance(value, Mapping) and any(value.get(key) for key in starts_deep):
             value = {"depth_warmup": 0.0, **value}
         return value

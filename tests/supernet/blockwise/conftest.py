@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from space import Space, genome
@@ -25,6 +26,19 @@ def block_space(**changes: Any) -> Space:
 
 
 @pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words, and in every document a code of its own again and again, which can be recalled."""
+    folder = tmp_path_factory.mktemp("codes")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    for i in range(60):
+        code = "".join(rng.choice(list("bcdfghjklmnp"), 10))
+        drawn = [code if rng.random() < 0.2 else words[rng.integers(6)] for _ in range(300)]
+        (folder / f"{i}.txt").write_text(" ".join(drawn))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def corpus(text_folder: Path) -> Corpus:
     return load_corpus(DataConfig(path=text_folder, held_out=0.2))
 
@@ -34,7 +48,7 @@ def parent_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> P
     """The parent's folder."""
     folder = tmp_path_factory.mktemp("parent")
     space = tiny_space(**PARENT)
-    config = TrainConfig(steps=150, batch=8, length=32, rule="random", sampled=1, threads=1, precision="fp32")
+    config = TrainConfig(steps=400, batch=8, length=64, rule="random", sampled=1, threads=1, precision="fp32")
     checkpoint = train(space, config, folder / "training", corpus=corpus)
     write_submodel(folder / "model", load_supernet(space, checkpoint), genome.largest(space), {}, {})
     return folder / "model"
@@ -42,9 +56,9 @@ def parent_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> P
 
 def settings(text_folder: Path, parent_folder: Path, **changes: Any) -> TrainConfig:
     """Settings of a blockwise training of seconds."""
-    blockwise = {"tokens": 4096, "score_windows": 4, **changes.pop("blockwise", {})}
+    blockwise = {"tokens": 8192, "score_windows": 4, **changes.pop("blockwise", {})}
     value = {
-        "method": "blockwise", "init": str(parent_folder), "steps": 24, "batch": 8, "length": 32,
+        "method": "blockwise", "init": str(parent_folder), "steps": 96, "batch": 4, "length": 64,
         "precision": "fp32", "threads": 1, "data": {"path": str(text_folder), "held_out": 0.2},
         "blockwise": blockwise,
     }  # fmt: skip

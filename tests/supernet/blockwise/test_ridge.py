@@ -36,7 +36,7 @@ def test_solution_equals_least_squares_on_the_tokens(penalty: float) -> None:
     found = solve(summed(z, d), penalty)
     rows = (penalty * z.double().square().mean(0).mean() * len(z)).sqrt() * torch.eye(12, dtype=torch.float64)
     augmented = torch.cat([z.double(), rows]), torch.cat([d.double(), torch.zeros(12, 5).double()])
-    assert_close("output", found, torch.linalg.lstsq(*augmented).solution.T, 1e-6)
+    assert_close("output", found, torch.linalg.lstsq(*augmented).solution.T, 1e-5)
 
 
 def test_errors_follow_from_moments() -> None:

@@ -61,7 +61,7 @@ class Slot:
     def measured(self) -> Measured:
         hidden = F.rms_norm(self.x, (32,), self.mixer["pre_norm"], 1e-5).flatten(0, 1).double()
         square, mean = hidden.T @ hidden / len(hidden), hidden.mean(0)
-        own = moments(self.parent, self.mixer, self.rows, slice(0, self.rows.fitted), 8)
+        own = moments(self.parent, self.mixer, self.rows, slice(0, self.rows.fitted))
         distances = mean_distances(self.parent, self.mixer, self.x[:2])
         return Measured(constant_direction(square, mean), square, own, distances)
 
@@ -70,6 +70,12 @@ class Slot:
 def slot(parent_folder: Path, corpus: Corpus) -> Slot:
     with torch.no_grad():
         return Slot(parent_folder, corpus)
+
+
+@pytest.fixture(scope="module")
+def first_slot(parent_folder: Path, corpus: Corpus) -> Slot:
+    with torch.no_grad():
+        return Slot(parent_folder, corpus, 0)
 
 
 def test_parents_own_sizes_are_taken_over_whole(slot: Slot) -> None:
@@ -147,14 +153,15 @@ def started(slot: Slot, layer: Layer, **changes: Any) -> float:
 
 
 @pytest.mark.parametrize("mixer", RECURRENT)
-def test_neutral_gates_are_never_worse_than_random_ones(slot: Slot, mixer: str) -> None:
+def test_neutral_gates_are_never_worse_than_random_ones(first_slot: Slot, mixer: str) -> None:
     layer = Layer(mixer=mixer, heads=4, kv_heads=2)
-    neutral = started(slot, layer)
-    for seed in range(3):
+    neutral = started(first_slot, layer)
+    for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(64, 32, generator=generator) / 32**0.5
-        assert neutral <= started(slot, layer, gate=random)
-    assert neutral < 1
+        # 1%: a sigmoid gate of random rows is nearly constant too, and held-out windows are few.
+        assert neutral <= 1.01 * started(first_slot, layer, gate=random)
+    assert neutral < 0.5
 
 
 def test_sorted_channels_compute_the_same(slot: Slot) -> None:
@@ -166,7 +173,7 @@ def test_sorted_channels_compute_the_same(slot: Slot) -> None:
 
 def test_ranked_channels_beat_reversed_and_random_ones(slot: Slot) -> None:
     rows = slot.ffn_rows
-    own = moments(slot.block(Layer(ffn=64)), slot.ffn, rows, slice(0, rows.fitted), 8)
+    own = moments(slot.block(Layer(ffn=64)), slot.ffn, rows, slice(0, rows.fitted))
     order = elimination_order(own.gram, slot.ffn["down"])
     for size in (16, 32, 48):
         block = slot.block(Layer(ffn=size))
@@ -194,16 +201,16 @@ def test_errors_fall(slot: Slot, layer: Layer) -> None:
         weights, taken = start_mixer(block, slot.parent, slot.mixer, slot.measured(), torch.Generator())
     recipe = Recipe(steps=48, batch=8, rate=3e-3, inherited_rate=1e-3)
     found = fit(block, weights, taken, rows, recipe, np.random.default_rng(0))
-    before = held_out_error(block, weights, rows, 8)
+    before = held_out_error(block, weights, rows)
     assert found.error < found.start_error <= before
-    assert held_out_error(block, found.weights, rows, 8) == pytest.approx(found.error, rel=1e-3)
+    assert held_out_error(block, found.weights, rows) == pytest.approx(found.error, rel=1e-3)
 
 
 def test_moments_given_equal_moments_computed(slot: Slot) -> None:
     block, full = slot.block(Layer(ffn=32)), slot.block(Layer(ffn=64))
     order = list(range(0, 64, 2))
     weights = start_ffn(block, slot.ffn, order)
-    whole: Moments = moments(full, slot.ffn, slot.ffn_rows, slice(0, 8), 4)
-    part = moments(block, weights, slot.ffn_rows, slice(0, 8), 4)
+    whole: Moments = moments(full, slot.ffn, slot.ffn_rows, slice(0, 8))
+    part = moments(block, weights, slot.ffn_rows, slice(0, 8))
     assert_close("gram", whole.leading(torch.tensor(order)).gram, part.gram, 1e-5)
     assert_close("cross", whole.leading(torch.tensor(order)).cross, part.cross, 1e-5)
