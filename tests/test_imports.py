@@ -50,6 +50,7 @@ EDGES: dict[str, dict[str, str]] = {
         "extract": "data supernet",
         "hf": "data supernet",
         "training": "data extract hf supernet",
+        "blockwise": "data evaluate extract hf supernet training",
     },
     "latency": {
         "device_runner": "",
