@@ -50,8 +50,9 @@ class Recipe:
     Attributes:
         steps: Adam's steps.
         batch: windows per step.
-        rate: initial learning rate of a block's own parameters; it falls linearly to 0.
-        inherited_rate: of the parameters that were taken over from the parent.
+        rate: peak learning rate of a block's own parameters, for a block with an error of 1 before the first
+            step; less in proportion to that error. It falls linearly to 0.
+        inherited_rate: the same of the parameters that were taken over from the parent.
         dtype: type of large matrices in Adam's steps.
     """
 
@@ -162,7 +163,7 @@ def fit(
     )
     start_error = best[1]
     current = {name: value.clone().requires_grad_() for name, value in best[0].items()}
-    optimiser = _optimiser(current, inherited | {block.output}, recipe)
+    optimiser = _optimiser(current, inherited | {block.output}, recipe, start_error)
     energy = rows.target[: rows.fitted].square().mean()
     checks = {round(recipe.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
     warmup = max(1, round(WARMUP * recipe.steps))
@@ -211,17 +212,19 @@ def _solved(
 
 
 def _optimiser(
-    weights: Mapping[str, Tensor], solved: frozenset[str], recipe: Recipe
+    weights: Mapping[str, Tensor], solved: frozenset[str], recipe: Recipe, start_error: float
 ) -> torch.optim.Optimizer:
     """Adam with a peak rate for each parameter; what was taken over or solved has a lower one.
 
     Adam moves every number by about the rate, so a rate fits one scale of numbers: that of a matrix whose
-    rows have norm 1. It is scaled to the numbers that a parameter starts with.
+    rows have norm 1. It is scaled to the numbers that a parameter starts with, and to the error that is left:
+    the best rate of blocks from an error of 0.08 (sliding attention) to 0.57 (recurrences) was proportional
+    to it.
     """
     groups = []
     for name, value in weights.items():
         size = float(value.detach().square().mean().sqrt()) * value.shape[-1] ** 0.5
         scale = size or (1.0 if value.ndim > 1 else VECTOR_RATE_FACTOR)
-        peak = recipe.inherited_rate if name in solved else recipe.rate
+        peak = (recipe.inherited_rate if name in solved else recipe.rate) * min(start_error, 1.0)
         groups.append({"params": [value], "peak": peak * min(scale, VECTOR_RATE_FACTOR)})
     return torch.optim.Adam(groups, lr=recipe.rate, betas=(0.9, 0.98), eps=1e-10)

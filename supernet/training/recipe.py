@@ -29,7 +29,7 @@ from supernet.data.corpus import DataConfig
 
 CANDIDATES_PER_SUBNET = 32  # genomes drawn for each sub-network that balanced sampling chooses
 ELASTIC_AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order of progressive shrinking
-BLOCKWISE_DEFAULTS = {"steps": 256, "batch": 1}  # small batches need fewer tokens
+BLOCKWISE_DEFAULTS = {"steps": 256, "batch": 1, "learning_rate": 1.2e-2}
 # Settings of method joint alone. depth_warmup is among them, but its default depends on others.
 JOINT_ONLY = (
     "weight_decay", "clip", "warmup", "rule", "sampled", "balanced_sampling", "update", "largest_warmup",
@@ -43,7 +43,8 @@ class BlockwiseConfig(BaseModel):
 
     Attributes:
         tokens: tokens of the training text that blocks are fitted on; an eighth more are held out.
-        inherited_rate: peak learning rate of weights that are taken over from the parent.
+        inherited_rate: peak learning rate of weights that are taken over from the parent; like
+            ``learning_rate``, that of a block which starts with an error of 1.
         storage: type of the captured activations on disk.
         score_windows: held-out sequences that score each block; 0 does not score.
     """
@@ -51,7 +52,7 @@ class BlockwiseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: Annotated[int, Field(gt=0)] = 65536
-    inherited_rate: Annotated[float, Field(gt=0)] = 1e-3
+    inherited_rate: Annotated[float, Field(gt=0)] = 4e-3
     storage: Literal["bf16", "fp32"] = "bf16"
     score_windows: Annotated[int, Field(ge=0)] = 4
 
@@ -69,7 +70,8 @@ class TrainConfig(BaseModel):
         steps: number of training steps; with method blockwise, of each block, 256 by default.
         batch: rows per sub-network and step, over all workers; 1 by default with method blockwise.
         length: tokens per row; None is the space's ``max_seq_len``.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate; with method blockwise, of weights that the parent does not have,
+            in a block that starts with an error of 1 (in others in proportion to it), 0.012 by default.
         weight_decay: AdamW's weight decay of matrices.
         clip: greatest norm of the gradient.
         warmup: share of the steps in which the learning rate rises.

@@ -27,7 +27,7 @@ from supernet.extract import read_submodel
 from tests.numerics import assert_close
 
 RECURRENT = ["gated_deltanet", "kda", "mamba2", "gla", "retnet"]
-NO_STEPS = Recipe(steps=0, batch=8, rate=3e-3, inherited_rate=1e-3)
+NO_STEPS = Recipe(steps=0, batch=8, rate=1.2e-2, inherited_rate=4e-3)
 PARENT = Layer(mixer="attention", heads=4, kv_heads=2)
 
 
@@ -199,7 +199,7 @@ def test_errors_fall(slot: Slot, layer: Layer) -> None:
         weights, taken = start_ffn(block, slot.ffn, list(range(64))), frozenset(block.shapes)
     else:
         weights, taken = start_mixer(block, slot.parent, slot.mixer, slot.measured(), torch.Generator())
-    recipe = Recipe(steps=48, batch=8, rate=3e-3, inherited_rate=1e-3)
+    recipe = Recipe(steps=48, batch=8, rate=1.2e-2, inherited_rate=4e-3)
     found = fit(block, weights, taken, rows, recipe, np.random.default_rng(0))
     before = held_out_error(block, weights, rows)
     assert found.error < found.start_error <= before
