@@ -9,10 +9,12 @@ gated_deltanet median <= 0.22, sliding(256) median <= 0.02, half of the FFN medi
 model is trained, which only shows that the benchmark works. Resumable: blocks are kept under --runs.
 """
 
+import argparse
 import json
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ import outcome
 
 from space import InputError, Space, genome
 from space.io.config import parse
-from supernet.blockwise.capture import capture_windows, write_parent
+from supernet.blockwise.capture import capture_windows, remove_capture, write_parent
 from supernet.blockwise.library import read_entry
 from supernet.blockwise.parent import Parent, open_parent
 from supernet.blockwise.train import Stages, make_plan, require_room
 from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.extract import write_submodel
+from supernet.training.parallel import ray_session
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet, train
 
@@ -114,7 +117,9 @@ def fitted(
             sys.stderr.write(f"{windows.size} tokens: {share:.0%}, {text}\n")
 
     began = time.monotonic()
-    Stages(plan, windows, config, report).fit(missing, boundaries)
+    with ray_session(config.workers) if config.workers else nullcontext():
+        Stages(plan, windows, config, report).fit(missing, boundaries)
+    remove_capture(plan.capture)
     seconds = time.monotonic() - began
     entries = [read_entry(plan.path(one)) for slot in layers for one in plan.slot_candidates(slot)]
     return {
@@ -129,6 +134,11 @@ def fitted(
             for name in dict.fromkeys(e.candidate for e in entries)
         },
     }
+
+
+def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def main() -> int:
@@ -150,6 +160,10 @@ def main() -> int:
     parser.add_argument("--ffn-quarters", type=int, nargs="*", default=[1, 2, 3], choices=[1, 2, 3],
                         help="FFN sizes, in quarters of the parent's")  # fmt: skip
     parser.add_argument("--steps", type=int, help="Adam's steps of a block")
+    parser.add_argument("--batch", type=int, help="windows of a step")
+    parser.add_argument("--learning-rate", type=float, help="of weights that the parent does not have")
+    parser.add_argument("--inherited-rate", type=float, help="of weights that are taken over")
+    parser.add_argument("--storage", choices=("bf16", "fp32"), default="bf16", help="of activations on disk")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--limit-mb", type=float, default=20.0, help="text that is read")
     parser.add_argument("--workers", type=int, default=2, help="layers at a time; 0: in this process")
@@ -173,10 +187,12 @@ def main() -> int:
         results: dict[str, Any] = {}
         for tokens in [2048] if quick else sorted(arguments.tokens):
             value: dict[str, Any] = {"method": "blockwise", "init": folder, "length": length}
-            value |= {"blockwise": {"tokens": tokens}, "workers": 0 if quick else arguments.workers}
-            if arguments.steps or quick:
-                value["steps"] = 12 if quick else arguments.steps
+            value |= {"workers": 0 if quick else arguments.workers}
+            value |= given(arguments, "steps", "batch", "learning_rate") | ({"steps": 12} if quick else {})
+            value["blockwise"] = {"tokens": tokens} | given(arguments, "inherited_rate", "storage")
             config = TrainConfig.model_validate(value)
+            settings = config.model_dump(mode="json", include={"steps", "batch", "length", "learning_rate"})
+            settings |= config.blockwise.model_dump(mode="json", exclude={"tokens", "score_windows"})
             parent = open_parent(folder, space)
             results[str(tokens)] = fitted(space, config, parent, corpus, runs / "blocks", layers)
     most = next(reversed(results.values()))["choices"]
@@ -190,8 +206,8 @@ def main() -> int:
     body = {
         "parent": sizes,
         "layers": layers,
-        "steps": config.steps,
-        "corpus": corpus.source,
+        "settings": settings,
+        "corpus": arguments.text.name if arguments.text else corpus.source,
         "tokens": results,
     }
     medians = {name: (v["start_error"]["median"], v["error"]["median"]) for name, v in most.items()}

@@ -5,6 +5,7 @@ The checkpoint is written last, so a folder with a checkpoint is complete.
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,18 +30,20 @@ from supernet.blockwise.fit import Recipe
 from supernet.blockwise.library import LibraryPlan, fit_layer, read_block, read_entry, remove_damaged
 from supernet.blockwise.parent import Parent, open_parent
 from supernet.blockwise.scores import read_scores, score_layer, score_table, scores_path
+from supernet.blockwise.tasks import Shared, run_layers
 from supernet.data.corpus import Corpus, load_corpus, require_fits
 from supernet.evaluate import EvaluationSet, evaluation_set
 from supernet.supernet import supernet_shapes
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, sole_writer
+from supernet.training.parallel import ray_session
 from supernet.training.precision import matrix_type
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import training_inputs
-from supernet.training.trials import Failure, Share, Shared, run_trials
+from supernet.training.trials import Share
 
 LIBRARY = Artefact("block library", "formfit train")
 SCORES = Artefact("block scores", "formfit train")
-CAPTURE_SHARE, FIT_SHARE = 0.05, 0.8  # of the progress; the rest are the scores
+CAPTURE_SHARE, FIT_SHARE = 0.05, 0.85  # of the progress, after the capture and after the fits
 SPARE_BYTES = 2**27  # left free on disk and in memory
 
 
@@ -104,11 +107,13 @@ def _train(
     boundaries = require_room(plan, parent, windows, config, len(missing))
     write_parent(plan.parent, parent.weights)
     parent.weights.clear()  # from here on read from the file, a layer at a time
-    stage = Stages(plan, windows, config, report)
-    stage.fit(missing, boundaries)
-    remove_capture(plan.capture)
+    stages = Stages(plan, windows, config, report)
+    with ray_session(config.workers) if config.workers else nullcontext():  # one session for all stages
+        stages.fit(missing, boundaries)
+        remove_capture(plan.capture)
+        if data is not None:
+            stages.score(data)
     if data is not None:
-        stage.score(data)
         scores = [one for slot in range(space.slots) for one in read_scores(scores_path(plan, slot, data))]
         write_table(root / "scores.parquet", SCORES, inputs, score_table(scores))
     paths = [plan.path(one) for slot in range(space.slots) for one in plan.slot_candidates(slot)]
@@ -143,6 +148,7 @@ def make_plan(
         "held_out": str(held_out),
         "storage": config.blockwise.storage,
     }
+    folder = folder.resolve()
     plan = LibraryPlan(
         space=space,
         architecture=parent.architecture,
@@ -189,7 +195,8 @@ def require_room(
     """
     width, slots = parent.architecture.width, plan.space.slots
     library = 4 * sum(int(np.prod(shape)) for shape in supernet_shapes(plan.space).values())
-    there = sum(path.stat().st_size for path in plan.folder.glob("*.safetensors"))
+    files = [plan.path(one) for slot in range(slots) for one in plan.slot_candidates(slot)]
+    there = sum(path.stat().st_size for path in (plan.parent, *files) if path.exists())
     parents = sum(value.nbytes for value in parent.weights.values())
     boundary = boundary_bytes(windows, width, config.blockwise.storage)
     fixed = max(0, library + parents - there) + library  # block files, and the checkpoint made of them
@@ -225,7 +232,7 @@ def task_bytes(plan: LibraryPlan, windows: NDArray[np.int64]) -> int:
     rows = 3 * 4 * windows.size * width  # inputs of the FFN, contributions of mixer and FFN
     step = 4 * plan.recipe.batch * windows.shape[1] * (12 * inner + 40 * width)  # activations of a step
     moments = 8 * 5 * inner * (inner + width)
-    return rows + step + moments + 2**28  # and torch itself
+    return int(rows + step + moments) + 2**28  # and torch itself
 
 
 def available_memory() -> int | None:
@@ -252,19 +259,33 @@ class Stages:
     report: Stage
 
     def fit(self, missing: list[int], boundaries: int) -> None:
-        """Capture and fit the layers with missing blocks, as many at a time as the disk holds."""
+        """Capture and fit the layers with missing blocks.
+
+        Args:
+            missing: their slots.
+            boundaries: number of layers whose inputs fit on disk at once.
+        """
+        plan, part = self.plan, (FIT_SHARE - CAPTURE_SHARE) / max(1, len(missing))
+
+        def share_of(slot: int) -> float:
+            return 1 - len(plan.missing(slot)) / len(plan.slot_candidates(slot))
+
         for start in range(0, len(missing), boundaries):
             group = missing[start : start + boundaries]
             for slot in group:
                 self._capture(slot, group)
-            self._run(fit_layer, group, self.plan, "fitted", start, len(missing), (CAPTURE_SHARE, FIT_SHARE))
+            begin = CAPTURE_SHARE + part * start
+            self._run(fit_layer, group, plan, "fitted", share_of, (begin, begin + part * len(group)))
 
     def score(self, data: EvaluationSet) -> None:
-        """Score the layers without a file of scores."""
+        """Score the layers without a file of scores.
+
+        Args:
+            data: held-out sequences.
+        """
         slots = range(self.plan.space.slots)
         missing = [slot for slot in slots if not scores_path(self.plan, slot, data).exists()]
-        done = CAPTURE_SHARE + FIT_SHARE
-        self._run(score_layer, missing, (self.plan, data), "scored", 0, len(missing), (done, 1 - done))
+        self._run(score_layer, missing, (self.plan, data), "scored", lambda slot: 0.0, (FIT_SHARE, 1.0))
 
     def _capture(self, slot: int, group: Iterable[int]) -> None:
         """Write what enters a slot; boundaries below that no slot of the group needs are deleted."""
@@ -285,33 +306,17 @@ class Stages:
         work: Callable[[int, Shared, Share], None],
         slots: list[int],
         shared: Shared,
-        done_word: str,
-        before: int,
-        total: int,
+        done: str,
+        share_of: Callable[[int], float],
         shares: tuple[float, float],
     ) -> None:
-        """Run one task a layer.
-
-        Raises:
-            InputError: a task failed.
-        """
-        if not slots:
-            return
-        begin, part = shares
+        """Run one task a layer, as a stage from one share of the progress to another."""
+        begin, end = shares
 
         def stage(share: float, text: str) -> None:
-            self.report(begin + part * (before + share * len(slots)) / total, text)
+            self.report(begin + (end - begin) * share, text)
 
-        storage = self.plan.folder / "tasks"
-        failures = run_trials(work, slots, shared, self.config.workers, storage, stage, f"layers {done_word}")
-        for slot, failure in zip(slots, failures, strict=True):
-            if failure:
-                raise _failed(slot, failure)
-
-
-def _failed(slot: int, failure: Failure) -> InputError:
-    again = "" if failure.refused else "; the same command goes on from here"
-    return InputError(f"blockwise training: layer {slot}: {failure.reason}{again}")
+        run_layers(work, slots, shared, self.config.workers, stage, f"layers {done}", share_of)
 
 
 def library_table(paths: Iterable[Path]) -> pd.DataFrame:

@@ -82,7 +82,6 @@ def run_trials(
     workers: int,
     storage: Path,
     stage: "Stage",
-    done: str = "trained",
 ) -> list[Failure | None]:
     """Run trainings in parallel, each in a process of its own on one CPU.
 
@@ -96,12 +95,11 @@ def run_trials(
             :class:`InputError` are raised.
         storage: folder for Tune's files, deleted before and after.
         stage: shows the progress of all trainings.
-        done: what the progress says of jobs that are done.
 
     Returns:
         The failure of each job; None for a job that succeeded.
     """
-    progress = Progress(len(jobs), stage, done)
+    progress = Progress(len(jobs), stage)
     if not workers:
         return [_refusal(work, job, shared, partial(progress, i)) for i, job in enumerate(jobs)]
     with _quiet_tune(), ray_session(workers):

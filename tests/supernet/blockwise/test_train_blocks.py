@@ -23,6 +23,7 @@ from supernet.data.corpus import Corpus
 from supernet.evaluate import evaluation_set
 from supernet.extract import read_submodel
 from supernet.training.checkpoint import Checkpoint
+from supernet.training.parallel import ray_session
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet
 from tests.supernet.blockwise.conftest import block_space, settings
@@ -164,11 +165,12 @@ def test_sigkill_and_resume_give_the_same_files(
 def test_workers_give_the_same_files(
     trained: tuple[Path, Checkpoint], config: TrainConfig, tmp_path: Path
 ) -> None:
-    for workers in (1, 2):
-        out = tmp_path / str(workers)
-        train_blocks(SPACE, config.model_copy(update={"workers": workers}), out, quiet)
-        assert block_files(out) == block_files(trained[0])
-        assert (out / "scores.parquet").read_bytes() == (trained[0] / "scores.parquet").read_bytes()
+    with ray_session(2):  # one for both
+        for workers in (1, 2):
+            out = tmp_path / str(workers)
+            train_blocks(SPACE, config.model_copy(update={"workers": workers}), out, quiet)
+            assert block_files(out) == block_files(trained[0])
+            assert (out / "scores.parquet").read_bytes() == (trained[0] / "scores.parquet").read_bytes()
 
 
 def test_few_layers_at_a_time_give_the_same_blocks(
