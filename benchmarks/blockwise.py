@@ -107,8 +107,7 @@ def fitted(
     plan = make_plan(space, config, folder, parent, windows, held_out)
     missing = [slot for slot in layers if plan.missing(slot)]
     boundaries = require_room(plan, parent, windows, config, len(missing))
-    if not plan.parent.exists():
-        write_parent(plan.parent, parent.weights)
+    write_parent(plan.parent, parent.weights, parent.digest)
     shown = [0.0]
 
     def report(share: float, text: str) -> None:

@@ -10,6 +10,7 @@ The first windows are for fitting, the last ones held out; they come from the la
 and so from other documents.
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -151,15 +152,20 @@ def run_layer(
     return ffn(blocks["ffn"], x) if layer.ffn else x
 
 
-def write_parent(path: Path, weights: Weights) -> None:
-    """Write the parent's weights, from which tasks read single layers.
+def write_parent(path: Path, weights: Weights, digest: str) -> None:
+    """Write the parent's weights, from which tasks read single layers, unless they are there.
 
     Args:
         path: the file.
         weights: by the names of :mod:`space.shapes`.
+        digest: of the parent.
     """
+    with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="pt") as file:
+        if file.metadata()["parent"] == digest:
+            return
     with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+        tensors = {name: value.contiguous() for name, value in weights.items()}
+        save_file(tensors, temporary, {"parent": digest})
 
 
 def read_weights(path: Path, prefix: str) -> dict[str, Tensor]:

@@ -141,7 +141,9 @@ def elimination_order(
         ranked = [candidates[i] for i in scores.argsort(stable=True).tolist()]
         gone = ranked[: step if not groups else 1]
         cut = places(gone)
-        kept = torch.tensor([p for p in range(len(inverse)) if p not in set(cut.tolist())], dtype=torch.long)
+        stays = torch.ones(len(inverse), dtype=torch.bool)
+        stays[cut] = False
+        kept = stays.nonzero()[:, 0]
         # The Gram matrix of what is left, inverted: a Schur complement of the inverse.
         update = torch.linalg.solve(inverse[cut][:, cut], inverse[cut][:, kept])  # [cut, kept]
         weights = weights[:, kept] - weights[:, cut] @ update

@@ -105,7 +105,7 @@ def _train(
     remove_damaged(plan.path(one) for slot in range(space.slots) for one in plan.slot_candidates(slot))
     missing = [slot for slot in range(space.slots) if plan.missing(slot)]
     boundaries = require_room(plan, parent, windows, config, len(missing))
-    write_parent(plan.parent, parent.weights)
+    write_parent(plan.parent, parent.weights, parent.digest)
     parent.weights.clear()  # from here on read from the file, a layer at a time
     stages = Stages(plan, windows, config, report)
     with ray_session(config.workers) if config.workers else nullcontext():  # one session for all stages

@@ -181,7 +181,7 @@ def test_few_layers_at_a_time_give_the_same_blocks(
     parent = open_parent(Path(str(config.init)), SPACE)
     windows, held_out = capture_windows(corpus, config.blockwise.tokens, 64)
     plan = make_plan(SPACE, config, tmp_path / "blocks", parent, windows, held_out)
-    train.write_parent(plan.parent, parent.weights)
+    train.write_parent(plan.parent, parent.weights, parent.digest)
     train.Stages(plan, windows, config, quiet).fit([0, 1], 1)
     assert len(list(plan.capture.iterdir())) == 1
     expected = {name: data for name, data in block_files(trained[0]).items() if name.endswith("safetensors")}
