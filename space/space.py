@@ -106,9 +106,8 @@ class Space(BaseModel):
         tie_embeddings: whether the embedding is the output matrix too.
         qk_norm: whether softmax mixers normalise queries and keys.
         kv_group: query heads per kv head; None uses ``layer.kv_heads``.
-        sharing: what the choices of a slot share in the supernet. ``qkvo``: all mixers share q, k, v and o,
-            and smaller sizes are prefixes; ``none``: mixers share nothing, sizes are prefixes; ``block``:
-            every choice of a mixer with its heads and window, and every FFN size, has its own parameters.
+        sharing: what the choices of a slot share in the supernet. ``qkvo``: q, k, v and o of all mixers,
+            and prefixes; ``none``: prefixes only; ``block``: nothing.
         width: residual widths, ascending.
         depth: numbers of layers, ascending.
         layer: choices of every layer.

@@ -64,7 +64,7 @@ class Block:
         return MIXERS.get(self.layer.mixer).forward(weights, hidden, call)[0]
 
     def contribution(self, weights: Weights, x: Tensor) -> Tensor:
-        """What the block adds to the residual stream [B, T, W].
+        """The block's contribution to the residual stream [B, T, W].
 
         Args:
             weights: of the block by name.

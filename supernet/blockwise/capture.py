@@ -71,7 +71,7 @@ def boundary_path(folder: Path, slot: int) -> Path:
 
 
 def read_boundary(folder: Path, slot: int) -> Tensor:
-    """What enters a slot [N, T, W], memory-mapped; bf16 or fp32.
+    """The residual stream before a slot [N, T, W], memory-mapped; bf16 or fp32.
 
     Args:
         folder: of the capture.

@@ -109,7 +109,7 @@ class LibraryPlan:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a fitted block.
+    """A fitted block's errors and size.
 
     Attributes:
         slot: the slot.
@@ -130,7 +130,7 @@ class Entry:
 
 
 def read_entry(path: Path) -> Entry:
-    """What is known of a block's file.
+    """The errors and size of a block's file.
 
     Args:
         path: the file.
@@ -246,27 +246,27 @@ class _LayerFits:
     @cached_property
     @torch.no_grad()
     def mixer_rows(self) -> Rows:
-        """What enters the mixer, and what the parent's mixer adds."""
+        """Inputs of the mixer, and contributions of the parent's mixer."""
         return Rows(self.x, self._contributions("mixer", self.x), self.plan.held_out)
 
     @cached_property
     @torch.no_grad()
     def ffn_rows(self) -> Rows:
-        """What enters the FFN, and what the parent's FFN adds."""
+        """Inputs of the FFN, and contributions of the parent's FFN."""
         x = self.x
         if "mixer" in self.blocks:
             x = self.mixer_rows.target + x.float()
         return Rows(x, self._contributions("ffn", x), self.plan.held_out)
 
     def _contributions(self, part: str, x: Tensor) -> Tensor:
-        """What a block of the parent adds to windows [N, T, W], fp32."""
+        """Contributions of a block of the parent on windows [N, T, W], fp32."""
         block, weights = self.blocks[part], self.weights[part]
         return torch.cat([block.contribution(weights, x[rows].float()) for rows in batches(x)])
 
     @cached_property
     @torch.no_grad()
     def measured(self) -> Measured:
-        """What the starts of mixers use."""
+        """Measurements of the parent's mixer."""
         block, weights = self.blocks["mixer"], self.weights["mixer"]
         count = max(1, MEASURED_TOKENS // self.x.shape[1])
         x = self.x[: min(count, self.mixer_rows.fitted)].float()

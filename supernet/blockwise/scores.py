@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What stands in place of one of the parent's blocks.
+    """The replacement of one of the parent's blocks.
 
     Attributes:
         part: the block that is replaced, ``mixer`` or ``ffn``.
@@ -71,7 +71,7 @@ class Replacement:
 
 
 def replacements(plan: LibraryPlan, slot: int) -> list[Replacement]:
-    """What is scored at a slot: the choices of the library, and to leave a block out where the space may.
+    """The replacements that are scored at a slot: all choices, and no block where the space allows it.
 
     Args:
         plan: of the library.

@@ -36,7 +36,7 @@ MAX_DISTANCE = 1e4  # tokens; a longer memory is the same within any context
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What is measured of a parent's mixer block before its alternatives start.
+    """Measurements of a parent's mixer block, from which its alternatives start.
 
     Attributes:
         constant: direction of the normed input [W] along which it is about 1 at every token.
