@@ -5,87 +5,75 @@ residual contribution over the square of the parent's contribution) by choice: t
 before the first step and at the end, and over numbers of tokens. Goals, at the largest number of tokens:
 gated_deltanet median <= 0.22, sliding(256) median <= 0.02, half of the FFN median <= 0.14.
 
---parent names the folder of a trained Llama; its size gives the choices. Without it (or with --quick) a small
+--parent names the folder or the GGUF file of a trained model; its size gives the choices. Without it (or with --quick) a small
 model is trained, which only shows that the benchmark works. Resumable: blocks are kept under --runs.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import outcome
 
-from space import InputError, Space, genome
+from space import Architecture, Layer, ModelConfig, Space, genome
 from space.io.config import parse
 from supernet.blockwise.capture import capture_windows, remove_capture, write_parent
 from supernet.blockwise.library import read_entry
 from supernet.blockwise.parent import Parent, open_parent
 from supernet.blockwise.train import Stages, make_plan, require_room
 from supernet.data.corpus import Corpus, DataConfig, load_corpus
-from supernet.extract import write_submodel
+from supernet.extract import read_submodel, write_submodel
+from supernet.parent import read_parent
 from supernet.training.parallel import ray_session
 from supernet.training.recipe import TrainConfig
-from supernet.training.train import load_supernet, train
+from supernet.training.train import is_submodel, load_supernet, train
 
 MIXERS = ("attention", "sliding", "gated_deltanet", "kda", "mamba2", "gla", "short_conv")
 GOALS = {"gated_deltanet": 0.22, "sliding": 0.02, "half of the FFN": 0.14}
-QUICK = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 64, "vocab_size": 256}
+QUICK = Architecture(32, (Layer(mixer="attention", heads=4, kv_heads=2, ffn=64),) * 2)
 
 
-def parent_sizes(folder: Path) -> dict[str, Any]:
-    """Return the sizes of a Llama's folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no readable config.json ({error})") from None
-    heads = config["num_attention_heads"]
-    return {
-        "width": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads", heads),
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "ffn": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-    }
-
-
-def block_space(sizes: dict[str, Any], length: int, mixers: list[str], ffn_quarters: list[int]) -> Space:
+def block_space(
+    parent: Architecture, config: ModelConfig, mixers: list[str], ffn_quarters: list[int]
+) -> Space:
     """Return the space of the choices that are fitted; the parent's own are among them."""
+    layer, length = parent.layers[0], config.max_seq_len
     mixers = list(dict.fromkeys(["attention", *mixers]))
-    ffn = {sizes["ffn"] // 64 * 16 * share for share in ffn_quarters if share < 4}
-    linear = set(mixers) - {"attention"}
+    ffn = {layer.ffn // 64 * 16 * share for share in ffn_quarters if share < 4}
     value = {
         "name": "blocks",
         "sharing": "block",
-        "vocab_size": sizes["vocab_size"],
-        "tie_embeddings": sizes.get("tie_embeddings", True),
-        "head_dim": sizes["head_dim"],
-        "max_seq_len": length,
-        "width": [sizes["width"]],
-        "depth": [sizes["layers"]],
+        **config.to_json(),
+        "width": [parent.width],
+        "depth": [len(parent.layers)],
         "layer": {
             "mixer": mixers,
-            "heads": [sizes["heads"]],
-            "kv_heads": [sizes["kv_heads"]],
-            "ffn": sorted({*ffn, sizes["ffn"]}),
+            "heads": [layer.heads],
+            "kv_heads": [layer.kv_heads],
+            "ffn": sorted({*ffn, layer.ffn}),
             "window": [length // 2] if "sliding" in mixers else [],
         },
-        "hybrid": {"ratios": ["full", 1, "linear"] if linear else ["full"]},
+        "hybrid": {"ratios": ["full", 1, "linear"] if len(mixers) > 1 else ["full"]},
     }
     return parse(Space, value, "blocks")
 
 
+def own_sizes(folder: Path) -> tuple[Architecture, ModelConfig]:
+    """Return a parent's architecture and configuration."""
+    parent = read_submodel(folder) if is_submodel(folder) else read_parent(folder)
+    return parent.architecture, parent.model_config
+
+
 def small_parent(folder: Path, corpus: Corpus, length: int) -> Path:
     """Train a small parent, and return its folder."""
-    space = block_space(QUICK, length, [], [])
+    model_config = ModelConfig(vocab_size=256, max_seq_len=length, head_dim=16)
+    space = block_space(QUICK, model_config, [], [])
     config = TrainConfig(steps=150, batch=8, length=length, rule="random", sampled=1, threads=1)
     checkpoint = train(space, config, folder / "training", corpus=corpus)
     write_submodel(folder / "model", load_supernet(space, checkpoint), genome.largest(space), {}, {})
@@ -143,7 +131,7 @@ def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 def main() -> int:
     parser = outcome.options(__doc__ or "")
     parser.add_argument(
-        "--parent", type=Path, help="folder of a trained Llama; without it, a small one is trained"
+        "--parent", type=Path, help="folder or GGUF file of a trained model; else one is trained"
     )
     parser.add_argument(
         "--text", type=Path, help="file or folder of text; the default is the standard library"
@@ -172,7 +160,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         runs = arguments.runs or Path(temporary)
         length = 32 if quick else arguments.length
-        tokenizer = arguments.tokenizer or (arguments.parent and arguments.parent / "tokenizer.json")
+        tokenizer = arguments.tokenizer or (quick or read_parent(arguments.parent).tokenizer)
         data = DataConfig(
             path=arguments.text,
             limit_mb=1.0 if quick else arguments.limit_mb,
@@ -180,9 +168,10 @@ def main() -> int:
         )
         corpus = load_corpus(data)
         folder = small_parent(runs / "parent", corpus, length) if quick else arguments.parent
-        sizes = QUICK if quick else parent_sizes(folder)
-        space = block_space(sizes, length, arguments.mixers, arguments.ffn_quarters)
-        layers = arguments.layers or list(range(sizes["layers"]))
+        architecture, model_config = own_sizes(folder)
+        model_config = replace(model_config, max_seq_len=length)
+        space = block_space(architecture, model_config, arguments.mixers, arguments.ffn_quarters)
+        layers = arguments.layers or list(range(space.slots))
         results: dict[str, Any] = {}
         for tokens in [2048] if quick else sorted(arguments.tokens):
             value: dict[str, Any] = {"method": "blockwise", "init": folder, "length": length}
@@ -195,7 +184,7 @@ def main() -> int:
             parent = open_parent(folder, space)
             results[str(tokens)] = fitted(space, config, parent, corpus, runs / "blocks", layers)
     most = next(reversed(results.values()))["choices"]
-    half = f"ffn-{sizes['ffn'] // 64 * 32}"
+    half = f"ffn-{architecture.layers[0].ffn // 64 * 32}"
     checks = {}
     for goal, bound in GOALS.items():
         names = [name for name in most if name.startswith(goal if goal in MIXERS else half)]
@@ -203,7 +192,7 @@ def main() -> int:
             median = most[names[0]]["error"]["median"]
             checks[f"{goal}: median error {median:.3f} <= {bound}"] = median <= bound
     body = {
-        "parent": sizes,
+        "parent": architecture.describe(),
         "layers": layers,
         "settings": settings,
         "corpus": arguments.text.name if arguments.text else corpus.source,

@@ -125,7 +125,7 @@ class Eager:
                 q, k, v = (
                     heads_of(project(hidden, block[name]), MODEL_CONFIG.head_dim) for name in ("q", "k", "v")
                 )
-                q, k = rotate(q, position), rotate(k, position)
+                q, k = (rotate(side, position, MODEL_CONFIG.rope) for side in (q, k))
                 keys, values = self.caches[slot]
                 keys[:, :, position], values[:, :, position] = k[:, 0], v[:, 0]
                 seen = slice(0, position + 1)
@@ -135,7 +135,7 @@ class Eager:
                 x = x + project(out.transpose(1, 2).flatten(2), block["o"])
             else:
                 x, after[slot] = mixer_block(block, x, layer, MODEL_CONFIG, position, states[slot])
-            x = ffn(forward, x)
+            x = ffn(forward, x, MODEL_CONFIG)
         return project(rms_norm(x, self.weights["norm"]), self.weights["head"]), after
 
 

@@ -92,7 +92,7 @@ class Records:
     @cached_property
     def model_config(self) -> str:
         """JSON of the model configuration, which ops of different spaces share only if it is equal."""
-        return canonical_json(vars(self.space.config))
+        return canonical_json(self.space.config.to_json())
 
     def add_models(
         self,

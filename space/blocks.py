@@ -52,7 +52,7 @@ def mixer_block(
         The residual stream after the block, and the state after the last token.
     """
     entry = MIXERS.get(layer.mixer)
-    hidden = rms_norm(x, weights["pre_norm"])
+    hidden = rms_norm(x, weights["pre_norm"], model_config.norm_eps)
     if mask is not None:
         # Padding on the left then reads as the nothing before a text: convolutions see zeros, and as v is
         # zero no recurrence writes.
@@ -64,17 +64,18 @@ def mixer_block(
     return x + project(out, weights[entry.output]), state
 
 
-def ffn(weights: Weights, x: Tensor) -> Tensor:
+def ffn(weights: Weights, x: Tensor, model_config: ModelConfig) -> Tensor:
     """One SwiGLU block (Shazeer 2020) with its pre-norm and residual.
 
     Args:
         weights: every parameter of the block by name.
         x: the residual stream [B, T, W].
+        model_config: the settings of the space.
 
     Returns:
         The residual stream after the block.
     """
-    hidden = rms_norm(x, weights["pre_norm"])
+    hidden = rms_norm(x, weights["pre_norm"], model_config.norm_eps)
     gated = F.silu(project(hidden, weights["gate"])) * project(hidden, weights["up"])
     return x + project(gated, weights["down"])
 
@@ -127,9 +128,11 @@ def forward(
                 block, x, layer, model_config, position, (states or {}).get(slot), mask
             )
         if layer.ffn:
-            x = ffn(part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn)), x)
+            block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
+            x = ffn(block, x, model_config)
     head = weights["embedding" if model_config.tie_embeddings else "head"]
-    return project(rms_norm(x[:, -keep:] if keep else x, weights["norm"]), head), after
+    normed = rms_norm(x[:, -keep:] if keep else x, weights["norm"], model_config.norm_eps)
+    return project(normed, head), after
 
 
 def initial(

@@ -227,6 +227,7 @@ def size(space: Space) -> int:
         space: the space.
     """
     enc = encoding(space)
+    limited = space.max_linear_kinds < enc.kind_count  # otherwise the kinds in use make no difference
     heads = {
         option: 1 if enc.headless[option] else len(space.head_options)
         for option in range(len(enc.linear_kinds))
@@ -237,7 +238,8 @@ def size(space: Space) -> int:
     if "none" in space.layer.mixer:
         by_class[FFN_ONLY, -1] = len(space.ffn_options) - 1
     for option in range(1, len(enc.linear_kinds)):
-        by_class[int(enc.classes[option]), int(enc.linear_kinds[option])] += heads[option] * ffns
+        kind = int(enc.linear_kinds[option]) if limited else -1
+        by_class[int(enc.classes[option]), kind] += heads[option] * ffns
 
     # (ffn only, full, linear, local, set of kinds) -> ways to fill the slots so far
     ways: Counter[tuple[int, int, int, int, frozenset[int]]] = Counter({(0, 0, 0, 0, frozenset()): 1})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 PRECISIONS = ("fp32", "int8", "int8-dynamic")
 FLOAT_BYTES = 4
+MIN_BLOCK_INPUTS = 16  # of onnxruntime's kernels; a matrix without whole blocks stays in fp32
 MAX_BLOCK_INPUTS = 128  # that share a scale in int8: more saves little, fewer is slower
 
 
@@ -20,9 +21,9 @@ def block_size(inputs: int) -> int:
         inputs: inputs of the matrix.
 
     Raises:
-        ValueError: ``inputs`` is not a multiple of 16, the smallest block of onnxruntime's kernels.
+        ValueError: ``inputs`` is not a multiple of 16.
     """
-    if inputs % 16:
+    if inputs % MIN_BLOCK_INPUTS:
         raise ValueError(f"{inputs} inputs are no multiple of 16")
     return min(MAX_BLOCK_INPUTS, inputs & -inputs)
 
@@ -36,7 +37,7 @@ def matrix_bytes(outputs: int, inputs: int, precision: str) -> int:
         precision: one of :data:`PRECISIONS`.
     """
     count = outputs * inputs
-    if precision == "fp32":
+    if precision == "fp32" or (precision == "int8" and inputs % MIN_BLOCK_INPUTS):
         return FLOAT_BYTES * count
     if precision == "int8":
         return count + FLOAT_BYTES * count // block_size(inputs)

@@ -5,16 +5,28 @@ A space lists choices; :mod:`space.genome` encodes its architectures. The hybrid
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    model_validator,
+)
 
 from space.architecture import ModelConfig, is_windowed
 from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
+from space.io.errors import InputError
+from space.layer import NORM_EPS, Rope
 from space.mixers import MIXERS, MixerClass, mixers_of_class
 
 MAX_INT = 2**31 - 1
@@ -23,12 +35,21 @@ Depth = Annotated[int, Field(strict=True, gt=0, le=256)]
 
 
 def _ratio(value: object) -> object:
-    if value in ("full", "linear") or (type(value) is int and 0 < value <= MAX_INT):
+    if value in ("full", "linear", "any") or (type(value) is int and 0 < value <= MAX_INT):
         return value
-    raise ValueError(f"{value!r} is not full, linear, or a whole number above 0")
+    raise ValueError(f"{value!r} is not full, linear, any, or a whole number above 0")
 
 
-Ratio = Annotated[Literal["full", "linear"] | int, BeforeValidator(_ratio)]
+Ratio = Annotated[Literal["full", "linear", "any"] | int, BeforeValidator(_ratio)]
+
+
+def _rope(value: object) -> Rope:
+    if isinstance(value, Rope):
+        return value
+    try:
+        return Rope.from_json(value)
+    except InputError as error:
+        raise ValueError(str(error).removeprefix("rope").lstrip(".: ")) from None
 
 
 def _full() -> str:
@@ -60,7 +81,8 @@ class Hybrid(BaseModel):
     """The hybrid rule: allowed mixtures of full and linear mixers.
 
     Attributes:
-        ratios: linear layers per full layer; ``full`` and ``linear`` allow only one class.
+        ratios: linear layers per full layer; ``full`` and ``linear`` allow only one class, ``any`` allows
+            every mixture.
         max_linear_kinds: greatest number of distinct linear mixers in an architecture; None is no limit.
         full_layers: slots that must have a full mixer.
         local: whether local mixers count as ``linear``, or are ``separate`` and not counted.
@@ -105,6 +127,9 @@ class Space(BaseModel):
         head_dim: channels per head.
         tie_embeddings: whether the embedding is the output matrix too.
         qk_norm: whether softmax mixers normalise queries and keys.
+        norm_eps: added to the mean of squares in the model's norms.
+        qkv_bias: whether softmax mixers add biases to queries, keys and values.
+        rope: rotary embedding: ``theta`` and, if any, Llama 3's ``scaling``.
         kv_group: query heads per kv head; None uses ``layer.kv_heads``.
         sharing: what the choices of a slot share in the supernet. ``qkvo``: q, k, v and o of all mixers,
             and prefixes; ``none``: prefixes only; ``block``: nothing.
@@ -122,6 +147,9 @@ class Space(BaseModel):
     head_dim: Positive
     tie_embeddings: StrictBool = True
     qk_norm: StrictBool = False
+    norm_eps: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = NORM_EPS
+    qkv_bias: StrictBool = False
+    rope: Annotated[Rope, PlainValidator(_rope), PlainSerializer(asdict)] = Rope()
     kv_group: Positive | None = None
     sharing: Literal["qkvo", "none", "block"] = "qkvo"
     width: tuple[Positive, ...]
@@ -156,8 +184,8 @@ class Space(BaseModel):
             for i, value in enumerate(axes[name]):
                 if value % 16:
                     yield f"{name}[{i}]: {value} is not a multiple of 16"
-        if self.head_dim % 16:
-            yield f"head_dim: {self.head_dim} is not a multiple of 16"
+        if self.head_dim % 8:
+            yield f"head_dim: {self.head_dim} is not a multiple of 8"
         if self.sharing == "block" and len(self.width) > 1:
             yield f"sharing: block needs one width, width gives {list(self.width)}"
         if self.layer.ffn == (0,) and "none" in self.layer.mixer:
@@ -214,6 +242,8 @@ class Space(BaseModel):
         if len(set(ratios)) < len(ratios):
             yield f"hybrid.ratios: {list(ratios)} names a ratio twice"
         for i, ratio in enumerate(ratios):
+            if ratio == "any" and (full or linear):
+                continue
             if ratio != "full" and not linear:
                 yield f"hybrid.ratios[{i}]: {ratio} needs a linear mixer, and layer.mixer has none"
             if ratio != "linear" and not full:
@@ -264,6 +294,9 @@ class Space(BaseModel):
             head_dim=self.head_dim,
             tie_embeddings=self.tie_embeddings,
             qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            qkv_bias=self.qkv_bias,
+            rope=self.rope,
         )
 
     @cached_property
@@ -297,16 +330,21 @@ class Space(BaseModel):
         kinds = {m for m in self.layer.mixer if m != "none" and self.mixer_class(m) == "linear"}
         return self.hybrid.max_linear_kinds or max(1, len(kinds))
 
-    def full_count(self, ratio: Ratio, mixers: int) -> int:
-        """Number of full layers at a ratio of r linear layers to 1 full one, rounded up.
+    def full_counts(self, ratio: Ratio, mixers: int) -> range:
+        """The numbers of full layers that a ratio allows.
+
+        At a ratio of r linear layers to 1 full one, it is one number, rounded up.
 
         Args:
-            ratio: r, ``full`` or ``linear``.
+            ratio: r, ``full``, ``linear`` or ``any``.
             mixers: number of full and linear layers together.
         """
-        if ratio == "full":
-            return mixers
-        return 0 if ratio == "linear" else -(-mixers // (ratio + 1))
+        if ratio == "any":
+            classes = {self.mixer_class(m) for m, _ in self.mixer_options[1:]}
+            return range(0 if "linear" in classes else mixers, (mixers if "full" in classes else 0) + 1)
+        count = {"full": mixers, "linear": 0}.get(str(ratio))
+        count = -(-mixers // (int(ratio) + 1)) if count is None else count
+        return range(count, count + 1)
 
     @cached_property
     def patterns(self) -> dict[tuple[int, Ratio], tuple[LayerCounts, ...]]:
@@ -319,9 +357,11 @@ class Space(BaseModel):
                 for ffn_only in range(depth if "none" in self.layer.mixer else 1):
                     for local in range(depth - ffn_only + 1 if has_local else 1):
                         mixers = depth - ffn_only - local
-                        full = self.full_count(ratio, mixers)
-                        if full >= len(self.hybrid.full_layers):
-                            rows.append(LayerCounts(ffn_only, full, mixers - full, local))
+                        rows += [
+                            LayerCounts(ffn_only, full, mixers - full, local)
+                            for full in self.full_counts(ratio, mixers)
+                            if full >= len(self.hybrid.full_layers)
+                        ]
                 if rows:
                     table[depth, ratio] = tuple(rows)
         return table
@@ -333,8 +373,14 @@ class Space(BaseModel):
 
     @cached_property
     def hash(self) -> str:
-        """The sha256 of the space without its name."""
-        return digest(canonical_json(self.model_dump(mode="json", exclude={"name"})))
+        """The sha256 of the space without its name.
+
+        Settings of the model that newer versions added count only where they are not the default, so that
+        spaces keep the hash that their supernets and device cards refer to.
+        """
+        value = self.model_dump(mode="json", exclude={"name", "norm_eps", "qkv_bias", "rope"})
+        newer = {"norm_eps", "qkv_bias", "rope"} & set(self.config.to_json())
+        return digest(canonical_json(value | self.model_dump(mode="json", include=newer)))
 
 
 def load_space(path: str | Path) -> Space:

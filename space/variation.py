@@ -23,7 +23,7 @@ from space.genome import (
     slot_classes,
     split,
 )
-from space.space import LayerCounts, Space
+from space.space import LayerCounts, Ratio, Space
 
 
 def _top(keys: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -138,7 +138,7 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
         for i, ratio in enumerate(ratios):
             chosen = rows[picked == i]
             choices = space.patterns[d, ratio]
-            weights = _pattern_weights(space, choices)
+            weights = _pattern_weights(space, choices, ratio)
             at = np.searchsorted(weights / weights[-1], u_pattern[chosen], side="right")
             patterns[chosen] = np.array(choices)[np.minimum(at, len(choices) - 1)]
     kinds = rng.integers(1, space.max_linear_kinds + 1, count)
@@ -146,9 +146,11 @@ def sample(space: Space, rng: np.random.Generator, count: int) -> Genomes:
 
 
 @lru_cache(maxsize=1024)
-def _pattern_weights(space: Space, patterns: tuple[LayerCounts, ...]) -> NDArray[np.float64]:
-    """Cumulative weights of patterns."""
-    return np.array([_pattern_weight(space, p) for p in patterns]).cumsum()
+def _pattern_weights(space: Space, patterns: tuple[LayerCounts, ...], ratio: Ratio) -> NDArray[np.float64]:
+    """Cumulative weights of patterns; ``any`` has several with so many mixers, which are equally likely."""
+    counts = [len(space.full_counts(ratio, p.full + p.linear)) for p in patterns]
+    weights = [_pattern_weight(space, p) / n for p, n in zip(patterns, counts, strict=True)]
+    return np.array(weights).cumsum()
 
 
 def _pattern_weight(space: Space, pattern: LayerCounts) -> float:

@@ -7,7 +7,7 @@ chosen under and the text it was trained on. ``model.safetensors`` holds the wei
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +148,63 @@ def write_submodel(
     Raises:
         InputError: ``folder`` is a file.
     """
+    return write_model(
+        folder,
+        extract(supernet, architecture),
+        architecture,
+        supernet.space.config,
+        inputs,
+        chosen,
+        space=supernet.space.name,
+        text=text,
+        tokenizer=text.data.tokenizer if text else None,
+    )
+
+
+def write_model(
+    folder: str | Path,
+    weights: dict[str, Tensor],
+    architecture: Architecture,
+    model_config: ModelConfig,
+    inputs: Mapping[str, str],
+    chosen: Mapping[str, Any],
+    *,
+    space: str,
+    text: Text | None = None,
+    tokenizer: Path | None = None,
+) -> SubModel:
+    """Write weights as a sub-model's folder; ``architecture.json`` is written after the weights.
+
+    Args:
+        folder: the sub-model's folder; files derived from previous weights are removed.
+        weights: every parameter of :func:`space.shapes.model_shapes`.
+        architecture: the architecture.
+        model_config: the constants of its space.
+        inputs: sha256 of everything the sub-model is made from, by name.
+        chosen: limits and predictions that it was chosen under, as JSON values.
+        space: name of its space.
+        text: its training text.
+        tokenizer: its ``tokenizer.json``, which is copied; None if the tokens are bytes.
+
+    Returns:
+        The sub-model, as read back from the folder.
+
+    Raises:
+        InputError: ``folder`` is a file.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give a sub-model's folder, an empty one, or a new path")
     remove_derived(folder)
-    model_config = supernet.space.config
-    tokenizer = text.data.tokenizer if text else None
     if tokenizer:
         write_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(extract(supernet, architecture), temporary)
+        save_file(weights, temporary)
     body = {
         "key": architecture.key,
         "architecture": architecture.to_json(),
-        "model_config": vars(model_config),
-        "space": supernet.space.name,
+        "model_config": model_config.to_json(),
+        "space": space,
         "chosen": dict(chosen),
         "text": text.model_dump(mode="json") if text else None,
         "tokenizer": file_digest(folder / TOKENIZER_FILE) if tokenizer else None,
@@ -201,25 +243,9 @@ def read_submodel(folder: Path) -> SubModel:
     architecture = Architecture.from_json(value["architecture"], f"{path}: architecture")
     if architecture.key != value["key"]:
         raise InputError(f"{path}: key {value['key']}, but its architecture has {architecture.key}")
-    model_config = _model_config(value["model_config"], f"{path}: model_config")
+    model_config = ModelConfig.from_json(value["model_config"], f"{path}: model_config")
     text = value.get("text") and parse(Text, value["text"], f"{path}: text")
     return SubModel(folder, architecture, model_config, value["chosen"], text, value.get("tokenizer"))
-
-
-def _model_config(value: Any, where: str) -> ModelConfig:
-    """Read the constants of a space.
-
-    Raises:
-        InputError: a field is missing, unknown or of another type.
-    """
-    known = {field.name: field.type for field in fields(ModelConfig)}
-    if not isinstance(value, dict) or set(value) != set(known):
-        raise InputError(f"{where}: expected an object with {', '.join(known)}")
-    for name, kind in known.items():
-        if type(value[name]) is not kind or (kind is int and value[name] < 1):
-            expected = "a positive integer" if kind is int else "true or false"
-            raise InputError(f"{where}.{name}: {value[name]!r} is not {expected}")
-    return ModelConfig(**value)
 
 
 def _card(architecture: Architecture, model_config: ModelConfig, chosen: Mapping[str, Any]) -> str:

@@ -121,6 +121,26 @@ TINY_SPACES: dict[str, dict[str, Any]] = {
         "depth": [1, 2, 3],
         "width": [16],
     },
+    "any": {
+        "mixer": ["attention", "linear", "retnet", "none"],
+        "ratios": ["any"],
+        "heads": [1],
+        "depth": [1, 2, 3],
+        "max_linear_kinds": 1,
+        "width": [16],
+    },
+    "any, local apart": {
+        "mixer": ["attention", "sliding", "linear", "none"],
+        "window": [4, 8],
+        "local": "separate",
+        "ratios": ["any", 1],
+        "full_layers": [1],
+        "heads": [1],
+        "ffn": [0, 16],
+        "depth": [2, 3],
+        "width": [16],
+    },
+    "any, no full": {"mixer": ["linear", "retnet"], "ratios": ["any"], "heads": [1], "depth": [1, 3]},
     "one": {
         "mixer": ["attention"],
         "ratios": ["full"],
@@ -169,6 +189,8 @@ def belongs(space: Space, architecture: Architecture) -> bool:
         return False
     full = mixers.count("attention")
     m = full + len(linear)
+    if "any" in space.hybrid.ratios:
+        return bool(mixers)
     wanted = {
         ratio: m if ratio == "full" else 0 if ratio == "linear" else math.ceil(Fraction(m, ratio + 1))
         for ratio in space.hybrid.ratios

@@ -24,7 +24,7 @@ OWN_NODES = {"space/onnx/block.py": "onnx.block", "space/onnx/graph.py": "onnx.g
 EDGES: dict[str, dict[str, str]] = {
     "space": {
         "io": "",
-        "layer": "",
+        "layer": "io",
         "precision": "",
         "attention": "layer",
         "onnx.graph": "layer",
@@ -48,9 +48,10 @@ EDGES: dict[str, dict[str, str]] = {
         "supernet": "",
         "evaluate": "data",
         "extract": "data supernet",
-        "hf": "data supernet",
-        "training": "data extract hf supernet",
-        "blockwise": "data evaluate extract hf supernet training",
+        "hf": "data parent supernet",
+        "parent": "",
+        "training": "data extract hf parent supernet",
+        "blockwise": "data evaluate extract parent supernet training",
     },
     "latency": {
         "device_runner": "",

@@ -139,7 +139,8 @@ class TorchRuntime(Runtime):
             return lambda: [F.embedding(tokens, weights["embedding"]) for weights in copies]
         x = torch.randn(workload.batch, workload.tokens, op.width, device=self.device)
         if op.kind == "head":
-            return lambda: [project(rms_norm(x, weights["norm"]), weights["embedding"]) for weights in copies]
+            eps = model_config.norm_eps
+            return lambda: [project(rms_norm(x, w["norm"], eps), w["embedding"]) for w in copies]
         states = [
             self._state(op.layer, op.width, model_config, workload)
             if workload.past and op.kind != "ffn"
@@ -151,7 +152,7 @@ class TorchRuntime(Runtime):
             y = x
             for weights, state in zip(copies, states, strict=True):
                 if op.kind == "ffn":
-                    y = ffn(weights, y)
+                    y = ffn(weights, y, model_config)
                 else:
                     y, _ = mixer_block(weights, y, op.layer, model_config, workload.past, state)
             return y

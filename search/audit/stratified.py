@@ -33,7 +33,7 @@ def sample_pool(space: Space, seed: int, count: int = POOL_SIZE) -> Genomes:
 def axis_levels(space: Space, genomes: Genomes) -> dict[str, NDArray[np.int64]]:
     """Index of the value [N] of each genome along each axis.
 
-    An architecture that several ratios allow counts for the first of full, linear, 1, 2, ...; its linear kind
+    An architecture that several ratios allow counts for the first of full, linear, 1, 2, ..., any; its kind
     is the most frequent one; its FFN size is the mean, in thirds of the largest.
 
     Args:
@@ -52,8 +52,8 @@ def axis_levels(space: Space, genomes: Genomes) -> dict[str, NDArray[np.int64]]:
 
 
 def _ratios(space: Space, genomes: Genomes) -> NDArray[np.int64]:
-    """Index into full, linear, 1, 2, ... of each genome's ratio [N]."""
-    ratios = sorted(space.hybrid.ratios, key=lambda r: (isinstance(r, int), r))
+    """Index into full, linear, 1, 2, ..., any of each genome's ratio [N]."""
+    ratios = sorted(space.hybrid.ratios, key=lambda r: (r == "any", isinstance(r, int), r))
     patterns = genome.pattern_counts(genome.slot_classes(space, genomes))
     found, which = np.unique(patterns, axis=0, return_inverse=True)
     first = [

@@ -68,7 +68,9 @@ class Decoder:
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         try:
             self.architecture = Architecture.from_json(json.loads(self.metadata["formfit.architecture"]))
-            self.model_config = ModelConfig(**json.loads(self.metadata["formfit.model_config"]))
+            self.model_config = ModelConfig.from_json(
+                json.loads(self.metadata["formfit.model_config"]), f"{path}: model_config"
+            )
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: not a model that formfit exported ({error})") from None
         self.inputs = {item.name for item in self.session.get_inputs()}
@@ -296,7 +298,7 @@ def _lacking(path: Path) -> list[str]:
     try:
         found = {item.key: item.value for item in onnx.load_model(path).metadata_props}
         architecture = Architecture.from_json(json.loads(found["formfit.architecture"]))
-        model_config = ModelConfig(**json.loads(found["formfit.model_config"]))
+        model_config = ModelConfig.from_json(json.loads(found["formfit.model_config"]))
     except Exception:  # not a model: protobuf's errors have no common base but this one
         return []
     return OnnxRuntime().lacking(architecture.layers, architecture.width, model_config)

@@ -113,7 +113,7 @@ def metadata(submodel: SubModel, precision: str) -> dict[str, str]:
     values = {
         "key": submodel.architecture.key,
         "architecture": canonical_json(submodel.architecture.to_json()),
-        "model_config": canonical_json(vars(submodel.model_config)),
+        "model_config": canonical_json(submodel.model_config.to_json()),
         "vocab_size": str(submodel.model_config.vocab_size),
         "max_seq_len": str(submodel.model_config.max_seq_len),
         "trained_length": str(text.length if text else submodel.model_config.max_seq_len),

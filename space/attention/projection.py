@@ -22,9 +22,16 @@ def project_wide(x: Tensor, weight: Tensor) -> Tensor:
         return project(x, weight).to(x.dtype)
 
 
-def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019), in the gain's type."""
-    return F.rms_norm(x.to(gain.dtype), gain.shape, gain, NORM_EPS)
+def rms_norm(x: Tensor, gain: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019), in the gain's type.
+
+    Args:
+        x: [..., size].
+        gain: [size].
+        eps: added to the mean of squares; the default is that of norms inside recurrent mixers, and the
+            model's own norms are given ``ModelConfig.norm_eps``.
+    """
+    return F.rms_norm(x.to(gain.dtype), gain.shape, gain, eps)
 
 
 def heads_of(x: Tensor, head_dim: int) -> Tensor:

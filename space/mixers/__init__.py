@@ -64,7 +64,9 @@ def register_mixer(mixer: Mixer) -> None:
 def _check_parameters(mixer: Mixer) -> None:
     """Raise an InputError where a field names a parameter that is not among the shapes."""
     heads, kv_heads = (2, 1) if mixer.has_heads else (0, 0)
-    shapes = mixer.shapes(32, heads, kv_heads, ModelConfig(vocab_size=16, max_seq_len=16, head_dim=16))
+    # Parameters that depend on the model's settings count.
+    model_config = ModelConfig(vocab_size=16, max_seq_len=16, head_dim=16, qk_norm=True, qkv_bias=True)
+    shapes = mixer.shapes(32, heads, kv_heads, model_config)
     fields = {
         "projections": mixer.projections,
         "matrices": mixer.matrices,

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from space.layer import Layer, ModelConfig
 from space.mixers import register_mixer
 from space.mixers.mixer import Mixer, MixerCall, Shapes, State, Weights
-from space.mixers.softmax import cache_shapes, softmax_activations, softmax_flops, softmax_shapes
+from space.mixers.softmax import (
+    BIAS_INITIAL,
+    cache_shapes,
+    softmax_activations,
+    softmax_flops,
+    softmax_shapes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +52,7 @@ register_mixer(
         flops=softmax_flops,
         activations=softmax_activations,
         projections=("q", "k", "v"),
+        initial=BIAS_INITIAL,
         cache_in_place=True,
         runs_everywhere=True,
     )

@@ -33,7 +33,7 @@ def retnet_forward(weights: Weights, hidden: Tensor, call: MixerCall) -> tuple[T
     from space.mixers.recurrent_torch import gate_heads, project_heads
 
     q, k, v = project_heads(weights, hidden, call.model_config.head_dim)
-    q, k = rotate(q, call.position), rotate(k, call.position)
+    q, k = (rotate(x, call.position, call.model_config.rope) for x in (q, k))
     decay = retnet_decay(call.layer.kv_heads, hidden).expand(*hidden.shape[:2], -1)
     out, state = linear_attention(q, k, v, rule="gated", decay=decay, state=call.state.get("s"))
     return gate_heads(weights, hidden, out, F.silu), {"s": state}

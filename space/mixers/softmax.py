@@ -2,14 +2,28 @@
 
 from space.layer import Layer, ModelConfig
 from space.mixers.heads import head_shapes
-from space.mixers.mixer import Shapes
+from space.mixers.initial import zeros
+from space.mixers.mixer import Initialiser, Shapes
 from space.workload import Workload
+
+BIAS_INITIAL: dict[str, Initialiser] = dict.fromkeys(("q_bias", "k_bias", "v_bias"), zeros)
 
 
 def softmax_shapes(width: int, heads: int, kv_heads: int, model_config: ModelConfig) -> Shapes:
-    """The pre-norm, q, k, v and o, and with ``qk_norm`` the gains of the norms of queries and keys."""
+    """The pre-norm, q, k, v and o, and what the model's settings ask for besides.
+
+    With ``qkv_bias`` these are the biases of queries, keys and values, with ``qk_norm`` the gains of the
+    norms of queries and keys.
+    """
     shapes, d = head_shapes(width, heads, kv_heads, model_config), model_config.head_dim
+    if model_config.qkv_bias:
+        shapes |= {f"{name}_bias": shapes[name][:1] for name in ("q", "k", "v")}
     return shapes | ({"q_norm": (d,), "k_norm": (d,)} if model_config.qk_norm else {})
+
+
+def rotates_inside(model_config: ModelConfig) -> bool:
+    """True if the attention operator of a graph rotates queries and keys; it refuses heads of 8, 24, ..."""
+    return model_config.head_dim % 16 == 0
 
 
 def cache_shapes(layer: Layer, model_config: ModelConfig, batch: int, held: int) -> Shapes:
@@ -36,5 +50,6 @@ def softmax_activations(
 ) -> int:
     """Floats at the widest node, caches aside; what the attention operator uses inside is not counted."""
     tokens, q = workload.batch * workload.tokens, layer.heads * model_config.head_dim
-    inner = 2 * packed if model_config.qk_norm else packed + q
+    apart = model_config.qk_norm or model_config.qkv_bias or not rotates_inside(model_config)
+    inner = 2 * packed if apart else packed + q
     return tokens * max(2 * width + packed, width + inner, 4 * width)

@@ -3,6 +3,7 @@
 import numpy as np
 from onnx import TensorProto
 
+from space.mixers.softmax import rotates_inside
 from space.onnx.block import Block
 from space.onnx.graph import CONTRIB, Graph
 
@@ -21,10 +22,16 @@ def softmax_nodes(block: Block) -> tuple[str, str, str]:
     """
     graph, layer = block.graph, block.layer
     query, key, value = _queries_keys_values(block)
-    cos, sin = graph.rotary()
+    inside = rotates_inside(graph.model_config)
+    if inside:
+        cos, sin = graph.rotary()
+    else:
+        cos = sin = ""
+        query = graph.rotate(query, layer.heads, "position")
+        key = graph.rotate(key, layer.kv_heads, "position")
     past = graph.size(block.state["key"], 2) if layer.window else "position"
     last, total = _places(graph, past, block.source)
-    positions = _positions(graph, block.source) if layer.window else ""
+    positions = _positions(graph, block.source) if layer.window and inside else ""
     out, keys, values = graph.add(
         "GroupQueryAttention",
         *(query, key, value, block.state["key"], block.state["value"], last, total, cos, sin, positions),
@@ -32,19 +39,24 @@ def softmax_nodes(block: Block) -> tuple[str, str, str]:
         domain=CONTRIB,
         num_heads=layer.heads,
         kv_num_heads=layer.kv_heads,
-        do_rotary=1,
+        do_rotary=int(inside),
         local_window_size=layer.window if layer.window else -1,
     )
     return out, keys, values
 
 
 def _queries_keys_values(block: Block) -> tuple[str, str, str]:
-    """The packed product as it is; with norms of queries and keys, its parts."""
-    graph, joined = block.graph, block.packed()
-    if not graph.model_config.qk_norm:
+    """The packed product with biases as it is; its parts where queries and keys are normed or rotated."""
+    graph, joined, d = block.graph, block.packed(), block.graph.model_config.head_dim
+    if graph.model_config.qkv_bias:
+        bias = np.concatenate([block.weights[f"{name}_bias"] for name in ("q", "k", "v")])
+        joined = str(graph.add("Add", joined, block.constant("bias", bias)))
+    if not graph.model_config.qk_norm and rotates_inside(graph.model_config):
         return joined, "", ""
-    d, sizes = graph.model_config.head_dim, list(block.sizes.values())
+    sizes = list(block.sizes.values())
     query, key, value = graph.split(joined, sizes)
+    if not graph.model_config.qk_norm:
+        return query, key, value
     normed = []
     for name, x, size in (("q_norm", query, sizes[0]), ("k_norm", key, sizes[1])):
         by_head = graph.norm(graph.reshape(x, [0, 0, size // d, d]), block.place + name, block.weights[name])

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from space.layer import NORM_EPS, ROPE_BASE, ModelConfig
+from space.layer import ModelConfig
 
 Arrays = Mapping[str, NDArray[Any]]
 Branch = Callable[["Graph"], tuple[str, ...]]
@@ -223,15 +223,15 @@ class Graph:
 
     # Pieces that several blocks use.
 
-    def norm(self, x: str, gain: str, weight: NDArray[Any], eps: float = NORM_EPS) -> str:
-        """RMSNorm over the last dimension; a norm of a residual sum is merged with it into one node.
+    def norm(self, x: str, gain: str, weight: NDArray[Any]) -> str:
+        """The model's RMSNorm over the last dimension; that of a residual sum becomes one node with the sum.
 
         Args:
             x: the value.
             gain: name of the gain.
             weight: the gain.
-            eps: added to the mean of squares.
         """
+        eps = self.model_config.norm_eps
         gain = self.constant(gain, weight.astype(np.float32))
         node = self.residuals.pop(x, None)
         if node is None:
@@ -304,7 +304,7 @@ class Graph:
             d = self.model_config.head_dim
             ends = (("zero", 0), ("context", self.model_config.max_seq_len), ("one", 1))
             places = self.add("Range", *(self.scalar(f"rope.{name}", x, np.float64) for name, x in ends))
-            rates = self.constant("rope.rates", ROPE_BASE ** (-np.arange(0, d, 2) / d))
+            rates = self.constant("rope.rates", np.array(self.model_config.rope.frequencies(d)))
             whole = self.add("Mul", self.reshape(places, [-1, 1]), rates)
             part = self.add("Mod", whole, self.scalar("rope.turn", 2 * np.pi, np.float64), fmod=1)
             return str(self.add("Cast", part, to=onnx.TensorProto.FLOAT))

@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from space.onnx.graph import CONTRIB
-from space.precision import block_size
+from space.precision import MIN_BLOCK_INPUTS, block_size
 
 
 def quantise(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
@@ -93,7 +93,7 @@ def _by_blocks(graph: onnx.GraphProto) -> None:
     heads: dict[str, onnx.NodeProto] = {}  # quantised products by the name of their weight
     for node in graph.node:
         weight = _weights(graph).get(node.input[1]) if node.op_type == "MatMul" else None
-        if weight is None:
+        if weight is None or weight.dims[0] % MIN_BLOCK_INPUTS:
             done.append(node)
             continue
         if weight.name not in heads:

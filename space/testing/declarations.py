@@ -22,15 +22,18 @@ class DeclarationTests(MixerSettings):
         matrices = (*entry.projections, *entry.matrices, entry.output)
         require(len(set(matrices)) == len(matrices), f"a matrix is declared twice: {matrices}")
         require(set(entry.full_precision) <= set(matrices), "full_precision names no matrix")
+        unknown = set(entry.initial)
         for layer, model_config in self.layers():
             shapes = self.shapes(layer, model_config)
-            lost = {*matrices, *entry.initial} - set(shapes)
+            unknown -= set(shapes)  # a bias is there only where the model has biases
+            lost = set(matrices) - set(shapes)
             require(not lost, f"declared, but not among the shapes: {sorted(lost)}")
             for name in matrices:
                 require(len(shapes[name]) == 2, f"matrix {name} has not two dimensions: {shapes[name]}")
             for name in entry.projections:
                 require(shapes[name][1] == self.width, f"projection {name} does not read the input")
             require(shapes[entry.output][0] == self.width, "the output matrix does not write [width]")
+        require(not unknown, f"initial names no parameter: {sorted(unknown)}")
 
     def test_shapes_are_well_formed(self) -> None:
         """The pre-norm comes first, names have no dots, and shared projections have the usual shapes."""

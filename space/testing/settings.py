@@ -1,6 +1,7 @@
 """Settings and inputs that the tests of a mixer share."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from space.blocks import initial
-from space.layer import Layer, ModelConfig
+from space.layer import Layer, Llama3Scaling, ModelConfig, Rope
 from space.mixers import MIXERS, Mixer, Shapes
 from space.shapes import mixer_shapes
 
@@ -40,6 +41,17 @@ def require_close(name: str, found: Any, expected: Any, tolerance: float = TOLER
     require(close, f"{name}: largest error {error:.3g}, allowed {allowed:.3g}")
 
 
+ROPE = Rope(
+    theta=500.0,
+    scaling=Llama3Scaling(
+        factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+)
+
+PLAIN = ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16)
+OTHER = replace(PLAIN, qk_norm=True, norm_eps=1e-3, qkv_bias=True, rope=ROPE)
+
+
 class MixerSettings:
     """Layers, weights and inputs of one mixer.
 
@@ -52,9 +64,7 @@ class MixerSettings:
     """
 
     mixer: ClassVar[str]
-    model_configs: ClassVar[tuple[ModelConfig, ...]] = tuple(
-        ModelConfig(vocab_size=37, max_seq_len=64, head_dim=16, qk_norm=qk_norm) for qk_norm in (False, True)
-    )
+    model_configs: ClassVar[tuple[ModelConfig, ...]] = (PLAIN, OTHER)
     width: ClassVar[int] = 48
     window: ClassVar[int] = 8
     needs_graph: ClassVar[bool] = True

@@ -57,7 +57,7 @@ class Block:
             weights: of the block by name.
             x: the residual stream before the block.
         """
-        hidden = rms_norm(x, weights["pre_norm"])
+        hidden = rms_norm(x, weights["pre_norm"], self.model_config.norm_eps)
         if self.is_ffn:
             return F.silu(project(hidden, weights["gate"])) * project(hidden, weights["up"])
         call = MixerCall(self.layer, self.model_config, 0, {}, None)

@@ -149,7 +149,7 @@ def run_layer(
     layer = architecture.layers[slot]
     if layer.mixer != "none":
         x, _ = mixer_block(blocks["mixer"], x, layer, model_config)
-    return ffn(blocks["ffn"], x) if layer.ffn else x
+    return ffn(blocks["ffn"], x, model_config) if layer.ffn else x
 
 
 def write_parent(path: Path, weights: Weights, digest: str) -> None:

@@ -84,7 +84,7 @@ class LibraryPlan:
                 "format": FORMAT,
                 "recipe": recipe,
                 "seed": self.seed,
-                "constants": vars(self.space.config),
+                "constants": self.space.config.to_json(),
                 **self.made_from,
             }
         )
@@ -273,7 +273,7 @@ class _LayerFits:
         square = torch.zeros(self.width, self.width, dtype=torch.float64)
         total = torch.zeros(self.width, dtype=torch.float64)
         for rows in batches(x):
-            hidden = rms_norm(x[rows], weights["pre_norm"]).flatten(0, 1)
+            hidden = rms_norm(x[rows], weights["pre_norm"], self.config.norm_eps).flatten(0, 1)
             square += hidden.T @ hidden
             total += hidden.double().sum(0)
         tokens = x.shape[0] * x.shape[1]

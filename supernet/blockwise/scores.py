@@ -190,7 +190,7 @@ class Scorer:
         """The normed residual stream after the last layer, given it after a slot's."""
         for above in range(slot + 1, len(self.architecture.layers)):
             x = self._layer(x, above)
-        return rms_norm(x, self.weights["norm"])
+        return rms_norm(x, self.weights["norm"], self.config.norm_eps)
 
     def _compare(self, parent: Tensor, children: list[Tensor]) -> list[tuple[float, float, float | None]]:
         """KL, loss and recall loss of each child, from the last normed states [N, T, W]."""

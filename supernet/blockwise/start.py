@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from space import InputError
-from space.attention.projection import heads_of, project, rms_norm
-from space.attention.rotary import rotate
+from space.attention.projection import rms_norm
 from space.blocks import initial
+from space.mixers.softmax_torch import rotated_heads
 from supernet.blockwise.block import Block, Weights
 from supernet.blockwise.ridge import Moments, elimination_order
 
 SOFTMAX_MIXERS = ("attention", "sliding")
+QUERY_ROWS, KV_ROWS = ("q", "q_bias"), ("k", "v", "k_bias", "v_bias")  # have rows for each head
 GATE_LEVEL = 1.278  # silu(1.278) = 1
 SILU_INPUT = 0.1  # root mean square of what a scaled convolution passes to its silu
 VALUE_INPUT = 0.05
@@ -75,15 +76,14 @@ def mean_distances(block: Block, weights: Weights, x: Tensor) -> Tensor:
         weights: of the block.
         x: the residual stream before it [B, T, W], T at least 2.
     """
-    hidden = rms_norm(x, weights["pre_norm"])
-    d = block.model_config.head_dim
-    q, k = (rotate(heads_of(project(hidden, weights[name]), d), 0) for name in ("q", "k"))
+    hidden = rms_norm(x, weights["pre_norm"], block.model_config.norm_eps)
+    q, k, _ = rotated_heads(weights, hidden, 0, block.model_config)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     places = torch.arange(x.shape[1])
     distance = (places[:, None] - places)[1:, 1:].float()  # [T - 1, T - 1]
     totals = torch.zeros(q.shape[2])
     for row_q, row_k in zip(q.unbind(), k.unbind(), strict=True):
-        scores = row_q[1:].movedim(1, 0) @ row_k[1:].permute(1, 2, 0) * d**-0.5  # [H, T - 1, T - 1]
+        scores = row_q[1:].movedim(1, 0) @ row_k[1:].permute(1, 2, 0) * q.shape[3] ** -0.5  # [H, T-1, T-1]
         hidden_from = distance < 0
         if block.layer.window:
             hidden_from = hidden_from | (distance >= block.layer.window)
@@ -135,20 +135,22 @@ def inherited(block: Block, parent: Block, weights: Weights, chosen: Sequence[in
              if name in weights and tuple(weights[name].shape) == shape}  # fmt: skip
     if not chosen:
         return taken
-    d, width = block.model_config.head_dim, block.width
-    group, served = parent.layer.heads // parent.layer.kv_heads, len(chosen) // block.layer.kv_heads
-
-    def by_head(name: str) -> Tensor:  # [heads, D, W]
-        return weights[name].view(-1, d, width)
-
-    taken["q"] = by_head("q")[list(chosen)].reshape(-1, width)
-    for name in ("k", "v"):
-        rows = []
-        for start in range(0, len(chosen), served):
-            sources = sorted({head // group for head in chosen[start : start + served]})
-            rows.append(by_head(name)[sources].mean(0))
-        taken[name] = torch.cat(rows)
-    taken["o"] = weights["o"].view(width, -1, d)[:, list(chosen)].reshape(width, -1)
+    d, group = block.model_config.head_dim, parent.layer.heads // parent.layer.kv_heads
+    served = len(chosen) // block.layer.kv_heads
+    # The parent's kv heads that each kv head stands for.
+    sources = [
+        sorted({head // group for head in chosen[i : i + served]}) for i in range(0, len(chosen), served)
+    ]
+    for name in block.shapes:
+        value = weights.get(name)
+        if value is None:
+            continue
+        if name in QUERY_ROWS:
+            taken[name] = value.unflatten(0, (-1, d))[list(chosen)].flatten(0, 1)
+        elif name in KV_ROWS:
+            by_head = value.unflatten(0, (-1, d))
+            taken[name] = torch.cat([by_head[some].mean(0) for some in sources])
+    taken["o"] = weights["o"].unflatten(1, (-1, d))[:, list(chosen)].flatten(1)
     return taken
 
 

@@ -3,13 +3,13 @@
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` runs ``modeling_formfit.py``, a
 generated file: the classes of :mod:`supernet.hf.modeling` with every definition of :mod:`space` that they
 use, copied verbatim. It needs torch and transformers, not formfit. A sub-model that computes the same
-function as a Llama is written as a ``LlamaForCausalLM``, without code.
+function as transformers' Llama, Qwen2 or Qwen3 is written as one of them, without code.
 
 transformers is imported only to read a folder back.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from space.architecture import Architecture, ModelConfig
 from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
-from space.layer import NORM_EPS, ROPE_BASE
 from space.mixers import MIXERS
 from space.shapes import model_shapes
 from supernet.data.tokenizer import SEPARATORS, load_tokenizer
 from supernet.hf.bundle import one_file
-from supernet.hf.llama import BLOCKS, ENDS
 from supernet.hf.mixer_table import mixer_table
+from supernet.parent.names import transformers_name
+from supernet.parent.settings import CLASSES as FAMILIES
 
 MODELING_FILE = "modeling_formfit.py"
 BYTE_VOCAB_SIZE = 256
@@ -45,8 +45,8 @@ def write_hf(
     """Write a sub-model as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     Both need ``trust_remote_code=True``: a tokenizer has no code, but its loader reads the model's settings.
-    An architecture of equal softmax layers without q/k norm becomes a ``LlamaForCausalLM``, which does not
-    need it.
+    An architecture of equal softmax layers becomes a ``LlamaForCausalLM``, a ``Qwen2ForCausalLM`` with qkv
+    biases or a ``Qwen3ForCausalLM`` with q/k norm, which do not need it.
 
     Args:
         folder: the folder; ``config.json`` is written last.
@@ -70,18 +70,18 @@ def write_hf(
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
     config: Json = {"dtype": str(weights["embedding"].dtype).removeprefix("torch."), **ids}
     names = {name: name for name in shapes}
-    if llama := _as_llama(architecture, model_config):
+    if native := _native(architecture, model_config):
         (folder / MODELING_FILE).unlink(missing_ok=True)  # of a model that was written here before
-        config |= llama
+        config |= native
         slots = [slot for slot, layer in enumerate(architecture.layers) if layer.present]
-        names = {name: _llama_name(name, slots) for name in shapes}
+        names = {name: transformers_name(name, slots) for name in shapes}
     else:
         config |= {
             "architectures": [CLASSES["AutoModelForCausalLM"]],
             "auto_map": {auto: f"{Path(MODELING_FILE).stem}.{name}" for auto, name in CLASSES.items()},
             "model_type": "formfit",
             "architecture": architecture.to_json(),
-            "model_config": dict(vars(model_config)),
+            "model_config": model_config.to_json(),
         }
         texts[MODELING_FILE] = modelling_file(layer.mixer for layer in architecture.layers)
     with atomic_path(folder / "model.safetensors") as temporary:
@@ -143,7 +143,7 @@ def load_hf(folder: Path) -> Any:
         InputError: transformers is not installed, or the folder's code is not what this version writes.
     """
     try:
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         from supernet.hf.modeling import FormfitForCausalLM
@@ -153,25 +153,33 @@ def load_hf(folder: Path) -> Any:
     if code.exists() and code.read_bytes() != modelling_file(_mixers_of(folder)).encode():
         raise InputError(f"{code}: not what this formfit writes; {hint}")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model_class: Any = FormfitForCausalLM if code.exists() else LlamaForCausalLM
+    model_class: Any = FormfitForCausalLM if code.exists() else AutoModelForCausalLM
     try:
-        return model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        return model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        ).eval()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: transformers cannot load it ({reason}); {hint}") from None
 
 
-def _as_llama(architecture: Architecture, model_config: ModelConfig) -> Json:
-    """The configuration of the Llama that computes the same function; empty if there is none."""
+def _native(architecture: Architecture, model_config: ModelConfig) -> Json:
+    """The configuration of transformers' model that computes the same function; empty if there is none."""
     layers = [layer for layer in architecture.layers if layer.present]
     first = layers[0]
     uniform = all(layer == first for layer in layers) and first.mixer == "attention" and first.ffn > 0
-    # transformers rejects a width that is not a multiple of the heads.
-    if not uniform or model_config.qk_norm or architecture.width % first.heads:
+    extras = (model_config.qkv_bias, model_config.qk_norm)
+    family = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}.get(extras)
+    # transformers rejects a Llama whose width is not a multiple of the heads.
+    if not uniform or family is None or (family == "llama" and architecture.width % first.heads):
         return {}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    rope = model_config.rope
+    scaling = (
+        {"rope_type": "default"} if rope.scaling is None else {"rope_type": "llama3", **vars(rope.scaling)}
+    )
+    config: Json = {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
         "vocab_size": model_config.vocab_size,
         "hidden_size": architecture.width,
         "intermediate_size": first.ffn,
@@ -181,21 +189,16 @@ def _as_llama(architecture: Architecture, model_config: ModelConfig) -> Json:
         "head_dim": model_config.head_dim,
         "max_position_embeddings": model_config.max_seq_len,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
-        "attention_bias": False,
-        "mlp_bias": False,
+        "rms_norm_eps": model_config.norm_eps,
+        "rope_parameters": {**scaling, "rope_theta": rope.theta},
         "tie_word_embeddings": model_config.tie_embeddings,
         "use_cache": True,
     }
-
-
-def _llama_name(name: str, slots: Sequence[int]) -> str:
-    """A parameter's name in a Llama whose layers are these slots."""
-    if name in ENDS:
-        return f"{ENDS[name]}.weight"
-    _, slot, block = name.split(".", 2)
-    return f"model.layers.{slots.index(int(slot))}.{BLOCKS[block]}.weight"
+    if family != "qwen2":
+        config["attention_bias"] = False
+    if family == "llama":
+        config["mlp_bias"] = False
+    return config
 
 
 def _tokenizer(model_config: ModelConfig, path: Path | None) -> tuple[int, dict[str, str]]:

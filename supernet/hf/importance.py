@@ -1,4 +1,4 @@
-"""Order of a Llama's channels, heads and FFN channels by their effect on the loss.
+"""Order of a parent's channels, heads and FFN channels by their effect on the loss.
 
 Sub-networks are prefixes, so the most important parts have to come first. The importance of residual
 channels, heads and FFN channels is the size of their first-order effect on the loss (Molchanov et al. 2019).
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from space import Architecture, Layer, ModelConfig
-from space.attention.projection import heads_of, project, rms_norm
-from space.attention.rotary import rotate
+from space.attention.projection import project, rms_norm
 from space.attention.softmax import softmax_attention
 from space.blocks import part
+from space.mixers.softmax_torch import rotated_heads
 from space.shapes import ffn_shapes, mixer_shapes
 
 Weights = Mapping[str, Tensor]
 BATCH_WINDOWS = 4
-# The axis that each dimension of a Llama's parameter indexes, by the last part of its name.
+# The axis that each dimension of a parent's parameter indexes, by the last part of its name.
 AXES = {
     "embedding": ("", "residual"),
     "head": ("", "residual"),
@@ -36,6 +36,11 @@ AXES = {
     "k": ("kv", "residual"),
     "v": ("kv", "residual"),
     "o": ("residual", "query"),
+    "q_bias": ("query",),
+    "k_bias": ("kv",),
+    "v_bias": ("kv",),
+    "q_norm": ("",),
+    "k_norm": ("",),
     "gate": ("ffn", "residual"),
     "up": ("ffn", "residual"),
     "down": ("residual", "ffn"),
@@ -65,7 +70,7 @@ class Importance:
 def measure_importance(
     weights: Weights, architecture: Architecture, model_config: ModelConfig, windows: Tensor
 ) -> Importance:
-    """Measure the importance of a Llama's parts.
+    """Measure the importance of a parent's parts.
 
     Args:
         weights: weights of a model of equal attention layers.
@@ -124,16 +129,16 @@ def _gated_loss(
     x = F.embedding(windows[:, :-1], weights["embedding"])
     for slot, layer in enumerate(architecture.layers):
         block = mixer_part(weights, architecture, slot, layer, model_config)
-        normed = rms_norm(x, block["pre_norm"]) * residual
-        q, k, v = (heads_of(project(normed, block[name]), model_config.head_dim) for name in ("q", "k", "v"))
-        out = softmax_attention(rotate(q, 0), rotate(k, 0), v) * heads[slot][..., None]
+        normed = rms_norm(x, block["pre_norm"], model_config.norm_eps) * residual
+        q, k, v = rotated_heads(block, normed, 0, model_config)
+        out = softmax_attention(q, k, v) * heads[slot][..., None]
         x = x + project(out.flatten(2), block["o"])
         block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
-        normed = rms_norm(x, block["pre_norm"]) * residual
+        normed = rms_norm(x, block["pre_norm"], model_config.norm_eps) * residual
         active = F.silu(project(normed, block["gate"])) * project(normed, block["up"])
         x = x + project(active * hidden[slot], block["down"])
     logits = project(
-        rms_norm(x, weights["norm"]) * residual,
+        rms_norm(x, weights["norm"], model_config.norm_eps) * residual,
         weights["embedding" if model_config.tie_embeddings else "head"],
     )
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")

@@ -131,7 +131,7 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FormfitConfig) -> None:
         super().__init__(config)
         self.architecture = Architecture.from_json(config.architecture, "config.json: architecture")
-        self.model_config = ModelConfig(**config.model_config)
+        self.model_config = ModelConfig.from_json(config.model_config, "config.json: model_config")
         shapes = model_shapes(self.architecture, self.model_config)
         for name, shape in shapes.items():
             add_parameter(self, name, torch.empty(shape))

@@ -1,15 +1,15 @@
-"""Pretrained start: copies a Llama's weights into the supernet, arranged for its sub-networks.
+"""Pretrained start: copies a parent's weights into the supernet, arranged for its sub-networks.
 
 Three steps, none of which changes the function of ``largest()``:
 
 - *Order.* Residual channels, heads and FFN channels are sorted by importance (:mod:`supernet.hf.importance`),
   since sub-networks are prefixes.
-- *Inheritance.* Every mixer takes the Llama's q, k, v, o and pre-norm, as far as it has them.
+- *Inheritance.* Every mixer takes the parent's q, k, v, o and pre-norm, as far as it has them.
 - *Alignment.* The parameters that a mixer does not share with attention are fitted, layer by layer, so that
-  its residual contribution approximates the attention's on the Llama's own hidden states.
+  its residual contribution approximates the attention's on the parent's own hidden states.
 
 Footgun: if the space varies the number of query heads per kv head, a sub-network of another group size pairs
-heads differently, which no order of the Llama's heads can prevent.
+heads differently, which no order of the parent's heads can prevent.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from space import Architecture, InputError, Layer
+from space import Architecture, InputError, Layer, Space, genome
 from space.architecture import has_heads
 from space.blocks import ffn, mixer_block, part
 from space.shapes import ffn_shapes
 from supernet.hf.importance import BATCH_WINDOWS, Weights, measure_importance, mixer_part, reorder
-from supernet.hf.llama import pretrained_digest, read_llama
+from supernet.parent import Parent, read_parent
 from supernet.supernet import Supernet, prefix, sources
-
-__all__ = ["Alignment", "load_pretrained", "pretrained_digest"]
 
 VECTOR_RATE_FACTOR = 5.0  # gains start at 1 and move far for a mixer with large outputs; matrices do not
 
@@ -64,11 +62,11 @@ def load_pretrained(
     steps: int = 40,
     rate: float = 1e-2,
 ) -> list[Alignment]:
-    """Overwrite a supernet's weights with those of a Llama; deterministic.
+    """Overwrite a supernet's weights with those of a parent; deterministic.
 
     Args:
-        supernet: a supernet whose space's ``largest()`` is the Llama's architecture; changed in place.
-        folder: folder of a ``LlamaForCausalLM``: ``config.json`` and safetensors.
+        supernet: a supernet whose space's ``largest()`` is the parent's architecture; changed in place.
+        folder: the parent, as for :func:`supernet.parent.read_parent`.
         windows: training text as token ids [N, T], N and T at least 2; the first three quarters of the
             windows are for fitting, the last quarter measures the errors.
         order: whether to sort by importance.
@@ -79,10 +77,12 @@ def load_pretrained(
         The error of each slot and mixer before and after the fit.
 
     Raises:
-        InputError: the folder holds another architecture, or a token is outside the vocabulary.
+        InputError: the parent has another architecture, or a token is outside the vocabulary.
     """
     space = supernet.space
-    architecture, weights = read_llama(folder, space)
+    parent = read_parent(folder)
+    _require_largest(parent, space)
+    architecture, weights = parent.architecture, parent.weights
     if windows.min() < 0 or windows.max() >= space.vocab_size:
         raise InputError(
             f"train.init: the text holds tokens {int(windows.min())} to {int(windows.max())}, "
@@ -96,6 +96,27 @@ def load_pretrained(
         weights = reorder(weights, architecture, space.config, importance)
     inherit(supernet, architecture, weights)
     return align(supernet, architecture, windows, steps, rate)
+
+
+def _require_largest(parent: Parent, space: Space) -> None:
+    """Raise an InputError unless the parent is a space's largest architecture; the context may be shorter."""
+    largest = genome.largest(space)
+    theirs, ours = (
+        {**vars(config), "width": architecture.width, "layers": architecture.describe().partition(": ")[2]}
+        for architecture, config in (
+            (parent.architecture, parent.model_config),
+            (largest, space.config),
+        )
+    )
+    wrong = [
+        f"{name} {theirs[name]} (space: {value})"
+        for name, value in ours.items()
+        if value != theirs[name] and not (name == "max_seq_len" and value < theirs[name])
+    ]
+    if wrong:
+        raise InputError(
+            f"{parent.folder}: not the largest architecture of space {space.name}: it has {', '.join(wrong)}"
+        )
 
 
 @torch.no_grad()
@@ -130,7 +151,7 @@ def align(
 
     Args:
         supernet: the supernet, changed in place.
-        architecture: the largest architecture, with the Llama's weights.
+        architecture: the largest architecture, with the parent's weights.
         tokens: text as token ids [N, T].
         steps: Adam steps per slot and mixer.
         rate: initial learning rate.
@@ -154,7 +175,7 @@ def align(
                 errors.append(Alignment(slot, other.mixer, *before_after))
         with torch.no_grad():
             block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
-            x = torch.cat([ffn(block, rows) for rows in torch.split(after, BATCH_WINDOWS)])
+            x = torch.cat([ffn(block, rows, model_config) for rows in torch.split(after, BATCH_WINDOWS)])
     return errors
 
 

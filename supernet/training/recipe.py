@@ -64,8 +64,8 @@ class TrainConfig(BaseModel):
         method: ``joint`` trains all sub-networks of a supernet together; ``blockwise`` fits each block of
             a space with ``sharing: block`` to the same block of a frozen parent, ``init``.
         data: the corpus.
-        init: folder of a trained model to start from: a ``LlamaForCausalLM``, or with method blockwise also
-            a sub-model that `formfit extract` wrote; None starts from random weights.
+        init: a parent to start from (:func:`supernet.parent.read_parent`), or with method blockwise also a
+            sub-model that `formfit extract` wrote; None starts from random weights.
         blockwise: settings of method blockwise.
         steps: number of training steps; with method blockwise, of each block, 256 by default.
         batch: rows per sub-network and step, over all workers; 1 by default with method blockwise.
@@ -326,7 +326,9 @@ def _max_size_subnet(space: Space, seed: int, turn: int, rng: np.random.Generato
     genomes = genome.encode(space, [genome.largest(space)])
     classes = genome.encoding(space).classes
     full_option = int((classes == genome.FULL).argmax()) if genome.FULL in classes else option
-    full = rng.permutation(space.slots) < space.full_count(ratio, space.slots)
+    counts = space.full_counts(ratio, space.slots)
+    count = counts[0] if len(counts) == 1 else int(rng.choice(counts))
+    full = rng.permutation(space.slots) < count
     full |= genome.encoding(space).must_be_full
     genomes[0, 1::3] = np.where(full, full_option, option)
     genomes[0, 2::3] = len(space.head_options) - 1

@@ -9,7 +9,7 @@ from space.blocks import Model
 from space.io.artefact import canonical_json, digest, file_digest
 from supernet.data.corpus import Corpus, load_corpus
 from supernet.extract import ARCHITECTURE_FILE, WEIGHTS_FILE, Text
-from supernet.hf.pretrained import pretrained_digest
+from supernet.parent import parent_digest
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint, sole_writer
 from supernet.training.loop import Report, take_steps
@@ -41,7 +41,7 @@ def training_inputs(
 
 
 def is_submodel(folder: Path) -> bool:
-    """True if a folder holds a sub-model, and not a Llama.
+    """True if a folder holds a sub-model of formfit's, and not a parent of transformers'.
 
     Args:
         folder: the folder.
@@ -53,13 +53,13 @@ def init_digest(folder: Path) -> str:
     """The sha256 of a pretrained model, as 64 hexadecimal digits.
 
     Args:
-        folder: of a Llama or of a sub-model.
+        folder: of a parent or of a sub-model; or a GGUF file.
 
     Raises:
         InputError: a file is missing.
     """
     if not is_submodel(folder):
-        return pretrained_digest(folder)
+        return parent_digest(folder)
     paths = [folder / ARCHITECTURE_FILE, folder / WEIGHTS_FILE]
     try:
         return digest(canonical_json({path.name: file_digest(path) for path in paths}))

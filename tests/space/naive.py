@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from space.architecture import Layer, ModelConfig
+from space.layer import Rope
 
 Changed = tuple[Tensor, Tensor | None]
 FLOOR = -20.0  # of log decays that have no bound of their own
@@ -25,18 +26,32 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def norm(x: Tensor, gain: Tensor) -> Tensor:
-    return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+def norm(x: Tensor, gain: Tensor, eps: float = 1e-5) -> Tensor:
+    return x / ((x**2).mean(-1, keepdim=True) + eps).sqrt() * gain
 
 
 def unit(x: Tensor) -> Tensor:
     return x / ((x**2).sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def rotate(x: Tensor, position: int) -> Tensor:
+def frequency(share: float, rope: Rope) -> float:
+    """Radians per token, in the form of transformers' ``_compute_llama3_parameters``."""
+    plain, s = rope.theta**-share, rope.scaling
+    wavelength = 2 * math.pi / plain
+    if s is None or wavelength < s.original_max_position_embeddings / s.high_freq_factor:
+        return plain
+    if wavelength > s.original_max_position_embeddings / s.low_freq_factor:
+        return plain / s.factor
+    smooth = s.original_max_position_embeddings / wavelength - s.low_freq_factor
+    smooth /= s.high_freq_factor - s.low_freq_factor
+    return (1 - smooth) * plain / s.factor + smooth * plain
+
+
+def rotate(x: Tensor, position: int, rope: Rope) -> Tensor:
     """One token's heads [H, D], pair by pair as complex numbers."""
     half = x.shape[-1] // 2
-    angles = position * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    rates = [frequency(pair / half, rope) for pair in range(half)]
+    angles = position * torch.tensor(rates, dtype=torch.float64)
     turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
@@ -68,7 +83,8 @@ def naive_mixer(
     w: dict[str, Tensor], x: Tensor, layer: Layer, model_config: ModelConfig
 ) -> tuple[Tensor, Tensor | None]:
     """A mixer block with its norm and residual, on x [T, width]; also S after it [Hkv, D, D], if any."""
-    change, state = ORACLES[layer.mixer](w, norm(x, w["pre_norm"]), layer, model_config)
+    hidden = norm(x, w["pre_norm"], model_config.norm_eps)
+    change, state = ORACLES[layer.mixer](w, hidden, layer, model_config)
     return x + change, state
 
 
@@ -78,10 +94,12 @@ def _short_conv(w: dict[str, Tensor], hidden: Tensor, layer: Layer, model_config
 
 
 def _softmax(w: dict[str, Tensor], hidden: Tensor, layer: Layer, model_config: ModelConfig) -> Changed:
-    q, k, v = ((hidden @ w[name].T).view(len(hidden), -1, model_config.head_dim) for name in "qkv")
+    bias = {name: w.get(f"{name}_bias", torch.zeros(())) for name in "qkv"}
+    rows = {name: hidden @ w[name].T + bias[name] for name in "qkv"}
+    q, k, v = (rows[name].view(len(hidden), -1, model_config.head_dim) for name in "qkv")
     if model_config.qk_norm:
-        q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
-    q, k = (torch.stack([rotate(row, t) for t, row in enumerate(y)]) for y in (q, k))
+        q, k = norm(q, w["q_norm"], model_config.norm_eps), norm(k, w["k_norm"], model_config.norm_eps)
+    q, k = (torch.stack([rotate(row, t, model_config.rope) for t, row in enumerate(y)]) for y in (q, k))
     return naive_attention(q, k, v, layer.window).flatten(1) @ w["o"].T, None
 
 
@@ -93,7 +111,7 @@ def _recurrence(w: dict[str, Tensor], hidden: Tensor, layer: Layer, model_config
     state = torch.zeros(layer.kv_heads, model_config.head_dim, model_config.head_dim, dtype=hidden.dtype)
     outs = []
     for t in range(len(hidden)):
-        token = _token(w, hidden[t], (q[t], k[t], v[t]), layer, model_config.head_dim, t)
+        token = _token(w, hidden[t], (q[t], k[t], v[t]), layer, model_config, t)
         state = token["kept"][:, :, None] * state
         write = token["v"]
         if layer.mixer in ("deltanet", "gated_deltanet", "kda"):
@@ -120,15 +138,18 @@ ORACLES: dict[str, Callable[[dict[str, Tensor], Tensor, Layer, ModelConfig], Cha
 }
 
 
-def _token(w: dict[str, Tensor], hidden: Tensor, qkv: Any, layer: Layer, d: int, t: int) -> dict[str, Any]:
+def _token(
+    w: dict[str, Tensor], hidden: Tensor, qkv: Any, layer: Layer, config: ModelConfig, t: int
+) -> dict[str, Any]:
     """What the recurrence reads of one token; ``kept`` [Hkv, D] is the share of the state that stays."""
+    d = config.head_dim
     q, k, v = (y.view(-1, d) for y in qkv)
     kept, beta, scale, skip = torch.ones_like(k), torch.ones_like(k[:, 0]), d**-0.5, None
     match layer.mixer:
         case "linear":
             q, k = (torch.where(y > 0, y + 1, y.clamp(max=0).exp()) for y in (q, k))
         case "retnet":
-            q, k = rotate(q, t), rotate(k, t)
+            q, k = rotate(q, t, config.rope), rotate(k, t, config.rope)
             kept = kept * (1 - 2.0 ** (-5 - torch.arange(layer.kv_heads, dtype=k.dtype)))[:, None]
         case "mamba2":
             dt = softplus(w["decay"] @ hidden + w["dt_bias"])[:, None]

@@ -82,7 +82,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"width": [16, 40]}, "width[1]: 40 is not a multiple of 16"),
     ({"ffn": [0, 16, 20]}, "layer.ffn[2]: 20 is not a multiple of 16"),
-    ({"head_dim": 8}, "head_dim: 8 is not a multiple of 16"),
+    ({"head_dim": 12}, "head_dim: 12 is not a multiple of 8"),
     (
         {"mixer": ["attention", "linear", "none"], "ffn": [0]},
         "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead",
@@ -457,10 +457,11 @@ def test_options() -> None:
 def test_hybrid_ratio_rounds_towards_full() -> None:
     """n_full = ceil(m / (r + 1)): at 3:1, the first of every four layers is full."""
     space = tiny_space()
-    assert [space.full_count(3, m) for m in range(10)] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
-    assert [space.full_count(1, m) for m in range(6)] == [0, 1, 1, 2, 2, 3]
-    assert [space.full_count("full", m) for m in range(4)] == [0, 1, 2, 3]
-    assert [space.full_count("linear", m) for m in range(4)] == [0, 0, 0, 0]
+    assert [list(space.full_counts(3, m)) for m in range(6)] == [[0], [1], [1], [1], [1], [2]]
+    assert [list(space.full_counts(1, m)) for m in range(6)] == [[0], [1], [1], [2], [2], [3]]
+    assert [list(space.full_counts("full", m)) for m in range(4)] == [[0], [1], [2], [3]]
+    assert [list(space.full_counts("linear", m)) for m in range(4)] == [[0], [0], [0], [0]]
+    assert [list(space.full_counts("any", m)) for m in range(3)] == [[0], [0, 1], [0, 1, 2]]
 
 
 def layers_by_class(space: Space, architecture: Architecture) -> tuple[int, int, int, int]:

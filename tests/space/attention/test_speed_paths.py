@@ -15,10 +15,12 @@ from space.attention.convolution import causal_conv
 from space.attention.linear import linear_attention
 from space.attention.rotary import rotate
 from space.attention.softmax import softmax_attention
+from space.layer import Rope
 from tests.numerics import TOLERANCE, assert_close
 from tests.space import naive
 from tests.space.attention.test_linear_attention import KINDS, make
 
+ROPE = Rope()
 SINGLE, HALF = TOLERANCE["float32"], TOLERANCE["bfloat16"]
 
 
@@ -134,16 +136,18 @@ def test_softmax_attention_at_any_length_equals_the_plain_form(
 @pytest.mark.parametrize("position", [0, 5, 4000])
 def test_rotation_equals_complex_numbers(position: int) -> None:
     x = drawn(2, 7, 3, 16)
-    plain = [[naive.rotate(row, position + t) for t, row in enumerate(one)] for one in x.double()]
-    assert_close("rotated", rotate(x, position), torch.stack([torch.stack(rows) for rows in plain]), SINGLE)
+    plain = [[naive.rotate(row, position + t, ROPE) for t, row in enumerate(one)] for one in x.double()]
+    assert_close(
+        "rotated", rotate(x, position, ROPE), torch.stack([torch.stack(rows) for rows in plain]), SINGLE
+    )
 
 
 def test_rotation_in_training_after_inference() -> None:
     x = drawn(1, 11, 2, 16)
     with torch.inference_mode():
-        first = rotate(x, 77)
+        first = rotate(x, 77, ROPE)
     leaf = x.clone().requires_grad_()
-    second = rotate(leaf, 77)
+    second = rotate(leaf, 77, ROPE)
     second.square().sum().backward()
     assert torch.equal(first, second)
     assert leaf.grad is not None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from space import Layer, ModelConfig
 from space.attention.rotary import rotate
+from space.layer import Rope
 from supernet.blockwise.block import Block
 from supernet.blockwise.fit import Recipe, Rows, fit, held_out_error, moments
 from supernet.blockwise.ridge import Moments, elimination_order
@@ -124,8 +125,8 @@ def test_mean_distances_equal_a_plain_sum(slot: Slot) -> None:
     x = slot.x[:1]
     found = mean_distances(slot.parent, slot.mixer, x)
     hidden = F.rms_norm(x, (32,), slot.mixer["pre_norm"], 1e-5)
-    q = rotate((hidden @ slot.mixer["q"].T).view(1, 32, 4, 16), 0)[0].double()
-    k = rotate((hidden @ slot.mixer["k"].T).view(1, 32, 2, 16), 0)[0].double()
+    q = rotate((hidden @ slot.mixer["q"].T).view(1, 32, 4, 16), 0, Rope())[0].double()
+    k = rotate((hidden @ slot.mixer["k"].T).view(1, 32, 2, 16), 0, Rope())[0].double()
     for head in range(4):
         means = []
         for t in range(1, 32):
