@@ -5,8 +5,9 @@ residual contribution over the square of the parent's contribution) by choice: t
 before the first step and at the end, and over numbers of tokens. Goals, at the largest number of tokens:
 gated_deltanet median <= 0.22, sliding(256) median <= 0.02, half of the FFN median <= 0.14.
 
---parent names the folder or the GGUF file of a trained model; its size gives the choices. Without it (or with --quick) a small
-model is trained, which only shows that the benchmark works. Resumable: blocks are kept under --runs.
+--parent names the folder or the GGUF file of a trained model; its size gives the choices. Without it (or with
+--quick) a small model is trained, which only shows that the benchmark works. Resumable: blocks are kept under
+--runs.
 """
 
 import argparse
@@ -160,11 +161,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         runs = arguments.runs or Path(temporary)
         length = 32 if quick else arguments.length
-        tokenizer = arguments.tokenizer or (quick or read_parent(arguments.parent).tokenizer)
+        tokenizer = None if quick else arguments.tokenizer or read_parent(arguments.parent).tokenizer
         data = DataConfig(
             path=arguments.text,
             limit_mb=1.0 if quick else arguments.limit_mb,
-            tokenizer=None if quick else tokenizer,
+            tokenizer=tokenizer,
         )
         corpus = load_corpus(data)
         folder = small_parent(runs / "parent", corpus, length) if quick else arguments.parent
