@@ -7,8 +7,8 @@ averaged for fewer. The rest starts so that it changes as little as possible of 
 - convolutions are the identity, scaled so that the silu after them is nearly linear;
 - an output gate is constant: its rows are the direction that the hidden state has at every token
   (:func:`constant_direction`), where a zero would switch a silu gate off, and random rows would be noise;
-- write strengths are one half (a constant: the entropy of the attention, which could refine it, was not worth
-  its cost), decays forget at the mean distance that the parent's heads look back.
+- write strengths are one half (a constant; the entropy of the parent's attention could refine it), decays
+  forget at the mean distance that the parent's heads look back.
 
 The output matrix is then solved (:mod:`supernet.blockwise.ridge`).
 """
@@ -31,7 +31,7 @@ SOFTMAX_MIXERS = ("attention", "sliding")
 QUERY_ROWS, KV_ROWS = ("q", "q_bias"), ("k", "v", "k_bias", "v_bias")  # have rows for each head
 GATE_LEVEL = 1.278  # silu(1.278) = 1
 SILU_INPUT = 0.1  # root mean square of what a scaled convolution passes to its silu
-VALUE_INPUT = 0.05
+VALUE_INPUT = 0.05  # less: next to the epsilon of its norm, the output of a head is nearly linear in them too
 MAX_DISTANCE = 1e4  # tokens; a longer memory is the same within any context
 
 
