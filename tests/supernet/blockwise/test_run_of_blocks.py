@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from search import pipeline
+from search.audit.audit import AuditConfig
 from search.config import Run, RunConfig, open_run, open_trained
 from search.engine.supernet_evaluator import SupernetEvaluator
 from search.submodel.export import export
@@ -13,6 +14,7 @@ from space import genome, variation
 from supernet.data.corpus import load_corpus
 from supernet.evaluate import evaluate, evaluation_set
 from supernet.extract import write_submodel
+from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet
 from tests.conftest import Quiet
 from tests.supernet.blockwise.conftest import block_space, settings
@@ -46,3 +48,11 @@ def test_run_with_blockwise_training(text_folder: Path, parent_folder: Path, tmp
     export(submodel, ["onnx"])
     found = parity(submodel, tokens=24)
     assert found.kept, found
+
+
+def test_audit_trains_by_the_settings_of_joint_training(text_folder: Path, parent_folder: Path) -> None:
+    config = settings(text_folder, parent_folder)
+    found, joint = AuditConfig().training(config), TrainConfig()
+    assert (found.method, found.init, found.length) == ("joint", None, config.length)
+    assert (found.learning_rate, found.batch) == (joint.learning_rate, joint.batch)
+    assert found.data == config.data
