@@ -85,7 +85,11 @@ def smoke(config: RunConfig) -> RunConfig:
     }  # fmt: skip
     fields = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     data = config.train.data.model_copy(update={"limit_mb": min(config.train.data.limit_mb or 2.0, 2.0)})
-    fields["train"] = fields["train"].model_copy(update={"data": data})
+    update: dict[str, Any] = {"data": data}
+    if config.train.method == "blockwise":
+        few = {"tokens": 4096, "score_windows": 2}
+        update["blockwise"] = config.train.blockwise.model_copy(update=few)
+    fields["train"] = fields["train"].model_copy(update=update)
     return config.model_copy(update=fields)
 
 

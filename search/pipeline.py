@@ -24,6 +24,7 @@ from search.select.verifier import Verifier
 from space import genome
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
+from supernet.blockwise.train import train_blocks
 from supernet.data.baselines import gzip_bits_per_byte, order2_bits_per_byte
 from supernet.data.corpus import Corpus, load_corpus, window_starts
 from supernet.evaluate import evaluate, evaluation_set, mqar_accuracy
@@ -98,6 +99,8 @@ def trained(run: Run, reporter: Reporter, corpus: Corpus) -> Checkpoint:
         reporter.skipped("train")
         return checkpoint
     with reporter.stage("train") as stage:
+        if run.config.train.method == "blockwise":
+            return train_blocks(run.space, run.config.train, root, stage, corpus)
 
         def report(row: Mapping[str, Any]) -> None:
             text = f"loss {row['loss_nats']:.3f} nats, {row['tokens_per_second']:,.0f} tokens/s"

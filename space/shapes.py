@@ -117,7 +117,7 @@ def parameter_mixer(name: str, architecture: Architecture | None = None) -> str:
 
     Args:
         name: of a parameter of a sub-model (``layers.SLOT.mixer.NAME``) or of a supernet
-            (``layers.SLOT.MIXER.NAME``).
+            (``layers.SLOT.MIXER.NAME``, or ``layers.SLOT.MIXER-SIZES.NAME`` of a private block).
         architecture: of the sub-model; None for a supernet.
     """
     if not name.startswith("layers."):
@@ -127,7 +127,8 @@ def parameter_mixer(name: str, architecture: Architecture | None = None) -> str:
         if architecture is None:
             raise ValueError(f"{name}: a parameter of a sub-model needs its architecture")
         return architecture.layers[int(slot)].mixer
-    return "" if part in ("shared", "ffn") else part
+    owner = part.split("-")[0]
+    return "" if owner in ("shared", "ffn") else owner
 
 
 def is_half_precision(name: str, shape: tuple[int, ...], architecture: Architecture | None = None) -> bool:

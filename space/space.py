@@ -131,8 +131,8 @@ class Space(BaseModel):
         qkv_bias: whether softmax mixers add biases to queries, keys and values.
         rope: rotary embedding: ``theta`` and, if any, Llama 3's ``scaling``.
         kv_group: query heads per kv head; None uses ``layer.kv_heads``.
-        sharing: ``qkvo`` lets all mixers of a slot share q, k, v and o in the supernet; ``none`` gives each
-            its own.
+        sharing: what the choices of a slot share in the supernet. ``qkvo``: q, k, v and o of all mixers,
+            and prefixes; ``none``: prefixes only; ``block``: nothing.
         width: residual widths, ascending.
         depth: numbers of layers, ascending.
         layer: choices of every layer.
@@ -151,7 +151,7 @@ class Space(BaseModel):
     qkv_bias: StrictBool = False
     rope: Annotated[Rope, PlainValidator(_rope), PlainSerializer(asdict)] = Rope()
     kv_group: Positive | None = None
-    sharing: Literal["qkvo", "none"] = "qkvo"
+    sharing: Literal["qkvo", "none", "block"] = "qkvo"
     width: tuple[Positive, ...]
     depth: tuple[Depth, ...]
     layer: LayerChoices
@@ -186,6 +186,8 @@ class Space(BaseModel):
                     yield f"{name}[{i}]: {value} is not a multiple of 16"
         if self.head_dim % 8:
             yield f"head_dim: {self.head_dim} is not a multiple of 8"
+        if self.sharing == "block" and len(self.width) > 1:
+            yield f"sharing: block needs one width, width gives {list(self.width)}"
         if self.layer.ffn == (0,) and "none" in self.layer.mixer:
             yield "layer: mixer none and no FFN size above 0 give empty layers; vary depth instead"
 

@@ -25,6 +25,7 @@ from supernet.data.corpus import DataConfig
 from supernet.supernet import Supernet
 
 SUBMODEL = Artefact("sub-model", "formfit extract", schema=2)
+ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -208,7 +209,7 @@ def write_model(
         "text": text.model_dump(mode="json") if text else None,
         "tokenizer": file_digest(folder / TOKENIZER_FILE) if tokenizer else None,
     }
-    SUBMODEL.write(folder / "architecture.json", inputs, body)
+    SUBMODEL.write(folder / ARCHITECTURE_FILE, inputs, body)
     write_text(folder / "README.md", _card(architecture, model_config, chosen))
     return read_submodel(folder)
 
@@ -220,7 +221,7 @@ def remove_derived(folder: Path) -> None:
         folder: the sub-model's folder.
     """
     shutil.rmtree(folder / "hf", ignore_errors=True)
-    names = ("architecture.json", "verify.json", "kit.json", TOKENIZER_FILE)
+    names = (ARCHITECTURE_FILE, "verify.json", "kit.json", TOKENIZER_FILE)
     for old in [*folder.glob("model*.onnx"), *(folder / name for name in names)]:
         old.unlink(missing_ok=True)
 
@@ -234,7 +235,7 @@ def read_submodel(folder: Path) -> SubModel:
     Raises:
         InputError: the folder holds no sub-model, or an incomplete one.
     """
-    path = folder / "architecture.json"
+    path = folder / ARCHITECTURE_FILE
     value = SUBMODEL.read(path)
     missing = [name for name in ("architecture", "key", "model_config", "chosen") if name not in value]
     if missing:

@@ -3,20 +3,26 @@
 Each parameter has its greatest size. An architecture's weights are views of leading rows and columns (rows
 keep their unit stride, so nothing is copied), and run through the same functions as a plain model's. The
 architecture is an argument of every call, never a state, so that calls are pure.
+
+With ``sharing: block`` nothing is shared but embedding, final norm and head: every choice of a slot has its
+own block (:func:`block_name`), and an architecture's weights are whole parameters.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from space import Architecture, Space
+from space import Architecture, Layer, Space
+from space.architecture import has_heads
 from space.blocks import State, add_parameter, forward, initial
 from space.shapes import (
     SHARED,
     Shapes,
     end_shapes,
     ffn_shapes,
+    layer_shapes,
     mixer_shapes,
     model_shapes,
     parameter_mixer,
@@ -30,12 +36,20 @@ def supernet_shapes(space: Space) -> Shapes:
     """The shape of every parameter of the supernet.
 
     Names are ``layers.SLOT.MIXER.NAME``, ``layers.SLOT.shared.NAME`` for the projections that a layer's
-    mixers share, ``layers.SLOT.ffn.NAME``, and those of embedding, final norm and head.
+    mixers share, ``layers.SLOT.ffn.NAME``, and those of embedding, final norm and head; with ``sharing:
+    block``, ``layers.SLOT.BLOCK.NAME``.
 
     Args:
         space: the supernet's space.
     """
     width, model_config = max(space.width), space.config
+    if space.sharing == "block":
+        return end_shapes(width, model_config) | {
+            f"layers.{slot}.{block_name(layer)}.{name.split('.')[1]}": shape
+            for slot in range(space.slots)
+            for layer in block_choices(space, slot)
+            for name, shape in layer_shapes(layer, width, model_config).items()
+        }
     heads = max(h for h, _ in space.head_options)
     kv_heads = max(k for _, k in space.head_options)
     shapes = end_shapes(width, model_config)
@@ -47,6 +61,37 @@ def supernet_shapes(space: Space) -> Shapes:
             for name, shape in ffn_shapes(width, max(space.ffn_options)).items():
                 shapes[f"layers.{slot}.ffn.{name}"] = shape
     return shapes
+
+
+def block_choices(space: Space, slot: int) -> list[Layer]:
+    """The blocks that a slot can have: each mixer with its heads and window, then each FFN size.
+
+    Args:
+        space: the space.
+        slot: a slot of it.
+
+    Returns:
+        Layers with either a mixer or an FFN.
+    """
+    mixers = [
+        Layer(mixer=mixer, heads=heads, kv_heads=kv_heads, window=window)
+        for mixer, window in space.mixer_options[1:]
+        if slot not in space.hybrid.full_layers or space.mixer_class(mixer) == "full"
+        for heads, kv_heads in (space.head_options if has_heads(mixer) else ((0, 0),))
+    ]
+    return mixers + [Layer(ffn=size) for size in space.ffn_options if size]
+
+
+def block_name(layer: Layer) -> str:
+    """The name of a private block, such as ``sliding-h9-k3-w256`` or ``ffn-768``.
+
+    Args:
+        layer: a layer with either a mixer or an FFN.
+    """
+    if layer.mixer == "none":
+        return f"ffn-{layer.ffn}"
+    heads = f"-h{layer.heads}-k{layer.kv_heads}" if layer.heads else ""
+    return f"{layer.mixer}{heads}" + (f"-w{layer.window}" if layer.window else "")
 
 
 def _owner(space: Space, mixer: str, name: str) -> str:
@@ -63,10 +108,15 @@ def sources(space: Space, architecture: Architecture) -> Sources:
     table = {}
     for name, shape in model_shapes(architecture, space.config).items():
         source = name
-        if ".mixer." in name:
-            slot, leaf = int(name.split(".")[1]), name.rsplit(".", 1)[1]
-            mixer = architecture.layers[slot].mixer
-            source = f"layers.{slot}.{_owner(space, mixer, leaf)}.{leaf}"
+        if name.startswith("layers."):
+            _, slot, part, leaf = name.split(".")
+            layer = architecture.layers[int(slot)]
+            if space.sharing == "block":
+                layer = Layer(ffn=layer.ffn) if part == "ffn" else replace(layer, ffn=0)
+                part = block_name(layer)
+            elif part == "mixer":
+                part = _owner(space, layer.mixer, leaf)
+            source = f"layers.{slot}.{part}.{leaf}"
         table[name] = (source, shape)
     return table
 
@@ -121,11 +171,30 @@ class Supernet(nn.Module):
     Args:
         space: the space.
         generator: source of the initial weights; None is a generator with seed 0.
+        values: the weights by name, used as they are instead of initial ones; a large supernet is then in
+            memory once.
+
+    Raises:
+        ValueError: ``values`` has other names or shapes than :func:`supernet_shapes`.
     """
 
-    def __init__(self, space: Space, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        space: Space,
+        generator: torch.Generator | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.space = space
+        if values is not None:
+            shapes = supernet_shapes(space)
+            wrong = [name for name in shapes.keys() | values.keys()
+                     if name not in values or tuple(values[name].shape) != shapes.get(name)]  # fmt: skip
+            if wrong:
+                raise ValueError(f"weights of another space: {min(wrong)} ({len(wrong)} differ)")
+            for name in shapes:
+                add_parameter(self, name, values[name])
+            return
         generator = generator or torch.Generator().manual_seed(0)
         for name, shape in supernet_shapes(space).items():
             owner = parameter_mixer(name)

@@ -51,6 +51,7 @@ EDGES: dict[str, dict[str, str]] = {
         "hf": "data parent supernet",
         "parent": "",
         "training": "data extract hf parent supernet",
+        "blockwise": "data evaluate extract parent supernet training",
     },
     "latency": {
         "device_runner": "",

@@ -73,11 +73,15 @@ class AuditConfig(BaseModel):
     def training(self, config: TrainConfig) -> TrainConfig:
         """The stand-alone training's configuration: the run's, from scratch, on one thread.
 
-        Its seed differs from the supernet's, so that no batches or initial weights are shared.
+        Its seed differs from the supernet's, so that no batches or initial weights are shared. Settings of
+        blockwise training fit no training from scratch, so the defaults of joint training replace them.
 
         Args:
             config: of the supernet's training.
         """
+        if config.method == "blockwise":
+            kept = config.model_dump(include={"data", "length", "precision", "seed"})
+            config = TrainConfig.model_validate(kept)
         changes = {
             "steps": self.steps or max(1, round(STEPS_SHARE * config.steps)),
             "batch": self.batch or config.batch,

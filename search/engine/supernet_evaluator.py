@@ -1,5 +1,6 @@
 """Evaluation of a supernet's sub-networks, in this process or by Ray actors that hold the supernet."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,8 +45,11 @@ class SupernetEvaluator:
     ) -> None:
         self.extra = {name: _function(name) for name in objectives}
         torch.use_deterministic_algorithms(True)
-        supernet = Supernet(Space.model_validate(space))
-        supernet.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+        with warnings.catch_warnings():
+            # The workers of a machine read the same arrays in Ray's object store; nothing writes to them.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            values = {name: torch.from_numpy(value) for name, value in weights.items()}
+        supernet = Supernet(Space.model_validate(space), values=values)
         self.supernet, self.sets = supernet.requires_grad_(False).eval(), dict(sets)
 
     def __call__(self, architecture: Architecture, stage: str) -> Quality:

@@ -29,19 +29,49 @@ from supernet.data.corpus import DataConfig
 
 CANDIDATES_PER_SUBNET = 32  # genomes drawn for each sub-network that balanced sampling chooses
 ELASTIC_AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order of progressive shrinking
+BLOCKWISE_DEFAULTS = {"steps": 256, "batch": 1, "learning_rate": 1.2e-2}
+# Settings of method joint alone. depth_warmup is among them, but its default depends on others.
+JOINT_ONLY = (
+    "weight_decay", "clip", "warmup", "rule", "sampled", "balanced_sampling", "update", "largest_warmup",
+    "distillation", "teacher", "progressive_shrinking", "maximal_mixers",
+)  # fmt: skip
 FINAL_RATE_SHARE = 0.05  # of the peak learning rate, at the last step
+
+
+class BlockwiseConfig(BaseModel):
+    """Settings of blockwise training, the key ``train.blockwise``.
+
+    Attributes:
+        tokens: tokens of the training text that blocks are fitted on; an eighth more are held out.
+        inherited_rate: peak learning rate of weights that are taken over from the parent; like
+            ``learning_rate``, that of a block which starts with an error of 1.
+        storage: type of the captured activations on disk.
+        score_windows: held-out sequences that score each block; 0 does not score.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    tokens: Annotated[int, Field(gt=0)] = 65536
+    inherited_rate: Annotated[float, Field(gt=0)] = 4e-3
+    storage: Literal["bf16", "fp32"] = "bf16"
+    score_windows: Annotated[int, Field(ge=0)] = 4
 
 
 class TrainConfig(BaseModel):
     """Training settings, the key ``train`` of a run's configuration.
 
     Attributes:
+        method: ``joint`` trains all sub-networks of a supernet together; ``blockwise`` fits each block of
+            a space with ``sharing: block`` to the same block of a frozen parent, ``init``.
         data: the corpus.
-        init: a parent to start from (:func:`supernet.parent.read_parent`); None starts from random weights.
-        steps: number of training steps.
-        batch: rows per sub-network and step, over all workers.
+        init: a parent to start from (:func:`supernet.parent.read_parent`), or with method blockwise also a
+            sub-model that `formfit extract` wrote; None starts from random weights.
+        blockwise: settings of method blockwise.
+        steps: number of training steps; with method blockwise, of each block, 256 by default.
+        batch: rows per sub-network and step, over all workers; 1 by default with method blockwise.
         length: tokens per row; None is the space's ``max_seq_len``.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate; with method blockwise, of weights that the parent does not have,
+            in a block that starts with an error of 1 (in others in proportion to it), 0.012 by default.
         weight_decay: AdamW's weight decay of matrices.
         clip: greatest norm of the gradient.
         warmup: share of the steps in which the learning rate rises.
@@ -66,8 +96,10 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    method: Literal["joint", "blockwise"] = "joint"
     data: DataConfig = DataConfig()
     init: Path | None = None
+    blockwise: BlockwiseConfig = BlockwiseConfig()
     steps: Annotated[int, Field(gt=0)] = 2000
     batch: Annotated[int, Field(gt=0)] = 4
     length: Annotated[int, Field(gt=1)] | None = None
@@ -93,10 +125,12 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_depth_warmup(cls, value: Any) -> Any:
+    def _defaults(cls, value: Any) -> Any:
         starts_deep = ("init", "largest_warmup", "progressive_shrinking")
+        if isinstance(value, Mapping) and value.get("method") == "blockwise":
+            value = {**BLOCKWISE_DEFAULTS, **value}
         if isinstance(value, Mapping) and any(value.get(key) for key in starts_deep):
-            return {"depth_warmup": 0.0, **value}
+            value = {"depth_warmup": 0.0, **value}
         return value
 
     @model_validator(mode="after")
@@ -109,9 +143,22 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "largest_warmup and progressive_shrinking start with deep sub-networks; set depth_warmup: 0"
             )
+        if self.method == "blockwise":
+            self._check_blockwise()
+        elif self.blockwise != BlockwiseConfig():
+            raise ValueError("blockwise: method joint has no such settings; set method: blockwise")
         if self.rule == "random" and self.distillation:
             raise ValueError("rule: random has no teacher; set distillation: 0")
         return self
+
+    def _check_blockwise(self) -> None:
+        if self.init is None:
+            raise ValueError("method: blockwise needs a parent; name its folder with init")
+        if self.data.recall == 1:
+            raise ValueError("method: blockwise needs text; set data.recall below 1")
+        for name in JOINT_ONLY:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: method blockwise does not use it; leave it out")
 
 
 def subnet_count(config: TrainConfig, step: int) -> int:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from space import Architecture, Space
+from space import Architecture, InputError, Space
 from space.blocks import Model
-from space.io.artefact import canonical_json, digest
+from space.io.artefact import canonical_json, digest, file_digest
 from supernet.data.corpus import Corpus, load_corpus
-from supernet.extract import Text
+from supernet.extract import ARCHITECTURE_FILE, WEIGHTS_FILE, Text
 from supernet.parent import parent_digest
 from supernet.supernet import Supernet
 from supernet.training.checkpoint import Checkpoint, latest_checkpoint, sole_writer
@@ -28,13 +28,43 @@ def training_inputs(
         corpus: the training text.
         architecture: the architecture of a stand-alone training; None is the supernet's.
     """
-    settings = config.model_dump(mode="json", exclude={"data", "init", "checkpoint_every", "workers"})
+    left_out = {"data", "init", "checkpoint_every", "workers"}
+    if config.method == "joint":
+        left_out |= {"method", "blockwise"}
+    settings = config.model_dump(mode="json", exclude=left_out)
     inputs = {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
     if config.init:
-        inputs["init"] = parent_digest(config.init)
+        inputs["init"] = init_digest(config.init)
     if architecture:
         inputs["architecture"] = architecture.key
     return inputs
+
+
+def is_submodel(folder: Path) -> bool:
+    """True if a folder holds a sub-model of formfit's, and not a parent of transformers'.
+
+    Args:
+        folder: the folder.
+    """
+    return (folder / ARCHITECTURE_FILE).exists()
+
+
+def init_digest(folder: Path) -> str:
+    """The sha256 of a pretrained model, as 64 hexadecimal digits.
+
+    Args:
+        folder: of a parent or of a sub-model; or a GGUF file.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    if not is_submodel(folder):
+        return parent_digest(folder)
+    paths = [folder / ARCHITECTURE_FILE, folder / WEIGHTS_FILE]
+    try:
+        return digest(canonical_json({path.name: file_digest(path) for path in paths}))
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def train(
@@ -64,6 +94,8 @@ def train(
         InputError: invalid data, a checkpoint of other inputs, a loss that is not finite, or a folder that
             another training writes to.
     """
+    if config.method == "blockwise" and architecture is None:
+        raise InputError("train.method: blockwise is trained by supernet.blockwise.train.train_blocks")
     root, corpus = Path(root), corpus or load_corpus(config.data)
     inputs = training_inputs(space, config, corpus, architecture)
 
@@ -107,9 +139,7 @@ def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
         space: the space that it was trained for.
         checkpoint: a checkpoint of a supernet's training.
     """
-    supernet = Supernet(space)
-    supernet.load_state_dict(checkpoint.load("model"))
-    return supernet.requires_grad_(False).eval()
+    return Supernet(space, values=checkpoint.load("model")).requires_grad_(False).eval()
 
 
 def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:

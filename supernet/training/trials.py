@@ -153,10 +153,12 @@ class Progress:
     Args:
         count: number of trainings.
         stage: shows their progress.
+        done: what it says of those that are done.
     """
 
-    def __init__(self, count: int, stage: "Stage") -> None:
+    def __init__(self, count: int, stage: "Stage", done: str = "trained") -> None:
         self.stage, self.shares, self.began_s = stage, [0.0] * count, time.monotonic()
+        self.done = done
 
     def __call__(self, job: int, share: float) -> None:
         """Show the progress of all trainings.
@@ -169,7 +171,7 @@ class Progress:
         overall = sum(self.shares) / len(self.shares)
         done = sum(value >= 1 for value in self.shares)
         left_s = (time.monotonic() - self.began_s) * (1 - overall) / max(overall, 1e-6)
-        self.stage(overall, f"{done} of {len(self.shares)} trained, about {format_duration(left_s)} left")
+        self.stage(overall, f"{done} of {len(self.shares)} {self.done}, about {format_duration(left_s)} left")
 
 
 def _refusal(
