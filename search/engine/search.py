@@ -8,6 +8,7 @@ version it gives the same ``front.json``, byte for byte, with any number of work
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from search.problem.feasibility import check_feasible
 from search.problem.limit import ROUNDING_TOLERANCE
 from search.problem.milp import feasible
 from search.problem.problem import Problem
+from search.problem.slot_program import best_architectures
 from search.strategies.pareto import best_evaluated, non_dominated
 from search.strategies.registry import make_strategy
-from search.strategies.strategy import Strategy, Task
+from search.strategies.strategy import ScoreAgreement, Strategy, Task
 from space import InfeasibleError, InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
+from space.slot_scores import SlotScores
 from supernet.training.checkpoint import sole_writer
 
 # The number of best evaluations that are evaluated again, by stage: 64 on the middle
@@ -77,6 +80,7 @@ class Search:
         self.earlier_searches, self.reevaluated = tuple(earlier_searches), dict(reevaluated)
         self.warn, self.warned = warn, False
         self.failed: list[pd.DataFrame] = []  # re-evaluations that failed
+        self.agreement: dict[str, ScoreAgreement] = {}  # of the strategy's scores, by quality
         # Per device, the latency of its first profiled workload; used only to see whether the device can run
         # a genome.
         self.latencies = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
@@ -119,7 +123,7 @@ class Search:
             table = self._evolve(evaluate_many, report)
             members = self._members(table, evaluate_many, report)
             failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
-            front = make_front(self.problem, self.config, members, table, failed, self.inputs)
+            front = make_front(self.problem, self.config, members, table, failed, self.inputs, self.agreement)
             front.write(self.folder / "front.json")
         return front
 
@@ -140,6 +144,7 @@ class Search:
         projection = open_projection(path, self.folder.name, problem.names, problem.space.hash)
         strategy = make_strategy(self.config.strategy, self._task())
         earlier = self._earlier_evaluations()
+        self._probe(strategy, evaluate_many, report)
         if strategy.accepts_foreign_evaluations:
             for evaluations in earlier:
                 strategy.tell(genomes_of(evaluations), self._objectives(evaluations))
@@ -154,7 +159,22 @@ class Search:
             strategy.tell(genomes_of(part), self._objectives(part))
             projection.add(problem.space, part, problem.names, sum(map(len, parts)))
             parts.append(part)
+        names = self.problem.names
+        self.agreement = {names[i]: one for i, one in strategy.score_agreement().items()}
         return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
+
+    def _probe(self, strategy: Strategy, evaluate_many: EvaluateMany, report: Report | None) -> None:
+        """Evaluate the strategy's probes, round by round, from the record if they are there."""
+        for turn in count():
+            part = self._recorded(f"probes-{turn:04d}")
+            if part is None:
+                genomes = strategy.probes()
+                if not len(genomes):
+                    return
+                part = self._evaluate(genomes, evaluate_many, "search", -1, report)
+                self.record.write(f"probes-{turn:04d}", part)
+            self._remember(part, "search")
+            strategy.tell_probes(genomes_of(part), self._objectives(part))
 
     def _generation(
         self, generation: int, strategy: Strategy, evaluate_many: EvaluateMany, report: Report | None
@@ -181,6 +201,8 @@ class Search:
         """Evaluations of earlier searches that keep these limits, with costs by today's predictors."""
         found = []
         for folder in self.earlier_searches:
+            for path in sorted((folder / "evaluations").glob("part-probes-*.parquet")):
+                self._remember(read_table(path, EVALUATIONS)[0], "search")
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
                 part = read_table(path, EVALUATIONS)[0]
                 self._remember(part, "search")
@@ -215,7 +237,25 @@ class Search:
             population=self.population,
             seed=self.config.seed,
             surrogate=self.config.surrogate,
+            best_architectures=self._best_architectures,
         )
+
+    def _best_architectures(
+        self, scores: SlotScores, objective_bounds: Sequence[float], factor: float, number: int
+    ) -> Genomes:
+        """The genomes [at most number, G] with the least scores within limits, best first.
+
+        Args:
+            scores: of architectures.
+            objective_bounds: of the cost of each objective; ignored for a quality.
+            factor: on the bounds of all limits.
+            number: of genomes.
+        """
+        bounds = [(item.cost, factor * item.bound) for item in self.constraints]
+        bounds += [(latency, math.inf) for latency in self.latencies]
+        of_objectives = zip(self.objective_costs.values(), objective_bounds, strict=True)
+        bounds += [(cost, bound) for cost, bound in of_objectives if cost is not None]
+        return best_architectures(scores, [c for c, _ in bounds], [b for _, b in bounds], number)
 
     def _objectives(self, table: pd.DataFrame) -> NDArray[np.float64]:
         """The objectives [N, M]; not finite where an evaluation failed."""
@@ -232,8 +272,10 @@ class Search:
         """The evaluations of genomes [N, G] on the windows of a stage, a row each."""
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
-        evaluated_before, total = generation * self.population, self.generations * self.population
-        if stage == "search":
+        evaluated_before, total = max(generation, 0) * self.population, self.generations * self.population
+        if generation < 0:
+            title = f"{len(genomes)} architectures with one change"
+        elif stage == "search":
             title = f"generation {generation + 1} of {self.generations}"
         else:
             windows = self.config.windows_by_stage()[stage]
@@ -242,7 +284,8 @@ class Search:
         for done, (one, outcome) in enumerate(zip(new, evaluate_many(new, stage), strict=True), start=1):
             self.outcomes[stage, one.key] = outcome
             if report:
-                report(min(evaluated_before + done, total), total, title)
+                before = 0 if generation < 0 else min(evaluated_before + done, total)
+                report(before, total, f"{title}: {done}" if generation < 0 else title)
         columns: dict[str, Any] = {
             "generation": generation,
             "key": keys,
@@ -294,10 +337,10 @@ class Search:
     ) -> pd.DataFrame:
         """The non-dominated part, sorted by the objectives, of the best after their re-evaluations."""
         last = self.generations - 1
-        for stage, count in self.reevaluated.items():
+        for stage, number in self.reevaluated.items():
             part = self._recorded(stage)
             if part is None:
-                part = self._evaluate(self._candidates(table, count), evaluate_many, stage, last, report)
+                part = self._evaluate(self._candidates(table, number), evaluate_many, stage, last, report)
                 if not np.isfinite(self._objectives(part)).all(axis=1).any():
                     reason = part["failed"].iloc[0]
                     raise InputError(f"search: every re-evaluation failed: {reason}")

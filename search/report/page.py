@@ -101,7 +101,7 @@ def headline(front: Front, summary: Summary) -> str:
     chosen, axis, quality = summary.chosen, axis_of(front), front.ranking_quality
     kind = architecture_kind(chosen.member.architecture)
     latency = chosen.latency.get(axis.workload) or next(iter(chosen.latency.values()))
-    unit = "nats of recall" if quality == "recall_loss" else quality_unit(quality)
+    unit = {"recall_loss": "nats of recall", "kl": "nats of KL"}.get(quality, quality_unit(quality))
     return (
         f"{kind[0].upper()}{kind[1:]}, {chosen.member.quality(quality):.2f}\u00a0{unit}, "
         f"{shown('latency', latency.measured.latency_ms / 1e3)}, {limits_in_words(summary.limits)}"
