@@ -17,7 +17,8 @@ from scipy.stats import kendalltau
 
 from search.strategies.pareto import Array
 from space import Space
-from space.genome import FULL, Genomes, canonical, encode, encoding, largest, split
+from space.genome import FULL, Genomes, canonical, encode, encoding, largest
+from space.ops import depths
 from space.slot_scores import Floats, Ints, PairTerms, SlotScores
 
 GROUPS = 4  # of the options of a block: the parent's own, and three by their score
@@ -58,8 +59,7 @@ def replacements(space: Space) -> Genomes:
         for ffn in range(enc.least_ffn, len(space.ffn_options)):
             add(column + 2, ffn)
     every = canonical(space, np.array(rows, np.int16))
-    _, mixer, _, ffn = split(every)
-    whole = ((mixer > 0) | (ffn > 0)).all(axis=1)  # removals are asked for one after the other
+    whole = depths(every) == enc.slots  # removals are asked for one after the other
     unique = np.unique(every[whole], axis=0, return_index=True)[1]
     return np.concatenate([parent, every[whole][np.sort(unique)][1:]])
 
@@ -102,7 +102,7 @@ class Measured:
         """
         row = self.parent.copy()
         row[column : column + len(genes)] = genes
-        return canonical(self.space, row[None])[0]
+        return np.asarray(canonical(self.space, row[None])[0])
 
     def removed(self, slots: tuple[int, ...]) -> Genomes:
         """The genome [G] of the parent without the layers of slots.
@@ -160,7 +160,7 @@ class Measured:
             return 0.0 if row.tobytes() not in asked else value if np.isfinite(value) else worst
 
         mixers, heads = range(len(space.mixer_options)), range(len(space.head_options))
-        first = 1 + 3 * np.arange(enc.slots)
+        first = [1 + 3 * slot for slot in range(enc.slots)]
         lost = np.array([self.value(self.removed((slot,))) - constant for slot in range(enc.slots)])
         empty = np.where(np.isfinite(lost), lost, worst if min(space.depth) < enc.slots else 0.0)
         removed = np.array([self.value(self.removed(order[:n])) for n in range(len(order) + 1)])

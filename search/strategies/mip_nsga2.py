@@ -14,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 from search.strategies.additive_score import Fit, Measured, fit, rank_agreement, replacements
 from search.strategies.nsga2 import NSGA2
 from search.strategies.pareto import Array
-from search.strategies.strategy import ScoreAgreement, Task
+from search.strategies.strategy import ScoreAgreement, Task, unseen
 from space.genome import Genomes
 from space.slot_scores import SlotScores
 
@@ -71,7 +71,8 @@ class MipNSGA2(NSGA2):
             return others
         solutions = self.kept(self._solutions(fitted.scores))
         most = max(1, int(SHARE * self.task.population))
-        return self.fill(np.concatenate([self._new(solutions)[:most], others]), len(others), self.rng())
+        first = unseen(solutions, self.seen, most)
+        return self.fill(np.concatenate([first, others]), len(others), self.rng())
 
     def tell(self, genomes: Genomes, values: Array) -> None:
         """Take the evaluations of a generation.
@@ -109,11 +110,6 @@ class MipNSGA2(NSGA2):
             kendall_tau_with_pairs=after,
         )
         return {self.quality: agreement}
-
-    def _new(self, genomes: Genomes) -> Genomes:
-        """The rows that were not told."""
-        new = np.array([row.tobytes() not in self.seen for row in genomes], bool)
-        return genomes[new]
 
     def _solutions(self, scores: SlotScores) -> Genomes:
         """The programme's solutions, the best of each level first [N, G].
