@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
 from space.slot_scores import SlotScores
+from supernet.evaluate import Quality
 from supernet.training.checkpoint import sole_writer
 
 # The number of best evaluations that are evaluated again, by stage: 64 on the middle
@@ -56,6 +58,7 @@ class Search:
         earlier_searches: folders of finished searches of the same supernet, whose evaluations this one starts
             from. They are not in ``inputs``: they are the earlier rounds of a measured search, on whose
             measurements the predictors depend, which are in ``inputs``.
+        known_probes: qualities of the strategy's probes that need not be evaluated, by key.
         reevaluated: the number of best evaluations that are evaluated again, by stage.
         warn: called once with a line if a part of the record was evaluated on another CPU or torch version.
     """
@@ -70,6 +73,7 @@ class Search:
         earlier_searches: Sequence[Path] = (),
         reevaluated: Mapping[str, int] = REEVALUATED,
         warn: Callable[[str], None] = lambda _text: None,
+        known_probes: Mapping[str, Quality] = MappingProxyType({}),
     ) -> None:
         self.problem, self.config, self.folder = problem, config, folder
         self.inputs = {**inputs, "search": search_digest(problem, config)}
@@ -77,6 +81,7 @@ class Search:
         self.constraints = problem.constraints()
         self.objective_costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.outcomes = {} if outcomes is None else outcomes
+        self.outcomes |= {("probes", key): quality for key, quality in known_probes.items()}
         self.earlier_searches, self.reevaluated = tuple(earlier_searches), dict(reevaluated)
         self.warn, self.warned = warn, False
         self.failed: list[pd.DataFrame] = []  # re-evaluations that failed
@@ -171,9 +176,9 @@ class Search:
                 genomes = strategy.probes()
                 if not len(genomes):
                     return
-                part = self._evaluate(genomes, evaluate_many, "search", -1, report)
+                part = self._evaluate(genomes, evaluate_many, "probes", -1, report)
                 self.record.write(f"probes-{turn:04d}", part)
-            self._remember(part, "search")
+            self._remember(part, "probes")
             strategy.tell_probes(genomes_of(part), self._objectives(part))
 
     def _generation(
@@ -202,7 +207,7 @@ class Search:
         found = []
         for folder in self.earlier_searches:
             for path in sorted((folder / "evaluations").glob("part-probes-*.parquet")):
-                self._remember(read_table(path, EVALUATIONS)[0], "search")
+                self._remember(read_table(path, EVALUATIONS)[0], "probes")
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
                 part = read_table(path, EVALUATIONS)[0]
                 self._remember(part, "search")
@@ -269,23 +274,26 @@ class Search:
         generation: int,
         report: Report | None,
     ) -> pd.DataFrame:
-        """The evaluations of genomes [N, G] on the windows of a stage, a row each."""
+        """The evaluations of genomes [N, G] on the windows of a stage, a row each.
+
+        The stage ``probes`` has the windows of the search, and no generation.
+        """
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
         evaluated_before, total = max(generation, 0) * self.population, self.generations * self.population
-        if generation < 0:
-            title = f"{len(genomes)} architectures with one change"
-        elif stage == "search":
+        windows = "search" if stage == "probes" else stage
+        if stage == "search":
             title = f"generation {generation + 1} of {self.generations}"
-        else:
-            windows = self.config.windows_by_stage()[stage]
-            title = f"re-evaluation of the {len(genomes)} best on {windows} windows"
+        elif stage != "probes":
+            number = self.config.windows_by_stage()[stage]
+            title = f"re-evaluation of the {len(genomes)} best on {number} windows"
         new = [a for a, key in zip(architectures, keys, strict=True) if (stage, key) not in self.outcomes]
-        for done, (one, outcome) in enumerate(zip(new, evaluate_many(new, stage), strict=True), start=1):
+        for done, (one, outcome) in enumerate(zip(new, evaluate_many(new, windows), strict=True), start=1):
             self.outcomes[stage, one.key] = outcome
-            if report:
-                before = 0 if generation < 0 else min(evaluated_before + done, total)
-                report(before, total, f"{title}: {done}" if generation < 0 else title)
+            if report and stage == "probes":
+                report(0, total, f"change {done} of {len(new)} in the largest architecture")
+            elif report:
+                report(min(evaluated_before + done, total), total, title)
         columns: dict[str, Any] = {
             "generation": generation,
             "key": keys,

@@ -89,7 +89,7 @@ def best_architectures(
     for index in range(len(space.width)):
         width = Width(space, index, costs, limits, np.zeros(len(costs)))
         if len(width.patterns):
-            program = SlotProgram(scores, index, width.terms, width.patterns)
+            program = SlotProgram(scores, index, width.terms, width.patterns, number)
             add(program, program.ranges, ())
     while nodes and len(found) < number:
         _, _, node = heapq.heappop(nodes)
@@ -118,9 +118,12 @@ class SlotProgram:
         width: index of the width.
         terms: the costs, with their bounds.
         patterns: the layer counts to consider [P, 4].
+        number: of solutions that are wanted.
     """
 
-    def __init__(self, scores: SlotScores, width: int, terms: Sequence[Term], patterns: Ints) -> None:
+    def __init__(
+        self, scores: SlotScores, width: int, terms: Sequence[Term], patterns: Ints, number: int
+    ) -> None:
         self._scores, self._width, self._terms = scores, width, terms
         space = scores.space
         self._enc, self._at = encoding(space), options_of(space)
@@ -136,6 +139,7 @@ class SlotProgram:
         self._highest: list[Floats] = [np.ones(self._columns)]
         self._objective: list[Floats] = [self._slot_objective()]
         self._add_layers()
+        self._leave_out_dominated(number)
         self._patterns = self._new_columns(len(patterns))
         self._add_patterns(patterns)
         self._prices = [self._add_cost(term, patterns) for term in terms]
@@ -260,6 +264,34 @@ class SlotProgram:
             for before, after in pairwise(order):
                 self._add(0, np.inf, (empty[[before]], 1.0), (empty[[after]], -1.0))
 
+    def _leave_out_dominated(self, number: int) -> None:
+        """Leave out options for which as many others stand as solutions are wanted, at no more of anything.
+
+        Others may stand for an option if they are of the same slot, class and group, and of the same linear
+        kind if the number of kinds is limited. Of any solution with the option there are then as many others
+        with no more score or cost.
+        """
+        scores, at, terms = self._scores, self._at, self._terms
+        few = scores.space.max_linear_kinds < self._enc.kind_count
+        kinds = np.where(few & (at.classes == LINEAR), LOCAL + 1 + at.kinds, at.classes)
+        present = (np.arange(self._ffns.shape[1]) > 0).astype(np.int64)
+        sums = [term.rise.sums for term in terms if term.rise]
+        mixers = [one for t in terms for one in (t.prices.mixer, t.prices.mixer_peak)]
+        ffns = [one for t in terms for one in (t.prices.ffn, t.prices.ffn_peak)]
+        mixers += [one.mixer for one in sums]
+        ffns += [one.ffn for one in sums]
+        for slot in range(self._enc.slots):
+            of_mixers, of_ffns = kinds, present
+            if scores.pairs is not None:
+                of_mixers = (LOCAL + 2 + max(self._enc.kind_count, 1)) * scores.pairs.mixer_group[
+                    slot, at.mixer, at.heads
+                ] + kinds
+                of_ffns = 2 * scores.pairs.ffn_group[slot] + present
+            values = np.stack([scores.mixer[slot, at.mixer, at.heads], *mixers], axis=1)
+            self._highest[0][self._mixers[slot, : self._none][_dominators(values, of_mixers) >= number]] = 0.0
+            values = np.stack([scores.ffn[slot], *ffns], axis=1)
+            self._highest[0][self._ffns[slot][_dominators(values, of_ffns) >= number]] = 0.0
+
     def _add_patterns(self, patterns: Ints) -> None:
         """Exactly one pattern, with its number of layers of each class; a limited number of linear kinds."""
         enc, at, space = self._enc, self._at, self._scores.space
@@ -367,6 +399,18 @@ class SlotProgram:
             self._add(0, 0, (flow[i], 1.0), (first[group], -1.0))
         for i, group in enumerate(others):
             self._add(0, 0, (flow[:, i], 1.0), (second[group], -1.0))
+
+
+def _dominators(values: Floats, groups: Ints) -> Ints:
+    """The number of rows of the same group that equal or beat each row of values [N, D] everywhere [N].
+
+    Of equal rows, those before count.
+    """
+    better = (values[None] <= values[:, None]).all(axis=2) & (groups[None] == groups[:, None])  # [row, by]
+    order = np.arange(len(values))
+    better &= ~better.T | (order[None] < order[:, None])
+    found: Ints = better.sum(axis=1)
+    return found
 
 
 def _scaled(row: Row, low: float, high: float, size: float) -> Row:

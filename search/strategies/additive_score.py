@@ -110,7 +110,7 @@ class Measured:
         Args:
             slots: to be empty.
         """
-        row = self.parent.copy()
+        row: Genomes = self.parent.copy()
         for slot in slots:
             row[1 + 3 * slot : 4 + 3 * slot] = 0
         return row

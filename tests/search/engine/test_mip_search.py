@@ -4,12 +4,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from search.engine.block_scores import BLOCK_SCORES, read_block_scores, score_file
 from search.engine.config import SearchConfig
 from search.engine.entry import run_search
 from search.engine.evaluations import EVALUATIONS, genomes_of
@@ -19,9 +22,9 @@ from search.engine.supernet_evaluator import evaluator
 from search.problem.problem import Problem
 from search.strategies.pareto import hypervolume
 from search.testing import contract_space
-from space import Architecture, Space, genome
+from space import Architecture, InputError, Space, genome
 from space.cost import params
-from space.io.parquet import read_table
+from space.io.parquet import read_table, write_table
 from space.slot_scores import SlotScores
 from supernet.evaluate import EvaluationSet
 from supernet.supernet import Supernet
@@ -61,12 +64,12 @@ def data() -> EvaluationSet:
     )
 
 
-def kl_search(folder: Path, workers: int = 0) -> bytes:
+def kl_search(folder: Path, workers: int = 0, **options: Any) -> bytes:
     supernet = Supernet(SPACE)
     scatter(supernet)
     sets = dict.fromkeys(CONFIG.windows_by_stage(), data())
     with evaluator(supernet, sets, workers, objectives=PROBLEM.registered_qualities) as evaluate:
-        Search(PROBLEM, CONFIG, folder, {}).run(evaluate)
+        Search(PROBLEM, CONFIG, folder, {}, **options).run(evaluate)
     return (folder / "front.json").read_bytes()
 
 
@@ -194,3 +197,45 @@ def test_front_is_no_worse_than_that_of_random_search(tmp_path: Path, seed: int)
     volume = {name: hypervolume(front, reference) for name, front in fronts.items()}
     assert volume["mip-nsga2"] >= volume["random"]
     assert fronts["mip-nsga2"][:, 0].min() <= fronts["random"][:, 0].min() + 1e-9
+
+
+def test_block_scores_of_the_training_are_taken(tmp_path: Path) -> None:
+    """Each row as the probe of its replacement; removals and the generations are evaluated."""
+    rows = [
+        {
+            "slot": slot,
+            "candidate": name,
+            "kl": 0.5 + slot + 0.01 * i,
+            "loss_nats": 3.0,
+            "recall_loss_nats": None,
+        }
+        for slot in range(4)
+        for i, name in enumerate(["none", "linear-h1-k1", "gated_deltanet-h2-k2", "ffn-0", "ffn-16"])
+    ]
+    table = pd.DataFrame(rows).astype({"recall_loss_nats": float})
+    write_table(tmp_path / "scores.parquet", BLOCK_SCORES, {}, table)
+    assert score_file(tmp_path, PROBLEM, CONFIG) == tmp_path / "scores.parquet"
+    assert score_file(tmp_path, PROBLEM, CONFIG.model_copy(update={"strategy": "nsga2"})) is None
+    assert score_file(tmp_path, Problem(SPACE, objectives=["loss"]), CONFIG) is None
+    known = read_block_scores(tmp_path / "scores.parquet", SPACE)
+    kl_search(tmp_path, known_probes=known)
+    probes = {key: float(kl) for rows, kls in parts(tmp_path, "part-probes-*").values()
+              for key, kl in zip((a.key for a in genome.decode(SPACE, rows)), kls, strict=True)}  # fmt: skip
+    own = genome.largest(SPACE)
+    for row in rows:
+        layer = own.layers[row["slot"]]
+        changed = {
+            "none": replace(layer, mixer="none", heads=0, kv_heads=0),
+            "linear-h1-k1": replace(layer, mixer="linear", heads=1, kv_heads=1),
+            "gated_deltanet-h2-k2": replace(layer, mixer="gated_deltanet", heads=2, kv_heads=2),
+            "ffn-0": replace(layer, ffn=0),
+            "ffn-16": replace(layer, ffn=16),
+        }[row["candidate"]]
+        layers = list(own.layers)
+        layers[row["slot"]] = changed
+        assert probes[Architecture(own.width, tuple(layers)).key] == row["kl"]
+    assert sum(value >= 0.5 for value in probes.values()) == len(rows)
+    assert all(kl < 0.5 for _, kls in parts(tmp_path, "part-0*").values() for kl in kls)
+    write_table(tmp_path / "scores.parquet", BLOCK_SCORES, {}, table.assign(candidate="mamba2-h1-k1"))
+    with pytest.raises(InputError, match="mamba2-h1-k1 at slot 0 is no block of space contract"):
+        read_block_scores(tmp_path / "scores.parquet", SPACE)
