@@ -27,7 +27,7 @@ from scipy.stats import kendalltau
 from latency import load_predictor
 from search.config import open_run, open_trained
 from search.engine.supernet_evaluator import SupernetEvaluator
-from search.problem.slot_program import best_architectures
+from search.problem.solution_pool import best_architectures
 from search.strategies.additive_score import Features, Measured, fit, replacements
 from space import InputError, Space, Workload, genome, variation
 from space.cost import flops_table, memory_cost, params_cost

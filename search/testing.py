@@ -20,7 +20,7 @@ from search.problem.limit import Limit
 from search.problem.metric import METRICS, Metric
 from search.problem.milp import least
 from search.problem.objective import QUALITIES, Objective
-from search.problem.slot_program import best_architectures
+from search.problem.solution_pool import best_architectures
 from search.strategies.registry import STRATEGIES, StrategyEntry, make_strategy
 from search.strategies.strategy import Strategy, Task
 from space import Space, Workload, genome

@@ -27,7 +27,7 @@ from search.problem.feasibility import check_feasible
 from search.problem.limit import ROUNDING_TOLERANCE
 from search.problem.milp import feasible
 from search.problem.problem import Problem
-from search.problem.slot_program import best_architectures
+from search.problem.solution_pool import pool_within
 from search.strategies.pareto import best_evaluated, non_dominated
 from search.strategies.registry import make_strategy
 from search.strategies.strategy import ScoreAgreement, Strategy, Task
@@ -35,7 +35,6 @@ from space import InfeasibleError, InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
-from space.slot_scores import SlotScores
 from supernet.evaluate import Quality
 from supernet.training.checkpoint import sole_writer
 
@@ -242,25 +241,10 @@ class Search:
             population=self.population,
             seed=self.config.seed,
             surrogate=self.config.surrogate,
-            best_architectures=self._best_architectures,
+            best_architectures=pool_within(
+                self.constraints, self.latencies, list(self.objective_costs.values())
+            ),
         )
-
-    def _best_architectures(
-        self, scores: SlotScores, objective_bounds: Sequence[float], factor: float, number: int
-    ) -> Genomes:
-        """The genomes [at most number, G] with the least scores within limits, best first.
-
-        Args:
-            scores: of architectures.
-            objective_bounds: of the cost of each objective; ignored for a quality.
-            factor: on the bounds of all limits.
-            number: of genomes.
-        """
-        bounds = [(item.cost, factor * item.bound) for item in self.constraints]
-        bounds += [(latency, math.inf) for latency in self.latencies]
-        of_objectives = zip(self.objective_costs.values(), objective_bounds, strict=True)
-        bounds += [(cost, bound) for cost, bound in of_objectives if cost is not None]
-        return best_architectures(scores, [c for c, _ in bounds], [b for _, b in bounds], number)
 
     def _objectives(self, table: pd.DataFrame) -> NDArray[np.float64]:
         """The objectives [N, M]; not finite where an evaluation failed."""

@@ -1,19 +1,15 @@
-"""The architectures with the least scores within limits, by integer programmes with binaries for every slot.
+"""The integer programme of one width over scores of slots, with binaries for every slot.
 
 The programmes of :mod:`search.problem.milp` count layers, because all slots have the same options at the same
 costs. Scores (:class:`space.slot_scores.SlotScores`) differ by slot, so here each slot has a binary for each
-of its options. Limits, the hybrid rule and footprints are as there: a footprint is replaced by lines below it
-on a range of its sums, a solution that breaks a bound is priced exactly, and the range is split at the piece
-it lies on. Terms of pairs are linear in the flow between the groups of two neighbouring blocks. A solution
-that is taken, or that breaks a bound by less than the solver sees, is cut away, which gives the next best.
+of its options. Limits, the hybrid rule and footprints are as there. Terms of pairs are linear in the flow
+between the groups of two neighbouring blocks.
 
 Shapes: C columns, L slots, O mixer options (mixer with heads), F FFN options, P patterns, K groups.
 """
 
-import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +18,9 @@ from scipy.sparse import csr_array
 
 from search.problem.dynamic_program import Floats, Ints, options_of
 from search.problem.integer_program import INFEASIBLE, SCALE, Range, Term, lines_below
-from search.problem.limit import ROUNDING_TOLERANCE, within
-from search.problem.milp import Width, is_one_piece, split_range
+from search.problem.limit import ROUNDING_TOLERANCE
+from search.problem.milp import is_one_piece, split_range
 from space.genome import FULL, LINEAR, LOCAL, Genomes, encoding
-from space.ops import Cost
 from space.slot_scores import PairTerms, SlotScores
 
 
@@ -43,67 +38,6 @@ class Row(NamedTuple):
     factors: Floats
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class _Node:
-    """Some of the architectures of one width, and the best of them.
-
-    Attributes:
-        program: of the width.
-        ranges: of the sums of each footprint.
-        cuts: columns of solutions that are not among them.
-        genome: the best by the programme [1, G].
-        columns: of the best.
-    """
-
-    program: "SlotProgram"
-    ranges: tuple[Range, ...]
-    cuts: tuple[Ints, ...]
-    genome: Genomes
-    columns: Ints
-
-
-def best_architectures(
-    scores: SlotScores, costs: Sequence[Cost], bounds: Sequence[float], number: int
-) -> Genomes:
-    """The genomes [at most number, G] with the least scores whose costs are within bounds, best first.
-
-    Args:
-        scores: of architectures of a space, finite.
-        costs: to be bounded.
-        bounds: of the costs; infinite: the cost need only be finite.
-        number: of architectures; fewer are returned if no more keep the bounds.
-    """
-    space = scores.space
-    limits, order = np.array(bounds, float), count()
-    found: dict[bytes, Genomes] = {}
-    nodes: list[tuple[float, int, _Node]] = []
-
-    def add(program: SlotProgram, ranges: tuple[Range, ...], cuts: tuple[Ints, ...]) -> None:
-        solved = program.solve(ranges, cuts)
-        if solved is not None:
-            node = _Node(program, ranges, cuts, *solved)
-            heapq.heappush(nodes, (float(scores(node.genome)[0]), next(order), node))
-
-    for index in range(len(space.width)):
-        width = Width(space, index, costs, limits, np.zeros(len(costs)))
-        if len(width.patterns):
-            program = SlotProgram(scores, index, width.terms, width.patterns, number)
-            add(program, program.ranges, ())
-    while nodes and len(found) < number:
-        _, _, node = heapq.heappop(nodes)
-        kept = all(
-            within(float(cost(node.genome)[0]), bound) for cost, bound in zip(costs, bounds, strict=True)
-        )
-        if kept:
-            found.setdefault(node.genome.tobytes(), node.genome)
-        parts = [] if kept else list(node.program.split(node.ranges, node.genome))
-        for ranges in parts:
-            add(node.program, ranges, node.cuts)
-        if not parts and len(found) < number:
-            add(node.program, node.ranges, (*node.cuts, node.columns))
-    return np.concatenate([*found.values(), np.zeros((0, encoding(space).genes), np.int16)])
 
 
 class SlotProgram:

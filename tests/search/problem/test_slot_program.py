@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from search.problem.limit import within
-from search.problem.slot_program import best_architectures
+from search.problem.solution_pool import best_architectures
 from space import Space
 from space.genome import Genomes, encoding, split
 from space.slot_scores import PairTerms, SlotScores
