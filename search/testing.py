@@ -9,6 +9,7 @@ Subclass one in a test file and name what is registered::
 """
 # ruff: noqa: S101
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -19,12 +20,14 @@ from search.problem.limit import Limit
 from search.problem.metric import METRICS, Metric
 from search.problem.milp import least
 from search.problem.objective import QUALITIES, Objective
+from search.problem.solution_pool import best_architectures
 from search.strategies.registry import STRATEGIES, StrategyEntry, make_strategy
 from search.strategies.strategy import Strategy, Task
 from space import Space, Workload, genome
 from space.cost import params_cost
 from space.genome import Genomes
 from space.ops import Cost
+from space.slot_scores import SlotScores
 from space.variation import sample
 
 SAMPLES = 4000
@@ -91,6 +94,10 @@ def contract_task(
     def constraint_violation(genomes: Genomes) -> NDArray[np.float64]:
         return np.maximum(0.0, cost(genomes) / max_params - 1)
 
+    def best(scores: SlotScores, bounds: Sequence[float], factor: float, number: int) -> Genomes:
+        costs = [cost] * objectives
+        return best_architectures(scores, costs, [factor * max_params, *bounds[1:]], number)
+
     return Task(
         space=chosen,
         objective_costs=(None, *[cost] * (objectives - 1)),
@@ -98,6 +105,7 @@ def contract_task(
         initial_genomes=genome.encode(chosen, [genome.smallest(chosen), genome.largest(chosen)]),
         population=population,
         seed=seed,
+        best_architectures=best,
     )
 
 
@@ -140,12 +148,15 @@ class StrategyContract:
         return contract_task(objectives, max_params=max_params, space=space, **changes)
 
     def make(self, task: Task) -> Strategy:
-        """The strategy of a task.
+        """The strategy of a task, after its probes if it has any.
 
         Args:
             task: what it is to solve.
         """
-        return make_strategy(self.name, task)
+        strategy = make_strategy(self.name, task)
+        while len(probes := strategy.probes()):
+            strategy.tell_probes(probes, objective_values(task, probes))
+        return strategy
 
     def test_generations_are_new_members_within_the_limits(self) -> None:
         """Every generation has its full size, and no architecture twice."""

@@ -25,7 +25,19 @@ from space.attention.projection import project, rms_norm
 from space.mixers import MIXERS, MixerCall, Shapes, State, Weights
 from space.shapes import ffn_shapes, mixer_shapes, model_shapes, parameter_mixer
 
-__all__ = ["Model", "State", "Weights", "add_parameter", "ffn", "forward", "initial", "mixer_block", "part"]
+__all__ = [
+    "Model",
+    "State",
+    "Weights",
+    "add_parameter",
+    "ffn",
+    "forward",
+    "hidden_states",
+    "initial",
+    "mixer_block",
+    "output_logits",
+    "part",
+]
 
 
 def mixer_block(
@@ -91,6 +103,59 @@ def part(weights: Weights, prefix: str, shapes: Shapes) -> Weights:
     return {name: weights[f"{prefix}.{name}"] for name in shapes}
 
 
+def hidden_states(
+    weights: Weights,
+    architecture: Architecture,
+    model_config: ModelConfig,
+    tokens: Tensor,
+    *,
+    position: int = 0,
+    states: Mapping[int, State] | None = None,
+    mask: Tensor | None = None,
+    keep: int = 0,
+) -> tuple[Tensor, dict[int, State]]:
+    """Run an architecture up to its final norm; :func:`output_logits` gives the rest.
+
+    Args:
+        weights: every parameter of :func:`space.shapes.model_shapes`, of exactly that shape.
+        architecture: the architecture.
+        model_config: the settings of its space.
+        tokens: [B, T] integers.
+        position: place of the first token in its sequence.
+        states: by slot, the states that an earlier call returned; None at the start of a sequence.
+        mask: bool [B, position + T], True for real tokens, False for padding on the left; None without
+            padding. Padding changes nothing for real tokens, except that positions count it.
+        keep: number of last tokens that are returned; 0 for all.
+
+    Returns:
+        The normed residual stream [B, T or keep, W], and the states after the last token by slot.
+    """
+    x = F.embedding(tokens, weights["embedding"]).to(weights["norm"].dtype)
+    after: dict[int, State] = {}
+    for slot, layer in enumerate(architecture.layers):
+        if layer.mixer != "none":
+            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, model_config)
+            block = part(weights, f"layers.{slot}.mixer", shapes)
+            x, after[slot] = mixer_block(
+                block, x, layer, model_config, position, (states or {}).get(slot), mask
+            )
+        if layer.ffn:
+            block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
+            x = ffn(block, x, model_config)
+    return rms_norm(x[:, -keep:] if keep else x, weights["norm"], model_config.norm_eps), after
+
+
+def output_logits(weights: Weights, model_config: ModelConfig, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of final hidden states.
+
+    Args:
+        weights: of the model, with the embedding or the head.
+        model_config: the settings of the space.
+        hidden: of :func:`hidden_states`, [..., W].
+    """
+    return project(hidden, weights["embedding" if model_config.tie_embeddings else "head"])
+
+
 def forward(
     weights: Weights,
     architecture: Architecture,
@@ -109,30 +174,25 @@ def forward(
         architecture: the architecture.
         model_config: the settings of its space.
         tokens: [B, T] integers.
-        position: place of the first token in its sequence.
-        states: by slot, the states that an earlier call returned; None at the start of a sequence.
-        mask: bool [B, position + T], True for real tokens, False for padding on the left; None without
-            padding. Padding changes nothing for real tokens, except that positions count it.
+        position: as in :func:`hidden_states`.
+        states: as in :func:`hidden_states`.
+        mask: as in :func:`hidden_states`.
         keep: number of last tokens that get logits; 0 for all.
 
     Returns:
         Logits [B, T or keep, V], and the states after the last token by slot.
     """
-    x = F.embedding(tokens, weights["embedding"]).to(weights["norm"].dtype)
-    after: dict[int, State] = {}
-    for slot, layer in enumerate(architecture.layers):
-        if layer.mixer != "none":
-            shapes = mixer_shapes(layer.mixer, architecture.width, layer.heads, layer.kv_heads, model_config)
-            block = part(weights, f"layers.{slot}.mixer", shapes)
-            x, after[slot] = mixer_block(
-                block, x, layer, model_config, position, (states or {}).get(slot), mask
-            )
-        if layer.ffn:
-            block = part(weights, f"layers.{slot}.ffn", ffn_shapes(architecture.width, layer.ffn))
-            x = ffn(block, x, model_config)
-    head = weights["embedding" if model_config.tie_embeddings else "head"]
-    normed = rms_norm(x[:, -keep:] if keep else x, weights["norm"], model_config.norm_eps)
-    return project(normed, head), after
+    hidden, after = hidden_states(
+        weights,
+        architecture,
+        model_config,
+        tokens,
+        position=position,
+        states=states,
+        mask=mask,
+        keep=keep,
+    )
+    return output_logits(weights, model_config, hidden), after
 
 
 def initial(

@@ -2,8 +2,9 @@
 
 ``loss`` is the mean over all held-out targets. ``recall_loss`` is the mean over the targets that can be
 recalled from the context (see :mod:`supernet.data.recall`); it shows the recall that linear mixers lose and
-that a mean over all tokens hides. MQAR accuracy is a control: compare it only in settings where softmax
-attention reaches 0.99. Further qualities are functions of the logits; see :data:`QualityFunction`.
+that a mean over all tokens hides. ``kl`` compares a sub-network with its parent, see :class:`Parent`. MQAR
+accuracy is a control: compare it only in settings where softmax attention reaches 0.99. Further qualities are
+functions of the logits; see :data:`QualityFunction`.
 """
 
 import math
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from space import Architecture, ModelConfig
-from space.blocks import forward
+from space.blocks import forward, hidden_states, output_logits
 from space.io.artefact import digest
 from supernet.data.corpus import Corpus, held_out_windows, window_starts
 from supernet.data.mqar import IGNORED, default_pairs, evaluation_generator, mqar
 from supernet.data.recall import PIECE_ORDER, PIECE_RARE, recall_mask
+
+MAX_LOGITS = 2**23  # computed at once: 32 MiB; a batch of a vocabulary of 49152 would take 400 MiB
+KL = "kl"  # the name of the mean KL divergence among the extra qualities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,48 @@ def recall_set(
     return EvaluationSet(tokens=tokens, targets=labels, recallable=labels != IGNORED)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parent:
+    """The model that others are compared with, and its final hidden states on the sequences of an evaluation.
+
+    Logits are recomputed from the states a few tokens at a time: with a large vocabulary they would take a
+    hundred times as much memory.
+
+    Attributes:
+        weights: the parent's, of which embedding and head are used.
+        hidden: normed residual stream of every token [N, L, W].
+    """
+
+    weights: Mapping[str, Tensor]
+    hidden: Tensor
+
+
+@torch.inference_mode()
+def run_parent(
+    weights: Mapping[str, Tensor],
+    architecture: Architecture,
+    model_config: ModelConfig,
+    data: EvaluationSet,
+    batch: int = 4,
+) -> Parent:
+    """Run the parent of :func:`evaluate` on the sequences of an evaluation.
+
+    Args:
+        weights: the parent's.
+        architecture: the parent's.
+        model_config: the constants of its space.
+        data: the sequences.
+        batch: sequences per forward pass, as in :func:`evaluate`: then the parent's own KL is exactly 0.
+    """
+    hidden = [
+        hidden_states(
+            weights, architecture, model_config, torch.from_numpy(data.tokens[start : start + batch])
+        )[0]
+        for start in range(0, len(data.tokens), batch)
+    ]
+    return Parent(weights=weights, hidden=torch.cat(hidden))
+
+
 @torch.inference_mode()
 def evaluate(
     weights: Mapping[str, Tensor],
@@ -160,6 +206,7 @@ def evaluate(
     data: EvaluationSet,
     extra: Mapping[str, QualityFunction] = NO_EXTRA,
     batch: int = 4,
+    parent: Parent | None = None,
 ) -> Quality:
     """Evaluate a sub-network or a plain model.
 
@@ -172,29 +219,52 @@ def evaluate(
         data: sequences and targets.
         extra: further quality functions by name, called after the losses are computed.
         batch: sequences per forward pass.
+        parent: if given, the extra quality ``kl`` is the mean of KL(parent || model) over all targets, in
+            nats per token.
     """
-    total = recalled = 0.0
+    total = recalled = divergence = 0.0
+    tokens_at_once = max(1, MAX_LOGITS // model_config.vocab_size)
     for start in range(0, len(data.tokens), batch):
         rows = slice(start, start + batch)
-        logits, _ = forward(weights, architecture, model_config, torch.from_numpy(data.tokens[rows]))
+        hidden, _ = hidden_states(weights, architecture, model_config, torch.from_numpy(data.tokens[rows]))
         targets = torch.from_numpy(data.targets[rows]).flatten()
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="none"
-        ).double()
-        total += float(losses.sum())
-        recalled += float(losses[torch.from_numpy(data.recallable[rows]).flatten()].sum())
+        recallable = torch.from_numpy(data.recallable[rows]).flatten()
+        for first in range(0, len(targets), tokens_at_once):
+            some = slice(first, first + tokens_at_once)
+            logits = output_logits(weights, model_config, hidden.flatten(0, 1)[some]).float()
+            losses = F.cross_entropy(logits, targets[some], ignore_index=IGNORED, reduction="none").double()
+            total += float(losses.sum())
+            recalled += float(losses[recallable[some]].sum())
+            if parent:
+                states = parent.hidden[rows].flatten(0, 1)[some]
+                expected = output_logits(parent.weights, model_config, states).float()
+                divergence += float(kl_divergence(expected, logits)[targets[some] != IGNORED].sum())
     recall_count = int(data.recallable.sum())
     loss = total / data.count
 
     def model(tokens: Tensor) -> Tensor:
         return forward(weights, architecture, model_config, tokens)[0]
 
+    found = {name: float(function(model, data)) for name, function in extra.items()}
+    if parent:
+        found[KL] = max(0.0, divergence / data.count)  # rounding may leave -1e-9
     return Quality(
         loss_nats=loss,
         recall_loss_nats=recalled / recall_count if recall_count else math.nan,
         bits_per_byte=data.bits_per_byte(loss),
-        extra={name: float(function(model, data)) for name, function in extra.items()},
+        extra=found,
     )
+
+
+def kl_divergence(expected: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) in nats of each token [T], in fp64; p and q are computed in fp32.
+
+    Args:
+        expected: logits of p [T, V].
+        logits: logits of q [T, V].
+    """
+    log_p, log_q = F.log_softmax(expected, dim=-1), F.log_softmax(logits, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).double()
 
 
 @torch.inference_mode()

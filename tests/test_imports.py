@@ -39,6 +39,7 @@ EDGES: dict[str, dict[str, str]] = {
         "genome": "architecture io space",
         "onnx": "architecture io mixers onnx.block onnx.graph precision shapes",
         "ops": "architecture genome space",
+        "slot_scores": "genome space",
         "variation": "genome space",
         "cost": "architecture mixers ops precision shapes space workload",
         "testing": "architecture blocks cost layer mixers onnx ops shapes workload",

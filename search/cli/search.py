@@ -38,14 +38,15 @@ def search(
         list[str] | None,
         typer.Option(
             metavar="OBJECTIVE",
-            help="loss, recall_loss, latency:WORKLOAD, memory:WORKLOAD, rss:WORKLOAD, params or a registered "
-            "one. Repeatable.",
+            help="loss, recall_loss, kl, latency:WORKLOAD, memory:WORKLOAD, rss:WORKLOAD, params or a "
+            "registered one. Repeatable.",
         ),
     ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="nsga2, hat, random, optuna-nsga2, optuna-tpe or a registered one."
+            metavar="NAME",
+            help="nsga2, mip-nsga2, hat, random, optuna-nsga2, optuna-tpe or a registered one.",
         ),
     ] = None,
     surrogate: Annotated[bool | None, typer.Option(help="Screen candidates by predicted quality.")] = None,

@@ -76,17 +76,19 @@ def front_tables(members: "Sequence[Member]", picks: Mapping[str, str]) -> "list
     names = {key: pick for pick, key in picks.items()}
     device = next(iter(members[0].predicted.latency), None)
     workloads = list(members[0].predicted.latency[device]) if device else []
+    others = [name for name in members[0].qualities if name not in ("loss", "recall_loss")]
     rows = [
         [
             member.key,
             f"{member.loss_nats:.4f}",
+            *(f"{member.quality(name):.4f}" for name in others),
             *(f"{member.predicted.latency[str(device)][w].latency_ms:.3f}" for w in workloads),
             f"{member.predicted.params:,}",
             names.get(member.key, ""),
         ]
         for member in members
     ]
-    columns = ["key", "loss\nnats", *(f"{w}\nms" for w in workloads), "params", "pick"]
+    columns = ["key", "loss\nnats", *others, *(f"{w}\nms" for w in workloads), "params", "pick"]
     picked = [[names[m.key], m.architecture.describe()] for m in members if m.key in names]
     return [
         make_table("Front", columns, rows),

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.engine.block_scores import read_block_scores, score_file
 from search.engine.config import SearchConfig, make_problem, require_objectives
 from search.engine.evaluator import EvaluateArchitecture, EvaluateMany, FunctionEvaluator
 from search.engine.front import FRONT, Front
@@ -123,9 +124,16 @@ def search_supernet(
         InputError: an objective or a limit is not understood, or the folder belongs to another search.
     """
     problem = make_problem(trained.space, predictors, config, reference_predictors)
-    inputs = _inputs(problem, {"supernet": trained.checkpoint.digest})
+    evaluated, known = {"supernet": trained.checkpoint.digest}, {}
+    scored = score_file(trained.checkpoint.folder.parent, problem, config)
+    if scored is not None:
+        known = read_block_scores(scored, trained.space)
+        evaluated["scores"] = digest(scored.read_bytes())
+    inputs = _inputs(problem, evaluated)
     path = folder / "front.json"
-    search = Search(problem, config, folder, inputs, outcomes, earlier_searches, warn=reporter.warn)
+    search = Search(
+        problem, config, folder, inputs, outcomes, earlier_searches, warn=reporter.warn, known_probes=known
+    )
     baseline = _baseline(search) if config.baseline == "random" else None
     done = FRONT.made_from(path, search.inputs)
     if done and (baseline is None or baseline.complete):

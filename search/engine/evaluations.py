@@ -34,7 +34,8 @@ class Record:
         """The file of a part.
 
         Args:
-            part: four digits of the generation, or ``middle`` or ``front``, the two re-evaluations.
+            part: four digits of the generation, ``probes-`` and four digits of the round, or ``middle`` or
+                ``front``, the two re-evaluations.
         """
         return self.folder / f"part-{part}.parquet"
 

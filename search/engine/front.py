@@ -1,16 +1,18 @@
 """The front of a search as a record: ``front.json`` and the values in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from search.engine.choice import BoundedLimit, Choice, JsonObject, Prediction
+from search.strategies.strategy import ScoreAgreement
 from space import Architecture, InputError
 from space.io.artefact import Artefact
 from space.io.record import mapping_of, read_document, tuple_of
 
-QUALITY_KEYS = {"loss": "loss_nats", "recall_loss": "recall_loss_nats"}  # JSON keys of the built-in qualities
+# JSON keys of the qualities in nats per token; those of others are their names.
+QUALITY_KEYS = {"loss": "loss_nats", "recall_loss": "recall_loss_nats", "kl": "kl_nats"}
 FRONT = Artefact("front", "formfit search", schema=2)
 
 
@@ -21,7 +23,7 @@ class Member:
     Attributes:
         architecture: the architecture.
         qualities: values by the name of the quality; None where there was nothing to evaluate it on. The JSON
-            keys are ``loss_nats``, ``recall_loss_nats`` and the names of registered objectives.
+            keys are ``loss_nats``, ``recall_loss_nats``, ``kl_nats`` and the names of registered objectives.
         predicted: predicted costs.
     """
 
@@ -43,7 +45,7 @@ class Member:
         """The value of a quality; lower is better.
 
         Args:
-            name: ``loss``, ``recall_loss`` or a registered one.
+            name: ``loss``, ``recall_loss``, ``kl`` or a registered one.
 
         Raises:
             InputError: the member was not evaluated on that quality.
@@ -121,6 +123,8 @@ class Front:
         picks: by ``best``, ``knee`` and ``fastest``, a member's key.
         members: sorted by the objectives.
         inputs: sha256 of what the search was made from, by name.
+        scores: agreement of the strategy's scores of blocks with the evaluations, by quality; empty where the
+            strategy has none.
     """
 
     space: str
@@ -135,9 +139,11 @@ class Front:
     picks: Mapping[str, str]
     members: tuple[Member, ...]
     inputs: Mapping[str, str]
+    scores: Mapping[str, ScoreAgreement] = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
         """The JSON object, without its header."""
+        scores = {name: dict(vars(item)) for name, item in self.scores.items()}
         return {
             "space": self.space,
             "objectives": list(self.objectives),
@@ -150,6 +156,7 @@ class Front:
             "limits": [item.to_json() for item in self.limits],
             "picks": dict(self.picks),
             "members": [member.to_json() for member in self.members],
+            **({"scores": scores} if scores else {}),
         }
 
     @staticmethod
@@ -165,6 +172,7 @@ class Front:
             objectives=tuple,
             failed=tuple_of(lambda item: FailedEvaluation(**item)),
             surrogate=mapping_of(lambda item: SurrogateAgreement(**item)),
+            scores=mapping_of(lambda item: ScoreAgreement(**item)),
             limits=tuple_of(BoundedLimit.from_json),
             members=tuple_of(Member.from_json),
         )

@@ -14,6 +14,7 @@ from search.engine.config import SearchConfig
 from search.engine.front import FailedEvaluation, Front, Member, SurrogateAgreement
 from search.problem.metric import BUILTIN_METRICS
 from search.problem.problem import Problem
+from search.strategies.strategy import ScoreAgreement
 from space import Architecture, genome
 from space.cost import params_cost
 from space.ops import Cost
@@ -26,6 +27,7 @@ def make_front(
     evaluated: pd.DataFrame,
     failed: pd.DataFrame,
     inputs: Mapping[str, str],
+    agreement: Mapping[str, ScoreAgreement],
 ) -> Front:
     """The front of a search; nothing in it depends on time or on the workers that evaluated.
 
@@ -36,6 +38,7 @@ def make_front(
         evaluated: all evaluations, a row each.
         failed: those that failed, in a generation or a re-evaluation.
         inputs: sha256 of what the search was made from, by name.
+        agreement: of the strategy's scores of blocks with the evaluations, by quality.
     """
     return Front(
         space=problem.space.name,
@@ -56,6 +59,7 @@ def make_front(
         picks=picks(members, problem),
         members=tuple(_member(problem, row) for row in members.to_dict("records")),
         inputs=inputs,
+        scores=agreement,
     )
 
 

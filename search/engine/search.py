@@ -8,7 +8,9 @@ version it gives the same ``front.json``, byte for byte, with any number of work
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,15 @@ from search.problem.feasibility import check_feasible
 from search.problem.limit import ROUNDING_TOLERANCE
 from search.problem.milp import feasible
 from search.problem.problem import Problem
+from search.problem.solution_pool import pool_within
 from search.strategies.pareto import best_evaluated, non_dominated
 from search.strategies.registry import make_strategy
-from search.strategies.strategy import Strategy, Task
+from search.strategies.strategy import ScoreAgreement, Strategy, Task
 from space import InfeasibleError, InputError, genome
 from space.genome import Genomes
 from space.io.artefact import canonical_json, digest
 from space.io.parquet import read_table
+from supernet.evaluate import Quality
 from supernet.training.checkpoint import sole_writer
 
 # The number of best evaluations that are evaluated again, by stage: 64 on the middle
@@ -53,6 +57,7 @@ class Search:
         earlier_searches: folders of finished searches of the same supernet, whose evaluations this one starts
             from. They are not in ``inputs``: they are the earlier rounds of a measured search, on whose
             measurements the predictors depend, which are in ``inputs``.
+        known_probes: qualities of the strategy's probes that need not be evaluated, by key.
         reevaluated: the number of best evaluations that are evaluated again, by stage.
         warn: called once with a line if a part of the record was evaluated on another CPU or torch version.
     """
@@ -67,6 +72,7 @@ class Search:
         earlier_searches: Sequence[Path] = (),
         reevaluated: Mapping[str, int] = REEVALUATED,
         warn: Callable[[str], None] = lambda _text: None,
+        known_probes: Mapping[str, Quality] = MappingProxyType({}),
     ) -> None:
         self.problem, self.config, self.folder = problem, config, folder
         self.inputs = {**inputs, "search": search_digest(problem, config)}
@@ -74,9 +80,11 @@ class Search:
         self.constraints = problem.constraints()
         self.objective_costs = {o.text: problem.objective_cost(o) for o in problem.objectives}
         self.outcomes = {} if outcomes is None else outcomes
+        self.outcomes |= {("probes", key): quality for key, quality in known_probes.items()}
         self.earlier_searches, self.reevaluated = tuple(earlier_searches), dict(reevaluated)
         self.warn, self.warned = warn, False
         self.failed: list[pd.DataFrame] = []  # re-evaluations that failed
+        self.agreement: dict[str, ScoreAgreement] = {}  # of the strategy's scores, by quality
         # Per device, the latency of its first profiled workload; used only to see whether the device can run
         # a genome.
         self.latencies = [p.cost(next(iter(p.models))) for p in problem.predictors.values()]
@@ -119,7 +127,7 @@ class Search:
             table = self._evolve(evaluate_many, report)
             members = self._members(table, evaluate_many, report)
             failed = pd.concat([table[table["failed"] != ""], *self.failed]).drop_duplicates("key")
-            front = make_front(self.problem, self.config, members, table, failed, self.inputs)
+            front = make_front(self.problem, self.config, members, table, failed, self.inputs, self.agreement)
             front.write(self.folder / "front.json")
         return front
 
@@ -140,6 +148,7 @@ class Search:
         projection = open_projection(path, self.folder.name, problem.names, problem.space.hash)
         strategy = make_strategy(self.config.strategy, self._task())
         earlier = self._earlier_evaluations()
+        self._probe(strategy, evaluate_many, report)
         if strategy.accepts_foreign_evaluations:
             for evaluations in earlier:
                 strategy.tell(genomes_of(evaluations), self._objectives(evaluations))
@@ -154,7 +163,22 @@ class Search:
             strategy.tell(genomes_of(part), self._objectives(part))
             projection.add(problem.space, part, problem.names, sum(map(len, parts)))
             parts.append(part)
+        names = self.problem.names
+        self.agreement = {names[i]: one for i, one in strategy.score_agreement().items()}
         return pd.concat([*earlier, *parts], ignore_index=True).drop_duplicates("key", ignore_index=True)
+
+    def _probe(self, strategy: Strategy, evaluate_many: EvaluateMany, report: Report | None) -> None:
+        """Evaluate the strategy's probes, round by round, from the record if they are there."""
+        for turn in count():
+            part = self._recorded(f"probes-{turn:04d}")
+            if part is None:
+                genomes = strategy.probes()
+                if not len(genomes):
+                    return
+                part = self._evaluate(genomes, evaluate_many, "probes", -1, report)
+                self.record.write(f"probes-{turn:04d}", part)
+            self._remember(part, "probes")
+            strategy.tell_probes(genomes_of(part), self._objectives(part))
 
     def _generation(
         self, generation: int, strategy: Strategy, evaluate_many: EvaluateMany, report: Report | None
@@ -181,6 +205,8 @@ class Search:
         """Evaluations of earlier searches that keep these limits, with costs by today's predictors."""
         found = []
         for folder in self.earlier_searches:
+            for path in sorted((folder / "evaluations").glob("part-probes-*.parquet")):
+                self._remember(read_table(path, EVALUATIONS)[0], "probes")
             for path in sorted((folder / "evaluations").glob("part-[0-9]*.parquet")):
                 part = read_table(path, EVALUATIONS)[0]
                 self._remember(part, "search")
@@ -215,6 +241,9 @@ class Search:
             population=self.population,
             seed=self.config.seed,
             surrogate=self.config.surrogate,
+            best_architectures=pool_within(
+                self.constraints, self.latencies, list(self.objective_costs.values())
+            ),
         )
 
     def _objectives(self, table: pd.DataFrame) -> NDArray[np.float64]:
@@ -229,19 +258,25 @@ class Search:
         generation: int,
         report: Report | None,
     ) -> pd.DataFrame:
-        """The evaluations of genomes [N, G] on the windows of a stage, a row each."""
+        """The evaluations of genomes [N, G] on the windows of a stage, a row each.
+
+        The stage ``probes`` has the windows of the search, and no generation.
+        """
         architectures = genome.decode(self.problem.space, genomes)
         keys = [a.key for a in architectures]
-        evaluated_before, total = generation * self.population, self.generations * self.population
+        evaluated_before, total = max(generation, 0) * self.population, self.generations * self.population
+        windows = "search" if stage == "probes" else stage
         if stage == "search":
             title = f"generation {generation + 1} of {self.generations}"
-        else:
-            windows = self.config.windows_by_stage()[stage]
-            title = f"re-evaluation of the {len(genomes)} best on {windows} windows"
+        elif stage != "probes":
+            number = self.config.windows_by_stage()[stage]
+            title = f"re-evaluation of the {len(genomes)} best on {number} windows"
         new = [a for a, key in zip(architectures, keys, strict=True) if (stage, key) not in self.outcomes]
-        for done, (one, outcome) in enumerate(zip(new, evaluate_many(new, stage), strict=True), start=1):
+        for done, (one, outcome) in enumerate(zip(new, evaluate_many(new, windows), strict=True), start=1):
             self.outcomes[stage, one.key] = outcome
-            if report:
+            if report and stage == "probes":
+                report(0, total, f"change {done} of {len(new)} in the largest architecture")
+            elif report:
                 report(min(evaluated_before + done, total), total, title)
         columns: dict[str, Any] = {
             "generation": generation,
@@ -294,10 +329,10 @@ class Search:
     ) -> pd.DataFrame:
         """The non-dominated part, sorted by the objectives, of the best after their re-evaluations."""
         last = self.generations - 1
-        for stage, count in self.reevaluated.items():
+        for stage, number in self.reevaluated.items():
             part = self._recorded(stage)
             if part is None:
-                part = self._evaluate(self._candidates(table, count), evaluate_many, stage, last, report)
+                part = self._evaluate(self._candidates(table, number), evaluate_many, stage, last, report)
                 if not np.isfinite(self._objectives(part)).all(axis=1).any():
                     reason = part["failed"].iloc[0]
                     raise InputError(f"search: every re-evaluation failed: {reason}")

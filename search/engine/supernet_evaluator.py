@@ -12,15 +12,25 @@ from search.engine.evaluator import EvaluateMany
 from search.engine.workers import pool
 from search.problem.objective import QUALITIES
 from space import Architecture, InputError, Space
-from supernet.evaluate import EvaluationSet, Quality, QualityFunction, evaluate
+from space.genome import largest
+from supernet.evaluate import EvaluationSet, Parent, Quality, QualityFunction, evaluate, run_parent
 from supernet.supernet import Supernet
 
 
-def _function(objective: str) -> QualityFunction:
-    function = QUALITIES.get(objective).evaluate
-    if function is None:
-        raise InputError(f"objective {objective}: it has no function that evaluates a supernet's members")
-    return function
+def _functions(objectives: Sequence[str]) -> dict[str, QualityFunction]:
+    """The functions of objectives, without those that need a parent.
+
+    Raises:
+        InputError: an objective is not registered here, or has no function.
+    """
+    functions = {}
+    for name in objectives:
+        objective = QUALITIES.get(name)
+        if objective.evaluate is not None:
+            functions[name] = objective.evaluate
+        elif not objective.needs_parent:
+            raise InputError(f"objective {name}: it has no function that evaluates a supernet's members")
+    return functions
 
 
 class SupernetEvaluator:
@@ -43,7 +53,9 @@ class SupernetEvaluator:
         sets: Mapping[str, EvaluationSet],
         objectives: Sequence[str] = (),
     ) -> None:
-        self.extra = {name: _function(name) for name in objectives}
+        self.extra = _functions(objectives)
+        self.needs_parent = any(QUALITIES.get(name).needs_parent for name in objectives)
+        self.parents: dict[str, Parent] = {}  # of the stage that was evaluated last
         torch.use_deterministic_algorithms(True)
         with warnings.catch_warnings():
             # The workers of a machine read the same arrays in Ray's object store; nothing writes to them.
@@ -59,9 +71,18 @@ class SupernetEvaluator:
         try:
             weights = self.supernet.weights(architecture)
             config, windows = self.supernet.space.config, self.sets[stage]
-            return evaluate(weights, architecture, config, windows, extra=self.extra)
+            parent = self._parent(stage) if self.needs_parent else None
+            return evaluate(weights, architecture, config, windows, extra=self.extra, parent=parent)
         finally:
             torch.set_num_threads(threads)
+
+    def _parent(self, stage: str) -> Parent:
+        """The largest architecture on the windows of a stage: one more evaluation by every worker."""
+        if stage not in self.parents:
+            top = largest(self.supernet.space)
+            weights, config = self.supernet.weights(top), self.supernet.space.config
+            self.parents = {stage: run_parent(weights, top, config, self.sets[stage])}
+        return self.parents[stage]
 
 
 def evaluator(
@@ -85,8 +106,7 @@ def evaluator(
     Raises:
         InputError: an objective is not registered, or has no function.
     """
-    for name in objectives:
-        _function(name)  # refused here rather than in every worker
+    _functions(objectives)  # refused here rather than in every worker
     weights = {name: value.numpy() for name, value in supernet.state_dict().items()}
     space = supernet.space.model_dump(mode="json")
     arguments = (space, weights, dict(sets), tuple(objectives))

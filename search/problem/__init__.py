@@ -10,4 +10,5 @@ A limit goes through these modules in this order; docs/limits.md has the whole c
 - ``dynamic_program``: the least value over a space of one cost without a footprint.
 - ``milp``: architectures under several constraints and with footprints, by integer programmes.
 - ``integer_program``: the integer programme of one width.
+- ``solution_pool`` and ``slot_program``: the architectures with the least scores of blocks under them.
 """

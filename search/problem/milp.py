@@ -70,8 +70,15 @@ def _furthest(footprint: Footprint, cost: float) -> float:
     return footprint.starts[piece] + rest / slope if slope > 0 else np.inf
 
 
-class _Width:
+class Width:
     """The costs at one width.
+
+    Args:
+        space: the search space.
+        width: index of the width.
+        costs: of its architectures.
+        bounds: of the costs.
+        weights: of the costs in the objective.
 
     Attributes:
         terms: the costs, with what is asked of them.
@@ -148,6 +155,30 @@ class _Width:
         return IntegerProgram(self._space, self._index, self.terms, self.patterns)
 
 
+def split_range(sums: Range, starts: Sequence[float], at: float) -> list[Range]:
+    """The parts of a range of sums below, on and above one linear piece of a footprint.
+
+    Args:
+        sums: the range.
+        starts: of the footprint's pieces.
+        at: a sum on the piece.
+    """
+    low, high = sums
+    piece = int(np.searchsorted(starts, min(max(at, low), high), side="right")) - 1
+    ends = [low, starts[piece], starts[piece + 1] if piece + 1 < len(starts) else np.inf, high]
+    return [one for one in pairwise(np.clip(ends, low, high).tolist()) if one[0] < one[1]]
+
+
+def is_one_piece(sums: Range, starts: Sequence[float]) -> bool:
+    """True if no piece of a footprint starts inside a range of sums.
+
+    Args:
+        sums: the range.
+        starts: of the footprint's pieces.
+    """
+    return not any(sums[0] < start < sums[1] for start in starts)
+
+
 @dataclass(frozen=True)
 class _Part:
     """Some of the architectures of one width.
@@ -160,7 +191,7 @@ class _Part:
         high: greatest value of each column [C].
     """
 
-    width: _Width
+    width: Width
     ranges: tuple[Range, ...]
     near: tuple[float, ...]
     low: Floats
@@ -173,18 +204,11 @@ class _Part:
             place: of the footprint's range.
             at: a sum on the piece.
         """
-        (low, high), starts = self.ranges[place], self._starts[place]
-        at = min(max(at, low), high)
-        piece = int(np.searchsorted(starts, at, side="right")) - 1
-        ends = [low, starts[piece], starts[piece + 1] if piece + 1 < len(starts) else np.inf, high]
-        ends = np.clip(ends, low, high).tolist()
-        for one in pairwise(ends):
-            if one[0] < one[1]:
-                ranges = (*self.ranges[:place], one, *self.ranges[place + 1 :])
-                closest = min(max(at, one[0]), one[1])
-                yield replace(
-                    self, ranges=ranges, near=(*self.near[:place], closest, *self.near[place + 1 :])
-                )
+        for one in split_range(self.ranges[place], self._starts[place], at):
+            ranges = (*self.ranges[:place], one, *self.ranges[place + 1 :])
+            closest = min(max(at, one[0]), one[1])
+            near = (*self.near[:place], closest, *self.near[place + 1 :])
+            yield replace(self, ranges=ranges, near=near)
 
     def is_one_piece(self, place: int) -> bool:
         """True if the range of a footprint's sums has no start of a piece inside.
@@ -192,8 +216,7 @@ class _Part:
         Args:
             place: of the footprint's range.
         """
-        low, high = self.ranges[place]
-        return not any(low < start < high for start in self._starts[place])
+        return is_one_piece(self.ranges[place], self._starts[place])
 
     @property
     def _starts(self) -> list[tuple[float, ...]]:
@@ -229,14 +252,14 @@ def optimum(
     limits, factors = np.array(bounds, float), np.array(weights, float)
     best: tuple[float, Genomes | None] = np.inf, None
     order = count()
-    widths = [_Width(space, index, costs, limits, factors) for index in range(len(space.width))]
-    parts: list[tuple[float, int, _Part | _Width]] = [(one.floor, next(order), one) for one in widths]
+    widths = [Width(space, index, costs, limits, factors) for index in range(len(space.width))]
+    parts: list[tuple[float, int, _Part | Width]] = [(one.floor, next(order), one) for one in widths]
     heapq.heapify(parts)
     while parts:
         floor, _, part = heapq.heappop(parts)
         if floor >= best[0]:
             break
-        if isinstance(part, _Width):
+        if isinstance(part, Width):
             part = part.whole()
         solved = part.width.program.solve(part.ranges, part.near, part.low, part.high)
         if solved is None:

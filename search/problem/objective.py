@@ -1,7 +1,8 @@
 """Objectives: what a search minimises, a quality that is evaluated or a cost that is predicted.
 
-A quality is ``loss``, ``recall_loss`` or a registered one. A cost is ``[DEVICE:]QUANTITY:WORKLOAD``, such as
-``latency:decode@2048`` or ``phone:rss:prefill@512``, or a metric as in limits, such as ``memory@64``.
+A quality is ``loss``, ``recall_loss``, ``kl`` or a registered one. A cost is
+``[DEVICE:]QUANTITY:WORKLOAD``, such as ``latency:decode@2048`` or ``phone:rss:prefill@512``, or a metric as
+in limits, such as ``memory@64``.
 A plug-in adds a quality by :func:`register_objective`::
 
     def worst_loss(model, data):  # model: tokens [B, T] -> logits [B, T, V]; data: an EvaluationSet
@@ -35,15 +36,18 @@ class QualityObjective:
         name: in objectives, and of the column in the evaluations.
         evaluate: ``evaluate(model, data)`` gives the value; lower is better. None for the built-in losses,
             and for qualities that only the caller's evaluator gives.
+        needs_parent: the value compares a model with the largest architecture of its supernet.
     """
 
     name: str
     evaluate: "QualityFunction | None" = None
+    needs_parent: bool = False
 
 
 QUALITIES: Registry[QualityObjective] = Registry("objective")
 for _name in BUILTIN_QUALITIES:
     QUALITIES.register(_name, QualityObjective(name=_name))
+QUALITIES.register("kl", QualityObjective(name="kl", needs_parent=True))
 
 
 def register_objective(name: str, evaluate: "QualityFunction | None" = None) -> None:

@@ -101,7 +101,7 @@ def headline(front: Front, summary: Summary) -> str:
     chosen, axis, quality = summary.chosen, axis_of(front), front.ranking_quality
     kind = architecture_kind(chosen.member.architecture)
     latency = chosen.latency.get(axis.workload) or next(iter(chosen.latency.values()))
-    unit = "nats of recall" if quality == "recall_loss" else quality_unit(quality)
+    unit = {"recall_loss": "nats of recall", "kl": "nats of KL"}.get(quality, quality_unit(quality))
     return (
         f"{kind[0].upper()}{kind[1:]}, {chosen.member.quality(quality):.2f}\u00a0{unit}, "
         f"{shown('latency', latency.measured.latency_ms / 1e3)}, {limits_in_words(summary.limits)}"
@@ -190,7 +190,7 @@ def noise_note(picks: Picks) -> str:
 
 
 def search_facts(front: Front, summary: Summary) -> str:
-    """The strategy, the agreement of its surrogate and the failures, as paragraphs.
+    """The strategy, the agreement of its surrogate and scores, and the failures, as paragraphs.
 
     Args:
         front: of the search.
@@ -212,6 +212,14 @@ def search_facts(front: Front, summary: Summary) -> str:
         f"correlation (Spearman) of <b>{agreement.spearman:.3f}</b> over {agreement.evaluations:,} "
         "evaluations that came after the prediction."
         for name, agreement in front.surrogate.items()
+    ]
+    facts += [
+        f"Single replacements in the largest architecture ({agreement.probes:,} evaluations more): the sum "
+        f"of what they add to the {name.replace('_', ' ')} has a rank correlation (Kendall's tau) of "
+        f"<b>{agreement.kendall_tau:.3f}</b> with that of {agreement.evaluations:,} architectures, and of "
+        f"<b>{agreement.kendall_tau_with_pairs:.3f}</b> with terms of neighbouring blocks, each fitted to "
+        "the others."
+        for name, agreement in front.scores.items()
     ]
     reasons = Counter(item.reason for item in front.failed)
     facts += [f"{count:,} failed with: {escape(reason)}." for reason, count in reasons.most_common(5)]

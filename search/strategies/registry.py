@@ -96,6 +96,12 @@ def _nsga2(task: "Task") -> "Strategy":
     return NSGA2(task)
 
 
+def _mip_nsga2(task: "Task") -> "Strategy":
+    from search.strategies.mip_nsga2 import MipNSGA2
+
+    return MipNSGA2(task)
+
+
 def _hat(task: "Task") -> "Strategy":
     from search.strategies.hat import Hat
 
@@ -121,6 +127,7 @@ def _optuna_tpe(task: "Task") -> "Strategy":
 
 
 register_strategy("nsga2", _nsga2)
+register_strategy("mip-nsga2", _mip_nsga2)
 register_strategy("hat", _hat, population=125, generations=30, max_objectives=1, relative_offspring=0.8)
 register_strategy("random", _random)
 register_strategy("optuna-nsga2", _optuna_nsga2)

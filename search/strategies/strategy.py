@@ -11,7 +11,7 @@ Shapes: N genomes, G genes, M objectives.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,37 @@ from search.strategies.pareto import Array
 from space import Space
 from space.genome import Genomes
 from space.ops import Cost
+from space.slot_scores import SlotScores
 from space.variation import mutate, sample
 
 OVERSAMPLE = 16  # candidates drawn for each genome that is wanted
 MAX_DRAWS = 8  # before a generation stays short
+
+
+BestArchitectures = Callable[[SlotScores, Sequence[float], float, int], Genomes]
+"""The genomes [at most N, G] with the least scores, best first.
+
+The arguments are the scores, an upper bound on the cost of each objective (infinite: none, as for a quality),
+a factor on the bounds of all limits, and N.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreAgreement:
+    """Agreement of a strategy's scores of blocks with the evaluations of whole architectures.
+
+    Attributes:
+        evaluations: architectures of the generations, whose quality is known.
+        probes: architectures that were evaluated for the scores, beside the generations.
+        kendall_tau: rank correlation of the sum of scores with the quality, between -1 and 1.
+        kendall_tau_with_pairs: the same with terms of neighbouring blocks; each architecture is predicted by
+            a fit to the others.
+    """
+
+    evaluations: int
+    probes: int
+    kendall_tau: float
+    kendall_tau_with_pairs: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +66,7 @@ class Task:
         population: genomes of a generation.
         seed: of the random numbers.
         surrogate: candidates may be screened by predicted quality.
+        best_architectures: the exact solver of the task's limits, for strategies that score blocks.
     """
 
     space: Space
@@ -48,6 +76,7 @@ class Task:
     population: int
     seed: int
     surrogate: bool = True
+    best_architectures: BestArchitectures | None = None
 
 
 class Strategy(ABC):
@@ -87,6 +116,27 @@ class Strategy(ABC):
         """
         self.seen |= {row.tobytes() for row in genomes}
         self.generation += 1
+
+    def probes(self) -> Genomes:
+        """Genomes [N, G] to evaluate before the next generation; none by default.
+
+        They need neither keep the limits nor be of the space, and are not part of the front. What a strategy
+        asks next depends on the probes that it was told; it ends with none.
+        """
+        return self.task.initial_genomes[:0]
+
+    def tell_probes(self, genomes: Genomes, values: Array) -> None:
+        """Take the evaluations of probes.
+
+        Args:
+            genomes: [N, G].
+            values: objectives [N, M], minimised; not finite where an evaluation failed.
+        """
+        raise NotImplementedError("the strategy asked for no probes")
+
+    def score_agreement(self) -> dict[int, ScoreAgreement]:
+        """Agreement of the strategy's scores with the evaluations, by objective; none by default."""
+        return {}
 
     def predicted(self, genomes: Genomes) -> Array | None:
         """Predicted objectives [N, M]; None without a surrogate.

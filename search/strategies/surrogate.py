@@ -1,6 +1,7 @@
 """A surrogate that predicts the qualities of architectures from evaluations.
 
-Each quality is a Gaussian process on its logarithm (on its values where some are not positive). The kernel
+Each quality is a Gaussian process on its logarithm (on its values where some are negative, or all are 0; a 0
+counts as the least value above). The kernel
 is a sum of three: the share of genes that two architectures have in common (an additive effect of each gene),
 a Gaussian of their distance in aggregate features (width, depth, layers of each mixer, heads and FFN sizes),
 and an exponential of the number of genes in which they differ. Their weights, two length scales and the noise
@@ -178,9 +179,9 @@ class Surrogate:
         targets = {}
         for i in self.settings:
             values = self.values[rows, i]
-            self.has_logarithm[i] = bool((values > 0).all())
+            self.has_logarithm[i] = bool((values >= 0).all() and (values > 0).any())
             if self.has_logarithm[i]:
-                values = np.log(values)
+                values = np.log(np.maximum(values, values[values > 0].min()))
             self.units[i] = float(values.mean()), float(values.std()) or 1.0
             targets[i] = (values - self.units[i][0]) / self.units[i][1]
         return targets

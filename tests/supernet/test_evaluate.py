@@ -1,5 +1,6 @@
 """Evaluation compared with a slow, plain loop."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from space import InputError, genome
+from space import Architecture, InputError, genome, variation
 from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.evaluate import (
     EvaluationSet,
@@ -18,6 +19,7 @@ from supernet.evaluate import (
     losses,
     mqar_accuracy,
     recall_set,
+    run_parent,
 )
 from supernet.supernet import Supernet
 from tests.contracts import scatter, tiny_space
@@ -59,6 +61,50 @@ def test_losses_are_means_over_all_and_over_recallable_targets() -> None:
     assert found.bits_per_byte is not None
     assert abs(found.bits_per_byte - asked.sum() / math.log(2) / 300) < 1e-5
     assert some.recall_share == recallable.sum() / asked.size
+
+
+def naive_kl(supernet: Supernet, child: Architecture, parent: Architecture, data: EvaluationSet) -> float:
+    """The mean KL over the targets, from the logits of an fp64 copy, token by token."""
+    double = copy.deepcopy(supernet).double()
+    total = 0.0
+    for tokens, targets in zip(data.tokens, data.targets, strict=True):
+        with torch.no_grad():
+            both = [double(torch.from_numpy(tokens[None]), a)[0][0].numpy() for a in (parent, child)]
+        for of_parent, of_child, target in zip(*both, targets, strict=True):
+            if target != -100:
+                log_p, log_q = (one - math.log(np.exp(one).sum()) for one in (of_parent, of_child))
+                total += float((np.exp(log_p) * (log_p - log_q)).sum())
+    return total / data.count
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_kl_equals_naive_loop_in_fp64(tie: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = tiny_space(tie_embeddings=tie)
+    supernet = Supernet(space)
+    scatter(supernet)
+    rng = np.random.default_rng(0)
+    windows = rng.integers(0, space.vocab_size, (6, 21))
+    data = text_set(windows, rng.random((6, 20)) < 0.3)
+    data = replace(data, targets=np.where(rng.random((6, 20)) < 0.4, -100, data.targets))
+    largest = genome.largest(space)
+    parent = run_parent(supernet.weights(largest), largest, space.config, data)
+    samples = genome.decode(space, variation.sample(space, rng, 3))
+    for child in (genome.smallest(space), *samples):
+        weights = supernet.weights(child)
+        plain = evaluate(weights, child, space.config, data)
+        found = evaluate(weights, child, space.config, data, parent=parent)
+        expected = naive_kl(supernet, child, largest, data)
+        assert found.extra["kl"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert child == largest or expected > 1e-3
+        assert replace(found, extra={}) == plain
+        with monkeypatch.context() as patch:  # seven tokens at once
+            patch.setattr("supernet.evaluate.MAX_LOGITS", 7 * space.vocab_size + 5)
+            parts = evaluate(weights, child, space.config, data, parent=parent)
+        assert parts.extra["kl"] == pytest.approx(found.extra["kl"], rel=1e-5)
+        assert parts.loss_nats == pytest.approx(found.loss_nats, rel=1e-6)
+        assert parts.recall_loss_nats == pytest.approx(found.recall_loss_nats, rel=1e-6)
+    own = evaluate(supernet.weights(largest), largest, space.config, data, parent=parent)
+    assert own.extra["kl"] == 0.0
 
 
 def test_no_recallable_target_gives_no_recall_loss() -> None:

@@ -330,15 +330,17 @@ def test_search_ends_when_no_architecture_is_left(run_folder: Path, formfit: Pro
 
 
 def test_each_strategy_searches(run_folder: Path, formfit: Program) -> None:
-    for strategy in ("hat", "random", "optuna-nsga2", "optuna-tpe"):
-        some = ("--strategy", strategy, "--generations", "2", "--population", "8", "--name", strategy)
-        done = formfit(
-            *words(run_folder)[:-2], *some, *(["--objective", "loss"] if strategy == "hat" else []), "--json"
-        )
+    objectives = {"hat": ["loss"], "mip-nsga2": ["kl", "latency:prefill@64"]}
+    for strategy in ("hat", "random", "mip-nsga2", "optuna-nsga2", "optuna-tpe"):
+        some = ["--strategy", strategy, "--generations", "2", "--population", "8", "--name", strategy]
+        for objective in objectives.get(strategy, []):
+            some += ["--objective", objective]
+        done = formfit(*words(run_folder)[:-2], *some, "--json")
         assert done.returncode == 0, done.stderr
         front = json.loads(done.stdout)
         assert front["strategy"] == strategy
         assert front["evaluations"] in (14, 16)
+        assert ("kl" in front.get("scores", {})) == (strategy == "mip-nsga2")
     done = formfit(*words(run_folder), "--strategy", "hat", "--objective", "loss", "--objective", "params")
     assert done.returncode == 2
     assert "strategy hat: it has one objective" in done.stderr

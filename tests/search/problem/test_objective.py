@@ -48,7 +48,7 @@ def test_objective_is_read_as_written(
     ],
 )
 def test_unknown_objective_is_refused_with_the_forms(text: str) -> None:
-    forms = "loss, recall_loss, [DEVICE:]latency:WORKLOAD, memory:WORKLOAD, [DEVICE:]rss:WORKLOAD, params"
+    forms = "loss, recall_loss, kl, [DEVICE:]latency:WORKLOAD, memory:WORKLOAD, [DEVICE:]rss:WORKLOAD, params"
     with pytest.raises(InputError, match=re.escape(forms)):
         Objective.parse(text)
 
@@ -64,7 +64,7 @@ def test_objectives_are_distinct_and_one_is_a_quality() -> None:
     check_objectives(map(Objective.parse, ("loss", "params")))
     with pytest.raises(InputError, match="names one twice"):
         check_objectives(map(Objective.parse, ("loss", "latency:decode@64", "decode@64")))
-    with pytest.raises(InputError, match="one of loss, recall_loss must be among params"):
+    with pytest.raises(InputError, match="one of loss, recall_loss, kl must be among params"):
         check_objectives([Objective.parse("params")])
 
 

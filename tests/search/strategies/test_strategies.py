@@ -21,6 +21,10 @@ class TestNSGA2(StrategyContract):
     name = "nsga2"
 
 
+class TestMipNSGA2(StrategyContract):
+    name = "mip-nsga2"
+
+
 class TestHat(StrategyContract):
     name = "hat"
 
