@@ -210,7 +210,7 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     try:
         listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
         last = max(map(int, [*listed, *(token["id"] for token in value.get("added_tokens") or ())]))
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise InputError(f"{path}: not a Hugging Face tokenizer.json") from None
     if last >= vocab_size:
         raise InputError(f"{path}: has {last + 1} tokens, the model's vocabulary has {vocab_size}")
