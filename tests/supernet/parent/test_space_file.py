@@ -35,19 +35,18 @@ def test_largest_is_the_parent(name: str, tmp_path: Path) -> None:
     assert space.config == parent.model_config
     assert space.layer.window == (128, 256)
     assert space.depth == (2, 3)
-    parameters = forward_inputs(space)
-    assert set(parameters) == {m for m, _ in space.mixer_options[1:]} | {"none", ""}
 
 
-def forward_inputs(space: Space) -> set[str]:
-    """The mixers, ``none`` and ``""`` (removed layers) in samples, each of which runs."""
+def test_every_mixer_is_sampled_and_runs(tmp_path: Path) -> None:
+    saved(tmp_path / "parent", "qwen2", max_position_embeddings=300, num_hidden_layers=3)
+    space = written(tmp_path, space_text(read_parent(tmp_path / "parent")))
     supernet, seen = Supernet(space), set()
-    for architecture in genome.decode(space, variation.sample(space, np.random.default_rng(0), 24)):
+    for architecture in genome.decode(space, variation.sample(space, np.random.default_rng(0), 60)):
         with torch.no_grad():
             logits, _ = forward(extract(supernet, architecture), architecture, space.config, tokens(1, 8))
         assert logits.isfinite().all()
-        seen |= {layer.mixer if layer.present else "" for layer in architecture.layers}
-    return seen
+        seen |= {layer.mixer if layer.present else "removed" for layer in architecture.layers}
+    assert seen == {*space.layer.mixer, "removed"}
 
 
 def test_a_short_context_has_no_window(tmp_path: Path) -> None:
@@ -63,16 +62,12 @@ def test_a_short_context_has_no_window(tmp_path: Path) -> None:
 def test_any_layer_may_be_removed_and_have_any_mixer(tmp_path: Path) -> None:
     saved(tmp_path / "parent", "llama", num_hidden_layers=4)
     space = written(tmp_path, space_text(read_parent(tmp_path / "parent")))
-    options, rng = encodable(space), np.random.default_rng(1)
+    options, rng = genome.encoding(space).cardinalities, np.random.default_rng(1)
     rows = rng.integers(0, options, (500, len(options))).astype(np.int16)
     rows = genome.canonical(space, rows)
     present = ((rows[:, 1::3] > 0) | (rows[:, 3::3] > 0)).sum(axis=1)
     mixing = (rows[:, 1::3] > 0).any(axis=1)
     assert list(contains(space, rows)) == list((present >= 2) & mixing)
-
-
-def encodable(space: Space) -> np.ndarray:
-    return genome.encoding(space).cardinalities
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
