@@ -2,7 +2,8 @@
 
 The output matrix is solved by ridge regression, all weights take steps of Adam on the squared error, and the
 output matrix is solved again. Of the states after each of these, and at every check between the steps, the
-one with the least error on held-out windows is kept, so that no part can do harm.
+one with the least error on held-out windows is kept, so that no part can do harm: a check that finds a higher
+error returns to the best state and halves the rates.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ BATCH_TOKENS = 2048  # at a time where no gradient is needed
 START_TOKENS = 16384  # of the moments before the first step; those after the last step are of all tokens
 WARMUP = 0.1  # of the steps, in which the learning rate rises: the solved output matrix is a narrow optimum
 CHECKS = 8  # of the held-out error, evenly over the steps
-PATIENCE = 2  # checks after each of which the error was higher than at the one before
+MAX_RETURNS = 3  # to the best state, at half the rate each time; the next failed check ends the fit
 VECTOR_RATE_FACTOR = 10.0  # of vectors that start at zero, and the greatest of any parameter
 
 
@@ -168,10 +169,11 @@ def fit(
     checks = {round(recipe.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
     warmup = max(1, round(WARMUP * recipe.steps))
     order: list[int] = []
-    rises, taken, before = 0, 0, start_error
+    returns = taken = 0
     for step in range(recipe.steps):
+        share = min((step + 1) / warmup, 1 - step / recipe.steps) / 2**returns
         for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * min((step + 1) / warmup, 1 - step / recipe.steps)
+            group["lr"] = group["peak"] * share
         if len(order) < batch:
             order += rng.permutation(rows.fitted).tolist()
         drawn, order = order[:batch], order[batch:]
@@ -184,11 +186,13 @@ def fit(
         taken = step + 1
         if taken in checks:
             error = held_out_error(block, current, rows)
-            rises, before = (rises + 1 if error > before else 0), error
             if error < best[1]:
                 best = ({name: value.detach().clone() for name, value in current.items()}, error)
-            if rises >= PATIENCE:
+            elif returns == MAX_RETURNS:
                 break
+            else:
+                returns += 1
+                _restore(current, best[0], optimiser)
             report(taken / recipe.steps)
     if recipe.steps:
         everything = moments(block, best[0], rows, slice(0, rows.fitted))
@@ -209,6 +213,14 @@ def _solved(
     if not error < given:
         return dict(weights), given
     return {**weights, block.output: output}, error
+
+
+def _restore(current: Mapping[str, Tensor], best: Weights, optimiser: torch.optim.Optimizer) -> None:
+    """Return to the best weights, without the momentum that led away from them."""
+    with torch.no_grad():
+        for name, value in current.items():
+            value.copy_(best[name])
+            optimiser.state[value]["exp_avg"].zero_()
 
 
 def _optimiser(
