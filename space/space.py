@@ -147,7 +147,7 @@ class Space(BaseModel):
     head_dim: Positive
     tie_embeddings: StrictBool = True
     qk_norm: StrictBool = False
-    norm_eps: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = NORM_EPS
+    norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = NORM_EPS  # YAML reads 1e-5 as text
     qkv_bias: StrictBool = False
     rope: Annotated[Rope, PlainValidator(_rope), PlainSerializer(asdict)] = Rope()
     kv_group: Positive | None = None

@@ -10,7 +10,6 @@ import typer
 from space.io.errors import InputError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="YAML file of a space.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run's configuration.")]
 RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="Folder of a trained run.")]
 SubModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a sub-model.")]

@@ -1,10 +1,14 @@
 """The command ``space``."""
 
+import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from search.cli.options import Json, SpaceFile
-from search.cli.output import make_table, show
+import typer
+
+from search.cli.options import Json
+from search.cli.output import make_table, note, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,12 +57,74 @@ class SpaceSummary:
     largest: End
 
 
-def space(file: SpaceFile, as_json: Json = False) -> None:
-    """Show the size of a space and what profiling it takes."""
-    from space import load_space
+def space(
+    file: Annotated[Path | None, typer.Argument(metavar="SPACE", help="YAML file of a space.")] = None,
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PARENT",
+            help="Write a space around a trained model: a folder of transformers, or a GGUF file.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of the space of --from. [default: stdout]")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Context of the space of --from. [default: the parent's]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the size of a space and what profiling it takes, or write one around a trained model."""
+    from space import InputError, load_space
 
+    if (file is None) == (parent is None):
+        raise InputError("give either the file of a space, or --from with a trained model")
+    if parent is not None:
+        _write_space(parent, out, context, as_json)
+        return
+    if file is None or out is not None or context is not None:
+        raise InputError("--out and --context belong to --from")
     summary = summarise_space(load_space(file))
     show(asdict(summary), as_json, lambda: [space_table(summary)])
+
+
+def _write_space(path: Path, out: Path | None, context: int | None, as_json: bool) -> None:
+    """Write a space around a parent, to a file or to stdout, and show what the parent is."""
+    import yaml
+
+    from space import Space
+    from space.cost import params
+    from space.io.artefact import write_text
+    from space.io.config import parse
+    from supernet.parent import read_parent
+    from supernet.parent.space_file import space_text
+
+    parent = read_parent(path)
+    text = space_text(parent, context)
+    made = parse(Space, yaml.safe_load(text), "the space of --from")  # what was written can be read
+    value = {
+        "name": made.name,
+        "family": parent.family,
+        "parameters": params(parent.architecture, parent.model_config),
+        "layers": len(parent.architecture.layers),
+        "width": parent.architecture.width,
+        "context": made.max_seq_len,
+        **({} if out is None else {"file": str(out)}),
+    }
+    if out is not None:
+        write_text(out, text)
+    elif not as_json:
+        sys.stdout.write(text)
+    if as_json:
+        show(value if out is not None else value | {"space": text}, True, lambda: [])
+        return
+    where = "" if out is None else f"; space: {out}"
+    note(
+        f"parent: {parent.family}, {value['parameters']:,} parameters, {value['layers']} layers of width "
+        f"{value['width']}, context {parent.model_config.max_seq_len}{where}"
+    )
 
 
 def summarise_space(space: "Space") -> SpaceSummary:

@@ -138,6 +138,8 @@ def write_tokenizer(parent: Parent, path: Path) -> None:
 
 def _source(path: Path) -> Path:
     """The folder of transformers, or the GGUF file."""
+    if not path.exists():
+        raise InputError(f"{path}: not found; give a folder of config.json and safetensors, or a GGUF file")
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -206,11 +208,9 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     model = value.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     try:
-        ids = (
-            list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
-        )
-        last = max([*ids, *(int(token["id"]) for token in value.get("added_tokens") or ())])
-    except (TypeError, ValueError, KeyError):
+        listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
+        last = max(map(int, [*listed, *(token["id"] for token in value.get("added_tokens") or ())]))
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise InputError(f"{path}: not a Hugging Face tokenizer.json") from None
     if last >= vocab_size:
         raise InputError(f"{path}: has {last + 1} tokens, the model's vocabulary has {vocab_size}")

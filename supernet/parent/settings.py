@@ -14,6 +14,7 @@ from space.io.errors import InputError
 from space.layer import ROPE_THETA, Llama3Scaling, Rope
 
 Settings = Mapping[str, Any]
+MAX_LAYERS = 256  # of a space
 FFN_MULTIPLE = 16  # FFN sizes are padded with zeros up to it
 # Families: the class in transformers, and what it has that its configuration does not say.
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -85,9 +86,9 @@ def read_settings(value: Settings, where: str) -> ParentSettings:
     family = _family(value, where)
     for name, (changes_nothing, feature) in UNSUPPORTED.items():
         if not changes_nothing(value.get(name)):
-            raise InputError(f"{where}: {name} {value[name]!r}: {feature} is not supported")
+            raise InputError(f"{where}: {name} {value[name]!r} is not supported ({feature})")
     if family == "llama" and value.get("sliding_window") is not None:
-        raise InputError(f"{where}: sliding_window {value['sliding_window']!r}: not supported")
+        raise InputError(f"{where}: sliding_window {value['sliding_window']!r} is not supported")
     if value.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act {value['hidden_act']!r} is not supported; only silu is")
     settings = {name: item for name, item in value.items() if item is not None}
@@ -98,6 +99,8 @@ def read_settings(value: Settings, where: str) -> ParentSettings:
     settings.setdefault("head_dim", width // heads)
     kv_heads, head_dim = (_size(settings, name, where) for name in ("num_key_value_heads", "head_dim"))
     ffn, layers = (_size(settings, name, where) for name in ("intermediate_size", "num_hidden_layers"))
+    if layers > MAX_LAYERS:
+        raise InputError(f"{where}: num_hidden_layers {layers} is more than {MAX_LAYERS}")
     if heads % kv_heads:
         raise InputError(f"{where}: num_key_value_heads {kv_heads} does not divide {heads} heads")
     for name, size, multiple in (("hidden_size", width, 16), ("head_dim", head_dim, 8)):

@@ -10,7 +10,18 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import chisquare
 
 from space import Architecture, InputError, Layer, Space
-from space.genome import Genomes, canonical, contains, decode, encode, largest, size, slot_classes, smallest
+from space.genome import (
+    Genomes,
+    canonical,
+    contains,
+    decode,
+    encode,
+    largest,
+    pattern_counts,
+    size,
+    slot_classes,
+    smallest,
+)
 from space.variation import crossover, mutate, repair, sample
 from tests.contracts import TINY_SPACES, belongs, every_architecture, every_genome, every_row, tiny_space
 
@@ -438,3 +449,12 @@ def test_largest_and_smallest_of_wide_space() -> None:
     assert big.pattern == ("attention",) * 8
     assert small.depth == 2
     assert "attention" not in small.pattern
+
+
+def test_any_mixture_is_drawn_with_every_number_of_full_layers() -> None:
+    """Uniformly, so that hybrids with few or many full layers are as likely as the middle."""
+    space = tiny_space(ratios=["any"], depth=[4], ffn=[16])
+    drawn = sample(space, generator(), 5000)
+    full = pattern_counts(slot_classes(space, drawn))[:, 1]
+    shares = np.bincount(full, minlength=5) / len(drawn)
+    assert np.abs(shares - 0.2).max() < 0.03  # five standard deviations

@@ -70,6 +70,17 @@ SPACES = {
             "window": [8, 16],
         },
     ),
+    "any mixture": space_of(
+        {"ratios": ["any"], "local": "separate"},
+        width=[16],
+        depth=[2, 3],
+        layer={
+            "mixer": ["attention", "linear", "sliding", "none"],
+            "heads": [1, 2],
+            "ffn": [0, 16],
+            "window": [8],
+        },
+    ),
     "no FFN": space_of(
         {"ratios": [1, 2, "linear"], "max_linear_kinds": 2},
         depth=[2, 3],

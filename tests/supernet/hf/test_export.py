@@ -131,7 +131,7 @@ def modeling(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def theirs(modeling: ModuleType, model: Model) -> Any:
     """A plain model as transformers has it."""
     config = modeling.FormfitConfig(
-        architecture=model.architecture.to_json(), model_config=vars(model.model_config)
+        architecture=model.architecture.to_json(), model_config=model.model_config.to_json()
     )
     made = modeling.FormfitForCausalLM(config).eval()
     made.load_state_dict(model.state_dict())

@@ -20,8 +20,8 @@ from space.blocks import Model
 from space.mixers import MIXERS
 from supernet.hf.bundle import one_file
 from supernet.hf.export import load_hf, modelling_file, write_hf
-from supernet.hf.llama import read_llama
 from supernet.hf.modeling import FormfitConfig, FormfitForCausalLM
+from supernet.parent import read_parent
 from supernet.training.precision import cast_matrices
 from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
@@ -293,10 +293,10 @@ def test_softmax_model_is_written_as_a_llama(tmp_path: Path, tie_embeddings: boo
     )  # fmt: skip
     model, files = written(tmp_path, genome.largest(space), space.config)
     assert "modeling_formfit.py" not in files
-    architecture, weights = read_llama(tmp_path, space)
-    assert architecture == model.architecture
+    parent = read_parent(tmp_path)
+    assert (parent.architecture, parent.model_config) == (model.architecture, space.config)
     for name, value in model.state_dict().items():
-        assert torch.equal(weights[name], value), name
+        assert torch.equal(parent.weights[name], value), name
     ids = torch.arange(38).view(2, 19)
     with torch.no_grad():
         found = LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits
@@ -317,7 +317,7 @@ def test_softmax_model_is_written_as_a_llama(tmp_path: Path, tie_embeddings: boo
         ([Layer(mixer="attention", heads=4, kv_heads=2)], {}),
         ([Layer(ffn=32)], {}),
         ([layer_of("sliding")], {}),
-        ([], {"qk_norm": True}),
+        ([], {"qk_norm": True, "qkv_bias": True}),
     ],
     ids=str,
 )
@@ -353,7 +353,7 @@ def test_half_precision_casts_only_matrices(tmp_path: Path) -> None:
 
 def test_new_model_is_initialised_as_in_formfit() -> None:
     layer = {"mixer": "mamba2", "heads": 4, "kv_heads": 4, "ffn": 32}
-    config = FormfitConfig(architecture={"width": 32, "layers": [layer]}, model_config=vars(BYTES))
+    config = FormfitConfig(architecture={"width": 32, "layers": [layer]}, model_config=BYTES.to_json())
     starts = []
     for _ in range(2):
         torch.manual_seed(3)
