@@ -2,11 +2,13 @@
 
 The output matrix is solved by ridge regression, all weights take steps of Adam on the squared error, and the
 output matrix is solved again. Of the states after each of these, and at every check between the steps, the
-one with the least error on held-out windows is kept, so that no part can do harm.
+one with the least error on held-out windows is kept, so that no part can do harm: a check that finds a higher
+error returns to the best state and halves the rates.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ BATCH_TOKENS = 2048  # at a time where no gradient is needed
 START_TOKENS = 16384  # of the moments before the first step; those after the last step are of all tokens
 WARMUP = 0.1  # of the steps, in which the learning rate rises: the solved output matrix is a narrow optimum
 CHECKS = 8  # of the held-out error, evenly over the steps
-PATIENCE = 2  # checks after each of which the error was higher than at the one before
+MAX_RETURNS = 3  # to the best state, at half the rate each time; the next failed check ends the fit
 VECTOR_RATE_FACTOR = 10.0  # of vectors that start at zero, and the greatest of any parameter
 
 
@@ -69,15 +71,14 @@ class Fitted:
 
     Attributes:
         weights: by name, fp32.
-        start_error: held-out error with the first output matrix: squared error over the contribution's
-            mean square.
-        error: held-out error of the weights.
+        error: their error on held-out windows: squared error over the contribution's mean square.
+        start_error: the same before the first step, with the first solved output matrix.
         steps: Adam's steps that were taken.
     """
 
     weights: dict[str, Tensor]
-    start_error: float
     error: float
+    start_error: float
     steps: int
 
 
@@ -151,64 +152,85 @@ def fit(
         held_out: moments of the first weights on the held-out windows; None to compute them.
         fitted: moments of the first weights on fitted windows; None to compute them.
     """
-    batch = recipe.batch
     start_windows = min(rows.fitted, max(2, START_TOKENS // rows.x.shape[1]))
     apart = slice(rows.fitted, None)
-    current = {name: value.clone() for name, value in weights.items()}
-    best = _solved(
+    start = _solved(
         block,
-        current,
-        fitted or moments(block, current, rows, slice(0, start_windows)),
-        held_out or moments(block, current, rows, apart),
+        weights,
+        fitted or moments(block, weights, rows, slice(0, start_windows)),
+        held_out or moments(block, weights, rows, apart),
     )
-    start_error = best[1]
-    current = {name: value.clone().requires_grad_() for name, value in best[0].items()}
-    optimiser = _optimiser(current, inherited | {block.output}, recipe, start_error)
+    if not recipe.steps:
+        return Fitted(*start, start.error, 0)
+    best, taken = _trained(block, start, inherited | {block.output}, rows, recipe, rng, report)
+    everything = moments(block, best.weights, rows, slice(0, rows.fitted))
+    solved = _solved(block, best.weights, everything, moments(block, best.weights, rows, apart))
+    return Fitted(*min(best, solved, key=lambda state: state.error), start.error, taken)
+
+
+class _State(NamedTuple):
+    """Weights of a block, and their error on the held-out windows."""
+
+    weights: dict[str, Tensor]
+    error: float
+
+
+def _trained(
+    block: Block,
+    start: _State,
+    solved: frozenset[str],
+    rows: Rows,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    report: Callable[[float], None],
+) -> tuple[_State, int]:
+    """The best state of Adam's steps, at the latest the start, and the number of steps that were taken."""
+    best, returns, order = start, 0, list[int]()
+    current = {name: value.clone().requires_grad_() for name, value in start.weights.items()}
+    optimiser = _optimiser(current, solved, recipe, start.error)
     energy = rows.target[: rows.fitted].square().mean()
     checks = {round(recipe.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
     warmup = max(1, round(WARMUP * recipe.steps))
-    order: list[int] = []
-    rises, taken, before = 0, 0, start_error
     for step in range(recipe.steps):
+        share = min((step + 1) / warmup, 1 - step / recipe.steps) / 2**returns
         for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * min((step + 1) / warmup, 1 - step / recipe.steps)
-        if len(order) < batch:
+            group["lr"] = group["peak"] * share
+        if len(order) < recipe.batch:
             order += rng.permutation(rows.fitted).tolist()
-        drawn, order = order[:batch], order[batch:]
-        x, target = rows.x[drawn].float(), rows.target[drawn]
-        found = block.contribution(block.cast(current, recipe.dtype), x)
-        loss = (found - target).square().mean() / energy
+        drawn, order = order[: recipe.batch], order[recipe.batch :]
+        found = block.contribution(block.cast(current, recipe.dtype), rows.x[drawn].float())
+        loss = (found - rows.target[drawn]).square().mean() / energy
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        taken = step + 1
-        if taken in checks:
+        if step + 1 in checks:
+            report((step + 1) / recipe.steps)
             error = held_out_error(block, current, rows)
-            rises, before = (rises + 1 if error > before else 0), error
-            if error < best[1]:
-                best = ({name: value.detach().clone() for name, value in current.items()}, error)
-            if rises >= PATIENCE:
-                break
-            report(taken / recipe.steps)
-    if recipe.steps:
-        everything = moments(block, best[0], rows, slice(0, rows.fitted))
-        best = min(
-            best,
-            _solved(block, best[0], everything, moments(block, best[0], rows, apart)),
-            key=lambda state: state[1],
-        )
-    return Fitted(best[0], start_error, best[1], taken)
+            if error < best.error:
+                best = _State({name: value.detach().clone() for name, value in current.items()}, error)
+            elif returns == MAX_RETURNS:
+                return best, step + 1
+            else:
+                returns += 1
+                _restore(current, best.weights, optimiser)
+    return best, recipe.steps
 
 
-def _solved(
-    block: Block, weights: Weights, fitted: Moments, held_out: Moments
-) -> tuple[dict[str, Tensor], float]:
-    """The weights with the better of the given and the solved output matrix, and their held-out error."""
+def _solved(block: Block, weights: Weights, fitted: Moments, held_out: Moments) -> _State:
+    """The weights with the better of the given and the solved output matrix."""
     output, error = best_output(fitted, held_out)
     given = held_out.error(weights[block.output])
     if not error < given:
-        return dict(weights), given
-    return {**weights, block.output: output}, error
+        return _State(dict(weights), given)
+    return _State({**weights, block.output: output}, error)
+
+
+def _restore(current: Mapping[str, Tensor], best: Weights, optimiser: torch.optim.Optimizer) -> None:
+    """Return to the best weights, without the momentum that led away from them."""
+    with torch.no_grad():
+        for name, value in current.items():
+            value.copy_(best[name])
+            optimiser.state[value]["exp_avg"].zero_()
 
 
 def _optimiser(

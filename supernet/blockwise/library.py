@@ -226,13 +226,17 @@ class _LayerFits:
         block = candidate.block(self.width, self.config)
         seed = int(digest(f"{self.plan.seed}/{candidate.slot}/{candidate.name}")[:12], 16)
         rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        if part not in self.blocks:  # the parent adds nothing, and the zeros of the output matrix are exact
+        if part not in self.blocks or not self._rows(part).target.any():
+            # The parent adds nothing; the zeros that an output matrix starts with are exact.
             return Fitted(_zero_block(block, generator), 0.0, 0.0, 0)
         if candidate.is_ffn:
             return self._fit_ffn(block, rng, tell)
         parent = self.blocks["mixer"]
         weights, taken = start_mixer(block, parent, self.weights["mixer"], self.measured, generator)
         return fit(block, weights, taken, self.mixer_rows, self.plan.recipe, rng, tell)
+
+    def _rows(self, part: str) -> Rows:
+        return self.ffn_rows if part == "ffn" else self.mixer_rows
 
     def _fit_ffn(self, block: Block, rng: np.random.Generator, tell: Share) -> Fitted:
         fitted, held_out, order = self.ffn_moments

@@ -146,11 +146,11 @@ def inherited(block: Block, parent: Block, weights: Weights, chosen: Sequence[in
         if value is None:
             continue
         if name in QUERY_ROWS:
-            taken[name] = value.unflatten(0, (-1, d))[list(chosen)].flatten(0, 1)
+            taken[name] = value.reshape(-1, d, *value.shape[1:])[list(chosen)].flatten(0, 1)
         elif name in KV_ROWS:
-            by_head = value.unflatten(0, (-1, d))
+            by_head = value.reshape(-1, d, *value.shape[1:])
             taken[name] = torch.cat([by_head[some].mean(0) for some in sources])
-    taken["o"] = weights["o"].unflatten(1, (-1, d))[:, list(chosen)].flatten(1)
+    taken["o"] = weights["o"].reshape(block.width, -1, d)[:, list(chosen)].flatten(1)
     return taken
 
 

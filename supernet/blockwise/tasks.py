@@ -49,7 +49,8 @@ def run_layers(
 
         task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_run)
         common = ray.put(shared)
-        left, running = list(range(len(slots)))[::-1], {}
+        left = list(range(len(slots)))[::-1]
+        running: dict[Any, int] = {}  # Ray's reference to a task -> place in slots
         try:
             while left or running:
                 while left and len(running) < workers:

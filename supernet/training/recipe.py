@@ -30,8 +30,7 @@ from supernet.data.corpus import DataConfig
 CANDIDATES_PER_SUBNET = 32  # genomes drawn for each sub-network that balanced sampling chooses
 ELASTIC_AXES = ("mixer", "ffn", "heads", "depth", "width")  # in the order of progressive shrinking
 BLOCKWISE_DEFAULTS = {"steps": 256, "batch": 1, "learning_rate": 1.2e-2}
-# Settings of method joint alone. depth_warmup is among them, but its default depends on others.
-JOINT_ONLY = (
+JOINT_ONLY = (  # besides depth_warmup, whose default depends on others
     "weight_decay", "clip", "warmup", "rule", "sampled", "balanced_sampling", "update", "largest_warmup",
     "distillation", "teacher", "progressive_shrinking", "maximal_mixers",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from space import Layer, ModelConfig
 from space.attention.rotary import rotate
 from space.layer import Rope
 from supernet.blockwise.block import Block
-from supernet.blockwise.fit import Recipe, Rows, fit, held_out_error, moments
+from supernet.blockwise.fit import Fitted, Recipe, Rows, fit, held_out_error, moments
 from supernet.blockwise.ridge import Moments, elimination_order
 from supernet.blockwise.start import (
     Measured,
@@ -215,3 +215,19 @@ def test_moments_given_equal_moments_computed(slot: Slot) -> None:
     part = moments(block, weights, slot.ffn_rows, slice(0, 8))
     assert_close("gram", whole.leading(torch.tensor(order)).gram, part.gram, 1e-5)
     assert_close("cross", whole.leading(torch.tensor(order)).cross, part.cross, 1e-5)
+
+
+def test_rates_that_are_too_high_do_no_harm(slot: Slot) -> None:
+    """A worse check returns to the best state at half the rate; after three, the fit ends early."""
+    block = slot.block(Layer(mixer="gated_deltanet", heads=4, kv_heads=2))
+    weights, taken = start_mixer(block, slot.parent, slot.mixer, slot.measured(), torch.Generator())
+
+    def fitted(rate: float) -> Fitted:
+        recipe = Recipe(steps=64, batch=4, rate=rate, inherited_rate=rate)
+        return fit(block, weights, taken, slot.rows, recipe, np.random.default_rng(0))
+
+    wild, high = fitted(100.0), fitted(0.2)
+    assert wild.steps == 32  # at the fourth of eight checks
+    assert wild.error <= wild.start_error
+    assert high.error < high.start_error
+    assert all(value.isfinite().all() for value in wild.weights.values())
