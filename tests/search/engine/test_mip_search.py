@@ -159,7 +159,7 @@ def test_agreement_of_the_scores_is_that_of_the_record(searched: Path) -> None:
     assert -1 <= agreement.kendall_tau_with_pairs <= 1
 
 
-@pytest.mark.parametrize("lost", ["part-probes-0001", "part-0000", "part-0002"])
+@pytest.mark.parametrize("lost", ["part-probes-0001", "part-0002"])
 def test_resumed_search_gives_the_same_front(searched: Path, tmp_path: Path, lost: str) -> None:
     """With the parts of the record before one of them."""
     (tmp_path / "evaluations").mkdir()
