@@ -7,7 +7,8 @@ From the command ``formfit search`` to ``front.json``:
 3. ``search.select.search_command`` opens the trained supernet; with ``--verify``, it measures finalists.
 4. ``entry.search_supernet`` reads a finished ``front.json``, or makes the evaluators, this process or Ray
    actors (``workers``), and calls ``search.Search.run``, which holds the folder's lock.
-5. Each generation: the strategy proposes genomes, they are evaluated, ``evaluations/part-NNNN.parquet`` is
+5. First a strategy's probes, if it has any (``mip-nsga2``), are evaluated: ``evaluations/part-probes-NNNN``.
+   Each generation: the strategy proposes genomes, they are evaluated, ``evaluations/part-NNNN.parquet`` is
    written, the strategy is told the values, and ``study.log`` gets the same as an Optuna study.
 6. Re-evaluation: the 64 best on more windows (``part-middle.parquet``), the 32 best of these on the final
    number (``part-front.parquet``).
