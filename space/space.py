@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from space.architecture import ModelConfig, is_windowed
 from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
+from space.io.names import MAX_NAME_CHARACTERS
 from space.mixers import MIXERS, MixerClass, mixers_of_class
 
 MAX_INT = 2**31 - 1
@@ -116,7 +117,7 @@ class Space(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=MAX_NAME_CHARACTERS)]
     vocab_size: Positive = 256
     max_seq_len: Positive
     head_dim: Positive

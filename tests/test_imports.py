@@ -23,7 +23,8 @@ OWN_NODES = {"space/onnx/block.py": "onnx.block", "space/onnx/graph.py": "onnx.g
 # type checkers too. The public names of a package's own __init__ are left out.
 EDGES: dict[str, dict[str, str]] = {
     "space": {
-        "io": "",
+        "cpus": "",
+        "io": "cpus",
         "layer": "",
         "precision": "",
         "attention": "layer",
@@ -46,10 +47,11 @@ EDGES: dict[str, dict[str, str]] = {
     "supernet": {
         "data": "",
         "supernet": "",
+        "tensors": "",
         "evaluate": "data",
-        "extract": "data supernet",
+        "extract": "data supernet tensors",
         "hf": "data supernet",
-        "training": "data extract hf supernet",
+        "training": "data extract hf supernet tensors",
     },
     "latency": {
         "device_runner": "",

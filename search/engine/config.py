@@ -41,7 +41,7 @@ class SearchConfig(BaseModel):
         seed: of the search.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     limits: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
@@ -86,14 +86,14 @@ class VerifyConfig(BaseModel):
         max_noise: greatest relative difference between two timings of the same work; None: any.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: int = Field(default=128, gt=1)
     copies: int = Field(default=3, gt=0)
     rounds: int = Field(default=60, ge=4)
     block_ms: float = Field(default=3.0, gt=0)
     searches: int = Field(default=3, ge=1)
-    max_noise: float | None = 0.1
+    max_noise: Annotated[float, Field(gt=0)] | None = 0.1
 
 
 def precision_of(config: SearchConfig, device: str, first: str) -> str | None:

@@ -75,7 +75,7 @@ def select_member(run: Run, search: str, pick: str | None) -> Selection:
     Raises:
         InputError: there is no such search or member, or the measured search belongs to another front.
     """
-    folder = run.folder / "searches" / search
+    folder = run.search_folder(search)
     front = Front.read(folder / "front.json")
     finalists = {}
     if (folder / "measured_search.json").exists():

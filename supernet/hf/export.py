@@ -23,7 +23,7 @@ from space.io.errors import InputError
 from space.layer import NORM_EPS, ROPE_BASE
 from space.mixers import MIXERS
 from space.shapes import model_shapes
-from supernet.data.tokenizer import SEPARATORS, load_tokenizer
+from supernet.data.tokenizer import BYTE_SEPARATOR, SEPARATORS, load_tokenizer, prompt_template
 from supernet.hf.bundle import one_file
 from supernet.hf.llama import BLOCKS, ENDS
 from supernet.hf.mixer_table import mixer_table
@@ -208,16 +208,19 @@ def _tokenizer(model_config: ModelConfig, path: Path | None) -> tuple[int, dict[
         "model_max_length": model_config.max_seq_len,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the separator's name in a text is plain text, as in training
     }
     if path is None:
-        separator, name, text = 0, END_OF_TEXT, _json(_byte_tokenizer())
-        config["split_special_tokens"] = True  # the separator's name in a text is plain bytes, as in training
+        separator, name, text = BYTE_SEPARATOR, END_OF_TEXT, _json(_byte_tokenizer())
     else:
         loaded = load_tokenizer(path)
         if loaded.vocab_size > model_config.vocab_size:
             raise InputError(f"{path}: {loaded.vocab_size} tokens, the model has {model_config.vocab_size}")
-        separator, text = loaded.separator, path.read_bytes().decode()
+        separator = loaded.separator
         name = loaded.library.id_to_token(separator)
+        value = json.loads(path.read_bytes())
+        value["post_processor"] = prompt_template(name, separator)
+        text = _json(value)
     if name in SEPARATORS:  # otherwise id 0 separates documents, and may be a word
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), name)
     return separator, {"tokenizer.json": text, "tokenizer_config.json": _json(config)}
@@ -231,8 +234,6 @@ def _byte_tokenizer() -> Json:
         chr(byte if byte in printable else next(substitutes)): byte for byte in range(BYTE_VOCAB_SIZE)
     }
     vocabulary = {END_OF_TEXT: 0} | {character: byte for character, byte in vocabulary.items() if byte}
-    start = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
@@ -242,12 +243,7 @@ def _byte_tokenizer() -> Json:
         "added_tokens": [{"id": 0, "content": END_OF_TEXT, **flags, "special": True}],
         "normalizer": None,
         "pre_tokenizer": level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, first],
-            "pair": [start, first, start, second],
-            "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT]}},
-        },
+        "post_processor": prompt_template(END_OF_TEXT, BYTE_SEPARATOR),
         "decoder": level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tensorboardX import SummaryWriter
 
+from space.cpus import available_cpus
 from space.io.artefact import write_text
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.training.recipe import step_rate
@@ -40,7 +41,7 @@ def take_steps(
     """
     config = trainer.config
     last = min(until or config.steps, config.steps)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), available_cpus()))
     torch.use_deterministic_algorithms(True)
     checkpoint = latest_checkpoint(root, inputs)
     start = checkpoint.step if checkpoint else 0

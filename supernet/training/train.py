@@ -18,19 +18,21 @@ from supernet.training.trainer import Trainer
 
 
 def training_inputs(
-    space: Space, config: TrainConfig, corpus: Corpus, architecture: Architecture | None = None
+    space: Space, config: TrainConfig, corpus: Corpus | None, architecture: Architecture | None = None
 ) -> dict[str, str]:
     """The sha256 of everything that a training's result depends on, by name.
 
     Args:
         space: the space.
         config: the training settings.
-        corpus: the training text.
+        corpus: the training text; None leaves out what depends on files that may be gone since.
         architecture: the architecture of a stand-alone training; None is the supernet's.
     """
     settings = config.model_dump(mode="json", exclude={"data", "init", "checkpoint_every", "workers"})
-    inputs = {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
-    if config.init:
+    inputs = {"space": space.hash, "training": digest(canonical_json(settings))}
+    if corpus:
+        inputs["corpus"] = corpus.digest
+    if corpus and config.init:
         inputs["init"] = pretrained_digest(config.init)
     if architecture:
         inputs["architecture"] = architecture.key
@@ -108,7 +110,7 @@ def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
         checkpoint: a checkpoint of a supernet's training.
     """
     supernet = Supernet(space)
-    supernet.load_state_dict(checkpoint.load("model"))
+    checkpoint.load_into(supernet)
     return supernet.requires_grad_(False).eval()
 
 
@@ -121,7 +123,7 @@ def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Archite
         architecture: the architecture.
     """
     model = Model(architecture, space.config)
-    model.load_state_dict(checkpoint.load("model"))
+    checkpoint.load_into(model)
     return model.requires_grad_(False).eval()
 
 

@@ -293,7 +293,7 @@ BAD = {
     ("--prompt", "a", "--draft", ".", "--temperature", "1"): "--draft takes the most likely token",
     ("--prompt", "a\udcff"): "--prompt: not UTF-8 text",
     ("--prompt", "a", "--draft", ".", "--precision", "int8-dynamic"): "--draft: not with int8-dynamic",
-    ("--prompt", "a", "--threads", "100000"): "--threads 100000: this machine has",
+    ("--prompt", "a", "--threads", "100000"): "--threads 100000: this process may use",
     ("--prompt", "a", "--tokens", "0"): "Invalid value for '--tokens'",
 }
 

@@ -253,18 +253,20 @@ def word_pieces(folder: Path, specials: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("specials", "separator", "name"), [(["<unk>", "</s>"], 1, "</s>"), (["<unk>"], 0, None)], ids=str
 )
-def test_given_tokenizer_is_copied(
+def test_given_tokenizer_puts_a_separator_before_a_text(
     tmp_path: Path, specials: list[str], separator: int, name: str | None
 ) -> None:
     given = word_pieces(tmp_path, specials)
     model_config = ModelConfig(vocab_size=300, max_seq_len=64, head_dim=16)
     written(tmp_path / "model", model_config=model_config, tokenizer=given)
-    assert (tmp_path / "model/tokenizer.json").read_bytes() == given.read_bytes()
+    assert {**read(tmp_path / "model/tokenizer.json"), "post_processor": None} == read(given)
     assert read(tmp_path / "model/config.json")["eos_token_id"] == separator
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == (name, name, 64)
     text = "the cat <unk> hat"
-    assert tokenizer(text).input_ids == tokenizers.Tokenizer.from_file(str(given)).encode(text).ids
+    plain = tokenizers.Tokenizer.from_file(str(given))
+    plain.encode_special_tokens = True  # in a text they are plain text
+    assert tokenizer(text).input_ids == [separator, *plain.encode(text).ids]
     with pytest.raises(InputError, match=r"given.json: \d+ tokens, the model has 256"):
         written(tmp_path / "small", tokenizer=given)
 
