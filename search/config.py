@@ -180,8 +180,8 @@ class Run:
 
         Raises:
             InfeasibleError: no architecture keeps the limits on what is counted.
-            InputError: an objective or a limit is of another device or a workload that is not profiled, or this
-                machine has too few CPUs, or no folder for Ray.
+            InputError: an objective or a limit is of another device or a workload that is not profiled, or
+                this machine has too few CPUs, or no folder for Ray.
         """
         config, search = self.config, self.config.search
         check_search(search, [config.device])

@@ -213,9 +213,8 @@ class Front:
             keys = ", ".join(member.key for member in found[:8])
             raise InputError(f"pick {pick!r}: the beginning of several keys ({keys})")
         if not found:
-            raise InputError(
-                f"pick {shown(pick)}: not one of {', '.join(self.picks)}, nor a key of the front"
-            )
+            picks = ", ".join(self.picks)
+            raise InputError(f"pick {shown(pick)}: not one of {picks}, nor a key of the front")
         return found[0]
 
     def choice(self, member: Member) -> Choice:

@@ -168,9 +168,9 @@ class Artefact:
         if not isinstance(header, dict) or header.get("kind") != self.kind:
             raise InputError(f"{path}: not a {self.kind} file; `{command}` makes one")
         if header.get("schema") != self.schema:
+            found = repr(header.get("schema"))[:20]
             raise InputError(
-                f"{path}: schema version {repr(header.get('schema'))[:20]}, this formfit reads {self.schema}; "
-                f"`{command}` makes it again"
+                f"{path}: schema version {found}, this formfit reads {self.schema}; `{command}` makes it again"
             )
         inputs = header.get("inputs")
         if not isinstance(inputs, dict) or not all(isinstance(item, str) for item in inputs.values()):
