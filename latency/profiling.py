@@ -26,6 +26,7 @@ from latency.runtimes.protocol import Runtime
 from latency.runtimes.reference import reference_items, require_stable, time_references
 from latency.runtimes.registry import graph_version, open_runtime
 from space import Architecture, InputError, Space, Workload
+from space.cpus import slow_cpus
 from space.io.artefact import canonical_json, digest
 from space.io.machine import check_threads
 
@@ -70,7 +71,9 @@ def profile(
     workloads = config.parsed(space)
     card = open_card(devices, name, runtime.fingerprint())
     records = Records(card, space, runtime.name, config.threads, config.precision)
-    with pinned(config.threads):
+    with pinned(config.threads) as cpus:
+        if line := slow_cpus(cpus):
+            card.problems.append(line)
         session = _Session(records, config, runtime, report or (lambda _what, _share: None), prior)
         if config.max_noise is not None:
             reference_runtime = open_runtime(config.runtime, config.threads)

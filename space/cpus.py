@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Sequence
 
 _ROOT = Path("/")
+MIN_ALIKE = 0.8  # speed of a CPU relative to the fastest, below which it is one of the slow kind
 
 
 def available_cpus(root: Path = _ROOT) -> int:
@@ -22,6 +24,29 @@ def available_cpus(root: Path = _ROOT) -> int:
     except AttributeError:  # macOS, Windows
         count = os.cpu_count() or 1
     return max(1, min([count, *(int(quota) for quota in _quotas(root))]))
+
+
+def slow_cpus(cpus: Sequence[int], root: Path = _ROOT) -> str | None:
+    """A line about CPUs that are slower than others of the machine; None if there are none.
+
+    Args:
+        cpus: numbers of CPUs that are used.
+        root: folder that ``sys`` is in.
+    """
+    speeds: dict[int, int] = {}
+    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*"):
+        # Arm reports a capacity; x86 the greatest frequency, which differs little between alike cores.
+        text = _read(folder / "cpu_capacity") or _read(folder / "cpufreq/cpuinfo_max_freq")
+        if text.strip().isdecimal() and folder.name[3:].isdecimal():
+            speeds[int(folder.name[3:])] = int(text)
+    fastest = max(speeds.values(), default=0)
+    taken = [cpu for cpu in cpus if speeds.get(cpu, fastest) < MIN_ALIKE * fastest]
+    if not taken:
+        return None
+    numbers, slowest = ", ".join(map(str, taken)), min(speeds[cpu] for cpu in taken)
+    return "measured on slow CPUs: {} of {} at {:.0%} of the fastest speed".format(
+        numbers, ", ".join(map(str, cpus)), slowest / fastest
+    )
 
 
 def _quotas(root: Path) -> list[float]:

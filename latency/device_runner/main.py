@@ -33,7 +33,7 @@ from latency.device_runner.plan import (
     RandomWeight,
 )
 from latency.device_runner.timer import Run, measure, pinned
-from space.cpus import available_cpus
+from space.cpus import available_cpus, slow_cpus
 
 NOT_FINITE = 1e30  # reported as the error of outputs that are not finite: JSON has no infinity
 
@@ -140,6 +140,7 @@ class DeviceRunner:
 
     def __init__(self, kit: zipfile.ZipFile | KitFolder, path: Path, refused: Sequence[str] = ()) -> None:
         self.kit, self.path, self.refused = kit, path, refused
+        self.slow: str | None = None  # a line about slow CPUs
         self.plan = KitPlan.from_json(json.loads(kit.read("kit.json")))
         self.threads = self.plan.threads
         self.result = self._resumed() or KitResult(self.plan.kit, fingerprint(), self.threads)
@@ -166,7 +167,8 @@ class DeviceRunner:
         cpus = available_cpus()
         if self.threads > cpus:
             raise SystemExit(f"the kit measures {self.threads} threads, this process may use {cpus} CPUs")
-        with pinned(self.threads):
+        with pinned(self.threads) as taken:
+            self.slow = slow_cpus(taken)
             required = self.plan.min_runtime_version
             if _version(ort.__version__) < _version(required):
                 raise SystemExit(f"onnxruntime {ort.__version__}: this kit needs {required} or newer")
@@ -199,6 +201,8 @@ class DeviceRunner:
             result.timings.update(measured.timings)
             result.anchor_reference = measured.anchor_reference
             result.problems += measured.machine_problems()
+            if self.slow:
+                result.problems.append(self.slow)
         result.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return result
 

@@ -101,7 +101,7 @@ def front_tables(members: "Sequence[Member]", picks: Mapping[str, str]) -> "list
     legend = ", ".join(f"{letter} {mixer}" for mixer, letter in letters.items())
     return [
         make_table("Front", columns, rows),
-        make_table(f"Architectures: width | mixer and heads.FFN ({legend})", ["pick", ""], shapes),
+        make_table("Architectures", ["pick", f"width | mixer, heads.FFN ({legend})"], shapes),
     ]
 
 

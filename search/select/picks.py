@@ -57,9 +57,8 @@ def read_architecture(run: Run, file: Path) -> Selection:
     architecture = Architecture.from_json(value, str(file))
     rows = genome.encode(run.space, [architecture])
     if not genome.contains(run.space, rows)[0]:
-        raise InputError(
-            f"{file}: not an architecture of space {run.space.name}: its hybrid rule excludes it"
-        )
+        why = genome.reasons_outside(run.space, rows[0])
+        raise InputError(f"{file}: not an architecture of space {run.space.name}: {why}")
     return Selection(architecture=architecture)
 
 

@@ -254,10 +254,11 @@ def _require_fitting(submodel: SubModel, trained: Trained, teacher_run: Path) ->
             f"{submodel.folder}: the sub-model has {one}, the teacher {teacher_run} has {other}; "
             "they have to be equal"
         )
-    if not genome.contains(space, genome.encode(space, [architecture]))[0]:
+    row = genome.encode(space, [architecture])
+    if not genome.contains(space, row)[0]:
         raise InputError(
             f"{submodel.folder}: architecture {architecture.key} is not of space {space.name} of the teacher "
-            f"{teacher_run}: its hybrid rule excludes it"
+            f"{teacher_run}: {genome.reasons_outside(space, row[0])}"
         )
 
 

@@ -170,7 +170,8 @@ class Artefact:
         if header.get("schema") != self.schema:
             found = repr(header.get("schema"))[:20]
             raise InputError(
-                f"{path}: schema version {found}, this formfit reads {self.schema}; `{command}` makes it again"
+                f"{path}: schema version {found}, this formfit reads {self.schema}; "
+                f"`{command}` makes it again"
             )
         inputs = header.get("inputs")
         if not isinstance(inputs, dict) or not all(isinstance(item, str) for item in inputs.values()):

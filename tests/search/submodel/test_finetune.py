@@ -315,7 +315,8 @@ def test_submodel_of_another_space_is_refused(
     ]
     outside = swapped[genome.contains(run.space, genome.encode(run.space, swapped)).argmin()]
     excluded = replace(submodel, architecture=outside)
-    refused("its hybrid rule excludes it", excluded, run, data, tmp_path, CONFIG, Quiet())
+    why = "teacher .*: it has .* full and .* linear layers; ratios .* allow"
+    refused(why, excluded, run, data, tmp_path, CONFIG, Quiet())
     assert list(tmp_path.iterdir()) == []
 
 

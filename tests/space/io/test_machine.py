@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from space import InputError
-from space.cpus import available_cpus
+from space.cpus import available_cpus, slow_cpus
 from space.io.machine import MAX_SESSION_BYTES, check_threads, session_folder
 from space.io.names import check_name, is_name
 
@@ -40,6 +40,20 @@ def test_quotas_of_control_groups_count(name: str, tmp_path: Path) -> None:
         (tmp_path / file).write_text(text)
     allowed = len(os.sched_getaffinity(0))
     assert available_cpus(tmp_path) == (allowed if expected is None else min(allowed, expected))
+
+
+def test_slow_cpus_are_named(tmp_path: Path) -> None:
+    assert slow_cpus([0, 1], tmp_path) is None
+    for number, speed in enumerate([3_500_000, 3_400_000, 2_000_000, 2_000_000]):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{number}/cpufreq"
+        folder.mkdir(parents=True)
+        (folder / "cpuinfo_max_freq").write_text(f"{speed}\n")
+    (tmp_path / "sys/devices/system/cpu/cpuidle").mkdir()
+    assert slow_cpus([0, 1], tmp_path) is None
+    assert slow_cpus([1, 2], tmp_path) == "measured on slow CPUs: 2 of 1, 2 at 57% of the fastest speed"
+    for number, capacity in enumerate([1024, 1024, 446, 446]):
+        (tmp_path / f"sys/devices/system/cpu/cpu{number}/cpu_capacity").write_text(f"{capacity}\n")
+    assert slow_cpus([2, 3], tmp_path) == "measured on slow CPUs: 2, 3 of 2, 3 at 44% of the fastest speed"
 
 
 def test_the_affinity_counts_and_more_threads_are_refused() -> None:
