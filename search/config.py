@@ -1,8 +1,7 @@
 """A run: its configuration and its folder, read without torch."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,15 +9,20 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from latency import ProfileConfig
-from search.engine.config import SearchConfig, VerifyConfig, check_search, precision_of, require_objectives
+from search.engine.config import (
+    SearchConfig,
+    VerifyConfig,
+    check_profiled,
+    check_search,
+    counted_limits,
+    precision_of,
+)
 from search.engine.front import PICKS
-from search.problem.limit import Limit
-from search.problem.objective import Objective
-from space import InputError, Space, Workload, load_space
+from space import InputError, Space, load_space
 from space.io.artefact import write_text
-from space.io.config import load_yaml, parse, shown
+from space.io.config import Name, load_yaml, parse, shown
 from space.io.machine import check_threads, session_folder
-from space.io.names import Name, check_name
+from space.io.names import check_name
 from supernet.data.corpus import Corpus, load_corpus
 from supernet.training.recipe import TrainConfig
 
@@ -184,19 +188,11 @@ class Run:
                 this machine has too few CPUs, or no folder for Ray.
         """
         config, search = self.config, self.config.search
-        check_search(search, [config.device])
-        texts = [*map(Limit.parse, search.limits), *map(Objective.parse, search.objectives)]
-        if search.objectives:
-            require_objectives(search, list(map(Objective.parse, search.objectives)))
-        profiled = config.profile.parsed(self.space)
-        for one in texts:
-            if one.device and one.device != config.device:
-                raise InputError(f"search: {one.text}: the run has one device, {config.device}")
-            if one.workload and one.metric and one.metric.needs_device:
-                require_profiled(one.text, one.workload, profiled)
-        self.check_counted_limits()
         check_threads("profile.threads", config.profile.threads)
         check_threads("train.threads", config.train.threads or 1)
+        check_search(search, [config.device])
+        check_profiled(search, config.device, config.profile.parsed(self.space))
+        self.check_counted_limits()
         if config.train.workers or (search.workers and not search.ray_address):
             session_folder()
 
@@ -208,9 +204,10 @@ class Run:
         Raises:
             InfeasibleError: the limits cannot be met.
         """
-        from search.engine.devices import check_counted_limits
+        if counted_limits(self.config.search):
+            from search.engine.devices import check_counted_limits  # its libraries take a second to load
 
-        check_counted_limits(self.space, self.config.search.limits)
+            check_counted_limits(self.space, self.config.search.limits)
 
     def trained(self, checkpoint: "Checkpoint", corpus: Corpus) -> "Trained":
         """The trained supernet with the text that it is evaluated on.
@@ -231,25 +228,6 @@ class Run:
         train = self.config.train
         length = train.length or self.space.max_seq_len
         return Text(data=train.data, length=length, windows=self.config.search.front_windows)
-
-
-def require_profiled(text: str, workload: Workload, profiled: Sequence[Workload]) -> None:
-    """Refuse a workload that is neither profiled nor between two profiled lengths.
-
-    Args:
-        text: limit or objective, for the error message.
-        workload: of the limit or objective.
-        profiled: workloads of the profile.
-
-    Raises:
-        InputError: names the workloads that are profiled.
-    """
-    lengths = [w.length for w in profiled if replace(w, length=workload.length) == workload]
-    if not lengths or not min(lengths) <= workload.length <= max(lengths):
-        raise InputError(
-            f"search: {text}: outside of what is profiled ({', '.join(map(str, profiled))}); "
-            f"add {workload} to profile.workloads"
-        )
 
 
 def open_run(folder: Path, devices: Path) -> Run:

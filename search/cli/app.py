@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from search.pipeline import AuditResult, Summary
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 130, 141, 143
+EXIT_BROKEN_PIPE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 app = typer.Typer(
     name="formfit",
@@ -266,6 +266,8 @@ def main() -> None:
     try:
         code = app(prog_name="formfit", standalone_mode=False)
         sys.stdout.flush()  # a full disk is reported here
+        if code == EXIT_INTERRUPTED:  # as typer reports an interrupt
+            raise KeyboardInterrupt
     except FormfitError as error:
         note(f"formfit: {error}")
         sys.exit(error.exit_code)

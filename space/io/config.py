@@ -4,13 +4,14 @@ import difflib
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from space.io.errors import InputError
 from space.io.filesystem import read_file
+from space.io.names import RULE, is_name
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -23,6 +24,15 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 6
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MAX_VALUE_CHARACTERS
+
+
+def _name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"{shown(text)}: {RULE}")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]  # see space.io.names
 
 
 class _Loader(yaml.SafeLoader):

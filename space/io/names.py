@@ -1,9 +1,6 @@
 """Names that become parts of paths: of devices, searches and spaces."""
 
 import re
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 from space.io.errors import InputError
 
@@ -38,12 +35,3 @@ def check_name(name: str, what: str = "name") -> str:
         shown = repr(name if len(name) <= MAX_NAME_CHARACTERS else f"{name[:40]}...")
         raise InputError(f"{what} {shown}: {RULE}")
     return name
-
-
-def _valid(name: str) -> str:
-    if not is_name(name):
-        raise ValueError(f"{name[:MAX_NAME_CHARACTERS]!r}: {RULE}")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_valid)]

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from functools import lru_cache
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from space.io.config import shown
 
@@ -15,11 +15,14 @@ Reader = Callable[[Any], Any]
 
 
 @lru_cache
-def _adapters(kind: type) -> dict[str, TypeAdapter[Any]]:
-    """Validators of the fields whose values may be JSON, by name."""
+def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
+    """Validator of a field."""
     config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-    hints = get_type_hints(kind)
-    return {field.name: TypeAdapter(hints[field.name], config=config) for field in fields(kind)}
+    hint = get_type_hints(kind)[name]
+    try:
+        return TypeAdapter(hint, config=config)
+    except PydanticUserError:  # a dataclass or model, which has a configuration of its own
+        return TypeAdapter(hint)
 
 
 def read_record(kind: type[Record], value: Mapping[str, Any], **readers: Reader) -> Record:
@@ -52,7 +55,7 @@ def _validated(kind: type, name: str, item: Any) -> Any:
     if item is not None and not isinstance(item, str | int | float | list | tuple | dict):
         return item
     try:
-        return _adapters(kind)[name].validate_json(json.dumps(item), strict=True)
+        return _adapter(kind, name).validate_json(json.dumps(item), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{part!r}]" for part in first["loc"])

@@ -315,7 +315,13 @@ def test_a_kit_that_was_unzipped_runs(opened: str, measured: Path, tmp_path: Pat
     with zipfile.ZipFile(measured / "kit.zip") as kit:
         kit.extractall(folder)
     out = tmp_path / "made" / "on demand" / "result.json"
-    done = run_kit(folder / "__main__.py" if opened == "program" else folder, out)
+    # -I would leave the folder of a program off the path.
+    program = ["-I", str(folder)] if opened == "folder" else [str(folder / "__main__.py")]
+    command = [sys.executable, *program, "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert unpack(space(), packed_for(measured, tmp_path / "devices" / "far"), out).models
 
