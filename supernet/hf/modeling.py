@@ -263,7 +263,10 @@ def _refuse(arguments: dict[str, Any]) -> None:
 def _cache(cache: FormfitCache | None, wanted: bool) -> FormfitCache | None:
     """The cache of a call: the given one, a new one if one is wanted, or None."""
     if cache is not None and not isinstance(cache, FormfitCache):
-        raise TypeError(f"cache: a {type(cache).__name__}, expected the FormfitCache of an earlier call")
+        raise TypeError(
+            f"cache: a {type(cache).__name__} has no states of these mixers; leave it out in the first call, "
+            "and give the next one the FormfitCache that the first returned"
+        )
     return FormfitCache() if wanted and cache is None else cache
 
 

@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 
 from space.cpus import available_cpus
 from space.io.artefact import write_text
+from space.io.machine import check_threads
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.training.recipe import step_rate
 from supernet.training.trainer import Trainer
@@ -41,6 +42,7 @@ def take_steps(
     """
     config = trainer.config
     last = min(until or config.steps, config.steps)
+    check_threads("threads", config.threads or 1)
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), available_cpus()))
     torch.use_deterministic_algorithms(True)
     checkpoint = latest_checkpoint(root, inputs)

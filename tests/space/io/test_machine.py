@@ -94,12 +94,13 @@ def test_ray_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
     code = (
         "from supernet.training.parallel import ray_session\n"
         "with ray_session(1):\n"
-        "    import ray; print(ray.get(ray.remote(lambda: 7).remote()))"
+        "    import os, ray; print(ray.get(ray.remote(lambda: 7).remote()))\n"
+        "    assert os.environ['RAY_ENABLE_UV_RUN_RUNTIME_ENV'] == '0'"  # its hook uploads the working folder
     )
     environment = {**os.environ, "TMPDIR": str(long)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "7\n", done.stderr
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
 
 
 BAD_NAMES = [

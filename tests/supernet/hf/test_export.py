@@ -345,7 +345,7 @@ def test_unsupported_arguments_are_refused(mixed: Any) -> None:
         mixed(ids, attention_mask=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="position_ids: formfit models take no such argument"):
         mixed(ids, position_ids=torch.arange(5)[None])
-    with pytest.raises(TypeError, match="cache: a dict, expected the FormfitCache of an earlier call"):
+    with pytest.raises(TypeError, match="cache: a dict has no states of these mixers; leave it out in the first call"):
         mixed(ids, cache={})
     with pytest.raises(ValueError, match="stateful"):
         mixed.generate(ids[:1], max_new_tokens=2, prompt_lookup_num_tokens=2)
