@@ -22,7 +22,7 @@ from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
 from space.layer import NORM_EPS, ROPE_BASE
 from space.mixers import MIXERS
-from space.shapes import model_shapes
+from space.shapes import is_matrix, model_shapes
 from supernet.data.tokenizer import BYTE_SEPARATOR, SEPARATORS, load_tokenizer, prompt_template
 from supernet.hf.bundle import one_file
 from supernet.hf.llama import BLOCKS, ENDS
@@ -69,7 +69,7 @@ def write_hf(
     separator, texts = _tokenizer(model_config, tokenizer)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
     config: Json = {"dtype": str(weights["embedding"].dtype).removeprefix("torch."), **ids}
-    names = {name: name for name in shapes}
+    names = {name: tensor_name(name, shape, architecture) for name, shape in shapes.items()}
     if llama := _as_llama(architecture, model_config):
         (folder / MODELING_FILE).unlink(missing_ok=True)  # of a model that was written here before
         config |= llama
@@ -91,6 +91,17 @@ def write_hf(
     for name, text in texts.items():
         write_text(folder / name, text)
     return ["model.safetensors", *texts]
+
+
+def tensor_name(name: str, shape: tuple[int, ...], architecture: Architecture) -> str:
+    """The name of a parameter in a folder for transformers, where a matrix is the weight of a module.
+
+    Args:
+        name: in :func:`space.shapes.model_shapes`.
+        shape: of the parameter.
+        architecture: of the sub-model.
+    """
+    return f"{name}.weight" if is_matrix(name, shape, architecture) else name
 
 
 def modelling_file(mixers: Iterable[str] = ()) -> str:

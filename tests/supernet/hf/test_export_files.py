@@ -19,7 +19,7 @@ from space.architecture import has_heads
 from space.blocks import Model
 from space.mixers import MIXERS
 from supernet.hf.bundle import one_file
-from supernet.hf.export import load_hf, modelling_file, write_hf
+from supernet.hf.export import load_hf, modelling_file, tensor_name, write_hf
 from supernet.hf.llama import read_llama
 from supernet.hf.modeling import FormfitConfig, FormfitForCausalLM
 from supernet.training.precision import cast_matrices
@@ -342,7 +342,9 @@ def test_half_precision_casts_only_matrices(tmp_path: Path) -> None:
         FormfitForCausalLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     wanted = cast_matrices(dict(model.named_parameters()), torch.bfloat16, MIXED)
-    assert {n: p.dtype for n, p in half.named_parameters()} == {n: p.dtype for n, p in wanted.items()}
+    assert {n: p.dtype for n, p in half.named_parameters()} == {
+        tensor_name(n, tuple(p.shape), MIXED): p.dtype for n, p in wanted.items()
+    }
     ids, mask = torch.arange(38).view(2, 19), torch.arange(19) >= torch.tensor([[0], [7]])
     with torch.no_grad():
         expected = full(ids, attention_mask=mask).logits
@@ -364,9 +366,10 @@ def test_new_model_is_initialised_as_in_formfit() -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert (first["norm"] == 1).all()
-    assert (first["layers.0.mixer.o"] == 0).all()
-    assert 0.9 < first["layers.0.ffn.up"].std() * 32**0.5 < 1.1
-    assert not torch.equal(first["layers.0.ffn.up"], first["layers.0.ffn.gate"])
+    assert (first["layers.0.mixer.o.weight"] == 0).all()
+    up, gate = (first[f"layers.0.ffn.{name}.weight"] for name in ("up", "gate"))
+    assert 0.9 < up.std() * 32**0.5 < 1.1
+    assert not torch.equal(up, gate)
 
 
 def test_folder_with_other_code_is_not_executed(tmp_path: Path) -> None:
