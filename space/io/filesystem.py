@@ -6,7 +6,6 @@ error there is one of the disk.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import stat
@@ -14,8 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MAX_FILE_BYTES = 256 * 2**20  # of a file that is read whole, unless the caller gives another bound
 LOCK_FILE = ".lock"
+# Reading does not wait for the other end of a pipe. Windows lacks the first two and needs the last.
+_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _HELD = (errno.EAGAIN, errno.EACCES)  # flock on NFS may report a held lock as EACCES
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)
 _log = logging.getLogger("formfit")
@@ -34,7 +40,7 @@ def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     Raises:
         OSError: the file cannot be read, is not a regular file, or is larger than ``max_bytes``.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, _READ)
     with os.fdopen(descriptor, "rb") as file:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -129,7 +135,7 @@ def try_lock(folder: Path) -> Iterator[bool]:
     Raises:
         OSError: the folder cannot be written to.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         yield _flock(descriptor, folder)
     finally:
@@ -138,6 +144,8 @@ def try_lock(folder: Path) -> Iterator[bool]:
 
 def _flock(descriptor: int, folder: Path) -> bool:
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:

@@ -23,6 +23,7 @@ WARN_UNKNOWN, MAX_UNKNOWN = 0.001, 0.2  # shares of the characters of a text tha
 # End-of-text tokens of common tokenizers; the first one in a tokenizer's vocabulary separates documents.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 BATCH_TEXTS = 64
+SAMPLE_TEXTS, SAMPLE_BYTES = 256, 1 << 16  # that unknown characters are counted in
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -63,7 +64,8 @@ class Tokenizer:
             InputError: the tokenizer does not know more than ``MAX_UNKNOWN`` of the texts.
         """
         where, found = f"data.tokenizer: {self.path}", []
-        share = self.unknown_share(texts)
+        some = texts[:: max(1, len(texts) // SAMPLE_TEXTS)]
+        share = self.unknown_share([text[:SAMPLE_BYTES].decode(errors="ignore").encode() for text in some])
         line = f"{where}: knows no token for {share:.1%} of the characters"
         if share > MAX_UNKNOWN:
             raise InputError(f"{line}, at most {MAX_UNKNOWN:.0%} are allowed; give another tokenizer")
