@@ -176,7 +176,7 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """The allowed keys at a path inside a nested model."""
     current: Any = model
     for part in path:
-        if isinstance(part, int):
+        if part not in current.model_fields:  # an index of a list, or a key of a dictionary
             continue
         annotation = current.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]

@@ -42,7 +42,7 @@ def places(value: Any, depth: int, prefix: Place = ()) -> Iterator[Place]:
     items = list(
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
     )
-    for key, item in items if len(items) < 12 else items[:2]:
+    for key, item in items if len(items) < 20 else items[:2]:
         if (*prefix, key) != ("header",):
             yield from places(item, depth - 1, (*prefix, key))
 
