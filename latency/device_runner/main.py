@@ -35,6 +35,7 @@ from latency.device_runner.plan import (
 from latency.device_runner.timer import Run, measure, pinned
 from space.cpus import available_cpus, slow_cpus
 
+MAX_REASON = 500  # characters of an error of onnxruntime that a result keeps
 NOT_FINITE = 1e30  # reported as the error of outputs that are not finite: JSON has no infinity
 
 
@@ -225,7 +226,8 @@ class DeviceRunner:
         except MemoryError:
             raise SystemExit(f"{item.name}: out of memory; the same command resumes") from None
         except Exception as error:  # onnxruntime's own classes have no other common base
-            self._failed(item, result, (str(error).splitlines() or [type(error).__name__])[0])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._failed(item, result, reason[:MAX_REASON])
             return {}
         return {f"{item.name}|{w}": run for w, run in runs.items()}
 

@@ -24,8 +24,6 @@ from space.io.filesystem import read_file
 MAX_RESULT_BYTES = 64 * 2**20
 MIN_ANCHOR_SECONDS = 1e-7  # no product of this size is faster
 RELATIVE_ROUNDING = 1e-9  # of values that are computed again from raw times
-
-
 MAX_SECONDS = 600.0  # of one timed item
 MAX_TEXT = 2000  # characters of a reason
 Text = Annotated[str, Field(max_length=MAX_TEXT)]

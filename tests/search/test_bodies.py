@@ -154,7 +154,7 @@ def test_no_body_of_a_card_is_a_traceback(run_folder: Path, formfit: Program) ->
 
 def test_no_body_of_a_front_is_a_traceback(run_folder: Path) -> None:
     path = run_folder / "run" / "searches" / "desk" / "front.json"
-    tried = all_changes(path, 5)
+    tried = all_changes(path, 4)
     found = refused(path, lambda: Front.read(path), tried)
     assert len(found) > 0.7 * len(tried)
 
