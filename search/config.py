@@ -165,7 +165,7 @@ class Run:
         path = self.folder / "config.yaml"
         config = with_absolute_paths(self.config, Path())
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
 
     def search_folder(self, name: str) -> Path:

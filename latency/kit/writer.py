@@ -179,5 +179,6 @@ def write_plan(
     for package in ("space", "latency", "latency/device_runner"):
         kit.writestr(f"{package}/__init__.py", "")
     for module in DEVICE_MODULES:
-        kit.writestr(f"{module.__name__.replace('.', '/')}.py", Path(str(module.__file__)).read_text())
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        kit.writestr(f"{module.__name__.replace('.', '/')}.py", source)
     return identity

@@ -284,6 +284,9 @@ def main() -> None:
         discard_output()
         note(f"formfit: {describe_os_error(error)}")
         sys.exit(EXIT_BAD_INPUT)
+    except MemoryError:
+        note("formfit: out of memory")
+        sys.exit(EXIT_BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the clean-up
         note("formfit: stopped")

@@ -48,8 +48,9 @@ def note(text: str) -> None:
     """
     if len(text) > MAX_LINE_CHARACTERS:
         text = f"{text[:MAX_LINE_CHARACTERS]} ... ({len(text) - MAX_LINE_CHARACTERS:,} more characters)"
-    sys.stderr.write(f"{printable(text)}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk or an ended reader of stderr leaves nowhere to write that to
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
 
 
 def write_generated(text: str) -> None:
@@ -70,9 +71,11 @@ class _Notes(logging.Handler):
 
 
 def prepare_streams() -> None:
-    """Escape characters that stdout or stderr cannot encode, and show logged warnings as notes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """Escape what stdout or stderr cannot encode, and show logged warnings as notes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the program started
+            setattr(sys, name, io.StringIO())
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     log = logging.getLogger("formfit")
     if not any(isinstance(handler, _Notes) for handler in log.handlers):

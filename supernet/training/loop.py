@@ -95,7 +95,7 @@ class _Metrics:
         }
         self.row_began_s, self.row_start = now, done
         self.losses.clear()
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name in row.keys() - {"step", "steps"}:
             self.scalars.add_scalar(name, row[name], done)
@@ -125,11 +125,13 @@ def keep_metrics(log: Path, step: int) -> None:
     if not log.exists():
         return
     rows: list[str] = []
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            continue
         if row["step"] <= step:
             rows.append(line + "\n")
     write_text(log, "".join(rows))

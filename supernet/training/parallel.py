@@ -189,7 +189,7 @@ def _storage(root: Path) -> Path:
 def _rows(log: Path) -> list[dict[str, Any]]:
     """The rows of the metrics; an incomplete last line is ignored."""
     try:
-        lines = log.read_text().split("\n")[:-1]
+        lines = log.read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]

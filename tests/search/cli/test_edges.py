@@ -1,5 +1,6 @@
 """Edges of the command line: names, terminals, encodings, disks, interrupts; each error is one line."""
 
+import ast
 import json
 import os
 import pty
@@ -134,6 +135,28 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
                 stdout=full, stderr=subprocess.PIPE, check=False,
             )  # fmt: skip
         assert (done.returncode, done.stderr) == (2, b"formfit: No space left on device\n"), words
+
+
+def test_closed_streams_are_no_error(tmp_path: Path) -> None:
+    tried = ((">&-", f"space {SPACE}", 0), (">&- 2>&-", "space none.yaml", 2), ("2>&-", "x", 2))
+    for closed, words, code in tried:
+        command = f"exec {sys.executable} -m formfit {words} {closed}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (code, b"", b""), closed
+
+
+def test_texts_are_read_in_utf_8_whatever_the_locale() -> None:
+    found = []
+    for package in ("space", "supernet", "latency", "search"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                is_text = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                if is_text and node.func.attr in ("read_text", "write_text") and not node.keywords:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
 
 
 def test_a_reader_that_ends_is_no_error(tmp_path: Path) -> None:
