@@ -217,7 +217,7 @@ def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
     return np.asarray(inside & known & must_be_full & kinds & ffn & same)
 
 
-def reasons_outside(space: Space, genome: NDArray[np.int64]) -> str:
+def reasons_outside(space: Space, genome: NDArray[np.int16]) -> str:
     """Why the hybrid rule excludes a genome, and what it allows instead.
 
     Args:

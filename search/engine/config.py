@@ -151,7 +151,8 @@ def check_profiled(config: SearchConfig, device: str, profiled: Sequence[Workloa
     objectives = list(map(Objective.parse, config.objectives))
     if objectives:
         require_objectives(config, objectives)
-    for one in (*map(Limit.parse, config.limits), *objectives):
+    subjects: list[Limit | Objective] = [*map(Limit.parse, config.limits), *objectives]
+    for one in subjects:
         if one.device and one.device != device:
             raise InputError(f"search: {one.text}: the run has one device, {device}")
         if one.workload is None or one.metric is None or not one.metric.needs_device:

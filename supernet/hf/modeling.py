@@ -182,9 +182,9 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the output matrix."""
         self.add_module("head", new_embeddings)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Change the number of tokens, as for every model of transformers; the configuration follows."""
-        embedding: nn.Module = super().resize_token_embeddings(*args, **kwargs)
+        embedding: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
         size = int(self.get_parameter("embedding.weight").shape[0])
         self.config.model_config = {**self.config.model_config, "vocab_size": size}
         self.config.vocab_size = size
