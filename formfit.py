@@ -178,7 +178,11 @@ def main() -> None:
     if line:
         sys.stderr.write(f"formfit: {line}\n")
         sys.exit(2)
-    import_module("search.cli").main()
+    try:
+        import_module("search.cli").main()
+    except KeyboardInterrupt:  # while modules are imported
+        sys.stderr.write("formfit: stopped\n")
+        sys.exit(130)
 
 
 _put_packages_first()

@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
 
 from latency.device_runner.fingerprint import Fingerprint
 from space import InputError
 from space.io.artefact import Artefact, canonical_json, digest
+from space.io.config import parse
+from space.io.names import check_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +32,27 @@ TABLES = {
 PREDICTOR = Artefact("latency predictor", "formfit profile", schema=4)
 MEASURED_COLUMNS = ("seconds", "half_width", "timing", "group", "bytes")  # all others identify a row
 MAX_PROBLEMS = 50  # that a card keeps, the latest
+
+
+def _time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without its zone")
+    return text
+
+
+class CardForm(BaseModel):
+    """Form of ``device.json``; fields as of :class:`Card`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    header: dict[str, object]
+    name: str
+    fingerprint: dict[str, str]
+    reference_seconds: dict[str, PositiveFloat]
+    measured: Annotated[str, AfterValidator(_time)] | None
+    problems: list[str]
+    unsupported: dict[str, str]
+    aa_difference: NonNegativeFloat | None
 
 
 @dataclass
@@ -159,12 +184,13 @@ def load_card(devices: str | Path, name: str) -> Card:
         InputError: there is no card of that name, or it is not whole.
     """
     devices = Path(devices)
-    path = devices / name / "device.json"
+    path = devices / check_name(name, "device") / "device.json"
     if not path.exists():
         known = sorted(p.parent.name for p in devices.glob("*/device.json"))
         have = f"there are {', '.join(known)}" if known else "there is none yet"
         raise InputError(f"device {name}: no card in {devices} ({have}); `{profile_command(name)}` makes it")
     value = DEVICE_CARD.read(path, f"mv {path.parent} ELSEWHERE` and then `{profile_command(name)}")
+    parse(CardForm, value, str(path))
     try:
         fingerprint = Fingerprint.from_json(value["fingerprint"])
     except ValueError as error:
@@ -191,7 +217,7 @@ def open_card(devices: Path, name: str, fingerprint: Fingerprint) -> Card:
     Raises:
         InputError: the card was measured on another device or with another runtime version.
     """
-    if not (devices / name / "device.json").exists():
+    if not (devices / check_name(name, "device") / "device.json").exists():
         return Card(devices / name, fingerprint)
     card = load_card(devices, name)
     other = differences(card.fingerprint, fingerprint)

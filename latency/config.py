@@ -45,7 +45,7 @@ class ProfileConfig(BaseModel):
             FLOPs and parameters is refused; None: any.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     workloads: tuple[str, ...] = ()
     threads: Annotated[int, Field(gt=0)] = 1

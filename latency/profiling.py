@@ -7,7 +7,6 @@ resumes.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,7 +26,9 @@ from latency.runtimes.protocol import Runtime
 from latency.runtimes.reference import reference_items, require_stable, time_references
 from latency.runtimes.registry import graph_version, open_runtime
 from space import Architecture, InputError, Space, Workload
+from space.cpus import slow_cpus
 from space.io.artefact import canonical_json, digest
+from space.io.machine import check_threads
 
 CHOSEN_PER_FIT = 16  # models that are chosen before the next fit
 MAX_HALF_WIDTH = 0.05  # relative; a timing that is less certain is measured again
@@ -65,13 +66,14 @@ def profile(
             workload is not possible, or the predictor is too inaccurate to be used.
     """
     devices = Path(devices)
-    if config.threads > (os.cpu_count() or 1):
-        raise InputError(f"profile.threads: {config.threads}, this machine has {os.cpu_count()} cores")
+    check_threads("profile.threads", config.threads)
     runtime = open_runtime(config.runtime, config.threads, config.precision)
     workloads = config.parsed(space)
     card = open_card(devices, name, runtime.fingerprint())
     records = Records(card, space, runtime.name, config.threads, config.precision)
-    with pinned(config.threads):
+    with pinned(config.threads) as cpus:
+        if line := slow_cpus(cpus):
+            card.problems.append(line)
         session = _Session(records, config, runtime, report or (lambda _what, _share: None), prior)
         if config.max_noise is not None:
             reference_runtime = open_runtime(config.runtime, config.threads)

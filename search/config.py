@@ -1,17 +1,28 @@
 """A run: its configuration and its folder, read without torch."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from latency import ProfileConfig
-from search.engine.config import SearchConfig, VerifyConfig, precision_of
+from search.engine.config import (
+    SearchConfig,
+    VerifyConfig,
+    check_profiled,
+    check_search,
+    counted_limits,
+    precision_of,
+)
+from search.engine.front import PICKS
 from space import InputError, Space, load_space
 from space.io.artefact import write_text
-from space.io.config import load_yaml, parse
+from space.io.config import Name, load_yaml, parse, shown
+from space.io.machine import check_threads, session_folder
+from space.io.names import check_name
 from supernet.data.corpus import Corpus, load_corpus
 from supernet.training.recipe import TrainConfig
 
@@ -19,6 +30,12 @@ if TYPE_CHECKING:  # they need torch
     from supernet.extract import Text
     from supernet.training.checkpoint import Checkpoint
     from supernet.training.train import Trained
+
+
+def _pick(name: str) -> str:
+    if name not in PICKS and not re.fullmatch("[0-9a-f]{4,12}", name):
+        raise ValueError(f"{shown(name)} is not one of {', '.join(PICKS)}, nor a key of an architecture")
+    return name
 
 
 class RunConfig(BaseModel):
@@ -37,12 +54,12 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     space: Space
-    device: str = Field(default="here", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    device: Name = "here"
     train: TrainConfig = TrainConfig()
     profile: ProfileConfig = ProfileConfig()
     search: SearchConfig = SearchConfig()
     verify: VerifyConfig = VerifyConfig()
-    picks: tuple[str, ...] = ("knee", "fastest")
+    picks: tuple[Annotated[str, AfterValidator(_pick)], ...] = ("knee", "fastest")
 
     @model_validator(mode="after")
     def _one_precision(self) -> "RunConfig":
@@ -53,10 +70,10 @@ class RunConfig(BaseModel):
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """The configuration of a YAML file.
+    """The configuration of a YAML file, with absolute paths.
 
     Args:
-        path: the file; a space that it gives as a path is found beside it.
+        path: the file; relative paths in it start at its folder.
 
     Raises:
         InputError: names every error, in the run's file or in the space's.
@@ -64,7 +81,25 @@ def load_run_config(path: Path) -> RunConfig:
     value = load_yaml(path)
     if isinstance(value, dict) and isinstance(value.get("space"), str):
         value = {**value, "space": load_space(path.parent / value["space"])}
-    return parse(RunConfig, value, str(path))
+    return with_absolute_paths(parse(RunConfig, value, str(path)), path.parent)
+
+
+def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """A configuration whose files are found from every working directory.
+
+    Args:
+        config: a configuration.
+        folder: that relative paths start at.
+    """
+
+    def absolute(settings: BaseModel, *names: str) -> dict[str, Path]:
+        paths = {name: getattr(settings, name) for name in names}
+        # Not resolved: a link may be what stays when the file behind it changes.
+        return {name: (folder / item).absolute() for name, item in paths.items() if item}
+
+    data = config.train.data.model_copy(update=absolute(config.train.data, "path", "tokenizer"))
+    train = config.train.model_copy(update={"data": data, **absolute(config.train, "init")})
+    return config.model_copy(update={"train": train})
 
 
 def smoke(config: RunConfig) -> RunConfig:
@@ -132,9 +167,38 @@ class Run:
     def save_config(self) -> None:
         """Write the configuration to the run's folder, the space inside."""
         path = self.folder / "config.yaml"
-        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        if not path.exists() or path.read_text() != text:
+        config = with_absolute_paths(self.config, Path())
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
+
+    def search_folder(self, name: str) -> Path:
+        """The folder of a search.
+
+        Args:
+            name: of the search.
+
+        Raises:
+            InputError: the name cannot be a folder's.
+        """
+        return self.folder / "searches" / check_name(name, "search")
+
+    def check(self) -> None:
+        """Refuse what would fail after minutes of training, as far as it can be known before.
+
+        Raises:
+            InfeasibleError: no architecture keeps the limits on what is counted.
+            InputError: an objective or a limit is of another device or a workload that is not profiled, or
+                this machine has too few CPUs, or no folder for Ray.
+        """
+        config, search = self.config, self.config.search
+        check_threads("profile.threads", config.profile.threads)
+        check_threads("train.threads", config.train.threads or 1)
+        check_search(search, [config.device])
+        check_profiled(search, config.device, config.profile.parsed(self.space))
+        self.check_counted_limits()
+        if config.train.workers or (search.workers and not search.ray_address):
+            session_folder()
 
     def check_counted_limits(self) -> None:
         """Refuse limits on parameters or memory that no architecture keeps, before minutes of training.
@@ -144,9 +208,10 @@ class Run:
         Raises:
             InfeasibleError: the limits cannot be met.
         """
-        from search.engine.devices import check_counted_limits
+        if counted_limits(self.config.search):
+            from search.engine.devices import check_counted_limits  # its libraries take a second to load
 
-        check_counted_limits(self.space, self.config.search.limits)
+            check_counted_limits(self.space, self.config.search.limits)
 
     def trained(self, checkpoint: "Checkpoint", corpus: Corpus) -> "Trained":
         """The trained supernet with the text that it is evaluated on.
@@ -195,12 +260,12 @@ def open_trained(run: Run) -> "Trained":
     return run.trained(open_supernet(run, corpus), corpus)
 
 
-def open_supernet(run: Run, corpus: Corpus) -> "Checkpoint":
+def open_supernet(run: Run, corpus: Corpus | None) -> "Checkpoint":
     """The finished checkpoint of a run.
 
     Args:
         run: a run that was trained.
-        corpus: that it was trained on.
+        corpus: that it was trained on; None for a run whose text may be missing here.
 
     Raises:
         InputError: there is none, it was made from other inputs, or the training is not finished.

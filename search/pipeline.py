@@ -10,6 +10,7 @@ from typing import Any
 
 from latency import Predictor, load_card, load_predictor
 from latency.card import PREDICTOR, open_card
+from latency.predictor.schema import read_predictor
 from latency.profiling import profile, settings_digest
 from latency.runtimes.registry import open_runtime
 from search.audit.audit import AuditConfig, audit
@@ -62,7 +63,7 @@ def execute(run: Run, reporter: Reporter) -> Summary:
         LimitMissedError: the chosen model missed a limit when measured.
         ParityError: the chosen model differs from the plain one when exported.
     """
-    run.check_counted_limits()
+    run.check()
     corpus = load_corpus(run.config.train.data)
     checkpoint = trained(run, reporter, corpus)
     predictor = profiled(run, reporter)
@@ -125,7 +126,7 @@ def profiled(run: Run, reporter: Reporter) -> Predictor:
     path = card.predictor_path(run.space.name, runtime.name, config.threads, config.precision)
     inputs = {"space": run.space.hash, "settings": settings_digest(config)}
     if path.exists():
-        PREDICTOR.read(path)  # refuses a file that is not whole, which profiling would overwrite
+        read_predictor(path)  # refuses a file that is not whole, which profiling would overwrite
         if PREDICTOR.made_from(path, inputs):
             reporter.skipped("profile")
             return load_predictor(path, run.space, "formfit profile")

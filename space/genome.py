@@ -217,6 +217,36 @@ def contains(space: Space, genomes: Genomes) -> NDArray[np.bool_]:
     return np.asarray(inside & known & must_be_full & kinds & ffn & same)
 
 
+def reasons_outside(space: Space, genome: NDArray[np.int16]) -> str:
+    """Why the hybrid rule excludes a genome, and what it allows instead.
+
+    Args:
+        space: the space.
+        genome: with values of the space [G].
+    """
+    enc, row = encoding(space), genome[None]
+    classes = slot_classes(space, row)[0]
+    counts = LayerCounts(*map(int, pattern_counts(classes[None])[0]))
+    slots = [int(i) for i in np.flatnonzero(enc.must_be_full & (classes != FULL))]
+    if slots:
+        return f"slot {slots[0]} has no full mixer, and full_layers {list(space.hybrid.full_layers)} need one"
+    kinds = int((kinds_used(space, row) > 0).sum())
+    if kinds > space.max_linear_kinds:
+        return f"it has {kinds} kinds of linear mixers, max_linear_kinds is {space.max_linear_kinds}"
+    if counts.depth not in space.depth:
+        return f"it has {counts.depth} layers, depth is {list(space.depth)}"
+    if counts not in space.all_patterns:
+        mixers = counts.full + counts.linear
+        alike = {
+            f"{p.full} full and {p.linear} linear" for p in space.all_patterns if p.full + p.linear == mixers
+        }
+        return (
+            f"it has {counts.full} full and {counts.linear} linear layers; ratios "
+            f"{list(space.hybrid.ratios)} allow {', '.join(sorted(alike)[:8]) or 'no such number of layers'}"
+        )
+    return "a layer with a mixer has no FFN, or the values of an empty slot are not zero"
+
+
 def size(space: Space) -> int:
     """The exact number of distinct architectures of a space.
 

@@ -131,8 +131,8 @@ def parameter_mixer(name: str, architecture: Architecture | None = None) -> str:
     return "" if owner in ("shared", "ffn") else owner
 
 
-def is_half_precision(name: str, shape: tuple[int, ...], architecture: Architecture | None = None) -> bool:
-    """True for a parameter that may train in bf16: a matrix that its mixer does not keep in fp32.
+def is_matrix(name: str, shape: tuple[int, ...], architecture: Architecture | None = None) -> bool:
+    """True for a matrix that vectors are multiplied with, or an embedding; convolutions are none.
 
     Args:
         name: of a parameter; see :func:`parameter_mixer`.
@@ -142,6 +142,18 @@ def is_half_precision(name: str, shape: tuple[int, ...], architecture: Architect
     owner = parameter_mixer(name, architecture)
     if len(shape) != 2 or not owner:
         return len(shape) == 2
-    mixer, leaf = MIXERS.get(owner), name.rsplit(".", 1)[-1]
-    matrices = (*mixer.projections, *mixer.matrices, mixer.output)
-    return leaf in matrices and leaf not in mixer.full_precision
+    mixer = MIXERS.get(owner)
+    return name.rsplit(".", 1)[-1] in (*mixer.projections, *mixer.matrices, mixer.output)
+
+
+def is_half_precision(name: str, shape: tuple[int, ...], architecture: Architecture | None = None) -> bool:
+    """True for a parameter that may train in bf16: a matrix that its mixer does not keep in fp32.
+
+    Args:
+        name: of a parameter; see :func:`parameter_mixer`.
+        shape: of the parameter.
+        architecture: of the sub-model; None for a supernet.
+    """
+    owner = parameter_mixer(name, architecture)
+    exact = MIXERS.get(owner).full_precision if owner else ()
+    return is_matrix(name, shape, architecture) and name.rsplit(".", 1)[-1] not in exact

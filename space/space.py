@@ -26,6 +26,7 @@ from space.architecture import ModelConfig, is_windowed
 from space.io.artefact import canonical_json, digest
 from space.io.config import load_yaml, parse
 from space.io.errors import InputError
+from space.io.names import MAX_NAME_CHARACTERS
 from space.layer import NORM_EPS, Rope
 from space.mixers import MIXERS, MixerClass, mixers_of_class
 
@@ -141,7 +142,7 @@ class Space(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=MAX_NAME_CHARACTERS)]
     vocab_size: Positive = 256
     max_seq_len: Positive
     head_dim: Positive

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from space import Architecture, InputError, ModelConfig
 from space.blocks import Model
-from space.io.artefact import Artefact, atomic_path, file_digest, write_bytes, write_text
+from space.io.artefact import Artefact, file_digest, write_bytes, write_text
 from space.io.config import parse
 from space.shapes import model_shapes
 from supernet.data.corpus import DataConfig
 from supernet.supernet import Supernet
+from supernet.tensors import load_tensors, save_tensors
 
 SUBMODEL = Artefact("sub-model", "formfit extract", schema=2)
 ARCHITECTURE_FILE = "architecture.json"
@@ -92,12 +91,7 @@ class SubModel:
             InputError: the weights are missing, truncated, or of another architecture.
         """
         path = self.folder / WEIGHTS_FILE
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path}: not a whole weights file ({error}); `{SUBMODEL.made_by}` makes it"
-            ) from None
+        tensors = load_tensors(path, SUBMODEL.made_by)
         expected = model_shapes(self.architecture, self.model_config)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
@@ -198,8 +192,7 @@ def write_model(
     remove_derived(folder)
     if tokenizer:
         write_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary)
+    save_tensors(folder / WEIGHTS_FILE, weights)
     body = {
         "key": architecture.key,
         "architecture": architecture.to_json(),

@@ -84,6 +84,20 @@ def test_workers_are_set_up_only_where_a_foreign_module_is(
     assert worker_environment() == {"worker_process_setup_hook": SETUP_HOOK}
 
 
+def test_pytest_in_a_project_with_foreign_modules(foreign: Path) -> None:
+    code = f"""
+import formfit
+
+def test_space() -> None:
+    space = formfit.load_space({str(SPACE)!r})
+    assert formfit.Problem(space, limits=["params<=100M"]).constraints()
+"""
+    (foreign / "test_it.py").write_text(code)
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py")
+    done = program(foreign, *command, path=(foreign,))
+    assert done.returncode == 0, done.stdout
+
+
 DRIVER = """
 import sys
 import formfit

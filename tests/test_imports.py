@@ -23,7 +23,8 @@ OWN_NODES = {"space/onnx/block.py": "onnx.block", "space/onnx/graph.py": "onnx.g
 # type checkers too. The public names of a package's own __init__ are left out.
 EDGES: dict[str, dict[str, str]] = {
     "space": {
-        "io": "",
+        "cpus": "",
+        "io": "cpus",
         "layer": "io",
         "precision": "",
         "attention": "layer",
@@ -34,7 +35,7 @@ EDGES: dict[str, dict[str, str]] = {
         "mixers": "attention io layer onnx.block onnx.graph registry workload",
         "architecture": "io layer mixers",
         "shapes": "architecture mixers",
-        "space": "architecture io mixers",
+        "space": "architecture io layer mixers",
         "blocks": "architecture attention mixers shapes",
         "genome": "architecture io space",
         "onnx": "architecture io mixers onnx.block onnx.graph precision shapes",
@@ -47,11 +48,12 @@ EDGES: dict[str, dict[str, str]] = {
     "supernet": {
         "data": "",
         "supernet": "",
+        "tensors": "",
         "evaluate": "data",
-        "extract": "data supernet",
+        "extract": "data supernet tensors",
         "hf": "data parent supernet",
         "parent": "",
-        "training": "data extract hf parent supernet",
+        "training": "data extract hf parent supernet tensors",
         "blockwise": "data evaluate extract parent supernet training",
     },
     "latency": {

@@ -33,7 +33,9 @@ from latency.device_runner.plan import (
     RandomWeight,
 )
 from latency.device_runner.timer import Run, measure, pinned
+from space.cpus import available_cpus, slow_cpus
 
+MAX_REASON = 500  # characters of an error of onnxruntime that a result keeps
 NOT_FINITE = 1e30  # reported as the error of outputs that are not finite: JSON has no infinity
 
 
@@ -64,6 +66,55 @@ def load(graph: bytes, weights: Sequence[RandomWeight], threads: int) -> ort.Inf
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
+class KitFolder:
+    """A kit that was unzipped, with the methods of a zip file that are used.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Args:
+            name: its name in the kit.
+        """
+        return (self.folder / name).read_bytes()
+
+    def __enter__(self) -> KitFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_kit(path: Path) -> zipfile.ZipFile | KitFolder:
+    """Open a kit: the zip file, or the folder that it was unzipped to.
+
+    Args:
+        path: of the file, the folder, or the program in the folder.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (path.is_dir() or path.name == "__main__.py") and (folder / "kit.json").is_file():
+        return KitFolder(folder)
+    return zipfile.ZipFile(path)
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder of a result, and check that it can be written to.
+
+    Args:
+        path: file of the result.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"")
+    temporary.unlink()
+
+
 def write(path: Path, result: KitResult) -> None:
     """Write a result atomically.
 
@@ -88,8 +139,9 @@ class DeviceRunner:
         refused: mixers that are treated as unsupported.
     """
 
-    def __init__(self, kit: zipfile.ZipFile, path: Path, refused: Sequence[str] = ()) -> None:
+    def __init__(self, kit: zipfile.ZipFile | KitFolder, path: Path, refused: Sequence[str] = ()) -> None:
         self.kit, self.path, self.refused = kit, path, refused
+        self.slow: str | None = None  # a line about slow CPUs
         self.plan = KitPlan.from_json(json.loads(kit.read("kit.json")))
         self.threads = self.plan.threads
         self.result = self._resumed() or KitResult(self.plan.kit, fingerprint(), self.threads)
@@ -113,7 +165,11 @@ class DeviceRunner:
         if self.result.complete:
             say(f"{self.path}: complete already")
             return 0
-        with pinned(self.threads):
+        cpus = available_cpus()
+        if self.threads > cpus:
+            raise SystemExit(f"the kit measures {self.threads} threads, this process may use {cpus} CPUs")
+        with pinned(self.threads) as taken:
+            self.slow = slow_cpus(taken)
             required = self.plan.min_runtime_version
             if _version(ort.__version__) < _version(required):
                 raise SystemExit(f"onnxruntime {ort.__version__}: this kit needs {required} or newer")
@@ -146,6 +202,8 @@ class DeviceRunner:
             result.timings.update(measured.timings)
             result.anchor_reference = measured.anchor_reference
             result.problems += measured.machine_problems()
+            if self.slow:
+                result.problems.append(self.slow)
         result.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return result
 
@@ -168,7 +226,8 @@ class DeviceRunner:
         except MemoryError:
             raise SystemExit(f"{item.name}: out of memory; the same command resumes") from None
         except Exception as error:  # onnxruntime's own classes have no other common base
-            self._failed(item, result, (str(error).splitlines() or [type(error).__name__])[0])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._failed(item, result, reason[:MAX_REASON])
             return {}
         return {f"{item.name}|{w}": run for w, run in runs.items()}
 
@@ -241,9 +300,13 @@ def main() -> int:
         "--refuse", action="append", default=[], metavar="MIXER", help="treat a mixer as unsupported"
     )
     arguments = parser.parse_args()
-    with zipfile.ZipFile(arguments.kit) as kit:
-        try:
+    try:
+        require_writable(arguments.out)  # before minutes of measuring
+        with open_kit(arguments.kit) as kit:
             return DeviceRunner(kit, arguments.out, arguments.refuse).run()
-        except KeyboardInterrupt:
-            say("\nstopped; the same command resumes")
-            return 130
+    except KeyboardInterrupt:
+        say("\nstopped; the same command resumes")
+        return 130
+    except (OSError, zipfile.BadZipFile) as error:
+        say(f"\n{error}; the same command resumes")
+        return 2

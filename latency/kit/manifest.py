@@ -9,7 +9,7 @@ from space import Architecture, InputError, Space
 from space.io.artefact import Artefact, check_inputs
 from space.onnx.graph import VERSION
 
-KIT_MANIFEST = Artefact("kit manifest", "formfit profile --make-kit", schema=4)
+KIT_MANIFEST = Artefact("kit manifest", "formfit profile --make-kit", schema=5)
 MANIFEST_FILE = "kit.json"
 KIT_RUNTIME = "onnxruntime"  # the only one that a kit runs on
 
@@ -36,11 +36,13 @@ class KitManifest:
     Attributes:
         kit: digest of the kit's plan.
         settings: settings of the profiling.
+        groups: number of groups of items.
         models: whole models to measure.
     """
 
     kit: str
     settings: ProfileConfig
+    groups: int
     models: tuple[KitModel, ...]
 
     def write(self, folder: Path, space: Space) -> None:
@@ -53,6 +55,7 @@ class KitManifest:
         body = {
             "kit": self.kit,
             "settings": self.settings.model_dump(mode="json"),
+            "groups": self.groups,
             "models": [
                 {"role": m.role, "fallback": m.fallback, "architecture": m.architecture.to_json()}
                 for m in self.models
@@ -77,11 +80,13 @@ class KitManifest:
         if value["header"]["inputs"].get("space") != space.hash:
             raise InputError(f"{path}: packed for another space than {space.name}")
         check_inputs(path, value, {"graphs": str(VERSION)})
-        return KitManifest(
-            kit=value["kit"],
-            settings=ProfileConfig.model_validate(value["settings"]),
-            models=tuple(
-                KitModel(m["role"], m["fallback"], Architecture.from_json(m["architecture"]))
-                for m in value["models"]
-            ),
-        )
+        with KIT_MANIFEST.checked(path):
+            return KitManifest(
+                kit=value["kit"],
+                settings=ProfileConfig.model_validate(value["settings"]),
+                groups=int(value["groups"]),
+                models=tuple(
+                    KitModel(m["role"], m["fallback"], Architecture.from_json(m["architecture"]))
+                    for m in value["models"]
+                ),
+            )

@@ -73,7 +73,7 @@ def pack(space: Space, folder: Path, config: ProfileConfig, path: Path) -> Packe
             precision=config.precision,
             groups=groups,
         )
-    KitManifest(identity, config, tuple(models)).write(folder, space)
+    KitManifest(identity, config, len(groups), tuple(models)).write(folder, space)
     return PackedKit(
         kit=identity,
         bytes=path.stat().st_size,

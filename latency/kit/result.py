@@ -6,11 +6,12 @@ fraud: plausible forged times are accepted.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from latency.device_runner.fingerprint import Fingerprint
 from latency.device_runner.plan import RESULT_SCHEMA, checksum
@@ -18,10 +19,14 @@ from latency.device_runner.timing import JsonObject, Timing
 from latency.records import min_plausible_seconds
 from latency.runtimes.reference import reference_work
 from space import InputError
+from space.io.filesystem import read_file
 
 MAX_RESULT_BYTES = 64 * 2**20
 MIN_ANCHOR_SECONDS = 1e-7  # no product of this size is faster
 RELATIVE_ROUNDING = 1e-9  # of values that are computed again from raw times
+MAX_SECONDS = 600.0  # of one timed item
+MAX_TEXT = 2000  # characters of a reason
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
 class _Strict(BaseModel):
@@ -31,11 +36,11 @@ class _Strict(BaseModel):
 class ResultFingerprint(_Strict):
     """Identity of the device; fields as of :class:`latency.device_runner.fingerprint.Fingerprint`."""
 
-    machine: str
-    cpu: str
-    system: str
-    runtime: str
-    runtime_version: str
+    machine: Text
+    cpu: Text
+    system: Text
+    runtime: Text
+    runtime_version: Text
 
 
 class ResultGroup(_Strict):
@@ -43,8 +48,8 @@ class ResultGroup(_Strict):
 
     timings: dict[str, JsonObject]
     anchor_reference: PositiveFloat | None
-    problems: list[str]
-    ended: str
+    problems: list[Text] = Field(max_length=10_000)
+    ended: Text
 
 
 class Result(_Strict):
@@ -55,8 +60,8 @@ class Result(_Strict):
     fingerprint: ResultFingerprint
     threads: int
     groups: list[ResultGroup] = Field(min_length=1)
-    unsupported: dict[str, str]
-    parity: dict[str, float]
+    unsupported: dict[Text, Text] = Field(max_length=100)
+    parity: dict[Text, NonNegativeFloat] = Field(max_length=100)
     complete: bool
     checksum: str
 
@@ -98,10 +103,7 @@ def _parsed(path: Path) -> tuple[Result, bool]:
     """A file of the form of a result, and whether its checksum matches."""
     again = _copy_again(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_RESULT_BYTES:
-            raise InputError(f"{path}: {size / 2**20:.0f} MiB, no result is above {MAX_RESULT_BYTES >> 20}")
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        value = json.loads(read_file(path, MAX_RESULT_BYTES), parse_constant=_refuse_constant)
         if not isinstance(value, dict):
             raise ValueError("not an object")
         result = Result.model_validate({"schema_" if k == "schema" else k: v for k, v in value.items()})
@@ -120,13 +122,44 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no time")
 
 
-def read_timings(path: Path, group: ResultGroup, work: Mapping[str, int]) -> dict[str, Timing]:
+def require_design(
+    path: Path, result: Result, threads: int, groups: int, mixers: Collection[str], cases: Collection[str]
+) -> None:
+    """Compare a result with what its kit was packed to do.
+
+    Args:
+        path: the result, for errors.
+        result: of the kit.
+        threads: number of threads of the kit.
+        groups: number of its groups.
+        mixers: those that it measures.
+        cases: names of its parity checks.
+
+    Raises:
+        InputError: they differ.
+    """
+    again = _copy_again(path)
+    if result.threads != threads:
+        raise InputError(f"{path}: measured on {result.threads} threads, its kit on {threads}; {again}")
+    if len(result.groups) != groups:
+        raise InputError(f"{path}: has {len(result.groups)} groups, its kit {groups}; {again}")
+    unknown = sorted(set(result.unsupported) - set(mixers))
+    if unknown:
+        raise InputError(f"{path}: mixer {unknown[0][:80]!r} is not one of its kit; {again}")
+    if set(result.parity) != set(cases):
+        raise InputError(f"{path}: lacks what its kit measures; run the kit again")
+
+
+def read_timings(
+    path: Path, group: ResultGroup, work: Mapping[str, int], rounds: tuple[int, int]
+) -> dict[str, Timing]:
     """Check the timings of a group.
 
     Args:
         path: the result, for errors.
         group: a group that was measured.
         work: FLOPs of all items that the kit measures, by name.
+        rounds: least and greatest number of rounds of an item in the kit.
 
     Returns:
         The timings by name.
@@ -135,13 +168,17 @@ def read_timings(path: Path, group: ResultGroup, work: Mapping[str, int]) -> dic
         InputError: a time is not of the kit, does not follow from its raw times, or is impossible.
     """
     anchor = float(group.anchor_reference or 0.0)
-    if anchor < MIN_ANCHOR_SECONDS:
+    if not MIN_ANCHOR_SECONDS <= anchor <= MAX_SECONDS:
         raise InputError(f"{path}: the reference product in {anchor:.3g} s is impossible")
     found = {}
     for name, value in group.timings.items():
         if name not in work:
             raise InputError(f"{path}: {' '.join(name.split())[:80]}: its kit does not measure that")
         found[name] = _checked(path, name, value, work[name], anchor)
+        least, most = rounds
+        if not least <= len(found[name].values) <= most:
+            count = len(found[name].values)
+            raise InputError(f"{path}: {name}: {count} rounds, its kit takes {least} to {most}")
     missing = [name for name in reference_work() if name not in found]
     if missing:
         raise InputError(f"{path}: lacks {missing[0]}, the reference work of a group")
@@ -159,6 +196,8 @@ def _checked(path: Path, name: str, value: JsonObject, flops: int, anchor: float
     if not follows or timing.name != name:
         raise InputError(f"{path}: {name}: its values do not follow from its raw times")
     least = min_plausible_seconds(flops, anchor)
+    if timing.seconds > MAX_SECONDS:
+        raise InputError(f"{path}: {name}: {timing.seconds:.3g} s is impossible, above {MAX_SECONDS:.0f} s")
     if timing.seconds < least:
         raise InputError(
             f"{path}: {name}: {timing.seconds:.3g} s is impossible, the device needs {least:.3g} s or more"

@@ -9,7 +9,7 @@ from latency.config import ProfileConfig
 from latency.device_runner.timing import Timing
 from latency.kit.manifest import KIT_RUNTIME, KitManifest, KitModel
 from latency.kit.pack import first_ops, mixer_item
-from latency.kit.result import Result, ResultGroup, read_result, read_timings
+from latency.kit.result import Result, ResultGroup, read_result, read_timings, require_design
 from latency.predictor.design import ModelRole
 from latency.predictor.predictor import Predictor
 from latency.profiling import load_prior, require_accurate, settings_digest
@@ -88,15 +88,15 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     manifest = KitManifest.read(folder, space)
     result = read_result(path, manifest.kit, folder.name)
     config = manifest.settings
+    require_design(path, result, config.threads, manifest.groups, first_ops(space), ())
     source = load_prior(space, folder.parent, prior, config) if prior else None
     packed = _Wanted(space, config.parsed(space), manifest.models)
     wanted = packed.without(result.unsupported)
     card = open_card(folder.parent, folder.name, result.device)
     # Everything is checked before anything is kept.
     work = packed.work()
-    groups = [
-        _measured_group(path, group, work) for group in result.groups if group.anchor_reference is not None
-    ]
+    timed = [group for group in result.groups if group.anchor_reference is not None]
+    groups = [_measured_group(path, group, work, config) for group in timed]
     chosen = _chosen(path, result, wanted, groups)
     card.unsupported |= result.unsupported
     records = _recorded(card, config, wanted, groups)
@@ -109,8 +109,13 @@ def unpack(space: Space, folder: Path, path: Path, prior: str | None = None) -> 
     return predictor
 
 
-def _measured_group(path: Path, group: ResultGroup, work: Mapping[str, int]) -> MeasuredGroup:
-    return MeasuredGroup(read_timings(path, group, work), group.problems)
+def _measured_group(
+    path: Path, group: ResultGroup, work: Mapping[str, int], config: ProfileConfig
+) -> MeasuredGroup:
+    timer = config.timer()
+    return MeasuredGroup(
+        read_timings(path, group, work, (timer.min_rounds, timer.max_rounds)), group.problems
+    )
 
 
 def _chosen(

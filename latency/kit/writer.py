@@ -21,11 +21,11 @@ from latency.runtimes.reference import (
     REFERENCE_OP,
     reference_item,
 )
-from space import Layer, ModelConfig, Workload
+from space import Layer, ModelConfig, Workload, cpus
 from space.io.artefact import digest
 from space.onnx.graph import VERSION
 
-DEVICE_MODULES = (main, plan, fingerprint, io_binding, timer, timing)  # copied into a kit unchanged
+DEVICE_MODULES = (cpus, main, plan, fingerprint, io_binding, timer, timing)  # copied into a kit unchanged
 MAIN = "import sys\n\nfrom latency.device_runner.main import main\n\nsys.exit(main())\n"
 RANDOM_TYPES = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)  # of weights that are left out
 MIN_WEIGHT_ELEMENTS = 64  # a smaller tensor stays in its graph
@@ -176,9 +176,9 @@ def write_plan(
     kit = writer.kit
     kit.writestr("kit.json", json.dumps(replace(kit_plan, kit=identity).to_json()))
     kit.writestr("__main__.py", MAIN)
-    for package in ("latency", "latency/device_runner"):
+    for package in ("space", "latency", "latency/device_runner"):
         kit.writestr(f"{package}/__init__.py", "")
     for module in DEVICE_MODULES:
-        source = Path(str(module.__file__))
-        kit.writestr(f"latency/device_runner/{source.name}", source.read_text())
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        kit.writestr(f"{module.__name__.replace('.', '/')}.py", source)
     return identity

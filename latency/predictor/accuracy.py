@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from latency.card import PREDICTOR
 from latency.device_runner.timing import JsonObject
+from latency.predictor.schema import read_predictor
 
 Array = NDArray[np.float64]
 
@@ -131,7 +131,7 @@ def read_predictor_errors(path: Path) -> dict[str, PredictorErrors]:
     Raises:
         InputError: the file is missing or not whole.
     """
-    models = PREDICTOR.read(path)["workloads"]
+    models = read_predictor(path)["workloads"]
     return {
         workload: PredictorErrors.from_json(model["errors"])
         for workload, model in models.items()
@@ -153,5 +153,5 @@ def read_op_latencies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
             op: (seconds, model["op_relative_spreads"].get(op, math.nan))
             for op, seconds in model["op_seconds"].items()
         }
-        for workload, model in PREDICTOR.read(path)["workloads"].items()
+        for workload, model in read_predictor(path)["workloads"].items()
     }

@@ -19,6 +19,7 @@ from latency.device_runner.timing import JsonObject
 from latency.predictor.bounds import Spread, conformal
 from latency.predictor.memory import MemoryModel
 from latency.predictor.op_latencies import OpLatencies, term_points
+from latency.predictor.schema import read_predictor
 from latency.predictor.terms import CLASSES, RUN, SHARED, cache_size, reads_most
 from latency.predictor.workload_model import WorkloadModel
 from space import InputError, Space, Workload
@@ -300,7 +301,7 @@ def load_predictor(path: str | Path, space: Space, made_by: str = "formfit profi
         InputError: the file is missing, not whole, or made for another space or another graph version.
     """
     path = Path(path)
-    value = PREDICTOR.read(path, made_by)
+    value = read_predictor(path, made_by)
     check_inputs(path, value, {"space": space.hash})
     graphs = value["header"]["inputs"].get("graphs", NO_GRAPHS)
     if graphs not in (NO_GRAPHS, str(VERSION)):
@@ -308,9 +309,10 @@ def load_predictor(path: str | Path, space: Space, made_by: str = "formfit profi
             f"{path}: fitted to graphs of version {graphs}, this formfit writes {VERSION}; "
             f"`{made_by}` measures them"
         )
-    models = {
-        Workload.parse(text): WorkloadModel.from_json(model) for text, model in value["workloads"].items()
-    }
-    memory = {Workload.parse(text): MemoryModel.from_json(item) for text, item in value["memory"].items()}
-    ops = OpLatencies.from_json(space, value["ops"])
+    with PREDICTOR.checked(path, made_by):
+        models = {
+            Workload.parse(text): WorkloadModel.from_json(model) for text, model in value["workloads"].items()
+        }
+        memory = {Workload.parse(text): MemoryModel.from_json(item) for text, item in value["memory"].items()}
+        ops = OpLatencies.from_json(space, value["ops"])
     return Predictor(space=space, ops=ops, models=models, residuals=value["residuals"], memory=memory)

@@ -8,7 +8,6 @@ since the supernet is compared with the mean of both, which is less noisy. All a
 that the supernet's sub-networks are evaluated on.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,6 @@ from latency import Predictor, load_card
 from search.audit.page import write_audit_page
 from search.audit.rank_correlation import RankCorrelations, rank_correlations, verdict
 from search.audit.result import (
-    AUDIT,
     SETS,
     AuditedArchitecture,
     AuditResult,
@@ -36,6 +34,7 @@ from search.engine.evaluator import Failed
 from search.engine.supernet_evaluator import evaluator
 from space import Architecture, InputError, Space, Workload, genome
 from space.cost import flops, params
+from space.cpus import available_cpus
 from space.io.artefact import canonical_json, digest
 from space.io.progress import Reporter
 from supernet.data.corpus import Corpus
@@ -196,10 +195,9 @@ def _predictor(run: Run, config: AuditConfig, device: str, reporter: Reporter) -
 def _finished(path: Path, inputs: Mapping[str, str]) -> AuditResult | None:
     """The audit that exists, if it has exactly these inputs."""
     try:
-        value = AUDIT.read(path)
+        result = AuditResult.read(path)
     except InputError:
         return None
-    result = AuditResult.from_json(value)
     return result if result.inputs == dict(inputs) else None
 
 
@@ -260,7 +258,7 @@ def _stand_alone(
         for architecture in architectures
         for seed in seeds
     ]
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or available_cpus()
     results = iter(train_trials(run.space, trials, corpus, data, workers, reporter))
     return [tuple(StandAlone(seed=seed, losses=next(results)) for seed in seeds) for _ in architectures]
 

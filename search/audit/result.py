@@ -52,7 +52,7 @@ class AuditSettings:
     @staticmethod
     def from_json(value: JsonObject) -> "AuditSettings":
         """The inverse of :meth:`to_json`."""
-        return read_record(AuditSettings, value, seeds=tuple)
+        return read_record(AuditSettings, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,6 @@ class AuditedArchitecture:
             AuditedArchitecture,
             value,
             architecture=Architecture.from_json,
-            sets=tuple,
             stand_alone=tuple_of(StandAlone.from_json),
         )
 
@@ -179,7 +178,6 @@ class SetResult:
         return read_record(
             SetResult,
             value,
-            architectures=tuple,
             loss=RankCorrelations.from_json,
             recall_loss=optional(RankCorrelations.from_json),
         )
@@ -249,7 +247,8 @@ class AuditResult:
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
-        return AuditResult.from_json(AUDIT.read(path))
+        with AUDIT.checked(path):
+            return AuditResult.from_json(AUDIT.read(path))
 
     @staticmethod
     def from_json(value: JsonObject) -> "AuditResult":

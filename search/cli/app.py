@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 from search.cli.devices import devices, profile, verify
 from search.cli.generation import generate
 from search.cli.options import ConfigFile, Json, RunFolder
-from search.cli.output import Bars, make_table, note, show
+from search.cli.output import Bars, discard_output, make_table, note, prepare_streams, show
 from search.cli.search import search
 from search.cli.space import space
 from search.cli.submodels import export, extract, finetune
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from search.pipeline import AuditResult, Summary
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+EXIT_BROKEN_PIPE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 app = typer.Typer(
     name="formfit",
@@ -85,6 +85,10 @@ def run(
     if smoke:
         loaded = small(loaded)
     folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
+    from search.config import Run
+
+    run = Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
+    run.check()
     if dry_run:
         from search.cli.space import space_table, summarise_space
 
@@ -93,10 +97,8 @@ def run(
         show(value, as_json, lambda: [space_table(size)])
         return
     from search import pipeline
-    from search.config import Run
 
-    devices = context.obj / "smoke" if smoke and out_dir is None else context.obj
-    summary = pipeline.execute(Run(folder, loaded, devices), Bars())
+    summary = pipeline.execute(run, Bars())
     show(summary.document(), as_json, lambda: summary_tables(summary))
     if not as_json:
         report = folder / "searches" / loaded.device / "report.html"
@@ -255,20 +257,49 @@ def audit_table(result: "AuditResult") -> "Table":
 
 
 def main() -> None:
-    """Run the command line and exit with 0, or the code of the error that it reports in one line."""
+    """Run the command line and exit with 0, or the code of the error that it reports in one line.
+
+    An error of the operating system, such as a full disk, is one of the machine, so its code is 2.
+    """
+    prepare_streams()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         code = app(prog_name="formfit", standalone_mode=False)
+        sys.stdout.flush()  # a full disk is reported here
+        if code == EXIT_INTERRUPTED:  # as typer reports an interrupt
+            raise KeyboardInterrupt
     except FormfitError as error:
-        sys.stderr.write(f"formfit: {error}\n")
+        note(f"formfit: {error}")
         sys.exit(error.exit_code)
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # empty where the help was shown because no command was given
             text = " ".join(message.split()).rstrip(".")
-            sys.stderr.write(f"formfit: {text}; `formfit --help` lists commands and options\n")
+            note(f"formfit: {text}; `formfit --help` lists commands and options")
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:  # the reader of stdout has ended, which is no error of this program
+        discard_output()
+        sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        discard_output()
+        note(f"formfit: {describe_os_error(error)}")
+        sys.exit(EXIT_BAD_INPUT)
+    except MemoryError:
+        note("formfit: out of memory")
         sys.exit(EXIT_BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("formfit: stopped\n")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the clean-up
+        note("formfit: stopped")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the operating system refused, in one line.
+
+    Args:
+        error: of the operating system.
+    """
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{where}: {reason}" if where else reason

@@ -14,11 +14,11 @@ from search.cli.options import (
     MaxNoise,
     SubModelFolder,
     check_kit_options,
-    check_name,
     check_submodel,
 )
 from search.cli.output import Bars, make_table, note, show
 from space.io.errors import InputError, LimitMissedError, ParityError
+from space.io.names import check_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +63,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure a device and fit its latency predictor. Resumes."""
-    check_name(device)
+    check_name(device, "--device")
     check_kit_options(make_kit, kit_result)
     if (make_kit or kit_result) and runtime != "onnxruntime":
         raise InputError(f"--runtime {runtime}: a kit runs on onnxruntime")
@@ -171,7 +171,7 @@ def verify(
     Its exported graphs are compared with the plain model first. The exit code is 3 if a limit is missed. A
     limit that was not measured (of another device, say) stays UNMEASURED and does not change the exit code.
     """
-    check_name(device)
+    check_name(device, "--device")
     check_kit_options(make_kit, kit_result)
     check_submodel(folder)
 
@@ -181,11 +181,11 @@ def verify(
 
     from latency.card import outdated
     from latency.runtimes.registry import open_card_runtime
-    from search.engine.choice import Choice
     from search.engine.config import VerifyConfig
     from search.engine.verification import describe_unmeasured
     from search.submodel.export import models_digest
     from search.submodel.kit import pack_submodel, unpack_submodel
+    from search.submodel.verify import choice_of
     from search.submodel.verify import verify as carry_out
     from supernet.extract import read_submodel
 
@@ -207,7 +207,7 @@ def verify(
         note(f"parity: worst error {found.parity.worst:.1e}, bound {found.parity.bound:.1e}")
         if not found.latency:
             note(f"nothing was predicted for {device}: latencies stay UNMEASURED")
-    unmeasured = describe_unmeasured(found.limits, Choice.from_json(submodel.chosen), device)
+    unmeasured = describe_unmeasured(found.limits, choice_of(submodel), device)
     if unmeasured:
         note(unmeasured)
     if not found.parity.kept:

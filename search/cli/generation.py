@@ -1,6 +1,5 @@
 """The command ``generate``."""
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search.cli.options import Json, SubModelFolder
-from search.cli.output import note, show
+from search.cli.output import note, show, write_generated
 from space.io.errors import InputError
 from space.precision import model_file
 
@@ -163,13 +162,11 @@ def stream(new_tokens: Iterator[int], text: "StreamingTokenizer", echo: bool) ->
         count += 1
         pieces.append(text.feed(token))
         if echo:
-            sys.stdout.write(pieces[-1])
-            sys.stdout.flush()
+            write_generated(pieces[-1])
     ended = time.perf_counter()
     pieces.append(text.end())
     if echo:
-        sys.stdout.write(f"{pieces[-1]}\n")
-        sys.stdout.flush()
+        write_generated(f"{pieces[-1]}\n")
     return StreamedText(
         text="".join(pieces),
         tokens=count,

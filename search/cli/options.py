@@ -1,6 +1,5 @@
 """Options and arguments that several commands share, and checks that need no other import."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -33,21 +32,6 @@ Precisions = Annotated[
     list[str] | None,
     typer.Option("--precision", metavar="NAME", help="int8 or int8-dynamic: a further graph. Repeatable."),
 ]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def check_name(name: str) -> None:
-    """Check that a name can be that of a folder.
-
-    Args:
-        name: of a device or a search.
-
-    Raises:
-        InputError: it has other characters than letters, digits, ``.``, ``_`` and ``-``.
-    """
-    if not _NAME.fullmatch(name):
-        raise InputError(f"name {name!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
 
 
 def check_kit_options(make_kit: Path | None, kit_result: Path | None) -> None:

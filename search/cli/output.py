@@ -1,13 +1,17 @@
 """Output of the command line: results on stdout, progress and notes on stderr.
 
-rich is imported when a table or a progress bar is shown, not before.
+Everything that is shown passes :func:`printable`, because names and texts come from files, and a terminal
+obeys escape sequences. rich is imported when a table or a progress bar is shown, not before.
 """
 
+import io
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from space.io.progress import Stage
@@ -19,14 +23,69 @@ SECONDS_BETWEEN_LINES = 30.0
 LINES_PER_STAGE = 10
 
 
+MAX_LINE_CHARACTERS = 4000  # of a note
+# C0 and C1 control characters but tab and line feed, and those that reorder text.
+_ESCAPED = {
+    code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def printable(text: str) -> str:
+    """Text with escaped control characters, such as ``ESC``; tabs and line ends stay.
+
+    Args:
+        text: any text.
+    """
+    return text.translate(_ESCAPED)
+
+
 def note(text: str) -> None:
     """Write a line to stderr.
 
     Args:
         text: the line, without its end.
     """
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    if len(text) > MAX_LINE_CHARACTERS:
+        text = f"{text[:MAX_LINE_CHARACTERS]} ... ({len(text) - MAX_LINE_CHARACTERS:,} more characters)"
+    with suppress(OSError):  # a full disk or an ended reader of stderr leaves nowhere to write that to
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
+
+
+def write_generated(text: str) -> None:
+    """Write generated text to stdout at once: as it is into a file, :func:`printable` on a terminal.
+
+    Args:
+        text: any text.
+    """
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+class _Notes(logging.Handler):
+    """Shows warnings of formfit's packages as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def prepare_streams() -> None:
+    """Escape what stdout or stderr cannot encode, and show logged warnings as notes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the program started
+            setattr(sys, name, io.StringIO())
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("formfit")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes())
+
+
+def discard_output() -> None:
+    """Discard what stdout has not written yet, which the interpreter would try again when it exits."""
+    with suppress(OSError, ValueError):  # a stream of a test has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Bars:
@@ -48,14 +107,14 @@ class Bars:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
-            TextColumn("{task.description:<16}"),
+            TextColumn("{task.description:<16}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(title, total=1.0, text="")
-            yield lambda share, text: progress.update(task, completed=share, text=text)
+            yield lambda share, text: progress.update(task, completed=share, text=printable(text))
             progress.update(task, completed=1.0)
 
     def skipped(self, title: str) -> None:
@@ -137,10 +196,14 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.text import Text
 
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        title=Text(printable(title)),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for column in columns:
-        table.add_column(Text(column), overflow="fold")
+        table.add_column(Text(printable(column)), overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from search.cli.options import Json, RunFolder, check_name
+from search.cli.options import Json, RunFolder
 from search.cli.output import Bars, make_table, note, show
+from space.io.names import check_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,8 +116,9 @@ def search(
         "baseline": baseline,
     }
     config = search_config(run_config, given)
-    for given_name in (*device, *([name] if name else [])):
-        check_name(given_name)
+    for given_name in device:
+        check_name(given_name, "--device")
+    check_name(name or device[0], "--name")
     check_search(config, device)
     if max_noise is not None:
         measuring = run_config.verify.model_copy(update={"max_noise": max_noise / 100})

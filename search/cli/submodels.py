@@ -24,8 +24,8 @@ def extract(
         str | None,
         typer.Option(
             metavar="PICK",
-            help="chosen (after --verify), best, knee, fastest or a key of the front; or a limit "
-            "such as 'params<=1M', which mixes FFN sizes to meet it, without a search.",
+            help="chosen (after --verify), best, knee, fastest, or a key of the front or its beginning; "
+            "or a limit such as 'params<=1M', which mixes FFN sizes to meet it, without a search.",
         ),
     ] = None,
     architecture: Annotated[
@@ -52,7 +52,6 @@ def extract(
     from search.config import open_run, open_supernet
     from search.select.picks import read_architecture, select_member
     from search.submodel.export import export
-    from supernet.data.corpus import load_corpus
     from supernet.extract import write_submodel
     from supernet.training.train import load_supernet
 
@@ -65,7 +64,7 @@ def extract(
         selection = read_architecture(opened, architecture)
     else:
         selection = select_member(opened, str(search), pick)
-    checkpoint = open_supernet(opened, load_corpus(opened.config.train.data))
+    checkpoint = open_supernet(opened, None)
     inputs = {"supernet": checkpoint.digest}
     weights = load_supernet(opened.space, checkpoint)
     found = selection.architecture

@@ -1,6 +1,7 @@
 """Tables of the command line: fronts, limits, latencies, precisions, errors of predictors."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from search.cli.output import make_table
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from latency.predictor.accuracy import PredictorErrors
     from search.engine.front import Member
     from search.engine.verification import LatencyComparison, LimitResult, PrecisionResult
+    from space import Architecture, Layer
+
+
+MIN_SHOWN_CHARACTERS = 6  # of a key in a table
 
 
 def limit_table(limits: "Sequence[LimitResult]") -> "Table":
@@ -73,27 +78,85 @@ def front_tables(members: "Sequence[Member]", picks: Mapping[str, str]) -> "list
         members: of the front.
         picks: keys of members by the name of the pick.
     """
-    names = {key: pick for pick, key in picks.items()}
+    names: dict[str, list[str]] = {}
+    for pick, key in picks.items():
+        names.setdefault(key, []).append(pick)
     device = next(iter(members[0].predicted.latency), None)
     workloads = list(members[0].predicted.latency[device]) if device else []
     others = [name for name in members[0].qualities if name not in ("loss", "recall_loss")]
+    short = short_keys([member.key for member in members])
     rows = [
         [
-            member.key,
+            short[member.key],
             f"{member.loss_nats:.4f}",
             *(f"{member.quality(name):.4f}" for name in others),
             *(f"{member.predicted.latency[str(device)][w].latency_ms:.3f}" for w in workloads),
             f"{member.predicted.params:,}",
-            names.get(member.key, ""),
+            "\n".join(names.get(member.key, [])),
         ]
         for member in members
     ]
     columns = ["key", "loss\nnats", *others, *(f"{w}\nms" for w in workloads), "params", "pick"]
-    picked = [[names[m.key], m.architecture.describe()] for m in members if m.key in names]
+    picked = [member for member in members if member.key in names]
+    letters = mixer_letters([member.architecture for member in picked])
+    shapes = [[names[m.key][0], short_description(m.architecture, letters)] for m in picked]
+    legend = ", ".join(f"{letter} {mixer}" for mixer, letter in letters.items())
     return [
         make_table("Front", columns, rows),
-        make_table("Architectures", ["pick", "architecture"], picked),
+        make_table("Architectures", ["pick", f"width | mixer, heads.FFN ({legend})"], shapes),
     ]
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest beginnings that tell keys apart, which ``--pick`` takes, by key.
+
+    Args:
+        keys: of all members of a front.
+    """
+    for length in range(MIN_SHOWN_CHARACTERS, max(map(len, keys), default=0)):
+        if len({key[:length] for key in keys}) == len(set(keys)):
+            return {key: key[:length] for key in keys}
+    return {key: key for key in keys}
+
+
+def mixer_letters(architectures: "Sequence[Architecture]") -> dict[str, str]:
+    """The shortest beginning of each mixer's name that tells the mixers of architectures apart.
+
+    Args:
+        architectures: those that are shown together.
+    """
+    mixers = sorted({layer.mixer for a in architectures for layer in a.layers} - {"none"})
+    return {
+        mixer: next(
+            mixer[:n]
+            for n in range(1, len(mixer) + 1)
+            if n == len(mixer) or not any(other.startswith(mixer[:n]) for other in mixers if other != mixer)
+        )
+        for mixer in mixers
+    }
+
+
+def short_description(architecture: "Architecture", letters: Mapping[str, str]) -> str:
+    """An architecture in one line, such as ``160 | 3*a2.256 - g2:1.128 .64``.
+
+    Args:
+        architecture: any.
+        letters: of its mixers.
+    """
+    layers = [_short_layer(layer, letters) for layer in architecture.layers]
+    runs = [(text, len(list(same))) for text, same in groupby(layers)]
+    return f"{architecture.width} | " + " ".join(
+        text if count == 1 else f"{count}*{text}" for text, count in runs
+    )
+
+
+def _short_layer(layer: "Layer", letters: Mapping[str, str]) -> str:
+    if not layer.present:
+        return "-"
+    heads = f"{layer.heads}" if layer.heads else ""
+    heads += f":{layer.kv_heads}" if layer.kv_heads != layer.heads else ""
+    window = f"@{layer.window}" if layer.window else ""
+    return f"{letters.get(layer.mixer, '')}{heads}{window}" + (f".{layer.ffn}" if layer.ffn else "")
 
 
 def error_table(workloads: "Mapping[str, PredictorErrors]") -> "Table":

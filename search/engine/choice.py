@@ -50,7 +50,7 @@ class Prediction:
         Args:
             value: the JSON object.
         """
-        by_workload = mapping_of(lambda item: LatencyPrediction(**item))
+        by_workload = mapping_of(lambda item: read_record(LatencyPrediction, item))
         return read_record(Prediction, value, latency=mapping_of(by_workload))
 
 
@@ -84,7 +84,7 @@ class BoundedLimit:
         Args:
             value: the JSON object; other keys are ignored.
         """
-        return BoundedLimit(text=value["limit"], bound=value["bound"], unit=value["unit"])
+        return read_record(BoundedLimit, {**value, "text": value["limit"]})
 
     def format(self, value: float) -> str:
         """A value of the limited metric for people, such as ``3.21 ms``.
@@ -153,7 +153,7 @@ class Choice:
             value,
             limits=tuple_of(BoundedLimit.from_json),
             predicted=lambda item: Prediction.from_json(item) if item else None,
-            picked=lambda item: FamilyPick(**item),
+            picked=lambda item: read_record(FamilyPick, item),
         )
 
     def device_of(self, limit: Limit, measured: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -10,7 +11,7 @@ from search.problem.limit import Limit, check_no_duplicates
 from search.problem.objective import Objective, check_objectives
 from search.problem.problem import Problem, required_precision
 from search.strategies.registry import STRATEGIES, StrategyEntry
-from space import InputError, Space
+from space import InputError, Space, Workload
 
 if TYPE_CHECKING:  # its libraries take seconds to load
     from latency import Predictor
@@ -41,7 +42,7 @@ class SearchConfig(BaseModel):
         seed: of the search.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     limits: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
@@ -86,14 +87,14 @@ class VerifyConfig(BaseModel):
         max_noise: greatest relative difference between two timings of the same work; None: any.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: int = Field(default=128, gt=1)
     copies: int = Field(default=3, gt=0)
     rounds: int = Field(default=60, ge=4)
     block_ms: float = Field(default=3.0, gt=0)
     searches: int = Field(default=3, ge=1)
-    max_noise: float | None = 0.1
+    max_noise: Annotated[float, Field(gt=0)] | None = 0.1
 
 
 def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
@@ -124,6 +125,44 @@ def check_search(config: SearchConfig, devices: Sequence[str]) -> None:
     check_no_duplicates(map(Limit.parse, config.limits), devices[0] if devices else None)
     for device in devices:
         precision_of(config, device, devices[0])
+
+
+def counted_limits(config: SearchConfig) -> list[Limit]:
+    """The limits of a search on what is counted without a device, such as parameters.
+
+    Args:
+        config: of the search.
+    """
+    return [limit for limit in map(Limit.parse, config.limits) if not limit.metric.needs_device]
+
+
+def check_profiled(config: SearchConfig, device: str, profiled: Sequence[Workload]) -> None:
+    """Check that limits and objectives are of one device and of workloads that it is profiled for.
+
+    Args:
+        config: of the search.
+        device: name of the device.
+        profiled: its workloads.
+
+    Raises:
+        InputError: one is of another device, or outside of the profiled lengths; or the objectives contradict
+            the strategy.
+    """
+    objectives = list(map(Objective.parse, config.objectives))
+    if objectives:
+        require_objectives(config, objectives)
+    subjects: list[Limit | Objective] = [*map(Limit.parse, config.limits), *objectives]
+    for one in subjects:
+        if one.device and one.device != device:
+            raise InputError(f"search: {one.text}: the run has one device, {device}")
+        if one.workload is None or one.metric is None or not one.metric.needs_device:
+            continue
+        lengths = [w.length for w in profiled if replace(w, length=one.workload.length) == one.workload]
+        if not lengths or not min(lengths) <= one.workload.length <= max(lengths):
+            raise InputError(
+                f"search: {one.text}: outside of what is profiled ({', '.join(map(str, profiled))}); "
+                f"add {one.workload} to profile.workloads"
+            )
 
 
 def require_objectives(config: SearchConfig, objectives: Sequence[Objective]) -> None:

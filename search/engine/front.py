@@ -9,8 +9,11 @@ from search.engine.choice import BoundedLimit, Choice, JsonObject, Prediction
 from search.strategies.strategy import ScoreAgreement
 from space import Architecture, InputError
 from space.io.artefact import Artefact
-from space.io.record import mapping_of, read_document, tuple_of
+from space.io.config import shown
+from space.io.record import mapping_of, read_document, read_record, tuple_of
 
+PICKS = ("best", "knee", "fastest")
+MIN_KEY_CHARACTERS = 4  # of the beginning of a key that names a member
 # JSON keys of the qualities in nats per token; those of others are their names.
 QUALITY_KEYS = {"loss": "loss_nats", "recall_loss": "recall_loss_nats", "kl": "kl_nats"}
 FRONT = Artefact("front", "formfit search", schema=2)
@@ -169,10 +172,9 @@ class Front:
         return read_document(
             Front,
             value,
-            objectives=tuple,
-            failed=tuple_of(lambda item: FailedEvaluation(**item)),
-            surrogate=mapping_of(lambda item: SurrogateAgreement(**item)),
-            scores=mapping_of(lambda item: ScoreAgreement(**item)),
+            failed=tuple_of(lambda item: read_record(FailedEvaluation, item)),
+            surrogate=mapping_of(lambda item: read_record(SurrogateAgreement, item)),
+            scores=mapping_of(lambda item: read_record(ScoreAgreement, item)),
             limits=tuple_of(BoundedLimit.from_json),
             members=tuple_of(Member.from_json),
         )
@@ -187,7 +189,8 @@ class Front:
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
-        return Front.from_json(FRONT.read(path))
+        with FRONT.checked(path):
+            return Front.from_json(FRONT.read(path))
 
     def write(self, path: Path) -> None:
         """Write ``front.json`` atomically.
@@ -206,16 +209,21 @@ class Front:
         """A member by the name of a pick or by key.
 
         Args:
-            pick: ``best``, ``knee``, ``fastest``, or a key.
+            pick: ``best``, ``knee``, ``fastest``, a key, or the beginning of one key only.
 
         Raises:
-            InputError: there is no such member.
+            InputError: there is no such member, or there are several.
         """
         key = self.picks.get(pick, pick)
-        for member in self.members:
-            if member.key == key:
-                return member
-        raise InputError(f"pick {pick!r}: not one of {', '.join(self.picks)}, nor a key of the front")
+        least = len(key) if pick in self.picks else MIN_KEY_CHARACTERS
+        found = [m for m in self.members if m.key.startswith(key) and len(key) >= least]
+        if len(found) > 1:
+            keys = ", ".join(member.key for member in found[:8])
+            raise InputError(f"pick {pick!r}: the beginning of several keys ({keys})")
+        if not found:
+            picks = ", ".join(self.picks)
+            raise InputError(f"pick {shown(pick)}: not one of {picks}, nor a key of the front")
+        return found[0]
 
     def choice(self, member: Member) -> Choice:
         """The limits and predictions that a member was chosen under, to be kept beside its sub-model.

@@ -5,6 +5,7 @@ cannot read the journal, or a lock that no process holds.
 """
 
 import json
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from search.engine.evaluations import genomes_of
 from space import Architecture, InputError, Space
 from space.genome import decode
 from space.io.artefact import write_bytes
+
+_log = logging.getLogger("formfit")
 
 
 def summary_params(space: Space, architecture: Architecture) -> dict[str, Any]:
@@ -76,8 +79,10 @@ def repair_journal(path: Path) -> None:
         if not line.endswith(b"\n"):
             break
         try:
-            json.loads(line)
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict) or not {"op_code", "worker_id"} <= entry.keys():
             break
         good += len(line)
     if good < len(data):
@@ -163,11 +168,12 @@ def open_projection(path: Path, name: str, objectives: Sequence[str], space: str
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.parent.mkdir(parents=True, exist_ok=True)
     repair_journal(path)
-    journal = _Journal(path)
-    storage = JournalStorage(journal)
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=["minimize"] * len(objectives), load_if_exists=True
-    )
+    try:
+        study, journal = _open_study(path, name, len(objectives))
+    except Exception as error:  # whatever Optuna raises at entries that are none
+        _log.warning("formfit: %s: not a journal of Optuna (%s); it is made again", path, str(error)[:80])
+        path.unlink()
+        study, journal = _open_study(path, name, len(objectives))
     if len(study.directions) != len(objectives) or study.metric_names not in (None, list(objectives)):
         raise InputError(f"{path}: the study's objectives are {study.metric_names}, not {list(objectives)}")
     if study.user_attrs.get("space", space) != space:
@@ -178,6 +184,19 @@ def open_projection(path: Path, name: str, objectives: Sequence[str], space: str
         study.set_metric_names(list(objectives))
     journal.write()
     return Projection(study, journal)
+
+
+def _open_study(path: Path, name: str, objectives: int) -> tuple[optuna.Study, _Journal]:
+    """The study of a journal, whose entries are all read."""
+    journal = _Journal(path)
+    study = optuna.create_study(
+        storage=JournalStorage(journal),
+        study_name=name,
+        directions=["minimize"] * objectives,
+        load_if_exists=True,
+    )
+    study.get_trials(deepcopy=False)
+    return study, journal
 
 
 def _trials(space: Space, rows: pd.DataFrame, objectives: Sequence[str]) -> list[FrozenTrial]:

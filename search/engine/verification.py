@@ -70,11 +70,10 @@ class LatencyComparison:
             {name.removeprefix(prefix): v for name, v in value.items() if name.startswith(prefix)}
             for prefix in COMPARISON_PREFIXES
         )
-        problems = value.get("problems", ())
-        readers = dict.fromkeys(("interval_ms", "copies_ms", "problems"), tuple)
+        problems = value.get("problems", [])
         return LatencyComparison(
-            predicted=LatencyPrediction(**predicted),
-            measured=read_record(LatencyMeasurement, {**measured, "problems": problems}, **readers),
+            predicted=read_record(LatencyPrediction, predicted),
+            measured=read_record(LatencyMeasurement, {**measured, "problems": problems}),
         )
 
 
@@ -275,7 +274,8 @@ class Verification:
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
-        return Verification.from_json(VERIFICATION.read(path))
+        with VERIFICATION.checked(path):
+            return Verification.from_json(VERIFICATION.read(path))
 
     @staticmethod
     def from_json(value: JsonObject) -> "Verification":

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from search.problem.metric import METRICS, Metric
 from space import InputError, Workload
+from space.io.names import MAX_NAME_CHARACTERS, RULE, is_name
 from space.ops import Cost
 from space.precision import PRECISIONS
 
@@ -124,8 +125,8 @@ def parse_subject(text: str, where: str) -> Subject:
 
     head, *options = [part.strip() for part in text.split(",")]
     device, colon, head = head.rpartition(":")
-    if colon and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", device):
-        refuse(f"{device!r} is not a device name; one has letters, digits, '.', '_' and '-', then one ':'")
+    if colon and not is_name(device):
+        refuse(f"{device[:MAX_NAME_CHARACTERS]!r} is not a device name; one has {RULE}, then one ':'")
     name, at, length = [part.strip() for part in head.partition("@")]
     if name not in METRICS:
         forms = ", ".join(METRICS.get(known).form for known in METRICS)

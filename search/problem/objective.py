@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from search.problem.limit import Subject, parse_subject
 from search.problem.metric import METRICS, Metric, metric_named
 from space import InputError, Workload
+from space.io.names import check_name
 from space.registry import Registry, load_plugins
 
 if TYPE_CHECKING:  # it needs torch
@@ -124,6 +125,8 @@ def _quantity_of_workload(text: str) -> Subject | None:
     known = map(METRICS.get, METRICS.known_names())
     if not match or not any(match[2] == (m.quantity or m.name) for m in known):
         return None
+    if match[1] is not None:
+        check_name(match[1], f"objective {text!r}: device")
     workload = Workload.parse(match[3])
     metric = metric_named(match[2], workload.phase)
     return Subject(device=match[1], metric=metric, workload=workload) if metric else None

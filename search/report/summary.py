@@ -172,7 +172,8 @@ class Summary:
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
-        return Summary.from_json(SUMMARY.read(path))
+        with SUMMARY.checked(path):
+            return Summary.from_json(SUMMARY.read(path))
 
     @staticmethod
     def from_json(value: JsonObject) -> "Summary":

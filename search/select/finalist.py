@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from space import Architecture, InputError
 from space.io.artefact import Artefact, check_inputs, file_digest
+from space.io.config import shown
 from space.io.record import read_record
 from supernet.evaluate import Losses
 from supernet.training.recipe import TrainConfig
@@ -113,10 +114,15 @@ class Finalist:
             value: the JSON object.
             root: see :meth:`to_json`.
         """
-        fields = {name: value[name] for name in Finalist.__dataclass_fields__}
-        architecture = Architecture.from_json(fields.pop("architecture"))
-        folder = fields.pop("folder")
-        return Finalist(architecture=architecture, folder=root / folder if folder else None, **fields)
+        folder = value["folder"]
+        if folder and not (root / folder).resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{root}: a finalist's folder {shown(folder)} is outside")
+        return read_record(
+            Finalist,
+            value,
+            architecture=Architecture.from_json,
+            folder=lambda item: root / item if item else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +174,8 @@ class RungTraining:
         except InputError:
             return None
         check_inputs(path, value, self.inputs)
-        result = read_record(RungResult, value)
+        with FINALIST.checked(path):
+            result = read_record(RungResult, value)
         whole = result.failed or (weights.exists() and file_digest(weights) == result.model)
         return result if whole else None
 

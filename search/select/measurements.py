@@ -197,9 +197,10 @@ class MeasuredSearch:
         value = MEASURED_SEARCH.read(path)
         if front is not None:
             check_inputs(path, value, {"front": front})
-        return read_document(
-            MeasuredSearch, value, chosen=MeasuredFinalist.from_json, rounds=tuple_of(Round.from_json)
-        )
+        with MEASURED_SEARCH.checked(path):
+            return read_document(
+                MeasuredSearch, value, chosen=MeasuredFinalist.from_json, rounds=tuple_of(Round.from_json)
+            )
 
 
 class FinalistStore:
@@ -224,8 +225,9 @@ class FinalistStore:
         if path.exists():
             value = MEASURED_FINALISTS.read(path)
             check_inputs(path, value, self.inputs)
-            finalists = map(MeasuredFinalist.from_json, value["measured"])
-            self.stored = {finalist.key: finalist for finalist in finalists}
+            with MEASURED_FINALISTS.checked(path):
+                finalists = map(MeasuredFinalist.from_json, value["measured"])
+                self.stored = {finalist.key: finalist for finalist in finalists}
 
     @property
     def keys(self) -> set[str]:

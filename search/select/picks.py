@@ -57,9 +57,8 @@ def read_architecture(run: Run, file: Path) -> Selection:
     architecture = Architecture.from_json(value, str(file))
     rows = genome.encode(run.space, [architecture])
     if not genome.contains(run.space, rows)[0]:
-        raise InputError(
-            f"{file}: not an architecture of space {run.space.name}: its hybrid rule excludes it"
-        )
+        why = genome.reasons_outside(run.space, rows[0])
+        raise InputError(f"{file}: not an architecture of space {run.space.name}: {why}")
     return Selection(architecture=architecture)
 
 
@@ -75,7 +74,7 @@ def select_member(run: Run, search: str, pick: str | None) -> Selection:
     Raises:
         InputError: there is no such search or member, or the measured search belongs to another front.
     """
-    folder = run.folder / "searches" / search
+    folder = run.search_folder(search)
     front = Front.read(folder / "front.json")
     finalists = {}
     if (folder / "measured_search.json").exists():

@@ -1,6 +1,5 @@
 """A search of a run: its front, the finalists that were measured, and those that were distilled."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from search.select.picks import Selection
 from search.select.successive_halving import distil_finalists, write_finalist
 from search.select.verifier import Verifier
 from search.submodel.export import export
-from space import InputError, LimitMissedError
+from space import LimitMissedError
 from space.io.artefact import canonical_json, digest
 from space.io.errors import ParityError
 from space.io.progress import Reporter
 from space.precision import model_file
 from supernet.evaluate import evaluation_set
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a search: it names a folder
 JsonObject = dict[str, Any]
 
 
@@ -123,10 +121,8 @@ def search_and_select(
         InputError: the name cannot be a folder's, or nothing was trained.
         InfeasibleError: the limits cannot be met.
     """
-    if not re.fullmatch(NAME, name):
-        raise InputError(f"name {name!r}: letters, digits, '.', '_' and '-', the first a letter or digit")
+    folder = run.search_folder(name)
     trained = open_trained(run)
-    folder = run.folder / "searches" / name
     verifier = Verifier(run.folder / "submodels", trained, next(iter(cards.values())), run.config.verify)
     measured = run_measured_search(folder, verifier, predictors, config, reporter) if verify else None
     front = search_supernet(folder, trained, predictors, config, reporter)

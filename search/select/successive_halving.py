@@ -11,7 +11,6 @@ same finalist with the same weights, with any number of workers or with none.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from search.select.finalist import Finalist, FinalistsConfig, RungResult, RungTraining, rungs
 from space import Architecture, InputError, Space, genome
 from space.cost import row_flops
+from space.cpus import available_cpus
 from space.io.artefact import (
     Artefact,
     atomic_path,
@@ -128,7 +128,7 @@ def distil_finalists(
 
 def one_a_core() -> int:
     """The number of parallel trainings by default."""
-    return os.cpu_count() or 1
+    return available_cpus()
 
 
 def _read_finalists(path: Path, inputs: Mapping[str, str]) -> list[Finalist]:
@@ -139,7 +139,8 @@ def _read_finalists(path: Path, inputs: Mapping[str, str]) -> list[Finalist]:
     """
     value = FINALISTS.read(path)
     check_inputs(path, value, inputs)
-    return [Finalist.from_json(item, path.parent) for item in value["finalists"]]
+    with FINALISTS.checked(path):
+        return [Finalist.from_json(item, path.parent) for item in value["finalists"]]
 
 
 def _apply(

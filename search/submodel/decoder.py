@@ -21,6 +21,7 @@ from space import Architecture, InputError, Layer, ModelConfig
 from space.mixers import MIXERS
 from space.shapes import fixed_shapes_from, state_shapes
 
+MAX_CONTEXT = 1 << 24  # tokens
 CHUNK = 256  # tokens per call in prefill: bounds the memory of logits and attention scores
 Tokens = NDArray[np.int64]
 Values = dict[str, ort.OrtValue]
@@ -71,8 +72,10 @@ class Decoder:
             self.model_config = ModelConfig.from_json(
                 json.loads(self.metadata["formfit.model_config"]), f"{path}: model_config"
             )
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not a model that formfit exported ({error})") from None
+            self._check_shapes()
+        except (KeyError, ValueError, TypeError, ArithmeticError, RecursionError, InputError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:200]
+            raise InputError(f"{path}: not a model that formfit exported ({reason})") from None
         self.inputs = {item.name for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
         layers = self.architecture.layers
@@ -86,6 +89,33 @@ class Decoder:
         self.ring = [_RingSlot(i) for i in range(num_kept_states + 1)]
         self.steps: dict[tuple[int, int], _Step] = {}  # by the slots of the states before and after
         self.sequence = 0
+
+    def _check_shapes(self) -> None:
+        """Compare the metadata with the graph's inputs, before buffers of their sizes are made.
+
+        Raises:
+            ValueError: they are of different models.
+        """
+        config, width = self.model_config, self.architecture.width
+        if not 0 < config.max_seq_len <= MAX_CONTEXT:
+            raise ValueError(f"max_seq_len {config.max_seq_len} is not between 1 and {MAX_CONTEXT}")
+        expected: dict[str, tuple[int, ...]] = {"tokens": (1, 1), "position": (1,)}
+        for slot, layer in enumerate(self.architecture.layers):
+            shapes = state_shapes(layer, width, config, 1, 1)
+            expected |= {f"state.{slot}.{name}": shape for name, shape in shapes.items()}
+        found = {item.name: item.shape for item in self.session.get_inputs()}
+        if found.keys() != expected.keys():
+            name = min(found.keys() ^ expected.keys())
+            raise ValueError(f"its architecture and its graph differ in input {name}")
+        for name, shape in found.items():  # axes of any length have a name
+            if len(shape) != len(expected[name]) or any(
+                isinstance(size, int) and size != wanted
+                for size, wanted in zip(shape, expected[name], strict=True)
+            ):
+                raise ValueError(f"its architecture and its graph differ in the shape of {name}")
+        logits = next((item.shape for item in self.session.get_outputs() if item.name == "logits"), None)
+        if not logits or logits[-1] != config.vocab_size:
+            raise ValueError(f"its vocab_size {config.vocab_size} is not that of its logits")
 
     @property
     def is_rewindable(self) -> bool:

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from search.engine.choice import Choice
+from search.submodel.verify import choice_of
 from space import InputError, genome
 from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.progress import Reporter
-from space.io.record import read_document
+from space.io.record import read_document, read_record
 from supernet.data.corpus import Corpus, DataConfig, load_corpus, require_fits
 from supernet.data.tokenizer import load_tokenizer
 from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, evaluation_set, losses
@@ -107,12 +107,13 @@ class FineTuning:
         Raises:
             InputError: the file is missing, not whole, or of another kind or schema version.
         """
-        return read_document(
-            FineTuning,
-            FINETUNING.read(path),
-            teacher=lambda item: TeacherName(**item),
-            text=Text.model_validate,
-        )
+        with FINETUNING.checked(path):
+            return read_document(
+                FineTuning,
+                FINETUNING.read(path),
+                teacher=lambda item: read_record(TeacherName, item),
+                text=Text.model_validate,
+            )
 
 
 class FinetuneConfig(BaseModel):
@@ -218,9 +219,7 @@ def finetune(
         after = _held_out_losses(tuned, submodel, evaluation, f"{out}: after {config.steps} steps")
         load_subnet(supernet, architecture, tuned)
         # The loss inside the supernet no longer holds; limits and predicted latencies do.
-        choice = (
-            replace(Choice.from_json(submodel.chosen), loss_nats=None).to_json() if submodel.chosen else {}
-        )
+        choice = replace(choice_of(submodel), loss_nats=None).to_json() if submodel.chosen else {}
         write_submodel(out, supernet, architecture, inputs, choice, text)
     replace(record, after=after, model=file_digest(out / "model.safetensors")).write(path)
     remove_checkpoints(out / "training")
@@ -255,10 +254,11 @@ def _require_fitting(submodel: SubModel, trained: Trained, teacher_run: Path) ->
             f"{submodel.folder}: the sub-model has {one}, the teacher {teacher_run} has {other}; "
             "they have to be equal"
         )
-    if not genome.contains(space, genome.encode(space, [architecture]))[0]:
+    row = genome.encode(space, [architecture])
+    if not genome.contains(space, row)[0]:
         raise InputError(
             f"{submodel.folder}: architecture {architecture.key} is not of space {space.name} of the teacher "
-            f"{teacher_run}: its hybrid rule excludes it"
+            f"{teacher_run}: {genome.reasons_outside(space, row[0])}"
         )
 
 

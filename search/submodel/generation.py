@@ -7,7 +7,6 @@ next proposals.
 """
 
 import codecs
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.submodel.decoder import Decoder, State
-from supernet.data.tokenizer import Tokenizer
+from supernet.data.tokenizer import BYTE_SEPARATOR, Tokenizer
 
 BYTES = 256  # vocabulary size if bytes are the tokens
-BYTE_SEPARATOR = 0  # before and after every document, if bytes are the tokens
+REPLACEMENT = "\ufffd"  # what an incomplete character is decoded to
+MAX_CHARACTER_TOKENS = 4  # of a character in UTF-8
+CONTEXT_TOKENS = 6  # of a prompt that decide how its continuation is decoded
 # Logits this close may swap places if several tokens are read in one call: in fp32 by the rounding of another
 # shape, in int8 by that of activations. int8-dynamic is missing because its ranges depend on the tokens read.
 NEAR_TIE = {"fp32": 1e-4, "int8": 0.05}
@@ -275,6 +276,9 @@ def near_tie(logits: Logits, threshold: float = NEAR_TIE["fp32"]) -> bool:
 class StreamingTokenizer:
     """Text to tokens and, token by token, back to text.
 
+    A piece of text is what decoding gives for the last tokens with a new one more than without it. The
+    library's own stream ends with an error if a token changes text that was given before.
+
     Args:
         tokenizer: None if bytes are the tokens.
 
@@ -283,13 +287,11 @@ class StreamingTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._library = tokenizer, tokenizer.library if tokenizer else None
         self.separator = tokenizer.separator if tokenizer else BYTE_SEPARATOR
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        if tokenizer:
-            self._stream = importlib.import_module("tokenizers.decoders").DecodeStream(
-                skip_special_tokens=True
-            )
+        self._given: list[int] = []  # the last tokens whose text was given, as context
+        self._open: list[int] = []  # tokens whose text was not given
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that begins a document; :meth:`feed` continues from it.
@@ -299,10 +301,10 @@ class StreamingTokenizer:
         """
         if self.tokenizer is None:
             return [self.separator, *text.encode()]
-        ids = self.tokenizer.library.encode(text, add_special_tokens=False).ids
-        for token in ids:  # the first piece of a text loses its space, and a continuation is not the first
-            self._stream.step(self.tokenizer.library, token)
-        return [self.separator, *ids]
+        ids = self.tokenizer.encode_prompt(text)
+        # The first piece of a text loses its space, and a continuation is not the first.
+        self._given = ids[1:][-CONTEXT_TOKENS:]
+        return ids
 
     def feed(self, token: int) -> str:
         """The text that one more token adds; empty until a character is complete.
@@ -312,8 +314,27 @@ class StreamingTokenizer:
         """
         if self.tokenizer is None:
             return self._bytes.decode(bytes([token])) if token < BYTES else ""
-        return self._stream.step(self.tokenizer.library, token) or ""
+        self._open.append(token)
+        text = self._new_text()
+        is_open = not text or text.endswith(REPLACEMENT)
+        if is_open and len(self._open) < MAX_CHARACTER_TOKENS:
+            return ""
+        if not is_open:  # broken bytes would break what follows them too
+            self._given = self._open
+        self._open = []
+        return text
 
     def end(self) -> str:
-        """The replacement for an incomplete last character; empty if there is none."""
-        return self._bytes.decode(b"", True) if self.tokenizer is None else ""
+        """The text of tokens that :meth:`feed` waited with; an incomplete character is replaced."""
+        if self.tokenizer is None:
+            return self._bytes.decode(b"", True)
+        text, self._open = self._new_text(), []
+        return text
+
+    def _new_text(self) -> str:
+        """The text of the open tokens."""
+        before, after = (self._decode(ids) for ids in (self._given, self._given + self._open))
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._library.decode(ids, skip_special_tokens=True)) if self._library else ""

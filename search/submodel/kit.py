@@ -20,15 +20,14 @@ from latency import Card
 from latency.card import differences
 from latency.device_runner.plan import KitGroup, KitItem, ParityCase
 from latency.device_runner.timer import TimerConfig
-from latency.kit.result import read_result, read_timings
+from latency.kit.result import read_result, read_timings, require_design
 from latency.kit.writer import KitWriter, reference_stacks, workload_io_bindings, write_plan
 from latency.runtimes.reference import reference_work
-from search.engine.choice import Choice
 from search.engine.config import VerifyConfig
 from search.engine.verification import Verification
 from search.submodel.export import exported, models_digest
 from search.submodel.parity import flat, fp64_model, parity, parity_tokens
-from search.submodel.verify import conclude, graph_loss, latencies
+from search.submodel.verify import choice_of, conclude, graph_loss, latencies
 from space import InputError, Workload
 from space.cost import flops
 from space.io.artefact import Artefact, atomic_path, check_inputs
@@ -94,7 +93,8 @@ class KitManifest:
         """
         value = VERIFICATION_KIT.read(path, command)
         check_inputs(path, value, {"graphs": str(VERSION)})
-        return read_document(KitManifest, value, settings=VerifyConfig.model_validate, workloads=tuple)
+        with VERIFICATION_KIT.checked(path, command):
+            return read_document(KitManifest, value, settings=VerifyConfig.model_validate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def pack_submodel(submodel: SubModel, card: Card, config: VerifyConfig, path: Pa
     Raises:
         InputError: there is no exported model, or nothing was predicted for the device.
     """
-    workloads = [Workload.parse(text) for text in Choice.from_json(submodel.chosen).workloads(card.name)]
+    workloads = [Workload.parse(text) for text in choice_of(submodel).workloads(card.name)]
     exported(submodel, workloads)
     conditions = {(w.threads, w.precision) for w in workloads}
     if len(conditions) != 1:
@@ -240,8 +240,9 @@ def unpack_submodel(
         for w in workloads
     }
     work |= reference_work()
-    timings = read_timings(path, group, work)
-    if set(timings) != set(work) or set(result.parity) != set(CASES):
+    require_design(path, result, workloads[0].threads, 1, (), CASES)
+    timings = read_timings(path, group, work, (config.rounds, config.rounds))
+    if set(timings) != set(work):
         raise InputError(f"{path}: lacks what its kit measures; run the kit again")
     measured = latencies(card, timings, workloads, config.copies)
     here = parity(submodel, config.tokens)

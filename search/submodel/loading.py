@@ -3,7 +3,6 @@
 Only the graph and the tokenizer beside it are read; torch is not imported.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,14 @@ from pathlib import Path
 from search.submodel.decoder import Decoder
 from space import InputError
 from space.io.artefact import file_digest
+from space.io.filesystem import read_file
+from space.io.machine import check_threads
 from space.precision import PRECISIONS, model_file
+from supernet.data.documents import text_of
 from supernet.data.tokenizer import Tokenizer, load_tokenizer
 
 BYTES = "bytes"
+MAX_PROMPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,7 @@ def open_model(folder: Path, precision: str, threads: int, num_kept_states: int 
         InputError: there are more threads than cores; the folder has no such graph, or it was not exported by
             formfit; or its tokenizer is missing or another.
     """
-    cores = os.cpu_count() or 1
-    if threads > cores:
-        raise InputError(f"--threads {threads}: this machine has {cores} cores")
+    check_threads("--threads", threads)
     if precision not in PRECISIONS:
         raise InputError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
     path = model_file(folder, precision)
@@ -121,9 +122,14 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
         except UnicodeEncodeError:  # a shell passes on bytes that are not text
             raise InputError("--prompt: not UTF-8 text") from None
     try:
-        return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompt-file {file}: cannot be read as UTF-8 text ({error})") from None
+        if str(file) != "-":
+            content = read_file(file, MAX_PROMPT_BYTES)
+        elif len(content := sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)) > MAX_PROMPT_BYTES:
+            raise InputError(f"--prompt-file -: more than {MAX_PROMPT_BYTES:,} bytes")
+        return text_of(content).decode()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--prompt-file {file}: cannot be read as UTF-8 text ({reason})") from None
 
 
 def fit_new_tokens(
@@ -141,7 +147,8 @@ def fit_new_tokens(
         InputError: the prompt alone is longer than the model's context.
     """
     max_seq_len = model.decoder.model_config.max_seq_len
-    trained_length = int(model.decoder.metadata.get("formfit.trained_length", max_seq_len))
+    text = model.decoder.metadata.get("formfit.trained_length", "")
+    trained_length = int(text) if text.isdecimal() and len(text) < 10 else max_seq_len
     if prompt_tokens > max_seq_len:
         raise InputError(
             f"a prompt of {prompt_tokens} tokens is longer than "

@@ -35,11 +35,12 @@ from search.submodel.decoder import Decoder
 from search.submodel.export import exported, models_digest
 from search.submodel.parity import parity
 from space import InputError, Workload
+from space.io.machine import check_threads
 from space.precision import PRECISIONS, model_file
 from supernet.data.corpus import load_corpus
 from supernet.data.mqar import IGNORED
 from supernet.evaluate import EvaluationSet, evaluation_set
-from supernet.extract import SubModel
+from supernet.extract import SUBMODEL, SubModel
 
 
 def require_card_is_here(card: Card) -> None:
@@ -77,6 +78,7 @@ def measure_submodel(
     require_card_is_here(card)
     measurements: dict[str, LatencyMeasurement] = {}
     for threads in sorted({w.threads for w in workloads}):
+        check_threads("workload of", threads)
         runtime = open_card_runtime(card, threads)
         group = [w for w in workloads if w.threads == threads]
         with pinned(threads):
@@ -143,7 +145,7 @@ def measure_rss(submodel: SubModel, card: Card) -> dict[str, int]:
         submodel: with its exported graphs and the limits that it was chosen under.
         card: the device's; nothing is measured if its runtime cannot measure memory.
     """
-    limits = [item.parsed for item in Choice.from_json(submodel.chosen).limits]
+    limits = [item.parsed for item in choice_of(submodel).limits]
     workloads = [limit.workload for limit in limits if limit.metric.measurement == "rss" and limit.workload]
     runtime = open_card_runtime(card)
     if not workloads or not runtime.supports_rss:
@@ -166,7 +168,7 @@ def judge(
         measured: latencies by workload.
         rss: peak resident bytes by workload.
     """
-    choice = Choice.from_json(submodel.chosen)
+    choice = choice_of(submodel)
 
     def value(item: BoundedLimit) -> float | None:
         limit = item.parsed
@@ -205,7 +207,7 @@ def verify(
     """
     config = config or VerifyConfig()
     inputs = {"model": models_digest(submodel)} if inputs is None else inputs
-    workloads = [Workload.parse(text) for text in Choice.from_json(submodel.chosen).workloads(card.name)]
+    workloads = [Workload.parse(text) for text in choice_of(submodel).workloads(card.name)]
     there = exported(submodel, workloads)
     deployable = [p for p in there if p in precisions(card.fingerprint.runtime)]
     timed = [replace(w, precision=p) for p in deployable for w in workloads]
@@ -239,6 +241,19 @@ def graph_loss(path: Path, data: EvaluationSet) -> float:
         normaliser = largest + np.log(np.exp(logits_TV - largest[:, None]).sum(axis=-1))
         total += float((normaliser - logits_TV[np.arange(len(logits_TV)), targets[counted]]).sum())
     return total / data.count
+
+
+def choice_of(submodel: SubModel) -> Choice:
+    """The limits and predictions that a sub-model was chosen under.
+
+    Args:
+        submodel: the sub-model.
+
+    Raises:
+        InputError: the choice in its folder is not whole.
+    """
+    with SUBMODEL.checked(submodel.folder / "architecture.json"):
+        return Choice.from_json(submodel.chosen)
 
 
 def evaluation_data(submodel: SubModel) -> EvaluationSet | None:
@@ -279,7 +294,7 @@ def conclude(
         losses: held-out losses by precision.
         inputs: sha256 of what was verified, by name.
     """
-    predicted = Choice.from_json(submodel.chosen).workloads(card.name)
+    predicted = choice_of(submodel).workloads(card.name)
     verification = Verification(
         key=submodel.architecture.key,
         device=card.name,

@@ -7,6 +7,7 @@ an incomplete one.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from space.io.errors import InputError
+from space.io.filesystem import make_readable, naming, read_file, require_regular, sync_file, sync_folder
 
 
 def digest(data: bytes | str) -> str:
@@ -33,6 +35,7 @@ def file_digest(path: Path) -> str:
     Args:
         path: path of the file.
     """
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -46,19 +49,6 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that renames in it survive a power failure.
-
-    Args:
-        folder: the folder.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path that is renamed to ``path`` if the block ends without an exception.
@@ -66,19 +56,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Args:
         path: the final path; missing folders are created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            sync_file(temporary)
+            make_readable(temporary)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -149,7 +139,7 @@ class Artefact:
         """
         command = made_by or self.made_by
         try:
-            text = path.read_bytes()
+            text = read_file(path)
         except FileNotFoundError:
             raise InputError(f"{path}: not found; `{command}` makes it") from None
         except OSError as error:
@@ -169,20 +159,45 @@ class Artefact:
         """
         command = made_by or self.made_by
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{path}: not a whole {self.kind} file ({error}); `{command}` makes it again"
+                f"{path}: not a whole {self.kind} file ({str(error)[:200]}); `{command}` makes it again"
             ) from None
         header = value.get("header") if isinstance(value, dict) else None
         if not isinstance(header, dict) or header.get("kind") != self.kind:
             raise InputError(f"{path}: not a {self.kind} file; `{command}` makes one")
         if header.get("schema") != self.schema:
+            found = repr(header.get("schema"))[:20]
             raise InputError(
-                f"{path}: schema version {header.get('schema')!r}, this formfit reads {self.schema}; "
+                f"{path}: schema version {found}, this formfit reads {self.schema}; "
                 f"`{command}` makes it again"
             )
+        inputs = header.get("inputs")
+        if not isinstance(inputs, dict) or not all(isinstance(item, str) for item in inputs.values()):
+            raise InputError(
+                f"{path}: not a whole {self.kind} file (its header has no inputs); `{command}` makes it again"
+            )
         return dict(value)
+
+    @contextmanager
+    def checked(self, path: Path, made_by: str | None = None) -> Iterator[None]:
+        """Refuse a body that cannot be read, in a block that reads one.
+
+        Args:
+            path: path of the file, for error messages.
+            made_by: command for error messages, if not the kind's own.
+
+        Raises:
+            InputError: a value of the body is missing, of another type or impossible.
+        """
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{path}: not a whole {self.kind} file ({reason}); `{made_by or self.made_by}` makes it again"
+            ) from None
 
     def made_from(self, path: Path, inputs: Mapping[str, str]) -> bool:
         """True if a complete file exists whose header has the given inputs.
@@ -196,6 +211,15 @@ class Artefact:
         except InputError:
             return False
         return all(header["inputs"].get(name) == value for name, value in inputs.items())
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text[:20])
 
 
 def check_inputs(path: Path, artefact: Mapping[str, Any], expected: Mapping[str, str]) -> None:

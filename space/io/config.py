@@ -1,25 +1,76 @@
 """Strict reading of YAML configurations, with all errors in one message."""
 
 import difflib
+import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from space.io.errors import InputError
+from space.io.filesystem import read_file
+from space.io.names import RULE, is_name
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
+MAX_YAML_BYTES = 4 * 2**20
+MAX_YAML_NODES = 200_000  # values of a file, each alias counted as all that it stands for
+MAX_ERRORS = 8  # that one message lists
+MAX_VALUE_CHARACTERS = 80  # of a value that a message quotes
+MERGE_TAG = "tag:yaml.org,2002:merge"
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 6
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MAX_VALUE_CHARACTERS
+
+
+def _name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"{shown(text)}: {RULE}")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]  # see space.io.names
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with an error for duplicate keys."""
+    """The safe loader, with errors for duplicate keys and for aliases that expand without bound."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._count = 0
+        self._sizes: dict[int, int] = {}  # of composed nodes with all below them
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, and count what an alias stands for.
+
+        Args:
+            parent: node that it belongs to.
+            index: its place there.
+        """
+        is_alias, start = self.check_event(yaml.AliasEvent), self._count
+        node = super().compose_node(parent, index)
+        if not is_alias:
+            self._count += 1
+            self._sizes[id(node)] = self._count - start
+        elif id(node) not in self._sizes:
+            raise yaml.constructor.ConstructorError(None, None, "an alias of a value inside that value")
+        else:
+            self._count += self._sizes[id(node)]
+        if self._count > MAX_YAML_NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {MAX_YAML_NODES:,} values, aliases expanded"
+            )
+        return node
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == MERGE_TAG:  # of which the explicit keys take precedence
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(
@@ -27,7 +78,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             )
         if key in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice", key_node.start_mark
+                None, None, f"the key {shown(key)} is given twice", key_node.start_mark
             )
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
@@ -42,19 +93,22 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def load_yaml(path: Path) -> Any:
-    """Read a YAML file.
+    """Read a YAML file of at most ``MAX_YAML_BYTES`` and ``MAX_YAML_NODES``.
 
     Args:
         path: path of the file.
 
     Raises:
-        InputError: the file is missing, not text, or not YAML.
+        InputError: the file is missing, no regular file, too large, not text, or not YAML.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        text = read_file(path, MAX_YAML_BYTES).decode("utf-8-sig")
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -63,6 +117,16 @@ def load_yaml(path: Path) -> Any:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         # Raised by PyYAML's constructors for a date 2024-13-45, a number 0x_ or a wrong explicit tag.
         raise InputError(f"{path}: not valid YAML: a value does not match its type ({error})") from None
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it, cut to ``MAX_VALUE_CHARACTERS``.
+
+    Args:
+        value: any value.
+    """
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[: MAX_VALUE_CHARACTERS - 4]} ..."
 
 
 def parse(model: type[Model], value: Any, where: str) -> Model:
@@ -81,13 +145,19 @@ def parse(model: type[Model], value: Any, where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        lines = [_line(model, item) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        lines = [_line(model, item) for item in items[:MAX_ERRORS]]
+        if len(items) > MAX_ERRORS:
+            lines.append(f"and {len(items) - MAX_ERRORS:,} more")
         raise InputError(f"{where}: " + "; ".join(lines)) from None
 
 
 def _line(model: type[BaseModel], item: Any) -> str:
     place = "".join(
-        f".{part}" if isinstance(part, str) and part.isprintable() else f"[{part!r}]" for part in item["loc"]
+        f".{part}"
+        if isinstance(part, str) and part.isprintable() and len(part) <= MAX_VALUE_CHARACTERS
+        else f"[{shown(part)}]"
+        for part in item["loc"]
     ).lstrip(".")
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, item["loc"][:-1])
@@ -99,14 +169,14 @@ def _line(model: type[BaseModel], item: Any) -> str:
         return f"{place}: {message}" if place else message
     if item["type"] == "missing":
         return f"{place}: missing"
-    return f"{place}: {message}, found {item['input']!r}"
+    return f"{place}: {message}, found {shown(item['input'])}"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """The allowed keys at a path inside a nested model."""
     current: Any = model
     for part in path:
-        if isinstance(part, int):
+        if part not in current.model_fields:  # an index of a list, or a key of a dictionary
             continue
         annotation = current.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]

@@ -1,25 +1,66 @@
 """Dataclasses from JSON objects that have a key for each field."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, fields
+from functools import lru_cache
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from space.io.config import shown
 
 Record = TypeVar("Record")
 Reader = Callable[[Any], Any]
 
 
+@lru_cache
+def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
+    """Validator of a field."""
+    config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    hint = get_type_hints(kind)[name]
+    try:
+        return TypeAdapter(hint, config=config)
+    except PydanticUserError:  # a dataclass or model, which has a configuration of its own
+        return TypeAdapter(hint)
+
+
 def read_record(kind: type[Record], value: Mapping[str, Any], **readers: Reader) -> Record:
-    """A dataclass from a JSON object.
+    """A dataclass from a JSON object, whose values are of the types of the fields.
 
     Fields that the object lacks get their defaults; keys that are not fields are ignored.
 
     Args:
         kind: the dataclass.
-        value: values by the name of the field.
+        value: values by the name of the field; JSON, or of the field's own type.
         readers: functions of a JSON value by the name of the field; other fields take the value as it is.
+
+    Raises:
+        ValueError: a value is of another type, or one without a default is missing.
     """
-    names = [field.name for field in fields(kind) if field.name in value]  # type: ignore[arg-type]
-    return kind(**{name: readers[name](value[name]) if name in readers else value[name] for name in names})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{kind.__name__}: expected an object, found {shown(value)}")
+    found = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        name = field.name
+        if name in value:
+            item = value[name]
+            found[name] = readers[name](item) if name in readers else _validated(kind, name, item)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{kind.__name__} has no {name}")
+    return kind(**found)
+
+
+def _validated(kind: type, name: str, item: Any) -> Any:
+    if item is not None and not isinstance(item, str | int | float | list | tuple | dict):
+        return item
+    try:
+        return _adapter(kind, name).validate_json(json.dumps(item), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part!r}]" for part in first["loc"])
+        message = f"{kind.__name__}.{name}{place}: {first['msg']}, found {shown(first['input'])}"
+        raise ValueError(message) from None
 
 
 def read_document(kind: type[Record], value: Mapping[str, Any], **readers: Reader) -> Record:

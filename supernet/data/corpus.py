@@ -8,6 +8,7 @@ every document: byte 0, which no document contains, or the tokenizer's own. Foot
 windows are copies.
 """
 
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from space.io.artefact import canonical_json, digest
 from space.io.errors import InputError
-from supernet.data.documents import EXPECTED, read_documents
+from supernet.data.documents import EXPECTED, Skipped, read_documents
 from supernet.data.mqar import default_pairs, mqar, require_mqar, training_generator
 from supernet.data.split import require_apart, split_documents
 from supernet.data.tokenizer import Tokenizer, load_tokenizer
 
+_log = logging.getLogger("formfit")
 BYTE_VOCAB_SIZE = 256
 MORE_TEXT = "give more text, a larger data.limit_mb or another data.held_out"
 
@@ -36,7 +38,8 @@ class DataConfig(BaseModel):
 
     Attributes:
         path: a text file, or a folder that is read recursively without hidden files; None is the standard
-            library of the running interpreter. A single file is cut at line ends into documents of 16 KiB.
+            library of the running interpreter. Files that are no text are left out with a warning. A single
+            file is cut at line ends into documents of 16 KiB.
         held_out: share of documents that are held out, by content hash.
         limit_mb: take documents in hash order up to this size in MB (10**6 bytes); None takes all.
         tokenizer: a Hugging Face ``tokenizer.json``; None uses bytes as tokens.
@@ -110,7 +113,10 @@ def load_corpus(config: DataConfig) -> Corpus:
         return _mqar_corpus(config, tokenizer)
     source = str(config.path or f"standard library of Python {platform.python_version()}")
     limit = float("inf") if config.limit_mb is None else config.limit_mb * 1e6
-    train, held_out = split_documents(read_documents(config.path), config.held_out, limit)
+    skipped = Skipped()
+    train, held_out = split_documents(read_documents(config.path, skipped), config.held_out, limit)
+    if line := skipped.describe():
+        _log.warning("formfit: data.path: %s: %s", source, line)
     if not (train or held_out):
         raise InputError(f"data.path: {source}: no UTF-8 text in it; {EXPECTED}")
     if not (train and held_out):
@@ -124,6 +130,8 @@ def load_corpus(config: DataConfig) -> Corpus:
         sides: tuple[TokenIds, TokenIds] = joined_bytes(train), joined_bytes(held_out)
     else:
         held_out_ids, sizes = tokenizer.encode_measured(held_out)
+        for warning in tokenizer.warnings(held_out):
+            _log.warning("formfit: %s", warning)
         sides = tokenizer.encode(train), held_out_ids
     return _corpus(config, tokenizer, sides, len(train) + len(held_out), source, sizes)
 

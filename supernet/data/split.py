@@ -8,6 +8,7 @@ no whole document.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -35,22 +36,32 @@ def split_documents(
         limit_bytes: take texts in the order of their sha256 up to this size.
 
     Returns:
-        Training documents and held-out documents; either may be empty.
+        Training documents and held-out documents. Of two or more texts, each side gets one, but blocks that
+        are in the training text too are cut out of held-out ones.
     """
     contents = {hashlib.sha256(text).digest(): text for text in texts if text.strip()}
-    sides: tuple[list[bytes], list[bytes]] = ([], [])
+    taken: dict[bytes, float] = {}
     left = limit_bytes
     for key, text in sorted(contents.items()):
         if left <= 0:
             break
         left -= len(text)
         # The hash's first bytes order, its last ones split; the same ones would fill one side first.
-        share = int.from_bytes(key[-8:], "big") / 2**64
-        sides[share < held_out].append(text)
-    train, candidates = sides
+        taken[text] = int.from_bytes(key[-8:], "big") / 2**64
+    threshold = _threshold(list(taken.values()), held_out)
+    train = [text for text, share in taken.items() if share >= threshold]
+    candidates = [text for text, share in taken.items() if share < threshold]
     known = set(train)
     apart = without_blocks(candidates, shared_blocks(train, candidates))
     return train, [text for text in apart if text not in known]
+
+
+def _threshold(shares: Sequence[float], held_out: float) -> float:
+    """The share below which a document is held out: ``held_out``, unless by chance one side were empty."""
+    ordered = sorted(shares)
+    if len(ordered) < 2:
+        return held_out
+    return min(max(held_out, math.nextafter(ordered[0], 1)), ordered[-1])
 
 
 def require_apart(train: Sequence[bytes], held_out: Sequence[bytes]) -> None:

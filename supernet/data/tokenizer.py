@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 
 from space.io.artefact import digest
 from space.io.errors import InputError
+from space.io.filesystem import read_file
 
+BYTE_SEPARATOR = 0  # if bytes are the tokens; no text contains it
+WARN_UNKNOWN, MAX_UNKNOWN = 0.001, 0.2  # shares of the characters of a text that a tokenizer does not know
 # End-of-text tokens of common tokenizers; the first one in a tokenizer's vocabulary separates documents.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 BATCH_TEXTS = 64
+SAMPLE_TEXTS, SAMPLE_BYTES = 256, 1 << 16  # that unknown characters are counted in
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -41,6 +45,69 @@ class Tokenizer:
     vocab_size: int
     separator: int
     digest: str
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that begins a document: as in training, only a separator stands before it.
+
+        Args:
+            text: the text.
+        """
+        return [self.separator, *self.library.encode(text, add_special_tokens=False).ids]
+
+    def warnings(self, texts: Sequence[bytes]) -> list[str]:
+        """Reasons for poor text, one line each.
+
+        Args:
+            texts: UTF-8 texts.
+
+        Raises:
+            InputError: the tokenizer does not know more than ``MAX_UNKNOWN`` of the texts.
+        """
+        where, found = f"data.tokenizer: {self.path}", []
+        some = texts[:: max(1, len(texts) // SAMPLE_TEXTS)]
+        share = self.unknown_share([text[:SAMPLE_BYTES].decode(errors="ignore").encode() for text in some])
+        line = f"{where}: knows no token for {share:.1%} of the characters"
+        if share > MAX_UNKNOWN:
+            raise InputError(f"{line}, at most {MAX_UNKNOWN:.0%} are allowed; give another tokenizer")
+        if share > WARN_UNKNOWN:
+            found.append(f"{line}; they are lost")
+        if self.library.decoder is None:
+            found.append(f"{where}: has no decoder; generated text is its tokens with spaces between them")
+        name = self.library.id_to_token(self.separator)
+        if name not in SEPARATORS:
+            found.append(
+                f"{where}: knows none of {', '.join(SEPARATORS)}; token {self.separator} ({name!r}) "
+                "separates documents"
+            )
+        return found
+
+    def unknown_share(self, texts: Sequence[bytes]) -> float:
+        """Share of the characters, without white space, that stand in an unknown token or in none.
+
+        Args:
+            texts: UTF-8 texts.
+        """
+        unknown_id = self._unknown_id()
+        lost = total = 0
+        for text, encoding in zip(texts, self._encodings(texts, "encode_batch"), strict=True):
+            decoded = text.decode()
+            known = np.zeros(len(decoded) + 1, np.int64)
+            ids, spans = np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            spans = spans[ids != unknown_id]
+            np.add.at(known, spans[:, 0], 1)
+            np.add.at(known, spans[:, 1], -1)
+            is_text = np.array([not character.isspace() for character in decoded], bool)
+            total += int(is_text.sum())
+            lost += int((is_text & (np.cumsum(known)[:-1] <= 0)).sum())
+        return lost / total if total else 0.0
+
+    def _unknown_id(self) -> int:
+        model = json.loads(self.library.to_str())["model"]
+        if model.get("unk_id") is not None:
+            return int(model["unk_id"])
+        name = model.get("unk_token")
+        found = self.library.token_to_id(name) if name else None
+        return -1 if found is None else int(found)
 
     def encode(self, texts: Sequence[bytes]) -> Ids:
         """Encode texts, with a separator before and after each.
@@ -96,7 +163,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     where = f"data.tokenizer: {path}"
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         raise InputError(f"{where}: not found; give a Hugging Face tokenizer.json") from None
     except OSError as error:
@@ -127,6 +194,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
         separator=known[0] if known else 0,
         digest=digest(content),
     )
+
+
+def prompt_template(name: str, token_id: int) -> dict[str, Any]:
+    """The post-processor of a ``tokenizer.json`` that encodes as :meth:`Tokenizer.encode_prompt` does.
+
+    Args:
+        name: of the separator.
+        token_id: of the separator.
+    """
+    start = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": sequence, "type_id": 0}} for sequence in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, start, second],
+        "special_tokens": {name: {"id": name, "ids": [token_id], "tokens": [name]}},
+    }
 
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:

@@ -21,8 +21,8 @@ from space.architecture import Architecture, ModelConfig
 from space.io.artefact import atomic_path, write_text
 from space.io.errors import InputError
 from space.mixers import MIXERS
-from space.shapes import model_shapes
-from supernet.data.tokenizer import SEPARATORS, load_tokenizer
+from space.shapes import is_matrix, model_shapes
+from supernet.data.tokenizer import BYTE_SEPARATOR, SEPARATORS, load_tokenizer, prompt_template
 from supernet.hf.bundle import one_file
 from supernet.hf.mixer_table import mixer_table
 from supernet.parent.names import transformers_name
@@ -69,7 +69,7 @@ def write_hf(
     separator, texts = _tokenizer(model_config, tokenizer)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
     config: Json = {"dtype": str(weights["embedding"].dtype).removeprefix("torch."), **ids}
-    names = {name: name for name in shapes}
+    names = {name: tensor_name(name, shape, architecture) for name, shape in shapes.items()}
     if native := _native(architecture, model_config):
         (folder / MODELING_FILE).unlink(missing_ok=True)  # of a model that was written here before
         config |= native
@@ -91,6 +91,17 @@ def write_hf(
     for name, text in texts.items():
         write_text(folder / name, text)
     return ["model.safetensors", *texts]
+
+
+def tensor_name(name: str, shape: tuple[int, ...], architecture: Architecture) -> str:
+    """The name of a parameter in a folder for transformers, where a matrix is the weight of a module.
+
+    Args:
+        name: in :func:`space.shapes.model_shapes`.
+        shape: of the parameter.
+        architecture: of the sub-model.
+    """
+    return f"{name}.weight" if is_matrix(name, shape, architecture) else name
 
 
 def modelling_file(mixers: Iterable[str] = ()) -> str:
@@ -211,16 +222,19 @@ def _tokenizer(model_config: ModelConfig, path: Path | None) -> tuple[int, dict[
         "model_max_length": model_config.max_seq_len,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the separator's name in a text is plain text, as in training
     }
     if path is None:
-        separator, name, text = 0, END_OF_TEXT, _json(_byte_tokenizer())
-        config["split_special_tokens"] = True  # the separator's name in a text is plain bytes, as in training
+        separator, name, text = BYTE_SEPARATOR, END_OF_TEXT, _json(_byte_tokenizer())
     else:
         loaded = load_tokenizer(path)
         if loaded.vocab_size > model_config.vocab_size:
             raise InputError(f"{path}: {loaded.vocab_size} tokens, the model has {model_config.vocab_size}")
-        separator, text = loaded.separator, path.read_bytes().decode()
+        separator = loaded.separator
         name = loaded.library.id_to_token(separator)
+        value = json.loads(path.read_bytes())
+        value["post_processor"] = prompt_template(name, separator)
+        text = _json(value)
     if name in SEPARATORS:  # otherwise id 0 separates documents, and may be a word
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), name)
     return separator, {"tokenizer.json": text, "tokenizer_config.json": _json(config)}
@@ -234,8 +248,6 @@ def _byte_tokenizer() -> Json:
         chr(byte if byte in printable else next(substitutes)): byte for byte in range(BYTE_VOCAB_SIZE)
     }
     vocabulary = {END_OF_TEXT: 0} | {character: byte for character, byte in vocabulary.items() if byte}
-    start = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
@@ -245,12 +257,7 @@ def _byte_tokenizer() -> Json:
         "added_tokens": [{"id": 0, "content": END_OF_TEXT, **flags, "special": True}],
         "normalizer": None,
         "pre_tokenizer": level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, first],
-            "pair": [start, first, start, second],
-            "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT]}},
-        },
+        "post_processor": prompt_template(END_OF_TEXT, BYTE_SEPARATOR),
         "decoder": level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }

@@ -13,7 +13,7 @@ into one file. Easy to get wrong:
 # mypy: allow-untyped-calls
 # (transformers leaves much of what a subclass calls untyped)
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from space.architecture import Architecture, ModelConfig
 from space.blocks import State, add_parameter, forward, initial
-from space.shapes import is_half_precision, model_shapes
+from space.shapes import is_half_precision, is_matrix, model_shapes, parameter_mixer
 
 # The field of an output that holds the cache.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -132,9 +132,12 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.architecture = Architecture.from_json(config.architecture, "config.json: architecture")
         self.model_config = ModelConfig.from_json(config.model_config, "config.json: model_config")
-        shapes = model_shapes(self.architecture, self.model_config)
+        self.shapes = shapes = model_shapes(self.architecture, self.model_config)
         for name, shape in shapes.items():
-            add_parameter(self, name, torch.empty(shape))
+            if is_matrix(name, shape, self.architecture):
+                _add_matrix(self, name, shape, parameter_mixer(name, self.architecture))
+            else:
+                add_parameter(self, name, torch.empty(shape))
         for slot, layer in enumerate(self.architecture.layers):
             if layer.mixer != "none":
                 block: Any = self.get_submodule(f"layers.{slot}.mixer")
@@ -149,8 +152,10 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the parameters of a module that no file gave."""
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, (), device="cpu")))
-        for name, parameter in module.named_parameters(recurse=False):
+        for leaf, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
+                # A matrix is the weight of a module; one without a name is an embedding of another size.
+                name = getattr(module, "matrix_name", "embedding") if leaf == "weight" else leaf
                 value = initial(
                     name, tuple(parameter.shape), generator,
                     mixer=getattr(module, "mixer_name", ""), tie_embeddings=self.model_config.tie_embeddings,
@@ -160,6 +165,40 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, which is the output matrix too if they are tied."""
+        return self.get_submodule("embedding")
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.add_module("embedding", value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output matrix; None if it is the embedding."""
+        return None if self.model_config.tie_embeddings else self.get_submodule("head")
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output matrix."""
+        self.add_module("head", new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the number of tokens, as for every model of transformers; the configuration follows."""
+        embedding: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        size = int(self.get_parameter("embedding.weight").shape[0])
+        self.config.model_config = {**self.config.model_config, "vocab_size": size}
+        self.config.vocab_size = size
+        self.model_config = replace(self.model_config, vocab_size=size)
+        return embedding
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The values of all parameters by their names in :func:`space.shapes.model_shapes`."""
+        return {
+            name: _matrix(self.get_submodule(name))
+            if is_matrix(name, shape, self.architecture)
+            else self.get_parameter(name)
+            for name, shape in self.shapes.items()
+        }
 
     def prepare_inputs_for_generation(
         self,
@@ -240,7 +279,7 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         mask = _padding(attention_mask, (input_ids.shape[0], total))
         last = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         logits, states = forward(
-            dict(self.named_parameters()), self.architecture, self.model_config, input_ids,
+            self._weights(), self.architecture, self.model_config, input_ids,
             position=position, states=states, mask=mask, keep=last,
         )  # fmt: skip
         if cache is not None:
@@ -253,6 +292,36 @@ class FormfitForCausalLM(PreTrainedModel, GenerationMixin):
         return output if wanted else output.to_tuple()
 
 
+def _add_matrix(model: nn.Module, name: str, shape: tuple[int, ...], mixer: str) -> None:
+    """Register a matrix as the weight of a plain module, which libraries such as PEFT look for."""
+    rows, columns = shape
+    module: Any = nn.Embedding(rows, columns) if name == "embedding" else nn.Linear(columns, rows, bias=False)
+    module.matrix_name, module.mixer_name = name, mixer  # for the first values
+    *path, leaf = name.split(".")
+    for step in path:
+        if step not in model._modules:
+            model.add_module(step, nn.Module())
+        model = model.get_submodule(step)
+    model.add_module(leaf, module)
+
+
+def _matrix(module: Any) -> Tensor:
+    """The matrix of a module, with what the active LoRA adapters of PEFT add to it."""
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        weight: Tensor = module.weight
+        return weight
+    if getattr(module, "lora_variant", None) or not hasattr(module, "lora_A"):
+        raise TypeError(f"{type(module).__name__}: of PEFT's methods, formfit models take plain LoRA only")
+    weight = base.weight
+    if module.disable_adapters or module.merged:
+        return weight
+    for adapter in module.active_adapters:
+        if adapter in module.lora_A:
+            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
+    return weight
+
+
 def _refuse(arguments: dict[str, Any]) -> None:
     """Raise for an argument that asks for what the model has not."""
     asked = [name for name in REFUSED if arguments.get(name) is not None and arguments[name] is not False]
@@ -263,7 +332,10 @@ def _refuse(arguments: dict[str, Any]) -> None:
 def _cache(cache: FormfitCache | None, wanted: bool) -> FormfitCache | None:
     """The cache of a call: the given one, a new one if one is wanted, or None."""
     if cache is not None and not isinstance(cache, FormfitCache):
-        raise TypeError(f"cache: a {type(cache).__name__}, expected the FormfitCache of an earlier call")
+        raise TypeError(
+            f"cache: a {type(cache).__name__} has no states of these mixers; leave it out in the first call, "
+            "and give the next one the FormfitCache that the first returned"
+        )
     return FormfitCache() if wanted and cache is None else cache
 
 

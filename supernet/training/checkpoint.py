@@ -5,8 +5,6 @@ A checkpoint is a folder ``step-NNNNNN`` with ``model.safetensors``, ``optimizer
 match is ignored.
 """
 
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from space import InputError
-from space.io.artefact import Artefact, atomic_path, check_inputs, file_digest
+from space.io.artefact import Artefact, check_inputs, file_digest
+from space.io.config import shown
+from space.io.filesystem import try_lock
+from supernet.tensors import load_tensors, save_tensors
 
 CHECKPOINT = Artefact("supernet checkpoint", "formfit train")
 KEPT_CHECKPOINTS = 2
@@ -46,8 +46,34 @@ class Checkpoint:
 
         Args:
             part: ``model`` or ``optimizer``.
+
+        Raises:
+            InputError: the file is not whole, or holds a value that is not finite.
         """
-        return load_file(self.folder / f"{part}.safetensors")
+        return load_tensors(self.folder / f"{part}.safetensors", CHECKPOINT.made_by)
+
+    def load_into(self, module: nn.Module) -> None:
+        """Load the weights of a module.
+
+        Args:
+            module: of the shapes that were trained.
+
+        Raises:
+            InputError: see :meth:`load`; or a tensor is missing, unknown or of another shape.
+        """
+        tensors, expected = self.load("model"), module.state_dict()
+        wrong = sorted(
+            name
+            for name in tensors.keys() | expected.keys()
+            if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+        )
+        if wrong:
+            found, wanted = (
+                tuple(named[wrong[0]].shape) if wrong[0] in named else None for named in (tensors, expected)
+            )
+            path = self.folder / "model.safetensors"
+            raise InputError(f"{path}: {wrong[0]} is {found}, expected {wanted} ({len(wrong)} differ)")
+        module.load_state_dict(tensors)
 
 
 @contextmanager
@@ -61,20 +87,15 @@ def sole_writer(root: Path) -> Iterator[None]:
         InputError: another training still holds the lock after ``LOCK_TIMEOUT_S``.
     """
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(f"{root}: another process writes here; wait until it ends") from None
-                time.sleep(LOCK_POLL_S)
-        yield
-    finally:
-        os.close(descriptor)
+    while True:
+        with try_lock(root) as is_held:
+            if is_held:
+                yield
+                return
+        if time.monotonic() > deadline:
+            raise InputError(f"{root}: another process writes here; wait until it ends")
+        time.sleep(LOCK_POLL_S)
 
 
 def save_checkpoint(
@@ -92,8 +113,7 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     for part in PARTS:
         tensors = {name: tensor.detach().contiguous() for name, tensor in parts[part].items()}
-        with atomic_path(folder / f"{part}.safetensors") as temporary:
-            save_file(tensors, temporary)
+        save_tensors(folder / f"{part}.safetensors", tensors)
     hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
     CHECKPOINT.write(folder / "state.json", inputs, {"step": step, "hashes": hashes})
     for old in _folders(root)[KEPT_CHECKPOINTS:]:
@@ -123,7 +143,10 @@ def latest_checkpoint(root: Path, inputs: Mapping[str, str]) -> Checkpoint | Non
             hashes = {part: file_digest(folder / f"{part}.safetensors") for part in PARTS}
         except (InputError, OSError):
             continue
-        if hashes == state["hashes"]:
+        if hashes == state.get("hashes"):
             check_inputs(path, state, inputs)
-            return Checkpoint(folder, int(state["step"]), hashes["model"])
+            step = state.get("step")
+            if type(step) is not int or step != int(folder.name[5:]):
+                raise InputError(f"{path}: its step is {shown(step)}; remove the folder to resume before it")
+            return Checkpoint(folder, step, hashes["model"])
     return None

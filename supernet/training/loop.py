@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from tensorboardX import SummaryWriter
 
+from space.cpus import available_cpus
 from space.io.artefact import write_text
+from space.io.machine import check_threads
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
 from supernet.training.recipe import step_rate
 from supernet.training.trainer import Trainer
@@ -40,7 +42,8 @@ def take_steps(
     """
     config = trainer.config
     last = min(until or config.steps, config.steps)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    check_threads("threads", config.threads or 1)
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), available_cpus()))
     torch.use_deterministic_algorithms(True)
     checkpoint = latest_checkpoint(root, inputs)
     start = checkpoint.step if checkpoint else 0
@@ -92,7 +95,7 @@ class _Metrics:
         }
         self.row_began_s, self.row_start = now, done
         self.losses.clear()
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name in row.keys() - {"step", "steps"}:
             self.scalars.add_scalar(name, row[name], done)
@@ -122,11 +125,13 @@ def keep_metrics(log: Path, step: int) -> None:
     if not log.exists():
         return
     rows: list[str] = []
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            continue
         if row["step"] <= step:
             rows.append(line + "\n")
     write_text(log, "".join(rows))

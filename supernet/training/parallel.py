@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 from space import Architecture, InputError, Space
+from space.cpus import available_cpus
+from space.io.machine import session_folder
 from supernet.data.corpus import Corpus
 from supernet.training.checkpoint import latest_checkpoint, sole_writer
 from supernet.training.loop import Report, keep_metrics, take_steps
@@ -81,7 +83,7 @@ def train_parallel(
         checkpoint = latest_checkpoint(root, inputs)
         seen = checkpoint.step if checkpoint else 0
         keep_metrics(log, seen)  # rows past the checkpoint will be written again
-    with ray_session(max(os.cpu_count() or 1, config.workers)):
+    with ray_session(max(available_cpus(), config.workers)):
         import ray
 
         cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
@@ -126,11 +128,12 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
         address: address of a running cluster; None starts one.
 
     Raises:
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or none can be started.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # which would upload the working directory
     os.environ.setdefault("RAY_worker_niceness", "0")  # the priority of processes without Ray
     import ray
 
@@ -139,19 +142,20 @@ def ray_session(cpus: int, address: str | None = None) -> Iterator[None]:
         return
     if address:
         _require_answer(address)
+    folder = None if address else str(session_folder() / "ray")
     try:
         ray.init(
             address=address or "local",
             num_cpus=None if address else cpus,
             include_dashboard=None if address else False,
+            _temp_dir=folder,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env=worker_environment(),
         )
     except Exception as error:  # Ray's errors have no more specific common base
-        if not address:
-            raise
-        raise InputError(f"Ray address {address}: {' '.join(str(error).split())}") from None
+        where = f"Ray address {address}" if address else f"Ray cannot start in {folder}"
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
     try:
         yield
     finally:
@@ -185,7 +189,7 @@ def _storage(root: Path) -> Path:
 def _rows(log: Path) -> list[dict[str, Any]]:
     """The rows of the metrics; an incomplete last line is ignored."""
     try:
-        lines = log.read_text().split("\n")[:-1]
+        lines = log.read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]

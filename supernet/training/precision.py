@@ -42,7 +42,7 @@ def matrix_type(config: TrainConfig) -> torch.dtype:
 def cpu_flags() -> frozenset[str]:
     """Feature flags of the CPU; empty if the operating system does not list them."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return frozenset()
     lines = [line for line in text.splitlines() if line.startswith("flags")]

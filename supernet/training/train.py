@@ -18,22 +18,24 @@ from supernet.training.trainer import Trainer
 
 
 def training_inputs(
-    space: Space, config: TrainConfig, corpus: Corpus, architecture: Architecture | None = None
+    space: Space, config: TrainConfig, corpus: Corpus | None, architecture: Architecture | None = None
 ) -> dict[str, str]:
     """The sha256 of everything that a training's result depends on, by name.
 
     Args:
         space: the space.
         config: the training settings.
-        corpus: the training text.
+        corpus: the training text; None leaves out what depends on files that may be gone since.
         architecture: the architecture of a stand-alone training; None is the supernet's.
     """
     left_out = {"data", "init", "checkpoint_every", "workers"}
     if config.method == "joint":
         left_out |= {"method", "blockwise"}
     settings = config.model_dump(mode="json", exclude=left_out)
-    inputs = {"space": space.hash, "corpus": corpus.digest, "training": digest(canonical_json(settings))}
-    if config.init:
+    inputs = {"space": space.hash, "training": digest(canonical_json(settings))}
+    if corpus:
+        inputs["corpus"] = corpus.digest
+    if corpus and config.init:
         inputs["init"] = init_digest(config.init)
     if architecture:
         inputs["architecture"] = architecture.key
@@ -138,8 +140,16 @@ def load_supernet(space: Space, checkpoint: Checkpoint) -> Supernet:
     Args:
         space: the space that it was trained for.
         checkpoint: a checkpoint of a supernet's training.
+
+    Raises:
+        InputError: the weights are incomplete, or of another space.
     """
-    return Supernet(space, values=checkpoint.load("model")).requires_grad_(False).eval()
+    path = checkpoint.folder / "model.safetensors"
+    try:
+        supernet = Supernet(space, values=checkpoint.load("model"))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return supernet.requires_grad_(False).eval()
 
 
 def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Architecture) -> Model:
@@ -151,7 +161,7 @@ def load_stand_alone(space: Space, checkpoint: Checkpoint, architecture: Archite
         architecture: the architecture.
     """
     model = Model(architecture, space.config)
-    model.load_state_dict(checkpoint.load("model"))
+    checkpoint.load_into(model)
     return model.requires_grad_(False).eval()
 
 

@@ -178,9 +178,11 @@ class Trainer:
         Args:
             checkpoint: a checkpoint of the same training.
         """
-        self.module.load_state_dict(checkpoint.load("model"))
+        checkpoint.load_into(self.module)
         for key, value in checkpoint.load("optimizer").items():
-            name, leaf = key.rsplit(":", 1)
+            name, _, leaf = key.rpartition(":")
+            if name not in self.parameters:
+                raise InputError(f"{checkpoint.folder}: the optimizer's {key[:80]!r} is of no parameter")
             self.optimiser.state.setdefault(name, {})[leaf] = value
 
     def step(self, step: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_device_runner_needs_only_python_3_8_numpy_and_onnxruntime() -> None:
         names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         assert {n for n in names if n.split(".")[0] in ("latency", "space", "search", "supernet")} <= own
         outside = {n.split(".")[0] for n in names} - sys.stdlib_module_names
-        assert outside <= {"latency", "numpy", "onnxruntime"}
+        assert outside <= {"latency", "numpy", "onnxruntime", "space"}
 
 
 def test_kit_is_small_and_its_result_makes_a_card(measured: Path) -> None:
@@ -165,6 +166,22 @@ def faster(value: dict[str, Any]) -> None:
                 timing[series] = [t * 1e-6 for t in timing[series]]
 
 
+def slower(value: dict[str, Any], factor: float) -> None:
+    """Multiply all times but the anchors', consistently."""
+    for group in value["groups"]:
+        for timing in group["timings"].values():
+            for series in ("raw", "values"):
+                timing[series] = [t * factor for t in timing[series]]
+
+
+def all_rounds(value: dict[str, Any], kept: slice, times: int = 1) -> None:
+    """Keep some rounds of every timing, as often as given."""
+    for group in value["groups"]:
+        for timing in group["timings"].values():
+            for series in ("raw", "values", "anchors"):
+                timing[series] = timing[series][kept] * times
+
+
 INVALID_RESULTS: dict[str, tuple[Callable[[str], str], str]] = {
     "truncated": (lambda text: text[: len(text) // 2], "not a result"),
     "edited": (lambda text: text.replace('"threads": 1', '"threads": 2'), "changed since it was measured"),
@@ -219,6 +236,36 @@ INVALID_RESULTS: dict[str, tuple[Callable[[str], str], str]] = {
         lambda text: change(text, lambda v: v["groups"][0]["timings"].update(x=first_timing(v))),
         "x: its kit does not measure that",
     ),
+    "other threads": (lambda text: change(text, lambda v: v.update(threads=2)), "on 2 threads, its kit on 1"),
+    "a group more": (
+        lambda text: change(text, lambda v: v["groups"].append(v["groups"][-1])),
+        r"has \d+ groups, its kit \d+",
+    ),
+    "fewer rounds": (
+        lambda text: change(text, lambda v: all_rounds(v, slice(0, 1))),
+        "1 rounds, its kit takes 2",
+    ),
+    "more rounds": (
+        lambda text: change(text, lambda v: all_rounds(v, slice(0, 2), 50)),
+        "100 rounds, its kit takes 2 to 2",
+    ),
+    "beyond any ceiling": (lambda text: change(text, lambda v: slower(v, 1e9)), "is impossible, above 600 s"),
+    "unknown mixers": (
+        lambda text: change(text, lambda v: v.update(unsupported={f"m{i}": "" for i in range(99)})),
+        "mixer 'm0' is not one of its kit",
+    ),
+    "many mixers": (
+        lambda text: change(text, lambda v: v.update(unsupported={f"m{i}": "" for i in range(100_000)})),
+        "unsupported: Dictionary should have at most 100 items",
+    ),
+    "a long reason": (
+        lambda text: change(text, lambda v: v.update(unsupported={"linear": "x" * 100_000})),
+        "at most 2000 characters",
+    ),
+    "parity of nothing": (
+        lambda text: change(text, lambda v: v.update(parity={"onnx": 0.0})),
+        "lacks what its kit measures",
+    ),
     "more keys": (lambda text: change(text, lambda v: v.update(path="/etc/passwd")), "path"),
     "another schema": (lambda text: change(text, lambda v: v.update(schema=7)), "schema version 7"),
     "a list": (lambda _: "[]", "not a result"),
@@ -250,8 +297,44 @@ def test_oversized_result_is_not_read(measured: Path, tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(100 * 2**20)
     packed_for(measured, tmp_path / "devices" / "far")
-    with pytest.raises(InputError, match="100 MiB, no result is above 64"):
+    with pytest.raises(InputError, match="larger than 67,108,864 bytes"):
         unpack(space(), tmp_path / "devices" / "far", path)
+
+
+def test_a_device_or_pipe_is_no_result(measured: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    packed_for(measured, tmp_path / "devices" / "far")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="not a regular file"):
+            unpack(space(), tmp_path / "devices" / "far", path)
+
+
+@pytest.mark.parametrize("opened", ["folder", "program"])
+def test_a_kit_that_was_unzipped_runs(opened: str, measured: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kit [/v1]"
+    with zipfile.ZipFile(measured / "kit.zip") as kit:
+        kit.extractall(folder)
+    out = tmp_path / "made" / "on demand" / "result.json"
+    # -I would leave the folder of a program off the path.
+    program = ["-I", str(folder)] if opened == "folder" else [str(folder / "__main__.py")]
+    command = [sys.executable, *program, "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert unpack(space(), packed_for(measured, tmp_path / "devices" / "far"), out).models
+
+
+def test_a_kit_tries_its_output_first(measured: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (Path("/proc/none/result.json"), tmp_path / "file" / "result.json", tmp_path):
+        done = run_kit(measured / "kit.zip", out)
+        assert done.returncode == 2
+        assert "group" not in done.stderr  # nothing was measured
+        assert "Traceback" not in done.stderr
+    done = run_kit(tmp_path / "none.zip", tmp_path / "result.json")
+    assert done.returncode != 0
 
 
 def test_packing_twice_gives_the_same_kit(tmp_path: Path) -> None:

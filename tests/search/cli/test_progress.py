@@ -1,9 +1,11 @@
 """Progress where there is no terminal, and tables."""
 
+from dataclasses import replace
+
 import pytest
 
 from search.cli.output import Bars, ProgressLines, make_table, show
-from search.cli.tables import front_tables
+from search.cli.tables import front_tables, mixer_letters, short_description, short_keys
 from search.engine.choice import LatencyPrediction, Prediction
 from search.engine.front import Member
 from space import Architecture, Layer
@@ -63,9 +65,50 @@ def test_a_front_of_two_workloads_fits_80_columns(
     show({}, False, lambda: front_tables(members, {"fastest": members[0].key}))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    for shown in (members[0].key, members[1].key, "1.2346", "12.345", "123,456,789", "fastest"):
+    for shown in (members[0].key[:6], members[1].key[:6], "1.2346", "12.345", "123,456,789", "fastest"):
         assert shown in printed  # on one line, not broken
-    assert printed.count("gated_deltanet/8:4+ffn1024") == 12  # of the picked member
+    assert "256 | 12*g8:4.1024 " in printed  # of the picked member
+    assert "(g gated_deltanet)" in printed
+
+
+def test_architectures_of_many_layers_are_one_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    full = Layer(mixer="attention", heads=8, kv_heads=8, ffn=1024)
+    local = Layer(mixer="sliding", heads=8, kv_heads=4, window=256, ffn=512)
+    kinds = [
+        full,
+        local,
+        Layer(mixer="none", ffn=64),
+        Layer(mixer="none", ffn=0),
+        Layer(mixer="mamba2", heads=4, kv_heads=4, ffn=0),
+    ]
+    layers = tuple(kinds[i % 5] for i in range(8))
+    letters = mixer_letters([Architecture(128, layers)])
+    assert letters == {"attention": "a", "mamba2": "m", "sliding": "s"}
+    text = short_description(Architecture(128, layers), letters)
+    assert text == "128 | a8.1024 s8:4@256.512 .64 - m4 a8.1024 s8:4@256.512 .64"
+    made = replace(member(128), architecture=Architecture(128, layers))
+    show({}, False, lambda: front_tables([made], {"knee": made.key, "best": made.key}))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert text in printed
+    assert printed.count("knee") == 2  # in both tables
+    assert printed.count("best") == 1
+
+
+def test_letters_and_keys_are_unique_beginnings() -> None:
+    kinds = ("mamba2", "gated_deltanet", "gla", "deltanet")
+    layers = tuple(Layer(mixer=kind, heads=1, kv_heads=1, ffn=0) for kind in kinds)
+    letters = mixer_letters([Architecture(16, layers)])
+    assert letters == {"deltanet": "d", "gated_deltanet": "ga", "gla": "gl", "mamba2": "m"}
+    assert short_keys(["0123456789ab", "0123450789ab"]) == {
+        "0123456789ab": "0123456",
+        "0123450789ab": "0123450",
+    }
+    assert short_keys(["0123456789ab"]) == {"0123456789ab": "012345"}
+    assert short_keys([]) == {}
 
 
 def test_square_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,9 +155,15 @@ def test_space_devices_and_dry_run_need_no_heavy_imports(answered: Path) -> None
         "errors": errors.to_json(),
         "op_seconds": ops,
         "op_relative_spreads": {"ffn-w96-f128": 0.0123},
+        "run_seconds": 1e-6,
+        "shared_seconds": {"full": 0.0, "linear": 0.0, "local": 0.0},
+        "cache_seconds_per_mib": {},
+        "spread": {"seconds": 0.0, "relative": 0.02},
+        "run_relative_spread": 0.02,
     }
     path = card.predictor_path("small", "onnxruntime", 1, "fp32")
-    PREDICTOR.write(path, {}, {"workloads": {"decode@256": model}})
+    body = {"workloads": {"decode@256": model}, "space": "small", "residuals": [0.1], "memory": {}}
+    PREDICTOR.write(path, {}, {**body, "ops": {"models": {}, "kinds": {}, "source": None}})
     asked = [["devices"], ["devices", "laptop"], ["space", str(SPACE)], ["run", str(CONFIG), "--dry-run"]]
     for words, (code, out, err, modules) in zip(asked, run(answered, asked), strict=True):
         assert (code, "measured with onnxruntime 0.1" in err) == (0, words[0] == "devices"), words

@@ -89,3 +89,29 @@ def test_study_of_another_space_or_other_objectives_is_refused(folder: Path) -> 
         open_projection(folder / "study.log", "desk", objectives_of(folder), "0" * 64)
     with pytest.raises(InputError, match="objectives are"):
         open_projection(folder / "study.log", "desk", ["loss", "params"], "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"[]",
+        b"7",
+        b'{"op_code": 99, "worker_id": "x"}',
+        b'{"op_code": 4, "worker_id": "x"}',
+        b'{"op_code": "a", "worker_id": 3}',
+    ],
+)
+def test_a_journal_with_a_line_that_is_no_record_is_made_again(
+    line: bytes, folder: Path, run_folder: Path
+) -> None:
+    objectives, space = objectives_of(folder), load_run_config(run_folder / "run" / "config.yaml").space
+    path = folder / "study.log"
+    count = open_projection(path, "desk", objectives, space.hash).count
+    assert count > 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for place in (1, len(lines) // 2, len(lines)):
+        path.write_bytes(b"".join([*lines[:place], line + b"\n", *lines[place:]]))
+        again = open_projection(path, "desk", objectives, space.hash)
+        assert 0 <= again.count <= count  # those that lack are added from the record
+        assert open_projection(path, "desk", objectives, space.hash).count == again.count

@@ -1,5 +1,6 @@
 """Text from exported models: the plain model's own choices, with a draft or without; the command."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -235,6 +236,70 @@ def test_what_goes_on_keeps_the_space_of_its_first_piece(tmp_path: Path) -> None
 # The command.
 
 
+def byte_fallback(path: Path, *pieces: str) -> StreamingTokenizer:
+    """A tokenizer of Llama's style, in which a token may be a byte of a character."""
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.save(str(path / "tokenizer.json"))
+    return StreamingTokenizer(load_tokenizer(path / "tokenizer.json"))
+
+
+def streamed(text: StreamingTokenizer, tokens: list[int]) -> str:
+    return "".join([*map(text.feed, tokens), text.end()])
+
+
+def test_bytes_that_are_no_character_do_not_end_a_text(tmp_path: Path) -> None:
+    text = byte_fallback(tmp_path, "<0x41>", "<0xFF>", "▁a")
+    for tokens in itertools.product(range(3), repeat=6):
+        text = StreamingTokenizer(text.tokenizer)
+        given = streamed(text, list(tokens))
+        assert given.count("a") == tokens.count(2)
+        assert ("\ufffd" in given) == (1 in tokens)
+    text = StreamingTokenizer(text.tokenizer)
+    text.encode("AA")
+    assert streamed(text, [0, 1, 2, 0]) == "A\ufffd aA"
+
+
+def test_a_character_that_is_left_open_is_shown(tmp_path: Path) -> None:
+    text = byte_fallback(tmp_path, "a", "<0xE6>", "<0x97>", "<0xA5>")
+    assert [*map(text.feed, [0, 1, 2, 3, 0])] == ["a", "", "", "日", "a"]
+    assert [*map(text.feed, [0, 1, 2])] == ["a", "", ""]
+    assert text.end() == "\ufffd\ufffd"
+    assert text.end() == ""
+    level = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate("aæĹ¥")}, []))
+    level.decoder = decoders.ByteLevel()
+    level.save(str(tmp_path / "level.json"))
+    text = StreamingTokenizer(load_tokenizer(tmp_path / "level.json"))
+    assert [*map(text.feed, [0, 1, 2, 3, 0, 1])] == ["a", "", "", "日", "a", ""]
+    assert text.end() == "\ufffd"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_streamed_text_is_the_decoded_text(seed: int, tmp_path: Path) -> None:
+    """Whole characters, in any order, as the library decodes all at once."""
+    words = ["▁a", "b", "▁日", "▁", "é", "▁the"]
+    spelled = [f"<0x{byte:02X}>" for byte in "ñ日😀".encode()]
+    text = byte_fallback(tmp_path, *words, *dict.fromkeys(spelled))
+    ids = {piece: i for i, piece in enumerate([*words, *dict.fromkeys(spelled)])}
+    groups = [[ids[word]] for word in words]
+    groups += [[ids[f"<0x{byte:02X}>"] for byte in character.encode()] for character in "ñ日😀"]
+    rng = np.random.default_rng(seed)
+    tokens = [0, *(token for i in rng.integers(len(groups), size=200) for token in groups[i])]
+    assert text.tokenizer
+    assert streamed(text, tokens) == text.tokenizer.library.decode(tokens)
+
+
+def test_any_tokens_can_be_streamed(tmp_path: Path) -> None:
+    pieces = ["▁a", "b", *(f"<0x{byte:02X}>" for byte in range(256)), "</s>"]
+    text = byte_fallback(tmp_path, *pieces)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert isinstance(streamed(text, rng.integers(len(pieces) + 3, size=100).tolist()), str)
+
+
 def test_generate_streams_and_says_how_fast(formfit: Program, submodel: SubModel) -> None:
     done = formfit("generate", submodel.folder, "--prompt", "def f", "--tokens", 20, "--ignore-eos")
     assert done.returncode == 0, done.stderr
@@ -293,7 +358,7 @@ BAD = {
     ("--prompt", "a", "--draft", ".", "--temperature", "1"): "--draft takes the most likely token",
     ("--prompt", "a\udcff"): "--prompt: not UTF-8 text",
     ("--prompt", "a", "--draft", ".", "--precision", "int8-dynamic"): "--draft: not with int8-dynamic",
-    ("--prompt", "a", "--threads", "100000"): "--threads 100000: this machine has",
+    ("--prompt", "a", "--threads", "100000"): "--threads 100000: this process may use",
     ("--prompt", "a", "--tokens", "0"): "Invalid value for '--tokens'",
 }
 

@@ -228,5 +228,5 @@ def test_different_inputs_error_names_both(tmp_path: Path) -> None:
 def test_missing_inputs_are_error(tmp_path: Path, inputs: Any) -> None:
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"header": {"kind": "card", "schema": 1, "inputs": inputs}}))
-    with pytest.raises(InputError, match="made for space None, but the space given is abababababab"):
+    with pytest.raises(InputError, match=r"made for space None, but the .*|its header has no inputs"):
         check_inputs(path, CARD.read(path), {"space": "ab" * 32})

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from space.io.errors import InputError
+from supernet.data import documents as data_documents
 from supernet.data.corpus import (
     Corpus,
     DataConfig,
@@ -124,15 +125,18 @@ def test_errors_name_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert str(refused.value).startswith(f"data.path: {tmp_path / name}: {reason}")
         assert str(refused.value).endswith("; give a UTF-8 text file or a folder of them")
     refusal = PermissionError(13, "Permission denied", "a.txt")
-    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=refusal))
+    monkeypatch.setattr(data_documents, "read_file", Mock(side_effect=refusal))
     with pytest.raises(InputError, match=r"data.path: a.txt: Permission denied"):
         load_corpus(DataConfig(path=tmp_path))
 
 
-def test_empty_or_short_side_is_error(library: Path) -> None:
-    for held_out in (1e-9, 1 - 1e-9):
-        with pytest.raises(InputError, match="each side needs one; give more text"):
-            load_corpus(DataConfig(path=library, held_out=held_out))
+def test_each_side_gets_a_document_whatever_the_share(library: Path) -> None:
+    few, most = (load_corpus(DataConfig(path=library, held_out=share)) for share in (1e-9, 1 - 1e-9))
+    assert (few.held_out == 0).sum() == 2  # separators of one document
+    assert (most.train == 0).sum() == 2
+    for found in (few, most):
+        assert len(found.train) > 2
+        assert len(found.held_out) > 2
 
 
 def test_single_file_in_folder_gets_hint(tmp_path: Path) -> None:

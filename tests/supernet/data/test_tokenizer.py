@@ -33,9 +33,10 @@ def byte_level(size: int = 400, specials: tuple[str, ...] = ("<unk>", "</s>")) -
     return made
 
 
-def word_level() -> tokenizers.Tokenizer:
+def word_level(*words: str) -> tokenizers.Tokenizer:
     """Lower-cased words between whitespace; decoding does not give the text back."""
-    made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "again": 1, "words": 2}, "[UNK]"))
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return made
@@ -117,9 +118,11 @@ def test_subword_recall_mask_uses_rare_bigrams(texts: Path, tmp_path: Path) -> N
 
 
 def test_lossy_tokenizer_has_no_bits_per_byte(texts: Path, tmp_path: Path) -> None:
-    found = load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, word_level())))
+    words = sorted({word for text in TEXTS for word in text.lower().split()})
+    made = word_level(*words)
+    found = load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, made)))
     assert found.held_out_bytes is None
-    assert found.vocab_size == 3
+    assert found.vocab_size == len(words) + 1
     assert evaluation_set(found, 4, 8).bits_per_byte(1.0) is None
 
 
@@ -210,3 +213,33 @@ def test_missing_package_error_names_extra(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"needs the package tokenizers; `pip install 'formfit\[hf\]'`"):
         load_tokenizer(path)
     load_corpus(DataConfig(recall=1.0))  # bytes need no package
+
+
+def test_a_tokenizer_that_knows_too_little_of_a_text_is_refused(texts: Path, tmp_path: Path) -> None:
+    config = DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, word_level("again", "words")))
+    with pytest.raises(InputError, match=r"knows no token for \d+.\d% of the characters, at most 20%"):
+        load_corpus(config)
+
+
+def test_unknown_characters_are_those_in_unknown_tokens_or_in_none(tmp_path: Path) -> None:
+    known = load_tokenizer(saved(tmp_path, word_level("again", "words")))
+    assert known.unknown_share([b"again  words\n abc", b"Again ab"]) == 5 / 20
+    assert known.unknown_share([b" \n"]) == 0
+    letters = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # drops what it does not know
+    assert load_tokenizer(saved(tmp_path, letters)).unknown_share([b"abcab d"]) == 2 / 6
+    assert load_tokenizer(saved(tmp_path, byte_level())).unknown_share([t.encode() for t in TEXTS]) == 0
+
+
+def test_lost_text_and_a_missing_decoder_and_separator_are_told(
+    texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = sorted({word for text in TEXTS for word in text.lower().split()} - {"words,"})
+    (texts / "more.txt").write_text("again " * 2000)
+    load_corpus(DataConfig(path=texts, held_out=0.5, tokenizer=saved(tmp_path, word_level(*words))))
+    assert "has no decoder" in caplog.text
+    assert "token 0 ('[UNK]') separates documents" in caplog.text
+    assert "% of the characters; they are lost" in caplog.text
+    caplog.clear()
+    made = byte_level()
+    load_corpus(DataConfig(path=texts, held_out=0.3, tokenizer=saved(tmp_path, made)))
+    assert caplog.text == ""

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from space import Architecture, Layer, ModelConfig, genome, variation
 from space.architecture import has_heads
 from space.blocks import Model
 from space.mixers import MIXERS
-from supernet.hf.export import modelling_file, write_hf
+from supernet.hf.export import modelling_file, tensor_name, write_hf
 from supernet.hf.modeling import CACHE
 from tests.contracts import scatter, tiny_space
 from tests.numerics import TOLERANCE, assert_close
@@ -134,8 +134,16 @@ def theirs(modeling: ModuleType, model: Model) -> Any:
         architecture=model.architecture.to_json(), model_config=model.model_config.to_json()
     )
     made = modeling.FormfitForCausalLM(config).eval()
-    made.load_state_dict(model.state_dict())
+    made.load_state_dict(renamed(model))
     return made
+
+
+def renamed(model: Model) -> dict[str, Tensor]:
+    """A plain model's parameters under the names of transformers' model."""
+    return {
+        tensor_name(name, tuple(value.shape), model.architecture): value
+        for name, value in model.state_dict().items()
+    }
 
 
 @pytest.fixture(params=MIXTURES)
@@ -345,7 +353,8 @@ def test_unsupported_arguments_are_refused(mixed: Any) -> None:
         mixed(ids, attention_mask=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="position_ids: formfit models take no such argument"):
         mixed(ids, position_ids=torch.arange(5)[None])
-    with pytest.raises(TypeError, match="cache: a dict, expected the FormfitCache of an earlier call"):
-        mixed(ids, cache={})
+    for cache in ({}, DynamicCache()):
+        with pytest.raises(TypeError, match="has no states of these mixers; leave it out in the first call"):
+            mixed(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="stateful"):
         mixed.generate(ids[:1], max_new_tokens=2, prompt_lookup_num_tokens=2)

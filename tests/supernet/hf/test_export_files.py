@@ -19,7 +19,7 @@ from space.architecture import has_heads
 from space.blocks import Model
 from space.mixers import MIXERS
 from supernet.hf.bundle import one_file
-from supernet.hf.export import load_hf, modelling_file, write_hf
+from supernet.hf.export import load_hf, modelling_file, tensor_name, write_hf
 from supernet.hf.modeling import FormfitConfig, FormfitForCausalLM
 from supernet.parent import read_parent
 from supernet.training.precision import cast_matrices
@@ -253,18 +253,20 @@ def word_pieces(folder: Path, specials: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("specials", "separator", "name"), [(["<unk>", "</s>"], 1, "</s>"), (["<unk>"], 0, None)], ids=str
 )
-def test_given_tokenizer_is_copied(
+def test_given_tokenizer_puts_a_separator_before_a_text(
     tmp_path: Path, specials: list[str], separator: int, name: str | None
 ) -> None:
     given = word_pieces(tmp_path, specials)
     model_config = ModelConfig(vocab_size=300, max_seq_len=64, head_dim=16)
     written(tmp_path / "model", model_config=model_config, tokenizer=given)
-    assert (tmp_path / "model/tokenizer.json").read_bytes() == given.read_bytes()
+    assert {**read(tmp_path / "model/tokenizer.json"), "post_processor": None} == read(given)
     assert read(tmp_path / "model/config.json")["eos_token_id"] == separator
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == (name, name, 64)
     text = "the cat <unk> hat"
-    assert tokenizer(text).input_ids == tokenizers.Tokenizer.from_file(str(given)).encode(text).ids
+    plain = tokenizers.Tokenizer.from_file(str(given))
+    plain.encode_special_tokens = True  # in a text they are plain text
+    assert tokenizer(text).input_ids == [separator, *plain.encode(text).ids]
     with pytest.raises(InputError, match=r"given.json: \d+ tokens, the model has 256"):
         written(tmp_path / "small", tokenizer=given)
 
@@ -340,7 +342,9 @@ def test_half_precision_casts_only_matrices(tmp_path: Path) -> None:
         FormfitForCausalLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     wanted = cast_matrices(dict(model.named_parameters()), torch.bfloat16, MIXED)
-    assert {n: p.dtype for n, p in half.named_parameters()} == {n: p.dtype for n, p in wanted.items()}
+    assert {n: p.dtype for n, p in half.named_parameters()} == {
+        tensor_name(n, tuple(p.shape), MIXED): p.dtype for n, p in wanted.items()
+    }
     ids, mask = torch.arange(38).view(2, 19), torch.arange(19) >= torch.tensor([[0], [7]])
     with torch.no_grad():
         expected = full(ids, attention_mask=mask).logits
@@ -362,9 +366,10 @@ def test_new_model_is_initialised_as_in_formfit() -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert (first["norm"] == 1).all()
-    assert (first["layers.0.mixer.o"] == 0).all()
-    assert 0.9 < first["layers.0.ffn.up"].std() * 32**0.5 < 1.1
-    assert not torch.equal(first["layers.0.ffn.up"], first["layers.0.ffn.gate"])
+    assert (first["layers.0.mixer.o.weight"] == 0).all()
+    up, gate = (first[f"layers.0.ffn.{name}.weight"] for name in ("up", "gate"))
+    assert 0.9 < up.std() * 32**0.5 < 1.1
+    assert not torch.equal(up, gate)
 
 
 def test_folder_with_other_code_is_not_executed(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_ray_train_equals_one_process(
     both = train(small_space(), config, tmp_path, reported.append)
     assert not ray.is_initialized()
     assert capfd.readouterr().out == ""
-    names = ["metrics.jsonl", "step-000020", "step-000040", "tensorboard"]
+    names = [".lock", "metrics.jsonl", "step-000020", "step-000040", "tensorboard"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [row["step"] for row in reported] == [20, 40]
     assert [row["loss_nats"] for row in reported] == losses(tmp_path)

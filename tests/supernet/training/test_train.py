@@ -17,6 +17,7 @@ from space import Architecture, InputError, Space, genome
 from space.io.artefact import file_digest
 from supernet.data.corpus import DataConfig, load_corpus
 from supernet.training.checkpoint import latest_checkpoint, save_checkpoint
+from supernet.training.loop import keep_metrics
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_stand_alone, load_supernet, train, training_inputs
 from supernet.training.trainer import Trainer, Weights, distillation_loss
@@ -261,3 +262,12 @@ def test_metrics_and_tensorboard_are_written(text: Path, tmp_path: Path) -> None
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert all(name.encode() in content for name in ("loss_nats", "sampled_nats", "tokens_per_second"))
+
+
+def test_lines_of_the_metrics_that_are_no_rows_are_removed(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    rows = [{"step": 20, "loss_nats": 1.0}, {"step": 40, "loss_nats": 0.9}, {"step": 60, "loss_nats": 0.8}]
+    lines = [json.dumps(row) for row in rows]
+    log.write_text("\n".join([lines[0], "7", "[]", "{}", '{"step": "x"}', lines[1], lines[2], '{"ste']))
+    keep_metrics(log, 40)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == rows[:2]
