@@ -33,7 +33,7 @@ from supernet.extract import write_model
 from supernet.hf.export import load_hf
 from supernet.parent import Parent, read_parent
 
-ROWS, LENGTH, NEW_TOKENS, PROMPT = 4, 256, 64, 8
+ROWS, LENGTH, NEW_TOKENS, PROMPT = 4, 128, 64, 8
 MAX_ERROR, MAX_INT8_NATS = 1e-4, 0.02
 
 

@@ -166,16 +166,9 @@ def _weights(
     for path, theirs, tensor in tensors:
         if theirs.endswith("rotary_emb.inv_freq"):
             continue  # a buffer in old folders
-        expected = shapes.get(names.get(theirs, ""))
-        if expected is None:
+        if theirs not in names:
             raise InputError(f"{path}: {theirs} is a weight that {settings.family} models do not have")
-        if tuple(tensor.shape) != expected:
-            raise InputError(f"{path}: {theirs} is {tuple(tensor.shape)}, its settings say {expected}")
-        if tensor.dtype not in FLOAT_TYPES or not tensor.isfinite().all():
-            raise InputError(
-                f"{path}: {theirs} holds {tensor.dtype}, expected finite fp32, bf16, fp16 or fp64"
-            )
-        weights[names[theirs]] = tensor.to(torch.float32)
+        weights[names[theirs]] = _checked(tensor, shapes[names[theirs]], f"{path}: {theirs}")
     tied = settings.model_config.tie_embeddings
     if tied and "head" in weights and "embedding" in weights:
         tied = torch.equal(weights["head"], weights["embedding"])
@@ -187,6 +180,15 @@ def _weights(
     if missing:
         raise InputError(f"{source}: has no weight {missing[0]} ({len(missing)} are missing)")
     return model_config, {name: _padded(weights[name], shape) for name, shape in wanted.items()}
+
+
+def _checked(tensor: Tensor, expected: tuple[int, ...], where: str) -> Tensor:
+    """A tensor in fp32; an InputError if it has another shape, or values that are no weights."""
+    if tuple(tensor.shape) != expected:
+        raise InputError(f"{where} is {tuple(tensor.shape)}, its settings say {expected}")
+    if tensor.dtype not in FLOAT_TYPES or not tensor.isfinite().all():
+        raise InputError(f"{where} holds {tensor.dtype}, expected finite fp32, bf16, fp16 or fp64")
+    return tensor.to(torch.float32)
 
 
 def _unpadded(architecture: Architecture, ffn: int) -> Architecture:

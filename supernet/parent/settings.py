@@ -84,13 +84,7 @@ def read_settings(value: Settings, where: str) -> ParentSettings:
         InputError: a setting is missing or of another type, or asks for what is not supported.
     """
     family = _family(value, where)
-    for name, (changes_nothing, feature) in UNSUPPORTED.items():
-        if not changes_nothing(value.get(name)):
-            raise InputError(f"{where}: {name} {value[name]!r} is not supported ({feature})")
-    if family == "llama" and value.get("sliding_window") is not None:
-        raise InputError(f"{where}: sliding_window {value['sliding_window']!r} is not supported")
-    if value.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(f"{where}: hidden_act {value['hidden_act']!r} is not supported; only silu is")
+    _refuse_unsupported(value, family, where)
     settings = {name: item for name, item in value.items() if item is not None}
     if family == "llama" or "num_key_value_heads" in value:
         settings.setdefault("num_key_value_heads", settings.get("num_attention_heads"))
@@ -140,6 +134,17 @@ def _family(value: Settings, where: str) -> str:
     return family
 
 
+def _refuse_unsupported(value: Settings, family: str, where: str) -> None:
+    """Raise an InputError for a feature that changes the model's function and is not supported."""
+    for name, (changes_nothing, feature) in UNSUPPORTED.items():
+        if not changes_nothing(value.get(name)):
+            raise InputError(f"{where}: {name} {value[name]!r} is not supported ({feature})")
+    if family == "llama" and value.get("sliding_window") is not None:
+        raise InputError(f"{where}: sliding_window {value['sliding_window']!r} is not supported")
+    if value.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"{where}: hidden_act {value['hidden_act']!r} is not supported; only silu is")
+
+
 def _size(settings: Settings, name: str, where: str) -> int:
     value = settings.get(name)
     if type(value) is not int or value < 1:
@@ -158,13 +163,7 @@ def read_rope(value: Settings, context: int, where: str) -> Rope:
     Raises:
         InputError: a setting is of another type, or not supported.
     """
-    found: dict[str, Any] = {}
-    for source in (value, value.get("rope_scaling"), value.get("rope_parameters")):
-        if not isinstance(source, Mapping | None):
-            raise InputError(f"{where}: rope_parameters: expected an object, found {source!r}")
-        for name, item in (source or {}).items():
-            if source is not value or name in ("rope_theta", "partial_rotary_factor"):
-                found["rope_type" if name == "type" else name] = item
+    found = _rope_values(value, where)
     if any(isinstance(item, Mapping) for item in found.values()):
         raise InputError(f"{where}: rope_parameters of several kinds of layers are not supported")
     if not _one(found.get("partial_rotary_factor")):
@@ -179,6 +178,18 @@ def read_rope(value: Settings, context: int, where: str) -> Rope:
         found.setdefault("original_max_position_embeddings", context)
         rope["scaling"] = {name: found[name] for name in names if name in found}
     return Rope.from_json(rope, f"{where}: rope_parameters")
+
+
+def _rope_values(value: Settings, where: str) -> dict[str, Any]:
+    """The settings of the rotary embedding by their names of today, from all places where they may stand."""
+    names = ("rope_theta", "partial_rotary_factor")
+    found = {name: value[name] for name in names if name in value}
+    for source in (value.get("rope_scaling"), value.get("rope_parameters")):
+        if not isinstance(source, Mapping | None):
+            raise InputError(f"{where}: rope_parameters: expected an object, found {source!r}")
+        for name, item in (source or {}).items():
+            found["rope_type" if name == "type" else name] = item
+    return found
 
 
 def rope_json(rope: Rope) -> dict[str, Any]:

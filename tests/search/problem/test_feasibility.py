@@ -76,7 +76,7 @@ SPACES = {
         depth=[2, 3],
         layer={
             "mixer": ["attention", "linear", "sliding", "none"],
-            "heads": [1, 2],
+            "heads": [1],
             "ffn": [0, 16],
             "window": [8],
         },

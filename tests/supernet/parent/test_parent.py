@@ -114,7 +114,7 @@ def test_int8_of_a_parent_is_close(tmp_path: Path) -> None:
         decoder, ids = Decoder(out / "model.int8.onnx"), tokens()
         found, _ = decoder(ids.numpy(), decoder.start(batch=2))
         expected = our_logits(parent, ids).numpy()
-        assert np.square(found - expected).mean() < 0.05**2 * np.square(expected).mean()
+        assert np.square(found - expected).mean() < 0.1**2 * np.square(expected).mean()
 
 
 def scaling_of(value: dict[str, Any]) -> Llama3Scaling:
