@@ -34,7 +34,7 @@ EDGES: dict[str, dict[str, str]] = {
         "mixers": "attention io layer onnx.block onnx.graph registry workload",
         "architecture": "io layer mixers",
         "shapes": "architecture mixers",
-        "space": "architecture io mixers",
+        "space": "architecture io layer mixers",
         "blocks": "architecture attention mixers shapes",
         "genome": "architecture io space",
         "onnx": "architecture io mixers onnx.block onnx.graph precision shapes",

@@ -48,7 +48,7 @@ def parent_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> P
     """The parent's folder."""
     folder = tmp_path_factory.mktemp("parent")
     space = tiny_space(**PARENT)
-    config = TrainConfig(steps=400, batch=8, length=64, rule="random", sampled=1, threads=1, precision="fp32")
+    config = TrainConfig(steps=250, batch=8, length=64, rule="random", sampled=1, threads=1, precision="fp32")
     checkpoint = train(space, config, folder / "training", corpus=corpus)
     write_submodel(folder / "model", load_supernet(space, checkpoint), genome.largest(space), {}, {})
     return folder / "model"
@@ -58,7 +58,7 @@ def settings(text_folder: Path, parent_folder: Path, **changes: Any) -> TrainCon
     """Settings of a blockwise training of seconds."""
     blockwise = {"tokens": 8192, "score_windows": 4, **changes.pop("blockwise", {})}
     value = {
-        "method": "blockwise", "init": str(parent_folder), "steps": 96, "batch": 4, "length": 64,
+        "method": "blockwise", "init": str(parent_folder), "steps": 48, "batch": 4, "length": 64,
         "precision": "fp32", "threads": 1, "data": {"path": str(text_folder), "held_out": 0.2},
         "blockwise": blockwise,
     }  # fmt: skip
