@@ -1,5 +1,6 @@
 """A parent that is trained once a session: two layers of attention, as an extracted sub-model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.extract import write_submodel
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet, train
+from supernet.training.trials import one_thread
 from tests.contracts import tiny_space
 
 PARENT: dict[str, Any] = {
@@ -23,6 +25,13 @@ def block_space(**changes: Any) -> Space:
     """A space of private blocks around the parent."""
     choices: dict[str, Any] = {"sharing": "block", "mixer": ["attention", "gated_deltanet", "short_conv"]}
     return tiny_space(**{**PARENT, **choices, "ffn": [32, 64], "ratios": ["full", 1, "linear"], **changes})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other take longer than these models."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
