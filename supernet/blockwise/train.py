@@ -267,8 +267,12 @@ class Stages:
         """
         plan, part = self.plan, (FIT_SHARE - CAPTURE_SHARE) / max(1, len(missing))
 
+        # The parent's own blocks are copied at once, and say nothing of the time that fits take.
+        to_fit = {slot: [one for one in plan.missing(slot) if not one.is_parents] for slot in missing}
+
         def share_of(slot: int) -> float:
-            return 1 - len(plan.missing(slot)) / len(plan.slot_candidates(slot))
+            done = sum(plan.path(one).exists() for one in to_fit[slot])
+            return done / max(1, len(to_fit[slot]))
 
         for start in range(0, len(missing), boundaries):
             group = missing[start : start + boundaries]

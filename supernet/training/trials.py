@@ -170,8 +170,11 @@ class Progress:
         self.shares[job] = share
         overall = sum(self.shares) / len(self.shares)
         done = sum(value >= 1 for value in self.shares)
-        left_s = (time.monotonic() - self.began_s) * (1 - overall) / max(overall, 1e-6)
-        self.stage(overall, f"{done} of {len(self.shares)} {self.done}, about {format_duration(left_s)} left")
+        text = f"{done} of {len(self.shares)} {self.done}"
+        if overall:
+            left_s = (time.monotonic() - self.began_s) * (1 - overall) / overall
+            text += f", about {format_duration(left_s)} left"
+        self.stage(overall, text)
 
 
 def _refusal(

@@ -1,5 +1,6 @@
 """A parent that is trained once a session: two layers of attention, as an extracted sub-model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from supernet.data.corpus import Corpus, DataConfig, load_corpus
 from supernet.extract import write_submodel
 from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet, train
+from supernet.training.trials import one_thread
 from tests.contracts import tiny_space
 
 PARENT: dict[str, Any] = {
@@ -23,6 +25,13 @@ def block_space(**changes: Any) -> Space:
     """A space of private blocks around the parent."""
     choices: dict[str, Any] = {"sharing": "block", "mixer": ["attention", "gated_deltanet", "short_conv"]}
     return tiny_space(**{**PARENT, **choices, "ffn": [32, 64], "ratios": ["full", 1, "linear"], **changes})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other take longer than these models."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +57,7 @@ def parent_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> P
     """The parent's folder."""
     folder = tmp_path_factory.mktemp("parent")
     space = tiny_space(**PARENT)
-    config = TrainConfig(steps=400, batch=8, length=64, rule="random", sampled=1, threads=1, precision="fp32")
+    config = TrainConfig(steps=250, batch=8, length=64, rule="random", sampled=1, threads=1, precision="fp32")
     checkpoint = train(space, config, folder / "training", corpus=corpus)
     write_submodel(folder / "model", load_supernet(space, checkpoint), genome.largest(space), {}, {})
     return folder / "model"
@@ -58,7 +67,7 @@ def settings(text_folder: Path, parent_folder: Path, **changes: Any) -> TrainCon
     """Settings of a blockwise training of seconds."""
     blockwise = {"tokens": 8192, "score_windows": 4, **changes.pop("blockwise", {})}
     value = {
-        "method": "blockwise", "init": str(parent_folder), "steps": 96, "batch": 4, "length": 64,
+        "method": "blockwise", "init": str(parent_folder), "steps": 48, "batch": 4, "length": 64,
         "precision": "fp32", "threads": 1, "data": {"path": str(text_folder), "held_out": 0.2},
         "blockwise": blockwise,
     }  # fmt: skip

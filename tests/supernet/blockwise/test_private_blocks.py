@@ -57,7 +57,7 @@ def test_a_block_changes_only_the_architectures_that_use_it() -> None:
     supernet = Supernet(SPACE)
     scatter(supernet, 3)
     tokens = torch.arange(12)[None] % SPACE.vocab_size
-    members = genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(2), 20))
+    members = genome.decode(SPACE, variation.sample(SPACE, np.random.default_rng(2), 12))
     before = [supernet(tokens, member)[0] for member in members]
     with torch.no_grad():
         dict(supernet.named_parameters())["layers.0.ffn-48.down"].mul_(2)

@@ -238,6 +238,27 @@ def test_texts_that_do_not_fit_are_refused(
         train_blocks(SPACE, settings(text_folder, parent_folder, **changes), tmp_path, quiet)
 
 
+def test_text_shorter_than_a_window_is_refused(parent_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(4):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} words")
+    config = settings(tmp_path / "text", parent_folder)
+    with pytest.raises(InputError, match=r"side has \d+ bytes, a length of 64 needs 65"):
+        train_blocks(SPACE, config, tmp_path / "out", quiet)
+
+
+def test_progress_rises_and_says_what_is_left(config: TrainConfig, tmp_path: Path) -> None:
+    told: list[tuple[float, str]] = []
+    few = config.model_copy(update={"steps": 4})
+    train_blocks(SPACE, few, tmp_path, lambda share, text: told.append((share, text)))
+    shares, texts = [share for share, _ in told], [text for _, text in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert texts[0] == "the parent reads the text, layer 0 of 2"
+    assert any(text.startswith("1 of 2 layers fitted, about ") for text in texts)
+    assert texts[-1].startswith("2 of 2 layers scored, about 0 s left")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
