@@ -48,8 +48,8 @@ class SlotProgram:
     """The programme of one width.
 
     Columns: for each slot its mixer options, no mixer beside an FFN, and empty; for each slot its FFN
-    options; indicators of the numbers of layers, of the depth, of the linear kinds in use if their number is
-    limited, and of the level of each cost's largest op; the flows between groups of neighbouring blocks.
+    options; indicators of the pattern, of the linear kinds in use if their number is limited, and of the
+    level of each cost's largest op; the flows between groups of neighbouring blocks.
 
     Args:
         scores: to be minimised.
@@ -78,8 +78,9 @@ class SlotProgram:
         self._objective: list[Floats] = [self._slot_objective()]
         self._add_layers()
         self._leave_out_dominated(number)
+        self._patterns = self._new_columns(len(patterns))
         self._add_patterns(patterns)
-        self._prices = [self._add_cost(term) for term in terms]
+        self._prices = [self._add_cost(term, patterns) for term in terms]
         if scores.pairs is not None:
             self._add_pairs(scores.pairs)
         self._highest_all, objective = np.concatenate(self._highest), np.concatenate(self._objective)
@@ -230,22 +231,14 @@ class SlotProgram:
             self._highest[0][self._ffns[slot][_dominators(values, of_ffns) >= number]] = 0.0
 
     def _add_patterns(self, patterns: Ints) -> None:
-        """One pattern, with its number of layers of each class; a limited number of linear kinds.
-
-        A pattern is a row of numbers of full, linear and local layers and a depth, each with an indicator:
-        the hybrid rule allows any depth at which the layers left are FFNs alone. An indicator for each
-        pattern would be ten times as many columns, on which the solver branches one by one.
-        """
+        """Exactly one pattern, with its number of layers of each class; a limited number of linear kinds."""
         enc, at, space = self._enc, self._at, self._scores.space
-        self._counts, self._depths = np.unique(patterns[:, 1:], axis=0), np.unique(patterns.sum(axis=1))
-        self._of_counts, self._of_depths = map(self._new_columns, (len(self._counts), len(self._depths)))
-        self._add(1, 1, (self._of_counts, 1.0))
-        self._add(1, 1, (self._of_depths, 1.0))
-        for column, kind in enumerate((FULL, LINEAR, LOCAL)):
-            layers = self._mixers[:, np.flatnonzero(at.classes == kind)]
-            self._add(0, 0, (layers, 1.0), (self._of_counts, -self._counts[:, column].astype(float)))
-        empty = self._mixers[:, self._empty]
-        self._add(enc.slots, enc.slots, (empty, 1.0), (self._of_depths, self._depths.astype(float)))
+        self._add(1, 1, (self._patterns, 1.0))
+        of_class = [np.array([self._none]), *(np.flatnonzero(at.classes == k) for k in (FULL, LINEAR, LOCAL))]
+        for column, options in enumerate(of_class):
+            self._add(
+                0, 0, (self._mixers[:, options], 1.0), (self._patterns, -patterns[:, column].astype(float))
+            )
         if space.max_linear_kinds < enc.kind_count:
             kinds = self._new_columns(enc.kind_count)
             self._add(-np.inf, space.max_linear_kinds, (kinds, 1.0))
@@ -253,7 +246,7 @@ class SlotProgram:
                 used = self._mixers[:, np.flatnonzero(at.kinds == kind)]
                 self._add(-np.inf, 0, (used, 1.0), (np.array([column]), -float(enc.slots)))
 
-    def _add_cost(self, term: Term) -> Row:
+    def _add_cost(self, term: Term, patterns: Ints) -> Row:
         """The row of a cost without the fixed ones and the footprint; its bounds are set by a range."""
         prices, slots = term.prices, self._enc.slots
         mixers, ffns = self._of_blocks(prices.mixer, prices.ffn)
@@ -269,8 +262,7 @@ class SlotProgram:
         parts = [
             (self._mixers, np.where(np.isfinite(mixers), mixers, 0.0)),
             (self._ffns, np.where(np.isfinite(ffns), ffns, 0.0)),
-            (self._of_counts, (self._counts > 0) @ prices.shared[1:]),
-            (self._of_depths, prices.per_layer * self._depths),
+            (self._patterns, prices.of_patterns(patterns)),
             (indicators, levels),
         ]
         columns = np.concatenate([np.ravel(part) for part, _ in parts])
