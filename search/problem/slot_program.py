@@ -8,7 +8,11 @@ between the groups of two neighbouring blocks.
 Shapes: C columns, L slots, O mixer options (mixer with heads), F FFN options, P patterns, K groups.
 """
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -124,14 +128,14 @@ class SlotProgram:
         )
         lows, highs = np.array([row.low for row in rows]), np.array([row.high for row in rows])
         integral = np.arange(self._columns) < self._columns - self._flow_columns
-        result = milp(
-            self._scaled_objective,
-            integrality=integral.astype(int),
-            bounds=Bounds(0.0, self._highest_all),
-            constraints=LinearConstraint(matrix, lows, highs),
-            # As in search.problem.integer_program: presolve makes HiGHS print to stdout now and then.
-            options={"mip_rel_gap": 0.0, "presolve": False},
-        )
+        with _stdout_discarded():
+            result = milp(
+                self._scaled_objective,
+                integrality=integral.astype(int),
+                bounds=Bounds(0.0, self._highest_all),
+                constraints=LinearConstraint(matrix, lows, highs),
+                options={"mip_rel_gap": 0.0, "presolve": False},  # presolve takes longer than it saves
+            )
         if result.status == INFEASIBLE:
             return None
         if result.x is None:
@@ -333,6 +337,21 @@ class SlotProgram:
             self._add(0, 0, (flow[i], 1.0), (first[group], -1.0))
         for i, group in enumerate(others):
             self._add(0, 0, (flow[:, i], 1.0), (second[group], -1.0))
+
+
+@contextmanager
+def _stdout_discarded() -> Iterator[None]:
+    """Discard what C code prints: HiGHS has messages that no option turns off, and stdout may be JSON."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C's buffer, which would be written later
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _dominators(values: Floats, groups: Ints) -> Ints:

@@ -13,7 +13,7 @@ from space.io.config import parse
 
 
 def test_unknown_strategy_is_refused_with_the_names() -> None:
-    names = "nsga2, hat, random, optuna-nsga2, optuna-tpe"
+    names = "nsga2, mip-nsga2, hat, random, optuna-nsga2, optuna-tpe"
     with pytest.raises(InputError, match=f"strategy.*'evolution': not one of {names}"):
         parse(SearchConfig, {"strategy": "evolution"}, "config.yaml")
 

@@ -104,7 +104,7 @@ def test_bad_problems_are_refused(tmp_path: Path) -> None:
         run_search(problem(objectives=["params"]), loss, tmp_path)
     with pytest.raises(InputError, match="strategy hat: it has one objective"):
         run_search(problem(), loss, tmp_path, strategy="hat")
-    with pytest.raises(InputError, match="strategy 'climb': not one of nsga2, hat, random"):
+    with pytest.raises(InputError, match="strategy 'climb': not one of nsga2, mip-nsga2, hat, random"):
         run_search(problem(), loss, tmp_path, strategy="climb")
     assert not (tmp_path / "front.json").exists()
 
