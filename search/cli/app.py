@@ -4,6 +4,7 @@ Heavy libraries are imported inside the commands that need them, after everythin
 can be checked without them.
 """
 
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -290,6 +291,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the clean-up
         note("formfit: stopped")
+        if "ray" in sys.modules:  # its library may crash at exit, as its processes were interrupted too
+            os._exit(EXIT_INTERRUPTED)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
