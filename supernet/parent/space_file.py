@@ -48,7 +48,7 @@ def space_text(parent: Parent, context: int | None = None) -> str:
             "# A slot without a mixer and an FFN is a removed layer, anywhere in the model; one with only an",
             "# FFN, or only a mixer, counts as a layer. At least half of the layers stay.",
             f"depth: {_list(range((depth + 1) // 2, depth + 1))}",
-            "sharing: none       # each mixer has q, k, v and o of its own, to be fitted to the parent",
+            "sharing: block      # every choice of a layer is a block of its own, fitted to the parent",
             f"kv_group: {group}         # query heads per kv head",
             "layer:",
             "  # Full attention, attention in a window, linear recurrences, a short convolution, no mixer.",

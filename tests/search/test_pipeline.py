@@ -167,7 +167,7 @@ def test_infeasible_counted_limit_is_refused_before_training(
     """A limit on parameters needs no device, so that no minute is spent on training."""
     folder = tmp_path / "config"
     shutil.copytree(config_file.parent, folder)
-    path = edit(folder / config_file.name, lambda v: v["search"].update(limits=["here:params<=1"]))
+    path = edit(folder / config_file.name, lambda v: v["search"].update(limits=["desk:params<=1"]))
     done = formfit("--devices", tmp_path / "devices", "run", path, "--out", tmp_path / "run")
     assert done.returncode == 3, done.stderr
     assert "params<=1 cannot be met: the least is" in done.stderr.splitlines()[-1]
