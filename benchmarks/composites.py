@@ -211,7 +211,12 @@ def main() -> int:
         cost = Cost(flops_table(trained.space, Workload(phase="prefill", length=trained.length)))
         if arguments.predictor:
             cost = load_predictor(arguments.predictor, trained.space, "formfit profile").cost(workload)
-        body |= {"share": arguments.share, "cost": arguments.workload if arguments.predictor else "FLOPs"}
+        body |= {
+            "space": trained.space.name,
+            "windows": arguments.windows,
+            "share": arguments.share,
+            "cost": arguments.workload if arguments.predictor else "FLOPs",
+        }
         body["composites"] = composites(trained, cost, arguments)
         for name, goal in (("additive", TAU), ("with_pairs", TAU_WITH_PAIRS)):
             tau = body["composites"]["taus"][name]
