@@ -18,6 +18,7 @@ from search.engine.config import (
     precision_of,
 )
 from search.engine.front import PICKS
+from search.select.config import FinalistsConfig
 from space import InputError, Space, load_space
 from space.io.artefact import write_text
 from space.io.config import Name, load_yaml, parse, shown
@@ -49,6 +50,8 @@ class RunConfig(BaseModel):
         search: settings of the search.
         verify: settings of verification.
         picks: members of the front that are verified beside the chosen one: ``best``, ``knee``, ``fastest``.
+        finalists: settings of the distillation of the best members that kept the limits; by default no member
+            is distilled.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +63,7 @@ class RunConfig(BaseModel):
     search: SearchConfig = SearchConfig()
     verify: VerifyConfig = VerifyConfig()
     picks: tuple[Annotated[str, AfterValidator(_pick)], ...] = ("knee", "fastest")
+    finalists: FinalistsConfig = FinalistsConfig()
 
     @model_validator(mode="after")
     def _one_precision(self) -> "RunConfig":
@@ -78,10 +82,27 @@ def load_run_config(path: Path) -> RunConfig:
     Raises:
         InputError: names every error, in the run's file or in the space's.
     """
-    value = load_yaml(path)
+    return run_config(load_yaml(path), path.parent, str(path))
+
+
+def run_config(value: Any, folder: Path, where: str) -> RunConfig:
+    """The configuration of settings as a file has them, with absolute paths.
+
+    Args:
+        value: the settings; ``parent`` stands for those that :func:`search.adaptation.adaptation` gives.
+        folder: that relative paths start at.
+        where: names the settings in errors.
+
+    Raises:
+        InputError: names every error.
+    """
     if isinstance(value, dict) and isinstance(value.get("space"), str):
-        value = {**value, "space": load_space(path.parent / value["space"])}
-    return with_absolute_paths(parse(RunConfig, value, str(path)), path.parent)
+        value = {**value, "space": load_space(folder / value["space"])}
+    if isinstance(value, dict) and "parent" in value:
+        from search.adaptation import adaptation  # reads weights, so it needs torch
+
+        value = adaptation(value, folder)
+    return with_absolute_paths(parse(RunConfig, value, where), folder)
 
 
 def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
@@ -117,6 +138,7 @@ def smoke(config: RunConfig) -> RunConfig:
         "search": {"generations": 2, "population": 8, "windows": 4, "front_windows": 8},
         "verify": {"tokens": 24, "copies": 1, "rounds": 4, "block_ms": 2.0, "max_noise": None,
                    "searches": 1},
+        "finalists": {"steps": 2, "batch": 2},
     }  # fmt: skip
     fields = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     data = config.train.data.model_copy(update={"limit_mb": min(config.train.data.limit_mb or 2.0, 2.0)})

@@ -1,4 +1,4 @@
-"""The stages of a run: train, profile, search and verify, summarise, report.
+"""The stages of a run: train, profile, search and verify, distil finalists, summarise, report.
 
 Each stage writes files whose headers name the sha256 of their inputs. A stage whose files exist with the same
 inputs is skipped, and an interrupted stage resumes. The audit, which is no stage, is exported from here too.
@@ -20,10 +20,11 @@ from search.config import Run, open_run
 from search.report.page import report_search
 from search.report.summary import SUMMARY, Summary, TextQuality, VerifiedMember
 from search.select.measured_search import require_kept, run_measured_search
+from search.select.search_command import Distillation, SearchResult, distil_best, require_tuned
 from search.select.verified_picks import VerifiedPicks, verify_picks
 from search.select.verifier import Verifier
 from space import genome
-from space.io.artefact import canonical_json, digest
+from space.io.artefact import canonical_json, digest, file_digest
 from space.io.progress import Reporter
 from supernet.blockwise.train import train_blocks
 from supernet.data.baselines import gzip_bits_per_byte, order2_bits_per_byte
@@ -40,6 +41,7 @@ __all__ = [
     "Summary",
     "audit",
     "correlation_rows",
+    "distilled",
     "execute",
     "profiled",
     "rewrite_report",
@@ -68,10 +70,13 @@ def execute(run: Run, reporter: Reporter) -> Summary:
     checkpoint = trained(run, reporter, corpus)
     predictor = profiled(run, reporter)
     picks = verified(run, reporter, checkpoint, predictor, corpus)
-    summary = summarised(run, checkpoint, corpus, predictor, picks)
+    distillation = distilled(run, reporter, checkpoint, picks, corpus)
+    summary = summarised(run, checkpoint, corpus, predictor, picks, distillation)
     if picks.measured.unmeasured:
         reporter.warn(picks.measured.unmeasured)
     require_kept(picks.measured)
+    if distillation:
+        require_tuned(distillation)
     return summary
 
 
@@ -151,15 +156,46 @@ def verified(
     Raises:
         InfeasibleError: no architecture can meet the limits.
     """
-    card = load_card(run.devices, run.config.device)
-    verifier = Verifier(run.folder / "submodels", run.trained(checkpoint, corpus), card, run.config.verify)
-    folder = run.folder / "searches" / card.name
-    measured = run_measured_search(folder, verifier, {card.name: predictor}, run.config.search, reporter)
+    verifier = _verifier(run, checkpoint, corpus)
+    folder = run.folder / "searches" / verifier.card.name
+    predictors = {verifier.card.name: predictor}
+    measured = run_measured_search(folder, verifier, predictors, run.config.search, reporter)
     return verify_picks(folder, verifier, measured, run.config.picks, reporter)
 
 
+def distilled(
+    run: Run, reporter: Reporter, checkpoint: Checkpoint, picks: VerifiedPicks, corpus: Corpus
+) -> Distillation | None:
+    """Distil the best members that kept the limits; None if none is to be distilled, or none kept them.
+
+    Args:
+        run: its folder and configuration.
+        reporter: shows the progress.
+        checkpoint: the supernet's last.
+        picks: of the measured search.
+        corpus: of the run.
+    """
+    if not run.config.finalists.count:
+        return None
+    verifier = _verifier(run, checkpoint, corpus)
+    folder = run.folder / "searches" / verifier.card.name
+    result = SearchResult(front=picks.front, measured=picks.measured)
+    found = distil_best(folder, verifier, result, run.config.search, run.config.finalists, reporter)
+    return found if found.finalists else None
+
+
+def _verifier(run: Run, checkpoint: Checkpoint, corpus: Corpus) -> Verifier:
+    card = load_card(run.devices, run.config.device)
+    return Verifier(run.folder / "submodels", run.trained(checkpoint, corpus), card, run.config.verify)
+
+
 def summarised(
-    run: Run, checkpoint: Checkpoint, corpus: Corpus, predictor: Predictor, picks: VerifiedPicks
+    run: Run,
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    predictor: Predictor,
+    picks: VerifiedPicks,
+    distillation: Distillation | None = None,
 ) -> Summary:
     """Write ``summary.json`` and the report, unless they exist.
 
@@ -169,6 +205,7 @@ def summarised(
         corpus: of the run.
         predictor: of this machine.
         picks: verified members.
+        distillation: of finalists; None for none.
     """
     card = load_card(run.devices, run.config.device)
     results = {pick: VerifiedMember.of(*member) for pick, member in picks.members.items()}
@@ -177,6 +214,8 @@ def summarised(
         "front": digest(canonical_json([member.to_json() for member in picks.front.members])),
         "verified": digest(canonical_json([member.to_json() for member in results.values()])),
     }
+    if distillation:
+        inputs["distilled"] = file_digest(distillation.folder / "finalists.json")
     path = run.folder / "summary.json"
     if SUMMARY.made_from(path, inputs):
         return Summary.read(path)
@@ -192,6 +231,7 @@ def summarised(
         rounds=len(picks.measured.rounds),
         chosen=chosen,
         verified=results,
+        distilled=distillation.to_json(run.folder) if distillation else None,
         inputs=inputs,
     )
     summary.write(path)

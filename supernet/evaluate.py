@@ -308,6 +308,15 @@ def mqar_accuracy(
 Losses = dict[str, float | None]
 
 
+def loss_name(quality: str) -> str:
+    """The name of a quality among :func:`losses`.
+
+    Args:
+        quality: ``loss``, ``recall_loss`` or ``kl``.
+    """
+    return quality if quality == KL else f"{quality}_nats"
+
+
 def losses(quality: Quality) -> Losses:
     """Losses in nats per token and extra qualities as a JSON object; an undefined recall loss is null.
 

@@ -20,6 +20,7 @@ from space.io.artefact import Artefact, file_digest, write_bytes, write_text
 from space.io.config import parse
 from space.shapes import model_shapes
 from supernet.data.corpus import DataConfig
+from supernet.data.tokenizer import tokenizer_json
 from supernet.supernet import Supernet
 from supernet.tensors import load_tensors, save_tensors
 
@@ -178,7 +179,7 @@ def write_model(
         chosen: limits and predictions that it was chosen under, as JSON values.
         space: name of its space.
         text: its training text.
-        tokenizer: its ``tokenizer.json``, which is copied; None if the tokens are bytes.
+        tokenizer: its ``tokenizer.json``, which is copied, or a GGUF file; None if the tokens are bytes.
 
     Returns:
         The sub-model, as read back from the folder.
@@ -191,7 +192,7 @@ def write_model(
         raise InputError(f"{folder}: not a folder; give a sub-model's folder, an empty one, or a new path")
     remove_derived(folder)
     if tokenizer:
-        write_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
+        write_bytes(folder / TOKENIZER_FILE, tokenizer_json(tokenizer))
     save_tensors(folder / WEIGHTS_FILE, weights)
     body = {
         "key": architecture.key,

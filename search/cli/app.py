@@ -26,6 +26,7 @@ from space.io.errors import FormfitError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from search.config import Run
     from search.pipeline import AuditResult, Summary
 
 EXIT_BROKEN_PIPE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
@@ -88,13 +89,91 @@ def run(
     folder = out_dir or Path("runs") / (config.stem + ("-smoke" if smoke else ""))
     from search.config import Run
 
-    run = Run(folder, loaded, context.obj / "smoke" if smoke and out_dir is None else context.obj)
+    devices = context.obj / "smoke" if smoke and out_dir is None else context.obj
+    _execute(Run(folder, loaded, devices), dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def adapt(
+    context: typer.Context,
+    parent: Annotated[
+        Path,
+        typer.Argument(metavar="PARENT", help="Trained model: a folder of transformers, or a GGUF file."),
+    ],
+    limit: Annotated[
+        list[str],
+        typer.Option(metavar="LIMIT", help="'decode@1024<=70%', 'prefill@512<=200ms', ... Repeatable."),
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", metavar="RUN", help="Folder of the run. [default: runs/PARENT]")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="Name of this machine's card.")] = "here",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text file or folder that blocks are fitted and evaluated on. [default: Python's library]",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens that blocks are fitted on. [default: 65536]"),
+    ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            "--context", min=2, metavar="N", help="Longest sequence. [default: the parent's, at most 1024]"
+        ),
+    ] = None,
+    distill_top: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="K", help="Distil the K best from the parent before one is chosen. [default: 2]"
+        ),
+    ] = None,
+    distill_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps of each distillation. [default: 100]")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Run all stages in a small form, as a check.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the parent, show what would be done, and stop.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a trained model faster on this machine: fit blocks, search, distil, verify. Resumes."""
+    from search.config import Run, run_config
+    from search.config import smoke as small
+    from search.problem.limit import Limit
+
+    for text in limit:
+        Limit.parse(text)  # before the parent is read, which may take minutes
+    folder = out_dir or Path("runs") / parent.stem
+    fitted = {"tokens": tokens} if tokens else {}
+    value = {
+        "parent": str(parent.absolute()),
+        "device": device,
+        "train": {"data": {"path": str(data.absolute())} if data else {}, "blockwise": fitted},
+        "search": {"limits": limit},
+        "finalists": {
+            **({} if distill_top is None else {"count": distill_top}),
+            **({} if distill_steps is None else {"steps": distill_steps}),
+        },
+        **({} if context_length is None else {"context": context_length}),
+    }
+    config = run_config(value, Path(), "adapt")
+    _execute(Run(folder, small(config) if smoke else config, context.obj), dry_run=dry_run, as_json=as_json)
+
+
+def _execute(run: "Run", *, dry_run: bool, as_json: bool) -> None:
+    """Run all stages and show the result, or check the configuration and show what would be done."""
     run.check()
     if dry_run:
         from search.cli.space import space_table, summarise_space
 
-        size = summarise_space(loaded.space)
-        value = asdict(size) | {"out": str(folder), "device": loaded.device}
+        size = summarise_space(run.space)
+        value = asdict(size) | {"out": str(run.folder), "device": run.config.device}
         show(value, as_json, lambda: [space_table(size)])
         return
     from search import pipeline
@@ -102,8 +181,10 @@ def run(
     summary = pipeline.execute(run, Bars())
     show(summary.document(), as_json, lambda: summary_tables(summary))
     if not as_json:
-        report = folder / "searches" / loaded.device / "report.html"
-        note(f"summary: {folder / 'summary.json'}   report: {report}")
+        report = run.folder / "searches" / run.config.device / "report.html"
+        tuned = (summary.distilled or {}).get("tuned")
+        model = run.folder / (tuned["folder"] if tuned else Path("submodels") / summary.chosen.key)
+        note(f"summary: {run.folder / 'summary.json'}   report: {report}   model: {model}")
 
 
 app.command()(space)
@@ -223,7 +304,7 @@ def summary_tables(summary: "Summary") -> "list[Table]":
     Args:
         summary: of the run.
     """
-    from search.cli.tables import front_tables, latency_table, limit_table
+    from search.cli.tables import distilled_table, front_tables, latency_table, limit_table
 
     text = summary.text
     values = (
@@ -241,6 +322,7 @@ def summary_tables(summary: "Summary") -> "list[Table]":
         *front_tables(summary.front, {pick: member.key for pick, member in summary.verified.items()}),
         latency_table(summary.chosen.latency),
         limit_table(summary.limits),
+        *([distilled_table(summary.distilled)] if summary.distilled else []),
         bits,
     ]
 

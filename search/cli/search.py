@@ -149,7 +149,8 @@ def search(
         if result.measured.unmeasured:
             note(result.measured.unmeasured)
         require_kept(result.measured)
-    require_tuned(result)
+    if result.distillation:
+        require_tuned(result.distillation)
 
 
 def search_config(run: "RunConfig", given: Mapping[str, Any]) -> "SearchConfig":
@@ -175,7 +176,7 @@ def search_tables(result: "SearchResult") -> "list[Table]":
     Args:
         result: of the search.
     """
-    from search.cli.tables import front_tables
+    from search.cli.tables import distilled_table, front_tables
 
     tables = front_tables(result.front.members, result.front.picks)
     if result.measured:
@@ -196,16 +197,5 @@ def search_tables(result: "SearchResult") -> "list[Table]":
         columns = ["round", "key", "loss, nats", *workloads, "of the limit", "limits"]
         tables.append(make_table("Finalists, measured", columns, rows))
     if result.distillation and result.distillation.finalists:
-        rows = [
-            [
-                finalist.architecture.key,
-                f"{finalist.rank_before} -> {finalist.rank_after}",
-                f"{finalist.before['loss_nats']:.4f}",
-                f"{finalist.after['loss_nats']:.4f}" if finalist.after else str(finalist.failed),
-                str(finalist.steps),
-            ]
-            for finalist in result.distillation.finalists
-        ]
-        columns = ["key", "rank", "loss inherited, nats", "after distillation", "steps"]
-        tables.append(make_table("Finalists, distilled", columns, rows))
+        tables.append(distilled_table(result.distillation.to_json()))
     return tables

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from search.cli.output import make_table
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from space import Architecture, Layer
 
 
+LOSSES = {"kl": "KL, nats", "loss_nats": "loss, nats"}  # of finalists that are shown
 MIN_SHOWN_CHARACTERS = 6  # of a key in a table
 
 
@@ -35,6 +36,32 @@ def limit_table(limits: "Sequence[LimitResult]") -> "Table":
         for item in limits
     ]
     return make_table("Limits", ["limit", "bound", "found", "used", "status"], rows)
+
+
+def distilled_table(distilled: "Mapping[str, Any]") -> "Table":
+    """Finalists before and after distillation.
+
+    Args:
+        distilled: the JSON object of a :class:`search.select.search_command.Distillation`.
+    """
+    finalists = distilled["finalists"]
+    names = {name: title for name, title in LOSSES.items() if name in finalists[0]["before"]}
+    rows = [
+        [
+            one["key"],
+            f"{one['rank_before']} -> {one['rank_after']}",
+            *(f"{_number(one['before'], name)} -> {_number(one['after'], name)}" for name in names),
+            str(one["failed"] or one["steps"]),
+        ]
+        for one in finalists
+    ]
+    titles = [f"{title}, inherited -> distilled" for title in names.values()]
+    return make_table("Finalists, distilled", ["key", "rank", *titles, "steps"], rows)
+
+
+def _number(losses: "Mapping[str, float | None] | None", name: str) -> str:
+    value = losses[name] if losses else None
+    return "-" if value is None else f"{value:.4f}"
 
 
 def latency_table(latency: "Mapping[str, LatencyComparison]") -> "Table":

@@ -277,6 +277,31 @@ def text_section(text: TextQuality) -> str:
     return f'{table(list(values), [cells])}<p class="note">{note}</p>'
 
 
+def distilled_section(summary: Summary) -> str:
+    """Finalists before and after distillation, and the sub-model of the best one; empty without any.
+
+    Args:
+        summary: of the run.
+    """
+    if not summary.distilled:
+        return ""
+    finalists = summary.distilled["finalists"]
+    names = [name for name in ("kl", "loss_nats", "recall_loss_nats") if name in finalists[0]["before"]]
+    rows = []
+    for one in finalists:
+        pairs = [(one["before"][name], one["after"] and one["after"][name]) for name in names]
+        cells = [
+            " \u2192 ".join("-" if value is None else f"{value:.4f}" for value in pair) for pair in pairs
+        ]
+        rows.append(
+            [f"<code>{escape(one['key'])}</code>", *cells, escape(str(one["failed"] or one["steps"]))]
+        )
+    columns = ["key", *(name.removesuffix("_nats").replace("_", " ") + ", nats" for name in names), "steps"]
+    tuned = summary.distilled.get("tuned")
+    note = f'<p class="note">The best one: <code>{escape(tuned["folder"])}</code>.</p>' if tuned else ""
+    return f"<h2>Finalists, inherited \u2192 distilled</h2>{table(columns, rows)}{note}"
+
+
 def report_search(
     folder: Path, space: Space, summary: Summary, card: Card, more: str = "", png: Path | None = None
 ) -> list[Path]:
@@ -347,6 +372,7 @@ def write_report(
         predictor_table(summary.predictor),
         "<h2>Bits per byte on the same held-out text</h2>",
         text_section(summary.text),
+        distilled_section(summary),
         more,
     ]
     write_text(path, page(title, "".join(body)))

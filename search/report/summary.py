@@ -116,6 +116,8 @@ class Summary:
         rounds: of the measured search.
         chosen: the member that was chosen.
         verified: the chosen and picked members, by pick.
+        distilled: the finalists that were distilled, as in ``finalists.json``, and the sub-model of the best
+            one; None if none was.
         inputs: sha256 of what the summary was made from, by name.
     """
 
@@ -129,6 +131,7 @@ class Summary:
     rounds: int
     chosen: VerifiedMember
     verified: Mapping[str, VerifiedMember]
+    distilled: Mapping[str, Any] | None = None
     inputs: Mapping[str, str]
 
     @property
@@ -148,6 +151,7 @@ class Summary:
             "limits": [item.to_json() for item in self.limits],
             "chosen": self.chosen.to_json(),
             "verified": {pick: member.to_json() for pick, member in self.verified.items()},
+            **({"distilled": dict(self.distilled)} if self.distilled else {}),
         }
 
     def document(self) -> JsonObject:

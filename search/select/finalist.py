@@ -1,65 +1,19 @@
-"""The finalists of successive halving: configuration, records, and the training of one rung."""
+"""The finalists of successive halving: records, and the training of one rung."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from space import Architecture, InputError
 from space.io.artefact import Artefact, check_inputs, file_digest
 from space.io.config import shown
 from space.io.record import read_record
-from supernet.evaluate import Losses
+from supernet.evaluate import Losses, loss_name
 from supernet.training.recipe import TrainConfig
 
 FINALIST = Artefact("finalist", "formfit search")
-WARMUP = 0.05  # share of the steps of all rungs
-CHECKPOINT_EVERY = 50
-SEED_OFFSET = 1_000_000  # finalists read other batches than the supernet did
-
-
-class FinalistsConfig(BaseModel):
-    """Settings of the training of finalists.
-
-    Attributes:
-        count: finalists; 0 leaves the ranking to the supernet.
-        steps: of the first rung; each later rung ends at twice the steps of the one before.
-        batch: rows of a step.
-        learning_rate: peak; after a short warm-up it decays along a cosine until the end of the last rung.
-        distillation: weight of the teacher's loss; the text's loss has the rest, up to 1.
-        seed: of the batches.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    count: Annotated[int, Field(ge=0)] = 0
-    steps: Annotated[int, Field(gt=0)] = 100
-    batch: Annotated[int, Field(gt=0)] = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def training(self, finalists: int, length: int) -> TrainConfig:
-        """The training's configuration of one finalist.
-
-        Args:
-            finalists: their number, which gives the number of rungs.
-            length: tokens of a row.
-        """
-        return TrainConfig(
-            steps=rungs(finalists, self.steps)[-1][1],
-            batch=self.batch,
-            length=length,
-            learning_rate=self.learning_rate,
-            warmup=WARMUP,
-            distillation=self.distillation,
-            threads=1,
-            checkpoint_every=CHECKPOINT_EVERY,
-            seed=self.seed + SEED_OFFSET,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +46,9 @@ class Finalist:
         """Key that sorts finalists, the best first: later rungs, then lower losses.
 
         Args:
-            quality: ``loss`` or ``recall_loss``.
+            quality: ``loss``, ``recall_loss`` or ``kl``.
         """
-        loss = (self.after or self.before)[f"{quality}_nats"]
+        loss = (self.after or self.before)[loss_name(quality)]
         return -self.rung, math.inf if loss is None else loss, self.architecture.key
 
     def to_json(self, root: Path) -> dict[str, Any]:
@@ -200,18 +154,3 @@ class RungTraining:
         model = None if failed else file_digest(self.folder / "model.safetensors")
         result = RungResult(steps=self.until, losses=losses, model=model, failed=failed)
         FINALIST.write(self.folder / "result.json", self.inputs, vars(result))
-
-
-def rungs(count: int, steps: int) -> list[tuple[int, int]]:
-    """The number of finalists of each rung, and the step at which it ends.
-
-    Args:
-        count: finalists of the first rung; each later one has half of the one before, rounded up, and at
-            least two.
-        steps: of the first rung.
-    """
-    plan = [(count, steps)]
-    while plan[-1][0] > 2:
-        count, steps = plan[-1]
-        plan.append(((count + 1) // 2, 2 * steps))
-    return plan

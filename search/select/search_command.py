@@ -12,9 +12,10 @@ from search.engine.config import SearchConfig
 from search.engine.entry import search_supernet
 from search.engine.front import FRONT, Front, Member
 from search.engine.verification import Verification
-from search.select.finalist import Finalist, FinalistsConfig
+from search.select.config import FinalistsConfig
+from search.select.finalist import Finalist
 from search.select.measured_search import run_measured_search
-from search.select.measurements import MeasuredSearch
+from search.select.measurements import SAFETY_MARGIN, MeasuredSearch
 from search.select.picks import Selection
 from search.select.successive_halving import distil_finalists, write_finalist
 from search.select.verifier import Verifier
@@ -43,9 +44,14 @@ class TunedSubModel:
     folder: Path
     verification: Verification | None = None
 
-    def to_json(self) -> JsonObject:
-        """The JSON object, with limits, parity and latency if it was measured."""
-        value: JsonObject = {"key": self.key, "folder": str(self.folder)}
+    def to_json(self, root: Path | None = None) -> JsonObject:
+        """The JSON object, with limits, parity and latency if it was measured.
+
+        Args:
+            root: a folder that the sub-model's is relative to in the object.
+        """
+        folder = self.folder.relative_to(root) if root else self.folder
+        value: JsonObject = {"key": self.key, "folder": str(folder)}
         if self.verification:
             measured = self.verification.to_json()
             value |= {name: measured[name] for name in ("limits", "parity", "latency")}
@@ -66,10 +72,14 @@ class Distillation:
     finalists: tuple[Finalist, ...]
     tuned: TunedSubModel | None = None
 
-    def to_json(self) -> JsonObject:
-        """The JSON object."""
+    def to_json(self, root: Path | None = None) -> JsonObject:
+        """The JSON object.
+
+        Args:
+            root: a folder that the sub-model's is relative to in the object.
+        """
         value: JsonObject = {"finalists": [item.to_json(self.folder.resolve()) for item in self.finalists]}
-        return value if self.tuned is None else {**value, "tuned": self.tuned.to_json()}
+        return value if self.tuned is None else {**value, "tuned": self.tuned.to_json(root)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +139,8 @@ def search_and_select(
     result = SearchResult(front=front, measured=measured)
     if not distill_top:
         return result
-    distillation = distil_best(folder, verifier, result, config, distill_top, reporter)
+    finalists = run.config.finalists.model_copy(update={"count": distill_top})
+    distillation = distil_best(folder, verifier, result, config, finalists, reporter)
     return SearchResult(front=front, measured=measured, distillation=distillation)
 
 
@@ -137,11 +148,13 @@ def candidates(result: SearchResult) -> dict[str, tuple[Member, Choice]]:
     """The members that may become finalists, with their choices, by key.
 
     Args:
-        result: of a search. If finalists were measured, those that kept the limits; else the whole front.
+        result: of a search. If finalists were measured, those that kept the limits, with a margin if any did:
+            a distilled one is measured again; else the whole front.
     """
     if result.measured:
         kept = [f for f in result.measured.finalists.values() if f.passed]
-        return {f.key: (f.member, f.choice) for f in kept}
+        safe = [f for f in kept if f.used <= 1 - SAFETY_MARGIN]
+        return {f.key: (f.member, f.choice) for f in safe or kept}
     return {m.key: (m, result.front.choice(m)) for m in result.front.members}
 
 
@@ -150,7 +163,7 @@ def distil_best(
     verifier: Verifier,
     result: SearchResult,
     config: SearchConfig,
-    count: int,
+    finalists: FinalistsConfig,
     reporter: Reporter,
 ) -> Distillation:
     """Distil the best members of a search for a short time, and write the sub-model of the best one.
@@ -160,23 +173,24 @@ def distil_best(
         verifier: extracts sub-models, and verifies the best one if finalists were measured.
         result: of the search.
         config: of the search.
-        count: the number of finalists.
+        finalists: their number, and how they are trained.
         reporter: shows the progress.
     """
     quality, members = result.front.ranking_quality, candidates(result)
-    best = sorted(members, key=lambda key: (members[key][0].quality(quality), key))[:count]
+    best = sorted(members, key=lambda key: (members[key][0].quality(quality), key))[: finalists.count]
     trained = verifier.trained
     # Other finalists are trained for other numbers of steps: each set has a folder of its own.
-    place = folder / "finalists" / digest(canonical_json([quality, best]))[:8]
+    place = folder / "finalists" / digest(canonical_json([quality, best, finalists.model_dump()]))[:8]
     ranked = distil_finalists(
         trained,
         [members[key][0].architecture for key in best],
         evaluation_set(trained.corpus, config.front_windows, trained.length),
-        FinalistsConfig(count=count, seed=config.seed),
+        finalists,
         quality,
         place,
         reporter,
         config.workers,
+        config.seed,
     )
     if not ranked:
         return Distillation(folder=place, finalists=())
@@ -193,17 +207,17 @@ def distil_best(
     return Distillation(folder=place, finalists=tuple(ranked), tuned=tuned)
 
 
-def require_tuned(result: SearchResult) -> None:
+def require_tuned(distillation: Distillation) -> None:
     """Refuse a distilled finalist that was measured and missed a limit or parity.
 
     Args:
-        result: of a search.
+        distillation: of a search's finalists.
 
     Raises:
         LimitMissedError: names the limits.
         ParityError: the exported model differs from the plain one.
     """
-    tuned = result.distillation.tuned if result.distillation else None
+    tuned = distillation.tuned
     if tuned is None or tuned.verification is None:
         return
     if tuned.verification.missed:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from search.select.finalist import Finalist, FinalistsConfig, RungResult, RungTraining, rungs
+from search.select.config import FinalistsConfig, rungs
+from search.select.finalist import Finalist, RungResult, RungTraining
 from space import Architecture, InputError, Space, genome
 from space.cost import row_flops
 from space.cpus import available_cpus
@@ -33,7 +34,7 @@ from space.io.artefact import (
     file_digest,
 )
 from supernet.data.corpus import Corpus
-from supernet.evaluate import EvaluationSet, evaluate, evaluation_digest, losses
+from supernet.evaluate import KL, EvaluationSet, evaluate, evaluation_digest, loss_name, losses, run_parent
 from supernet.extract import SUBMODEL, SubModel, extract, read_submodel, write_submodel
 from supernet.training.checkpoint import Checkpoint
 from supernet.training.distillation import distil, largest_teacher, load_subnet
@@ -57,6 +58,7 @@ def distil_finalists(
     folder: Path,
     reporter: "Reporter",
     workers: int | None = None,
+    seed: int = 0,
 ) -> list[Finalist]:
     """Distil the first ``config.count`` architectures, rank them and write ``finalists.json``.
 
@@ -68,10 +70,11 @@ def distil_finalists(
         architectures: members of its space, the best first.
         data: that finalists are evaluated on, before and at the end of every rung.
         config: settings.
-        quality: ``loss`` or ``recall_loss``: decides which finalists continue.
+        quality: ``loss``, ``recall_loss`` or ``kl``: decides which finalists continue.
         folder: for ``finalists.json`` and ``KEY/rung-N/{model.safetensors,result.json}``.
         reporter: shows the progress, and warns of finalists whose training failed.
         workers: parallel trainings in Ray Tune; None for one a core, 0 to train in this process.
+        seed: of the batches.
 
     Returns:
         The finalists, the best first.
@@ -85,7 +88,7 @@ def distil_finalists(
         return []
     genome.encode(trained.space, chosen)  # refuses architectures of another space
     folder = folder.resolve()
-    training = config.training(len(chosen), trained.length)
+    training = config.training(len(chosen), trained.length, seed)
     inputs = training_inputs(trained.space, training, trained.corpus)
     inputs |= {"supernet": trained.checkpoint.digest, "evaluation": evaluation_digest(data)}
     keys = sorted(architecture.key for architecture in chosen)
@@ -111,7 +114,7 @@ def distil_finalists(
                 )
                 for architecture in continuing[:size]
             ]
-            results = _results(trained, trainings, data, workers, reporter, folder / "tune")
+            results = _results(trained, trainings, data, quality, workers, reporter, folder / "tune")
             ranked = _apply(ranked, trainings, results, quality)
     _report_failures(ranked, folder, reporter)
     for architecture in chosen:
@@ -188,13 +191,16 @@ def inherited(
     Raises:
         InputError: the quality is unknown, or not finite.
     """
-    supernet = load_supernet(trained.space, trained.checkpoint)
+    supernet, config = load_supernet(trained.space, trained.checkpoint), trained.space.config
     finalists = []
     with one_thread():
+        largest = genome.largest(trained.space)
+        parent = run_parent(supernet.weights(largest), largest, config, data) if quality == KL else None
         for architecture in architectures:
-            weights = supernet.weights(architecture)
-            before = losses(evaluate(weights, architecture, trained.space.config, data))
-            loss = before.get(f"{quality}_nats")
+            before = losses(
+                evaluate(supernet.weights(architecture), architecture, config, data, parent=parent)
+            )
+            loss = before.get(loss_name(quality))
             if loss is None or not math.isfinite(loss):
                 known = " and ".join(name.removesuffix("_nats") for name in before)
                 raise InputError(
@@ -210,6 +216,7 @@ def _results(
     trained: "Trained",
     trainings: Sequence[RungTraining],
     data: EvaluationSet,
+    quality: str,
     workers: int,
     reporter: "Reporter",
     storage: Path,
@@ -220,7 +227,7 @@ def _results(
         # Longest first, so that all end at about the same time.
         left.sort(key=lambda t: -row_flops(trained.space, t.architecture, trained.length))
         checkpoint = replace(trained.checkpoint, folder=trained.checkpoint.folder.resolve())
-        shared = (trained.space, checkpoint, trained.corpus, data)
+        shared = (trained.space, checkpoint, trained.corpus, data, quality)
         with reporter.stage(f"finalists: {len(trainings)} to step {left[0].until}") as stage:
             failures = run_trials(train_rung, left, shared, workers, storage, stage)
         for training, failure in zip(left, failures, strict=True):
@@ -233,34 +240,39 @@ def _results(
 
 
 def train_rung(
-    training: RungTraining, shared: tuple[Space, Checkpoint, Corpus, EvaluationSet], tell: Share
+    training: RungTraining, shared: tuple[Space, Checkpoint, Corpus, EvaluationSet, str], tell: Share
 ) -> None:
     """Train a finalist to the end of a rung, and write its weights and its result.
 
     Args:
         training: the rung's.
-        shared: the space, the supernet's checkpoint, the corpus, and the sequences of the evaluation.
+        shared: the space, the supernet's checkpoint, the corpus, the sequences of the evaluation, and the
+            quality that ranks.
         tell: called with the share of the steps that is done.
 
     Raises:
         InputError: the training refuses, because of a loss that is not finite for example.
     """
-    space, checkpoint, corpus, data = shared
+    space, checkpoint, corpus, data, quality = shared
     architecture, folder = training.architecture, training.folder
     supernet = load_supernet(space, checkpoint)
     with one_thread():
         start, teacher = extract(supernet, architecture), largest_teacher(supernet)
+        del supernet  # a library of private blocks is many times as large as a model
         trained = distil(
             space, training.config, folder.parent, architecture, start, teacher, corpus,
             until=training.until, report=lambda row: tell(row["step"] / training.until),
         )  # fmt: skip
         weights = trained.load("model")
-        quality = evaluate(weights, architecture, space.config, data)
-    if not math.isfinite(quality.loss_nats):
-        raise InputError(f"the held-out loss at step {training.until} is {quality.loss_nats}")
+        parent = (
+            run_parent(teacher.weights, teacher.architecture, space.config, data) if quality == KL else None
+        )
+        found = evaluate(weights, architecture, space.config, data, parent=parent)
+    if not math.isfinite(found.loss_nats):
+        raise InputError(f"the held-out loss at step {training.until} is {found.loss_nats}")
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(weights, temporary)
-    training.write(losses(quality))
+    training.write(losses(found))
 
 
 def write_finalist(

@@ -42,7 +42,7 @@ class DataConfig(BaseModel):
             file is cut at line ends into documents of 16 KiB.
         held_out: share of documents that are held out, by content hash.
         limit_mb: take documents in hash order up to this size in MB (10**6 bytes); None takes all.
-        tokenizer: a Hugging Face ``tokenizer.json``; None uses bytes as tokens.
+        tokenizer: a Hugging Face ``tokenizer.json``, or a GGUF file; None uses bytes as tokens.
         recall: share of a batch's rows that are MQAR sequences; at 1 no text is read.
         pairs: key-value pairs in an MQAR sequence; None is an eighth of its length.
     """
@@ -154,16 +154,16 @@ def require_fits(corpus: Corpus, vocab_size: int, length: int) -> None:
         length: tokens per sequence.
 
     Raises:
-        InputError: a token outside the vocabulary, a tokenizer of another size, a side shorter than
+        InputError: a token outside the vocabulary, a tokenizer with more tokens, a side shorter than
             ``length`` tokens and a target, or MQAR sequences that do not fit the length.
     """
     where = f"data: {corpus.source}"
     if corpus.is_bytes and vocab_size < BYTE_VOCAB_SIZE:
         raise InputError(f"{where}: bytes are the tokens, the space's vocabulary is {vocab_size}; "
                          f"give vocab_size {BYTE_VOCAB_SIZE}, or a tokenizer of its size")  # fmt: skip
-    if not corpus.is_bytes and vocab_size != corpus.vocab_size:
+    if not corpus.is_bytes and vocab_size < corpus.vocab_size:
         raise InputError(f"{where}: the tokenizer has {corpus.vocab_size} tokens, the space's vocabulary is "
-                         f"{vocab_size}; they have to be equal")  # fmt: skip
+                         f"{vocab_size}; it has to be at least as large")  # fmt: skip
     if corpus.recall:
         require_mqar(corpus.vocab_size, length, corpus.pairs or default_pairs(length))
     for side, tokens in (("training", corpus.train), ("held-out", corpus.held_out)):

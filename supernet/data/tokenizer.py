@@ -1,4 +1,4 @@
-"""Subword tokens from a Hugging Face ``tokenizer.json``.
+"""Subword tokens from a Hugging Face ``tokenizer.json``, or from a GGUF file.
 
 The optional library ``tokenizers`` (extra ``hf``) reads the file and is imported on use. The number of bytes
 that each token stands for is kept: unlike a loss per token, bits per byte can be compared across tokenizers.
@@ -22,6 +22,7 @@ BYTE_SEPARATOR = 0  # if bytes are the tokens; no text contains it
 WARN_UNKNOWN, MAX_UNKNOWN = 0.001, 0.2  # shares of the characters of a text that a tokenizer does not know
 # End-of-text tokens of common tokenizers; the first one in a tokenizer's vocabulary separates documents.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+GGUF_SUFFIX = ".gguf"
 BATCH_TEXTS = 64
 SAMPLE_TEXTS, SAMPLE_BYTES = 256, 1 << 16  # that unknown characters are counted in
 
@@ -37,7 +38,7 @@ class Tokenizer:
         library: the ``tokenizers.Tokenizer``.
         vocab_size: number of ids.
         separator: id that separates documents.
-        digest: sha256 of the file.
+        digest: sha256 of its ``tokenizer.json``.
     """
 
     path: Path
@@ -152,22 +153,56 @@ class Tokenizer:
         return np.concatenate([separator, *parts])
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``; the size of its vocabulary is its greatest id plus 1.
+def tokenizer_json(path: Path) -> bytes:
+    """The content of a ``tokenizer.json``; the tokenizer of a GGUF file is converted by transformers.
 
     Args:
         path: the file.
 
     Raises:
-        InputError: the file is missing or invalid, or the package ``tokenizers`` is not installed.
+        InputError: the file cannot be read or converted, or transformers is not installed.
     """
     where = f"data.tokenizer: {path}"
+    if path.suffix == GGUF_SUFFIX:
+        return _converted(path, where)
     try:
-        content = read_file(path)
+        return read_file(path)
     except FileNotFoundError:
-        raise InputError(f"{where}: not found; give a Hugging Face tokenizer.json") from None
+        raise InputError(f"{where}: not found; give a Hugging Face tokenizer.json or a GGUF file") from None
     except OSError as error:
-        raise InputError(f"{where}: {error.strerror}; give a Hugging Face tokenizer.json") from None
+        raise InputError(
+            f"{where}: {error.strerror}; give a Hugging Face tokenizer.json or a GGUF file"
+        ) from None
+
+
+def _converted(path: Path, where: str) -> bytes:
+    """The tokenizer of a GGUF file as a ``tokenizer.json``."""
+    if not path.is_file():
+        raise InputError(f"{where}: not found; give a Hugging Face tokenizer.json or a GGUF file")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise InputError(f"{where}: needs transformers; `pip install 'formfit[hf]'` installs it") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        text: str = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # of transformers, gguf and tokenizers, which have no common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{where}: transformers cannot convert its tokenizer ({reason[:120]})") from None
+    return text.encode()
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer; the size of its vocabulary is its greatest id plus 1.
+
+    Args:
+        path: a ``tokenizer.json`` or a GGUF file.
+
+    Raises:
+        InputError: the file is missing or invalid, or a package that reads it is not installed.
+    """
+    where = f"data.tokenizer: {path}"
+    content = tokenizer_json(path)
     try:
         library = importlib.import_module("tokenizers")
     except ImportError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from space.architecture import Architecture, ModelConfig
-from space.io.artefact import canonical_json, digest, file_digest, write_text
+from space.io.artefact import canonical_json, digest, file_digest
 from space.io.errors import InputError
 from space.shapes import model_shapes
 from supernet.parent.folder import TensorOf, folder_tensors, weight_files
@@ -37,7 +37,7 @@ class Parent:
             this adds are zero.
         model_config: the settings of the model; ``max_seq_len`` is its context.
         weights: every parameter of :func:`space.shapes.model_shapes` in fp32.
-        tokenizer: the ``tokenizer.json`` beside the weights; None without. See :func:`write_tokenizer`.
+        tokenizer: the ``tokenizer.json`` beside the weights, else the GGUF file; None for a folder without.
         digest: sha256 of the settings and the weights, wherever they are.
         family: transformers' ``model_type``.
     """
@@ -69,15 +69,17 @@ def read_parent(path: str | Path) -> Parent:
         gguf = GgufFile(source)
         settings, tensors = read_settings(gguf.settings, str(source)), gguf.tensors()
     model_config, weights = _weights(settings, tensors, source)
-    tokenizer = (source if source.is_dir() else source.parent) / TOKENIZER_FILE
-    if tokenizer.exists():
+    tokenizer: Path | None = (source if source.is_dir() else source.parent) / TOKENIZER_FILE
+    if tokenizer and tokenizer.exists():
         _check_tokenizer(tokenizer, model_config.vocab_size)
+    else:
+        tokenizer = None if source.is_dir() else source
     return Parent(
         folder=source,
         architecture=settings.architecture,
         model_config=model_config,
         weights=weights,
-        tokenizer=tokenizer if tokenizer.exists() else None,
+        tokenizer=tokenizer,
         digest=parent_digest(source),
         family=settings.family,
     )
@@ -100,40 +102,6 @@ def parent_digest(path: str | Path) -> str:
         return digest(canonical_json({name: file_digest(file) for name, file in files.items()}))
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
-
-
-def write_tokenizer(parent: Parent, path: Path) -> None:
-    """Write a parent's tokenizer as a ``tokenizer.json``; that of a GGUF file is converted by transformers.
-
-    Args:
-        parent: the parent.
-        path: the file.
-
-    Raises:
-        InputError: there is no tokenizer, transformers cannot convert it or is not installed, or it has more
-            tokens than the model.
-    """
-    if parent.tokenizer is not None:
-        write_text(path, parent.tokenizer.read_text(encoding="utf-8"))
-        return
-    if parent.folder.is_dir():
-        raise InputError(f"{parent.folder}: has no {TOKENIZER_FILE}")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise InputError(
-            f"{parent.folder}: its tokenizer needs transformers; `pip install 'formfit[hf]'` installs it"
-        ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            parent.folder.parent, gguf_file=parent.folder.name, local_files_only=True
-        )
-        text = tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # of transformers, gguf and tokenizers, which have no common base
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{parent.folder}: transformers cannot convert its tokenizer ({reason})") from None
-    write_text(path, text)
-    _check_tokenizer(path, parent.model_config.vocab_size)
 
 
 def _source(path: Path) -> Path:
