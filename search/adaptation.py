@@ -19,7 +19,7 @@ CONTEXT = 1024  # longest sequence of a space that is derived from a parent, unl
 ROW = 512  # tokens of a training row, at most
 SEARCH = {"strategy": "mip-nsga2", "windows": 4, "front_windows": 16}  # a row is long, and an evaluation slow
 # A finalist's weights are close to the parent's, so the rate is low, and the parent is the only target.
-FINALISTS = {"count": 2, "batch": 2, "learning_rate": 1e-4, "distillation": 1.0}
+FINALISTS = {"count": 2, "batch": 2, "learning_rate": 1e-4, "distillation": 1.0, "baselines": True}
 
 
 def adaptation(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:

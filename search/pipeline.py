@@ -70,7 +70,7 @@ def execute(run: Run, reporter: Reporter) -> Summary:
     checkpoint = trained(run, reporter, corpus)
     predictor = profiled(run, reporter)
     picks = verified(run, reporter, checkpoint, predictor, corpus)
-    distillation = distilled(run, reporter, checkpoint, picks, corpus)
+    distillation = distilled(run, reporter, checkpoint, predictor, picks, corpus)
     summary = summarised(run, checkpoint, corpus, predictor, picks, distillation)
     if picks.measured.unmeasured:
         reporter.warn(picks.measured.unmeasured)
@@ -164,7 +164,12 @@ def verified(
 
 
 def distilled(
-    run: Run, reporter: Reporter, checkpoint: Checkpoint, picks: VerifiedPicks, corpus: Corpus
+    run: Run,
+    reporter: Reporter,
+    checkpoint: Checkpoint,
+    predictor: Predictor,
+    picks: VerifiedPicks,
+    corpus: Corpus,
 ) -> Distillation | None:
     """Distil the best members that kept the limits; None if none is to be distilled, or none kept them.
 
@@ -172,6 +177,7 @@ def distilled(
         run: its folder and configuration.
         reporter: shows the progress.
         checkpoint: the supernet's last.
+        predictor: of this machine.
         picks: of the measured search.
         corpus: of the run.
     """
@@ -180,7 +186,10 @@ def distilled(
     verifier = _verifier(run, checkpoint, corpus)
     folder = run.folder / "searches" / verifier.card.name
     result = SearchResult(front=picks.front, measured=picks.measured)
-    found = distil_best(folder, verifier, result, run.config.search, run.config.finalists, reporter)
+    predictors = {verifier.card.name: predictor}
+    found = distil_best(
+        folder, verifier, result, predictors, run.config.search, run.config.finalists, reporter
+    )
     return found if found.finalists else None
 
 

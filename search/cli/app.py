@@ -134,6 +134,9 @@ def adapt(
     distill_steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Steps of each distillation. [default: 100]")
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Distil uniform cuts of the parent within the same limits too, to compare.")
+    ] = True,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Run all stages in a small form, as a check.")
     ] = False,
@@ -157,6 +160,7 @@ def adapt(
         "train": {"data": {"path": str(data.absolute())} if data else {}, "blockwise": fitted},
         "search": {"limits": limit},
         "finalists": {
+            "baselines": baselines,
             **({} if distill_top is None else {"count": distill_top}),
             **({} if distill_steps is None else {"steps": distill_steps}),
         },

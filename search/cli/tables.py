@@ -39,21 +39,21 @@ def limit_table(limits: "Sequence[LimitResult]") -> "Table":
 
 
 def distilled_table(distilled: "Mapping[str, Any]") -> "Table":
-    """Finalists before and after distillation.
+    """Finalists and baselines before and after distillation.
 
     Args:
         distilled: the JSON object of a :class:`search.select.search_command.Distillation`.
     """
-    finalists = distilled["finalists"]
-    names = {name: title for name, title in LOSSES.items() if name in finalists[0]["before"]}
+    trained = [*distilled["finalists"], *distilled.get("baselines", ())]
+    names = {name: title for name, title in LOSSES.items() if name in trained[0]["before"]}
     rows = [
         [
-            one["key"],
+            f"{one['key']} baseline: {one['name']}" if "name" in one else one["key"],
             f"{one['rank_before']} -> {one['rank_after']}",
             *(f"{_number(one['before'], name)} -> {_number(one['after'], name)}" for name in names),
             str(one["failed"] or one["steps"]),
         ]
-        for one in finalists
+        for one in trained
     ]
     titles = [f"{title}, inherited -> distilled" for title in names.values()]
     return make_table("Finalists, distilled", ["key", "rank", *titles, "steps"], rows)

@@ -278,25 +278,28 @@ def text_section(text: TextQuality) -> str:
 
 
 def distilled_section(summary: Summary) -> str:
-    """Finalists before and after distillation, and the sub-model of the best one; empty without any.
+    """Finalists and baselines before and after distillation; empty without any.
 
     Args:
         summary: of the run.
     """
     if not summary.distilled:
         return ""
-    finalists = summary.distilled["finalists"]
-    names = [name for name in ("kl", "loss_nats", "recall_loss_nats") if name in finalists[0]["before"]]
+    trained = [*summary.distilled["finalists"], *summary.distilled.get("baselines", ())]
+    names = [name for name in ("kl", "loss_nats", "recall_loss_nats") if name in trained[0]["before"]]
     rows = []
-    for one in finalists:
+    for one in trained:
         pairs = [(one["before"][name], one["after"] and one["after"][name]) for name in names]
-        cells = [
-            " \u2192 ".join("-" if value is None else f"{value:.4f}" for value in pair) for pair in pairs
-        ]
         rows.append(
-            [f"<code>{escape(one['key'])}</code>", *cells, escape(str(one["failed"] or one["steps"]))]
+            [
+                f"<code>{escape(one['key'])}</code>",
+                escape(f"baseline: {one['name']}" if "name" in one else "finalist"),
+                *(" \u2192 ".join("-" if x is None else f"{x:.4f}" for x in pair) for pair in pairs),
+                escape(str(one["failed"] or one["steps"])),
+            ]
         )
-    columns = ["key", *(name.removesuffix("_nats").replace("_", " ") + ", nats" for name in names), "steps"]
+    losses = (name.removesuffix("_nats").replace("_", " ") + ", nats" for name in names)
+    columns = ["key", "kind", *losses, "steps"]
     tuned = summary.distilled.get("tuned")
     note = f'<p class="note">The best one: <code>{escape(tuned["folder"])}</code>.</p>' if tuned else ""
     return f"<h2>Finalists, inherited \u2192 distilled</h2>{table(columns, rows)}{note}"

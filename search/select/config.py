@@ -20,6 +20,8 @@ class FinalistsConfig(BaseModel):
         batch: rows of a step.
         learning_rate: peak; after a short warm-up it decays along a cosine until the end of the last rung.
         distillation: weight of the teacher's loss; the text's loss has the rest, up to 1.
+        baselines: also train uniform cuts of the largest architecture and a random one, within the same
+            limits, as long as the best finalist.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -29,6 +31,7 @@ class FinalistsConfig(BaseModel):
     batch: Annotated[int, Field(gt=0)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    baselines: bool = False
 
     def training(self, finalists: int, length: int, seed: int = 0) -> TrainConfig:
         """The training's configuration of one finalist.

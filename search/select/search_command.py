@@ -1,23 +1,24 @@
 """A search of a run: its front, the finalists that were measured, and those that were distilled."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from latency import Card, Predictor
 from search.config import Run, open_trained
 from search.engine.choice import Choice
-from search.engine.config import SearchConfig
+from search.engine.config import SearchConfig, make_problem
 from search.engine.entry import search_supernet
 from search.engine.front import FRONT, Front, Member
 from search.engine.verification import Verification
+from search.select.baselines import baselines, removal_order
 from search.select.config import FinalistsConfig
 from search.select.finalist import Finalist
 from search.select.measured_search import run_measured_search
 from search.select.measurements import SAFETY_MARGIN, MeasuredSearch
 from search.select.picks import Selection
-from search.select.successive_halving import distil_finalists, write_finalist
+from search.select.successive_halving import distil_baselines, distil_finalists, write_finalist
 from search.select.verifier import Verifier
 from search.submodel.export import export
 from space import LimitMissedError
@@ -25,7 +26,7 @@ from space.io.artefact import canonical_json, digest
 from space.io.errors import ParityError
 from space.io.progress import Reporter
 from space.precision import model_file
-from supernet.evaluate import evaluation_set
+from supernet.evaluate import evaluation_set, loss_name
 
 JsonObject = dict[str, Any]
 
@@ -66,10 +67,12 @@ class Distillation:
         folder: that ``finalists.json`` is in.
         finalists: the best first.
         tuned: the sub-model of the first one; None without finalists.
+        baselines: trained beside them, by name, the best first.
     """
 
     folder: Path
     finalists: tuple[Finalist, ...]
+    baselines: Mapping[str, Finalist] = field(default_factory=dict)
     tuned: TunedSubModel | None = None
 
     def to_json(self, root: Path | None = None) -> JsonObject:
@@ -78,7 +81,10 @@ class Distillation:
         Args:
             root: a folder that the sub-model's is relative to in the object.
         """
-        value: JsonObject = {"finalists": [item.to_json(self.folder.resolve()) for item in self.finalists]}
+        folder = self.folder.resolve()
+        value: JsonObject = {"finalists": [item.to_json(folder) for item in self.finalists]}
+        if self.baselines:
+            value["baselines"] = [{"name": n, **one.to_json(folder)} for n, one in self.baselines.items()]
         return value if self.tuned is None else {**value, "tuned": self.tuned.to_json(root)}
 
 
@@ -140,7 +146,7 @@ def search_and_select(
     if not distill_top:
         return result
     finalists = run.config.finalists.model_copy(update={"count": distill_top})
-    distillation = distil_best(folder, verifier, result, config, finalists, reporter)
+    distillation = distil_best(folder, verifier, result, predictors, config, finalists, reporter)
     return SearchResult(front=front, measured=measured, distillation=distillation)
 
 
@@ -162,6 +168,7 @@ def distil_best(
     folder: Path,
     verifier: Verifier,
     result: SearchResult,
+    predictors: Mapping[str, Predictor],
     config: SearchConfig,
     finalists: FinalistsConfig,
     reporter: Reporter,
@@ -172,6 +179,7 @@ def distil_best(
         folder: the search's.
         verifier: extracts sub-models, and verifies the best one if finalists were measured.
         result: of the search.
+        predictors: by device, of the limits that baselines keep.
         config: of the search.
         finalists: their number, and how they are trained.
         reporter: shows the progress.
@@ -181,19 +189,30 @@ def distil_best(
     trained = verifier.trained
     # Other finalists are trained for other numbers of steps: each set has a folder of its own.
     place = folder / "finalists" / digest(canonical_json([quality, best, finalists.model_dump()]))[:8]
+    data = evaluation_set(trained.corpus, config.front_windows, trained.length)
     ranked = distil_finalists(
-        trained,
-        [members[key][0].architecture for key in best],
-        evaluation_set(trained.corpus, config.front_windows, trained.length),
-        finalists,
-        quality,
-        place,
-        reporter,
-        config.workers,
-        config.seed,
-    )
+        trained, [members[key][0].architecture for key in best], data, finalists, quality, place, reporter,
+        config.workers, config.seed,
+    )  # fmt: skip
     if not ranked:
         return Distillation(folder=place, finalists=())
+    beside: dict[str, Finalist] = {}
+    if finalists.baselines:
+        order = removal_order(trained.checkpoint.folder.parent, trained.space)
+        uniform = baselines(make_problem(trained.space, predictors, config), order, config.seed)
+        beside = distil_baselines(
+            trained,
+            uniform,
+            len(best),
+            data,
+            finalists,
+            quality,
+            place,
+            reporter,
+            config.workers,
+            config.seed,
+        )
+        _compare(ranked[0], beside, quality, reporter)
     key = ranked[0].architecture.key
     selection = Selection(architecture=ranked[0].architecture, choice=members[key][1])
     target = verifier.submodels / f"{key}-{folder.name}"
@@ -204,7 +223,20 @@ def distil_best(
         export(submodel, ("onnx",), precisions)
     verification = verifier.verify(submodel, reporter) if result.measured else None
     tuned = TunedSubModel(key=key, folder=target, verification=verification)
-    return Distillation(folder=place, finalists=tuple(ranked), tuned=tuned)
+    return Distillation(folder=place, finalists=tuple(ranked), tuned=tuned, baselines=beside)
+
+
+def _compare(best: Finalist, beside: Mapping[str, Finalist], quality: str, reporter: Reporter) -> None:
+    """Warn if a baseline is better than the best finalist."""
+    name = loss_name(quality)
+    ours = (best.after or best.before)[name]
+    for baseline, other in beside.items():
+        theirs = (other.after or {}).get(name)
+        if ours is not None and theirs is not None and theirs < ours:
+            reporter.warn(
+                f"baseline {baseline} ({other.architecture.key}) has {quality} {theirs:.4f} after the same "
+                f"training, the best finalist {ours:.4f}"
+            )
 
 
 def require_tuned(distillation: Distillation) -> None:

@@ -39,6 +39,7 @@ from supernet.extract import SUBMODEL, SubModel, extract, read_submodel, write_s
 from supernet.training.checkpoint import Checkpoint
 from supernet.training.distillation import distil, largest_teacher, load_subnet
 from supernet.training.parallel import ray_session
+from supernet.training.recipe import TrainConfig
 from supernet.training.train import load_supernet, training_inputs
 from supernet.training.trials import Share, one_thread, remove_checkpoints, run_trials
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # not needed by the processes that train
     from supernet.training.train import Trained
 
 FINALISTS = Artefact("finalists", "formfit search")
+BASELINES = Artefact("baselines", "formfit search")
 
 
 def distil_finalists(
@@ -89,8 +91,7 @@ def distil_finalists(
     genome.encode(trained.space, chosen)  # refuses architectures of another space
     folder = folder.resolve()
     training = config.training(len(chosen), trained.length, seed)
-    inputs = training_inputs(trained.space, training, trained.corpus)
-    inputs |= {"supernet": trained.checkpoint.digest, "evaluation": evaluation_digest(data)}
+    inputs = _inputs(trained, training, data)
     keys = sorted(architecture.key for architecture in chosen)
     all_inputs = inputs | {"finalists": digest(canonical_json([quality, keys]))}
     path = folder / "finalists.json"
@@ -127,6 +128,84 @@ def distil_finalists(
     }
     FINALISTS.write(path, all_inputs, body)
     return ranked
+
+
+def distil_baselines(
+    trained: "Trained",
+    architectures: Mapping[str, Architecture],
+    finalists: int,
+    data: EvaluationSet,
+    config: FinalistsConfig,
+    quality: str,
+    folder: Path,
+    reporter: "Reporter",
+    workers: int | None = None,
+    seed: int = 0,
+) -> dict[str, Finalist]:
+    """Train baselines as long as the best finalist, from the same batches, and write ``baselines.json``.
+
+    A run that was stopped resumes; a finished one is read.
+
+    Args:
+        trained: the supernet that they inherit their weights from, and the text.
+        architectures: by name.
+        finalists: their number, which gives the number of steps.
+        data: that baselines are evaluated on, before and after.
+        config: settings of the finalists.
+        quality: ``loss``, ``recall_loss`` or ``kl``, which ranks them among each other.
+        folder: of the finalists.
+        reporter: shows the progress.
+        workers: see :func:`distil_finalists`.
+        seed: of the batches.
+
+    Returns:
+        The baselines by name, the best first.
+    """
+    folder = folder.resolve()
+    training = config.training(finalists, trained.length, seed)
+    inputs = _inputs(trained, training, data)
+    keys = {name: architecture.key for name, architecture in architectures.items()}
+    all_inputs = inputs | {"baselines": digest(canonical_json([quality, finalists, keys]))}
+    path = folder / "baselines.json"
+    if path.exists():
+        reporter.skipped("baselines")
+        value = BASELINES.read(path)
+        check_inputs(path, value, all_inputs)
+        with BASELINES.checked(path):
+            return {item.pop("name"): Finalist.from_json(item, folder) for item in value["baselines"]}
+    distinct = list(dict.fromkeys(architectures.values()))
+    ranked = inherited(trained, distinct, data, quality)
+    rung = len(rungs(finalists, config.steps))
+    trainings = [
+        RungTraining(
+            architecture=one.architecture, config=training, until=training.steps, rung=rung,
+            folder=folder / one.architecture.key / f"rung-{rung}",
+            inputs=inputs | {"architecture": one.architecture.key},
+        )
+        for one in ranked
+    ]  # fmt: skip
+    workers = one_a_core() if workers is None else workers
+    with ray_session(workers) if workers else nullcontext():
+        results = _results(trained, trainings, data, quality, workers, reporter, folder / "tune", "baselines")
+    ranked = [
+        replace(one, rank_after=rank)
+        for rank, one in enumerate(_apply(ranked, trainings, results, quality), start=1)
+    ]
+    names = {architecture: name for name, architecture in reversed([*architectures.items()])}
+    found = {names[one.architecture]: one for one in ranked}
+    for one in ranked:
+        remove_checkpoints(folder / one.architecture.key)
+        if one.failed:
+            reporter.warn(f"baseline {names[one.architecture]}: {one.failed}")
+    body = {"quality": quality, "baselines": [{"name": n, **one.to_json(folder)} for n, one in found.items()]}
+    BASELINES.write(path, all_inputs, body)
+    return found
+
+
+def _inputs(trained: "Trained", training: TrainConfig, data: EvaluationSet) -> dict[str, str]:
+    """The sha256 of what every finalist's training depends on."""
+    inputs = training_inputs(trained.space, training, trained.corpus)
+    return inputs | {"supernet": trained.checkpoint.digest, "evaluation": evaluation_digest(data)}
 
 
 def one_a_core() -> int:
@@ -220,6 +299,7 @@ def _results(
     workers: int,
     reporter: "Reporter",
     storage: Path,
+    title: str = "finalists",
 ) -> list[RungResult]:
     """Results of the trainings of a rung, in their order; those without a result are trained."""
     left = [training for training in trainings if training.result() is None]
@@ -228,7 +308,7 @@ def _results(
         left.sort(key=lambda t: -row_flops(trained.space, t.architecture, trained.length))
         checkpoint = replace(trained.checkpoint, folder=trained.checkpoint.folder.resolve())
         shared = (trained.space, checkpoint, trained.corpus, data, quality)
-        with reporter.stage(f"finalists: {len(trainings)} to step {left[0].until}") as stage:
+        with reporter.stage(f"{title}: {len(trainings)} to step {left[0].until}") as stage:
             failures = run_trials(train_rung, left, shared, workers, storage, stage)
         for training, failure in zip(left, failures, strict=True):
             if failure:
