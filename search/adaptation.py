@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
+from latency import ProfileConfig
+from search.engine.config import SearchConfig
 from search.problem.limit import Limit
 from space import InputError, Space, Workload
 from space.cpus import available_cpus
-from space.io.config import parse
-from space.workload import PHASES
+from space.io.config import parse, shown
 from supernet.parent import read_parent
 from supernet.parent.space_file import space_text
 
@@ -45,11 +46,13 @@ def adaptation(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "space" not in given:
         text = space_text(parent, context or min(CONTEXT, parent.model_config.max_seq_len))
         given["space"] = parse(Space, yaml.safe_load(text), f"the space around {path}")
-    space, train, search = given["space"], _section(given, "train"), _section(given, "search")
-    data = {"tokenizer": str(parent.tokenizer.absolute())} if parent.tokenizer else {}
-    limits = [limit for limit in map(Limit.parse, search.get("limits", ())) if limit.metric.needs_device]
-    profile = _profile([limit.workload for limit in limits if limit.workload], space)
-    profile |= _section(given, "profile")
+    space = given["space"]
+    train, data, profile, search = (
+        _section(given, name) for name in ("train", "train.data", "profile", "search")
+    )
+    limits = map(Limit.parse, parse(SearchConfig, search, "search").limits)
+    profile = _profile([one.workload for one in limits if one.workload and one.metric.needs_device]) | profile
+    first = parse(ProfileConfig, profile, "profile").parsed(space)[0]
     return {
         **given,
         "train": {
@@ -58,23 +61,27 @@ def adaptation(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "length": min(ROW, space.max_seq_len),
             "workers": available_cpus(),
             **train,
-            "data": data | _section(train, "data"),
+            "data": ({"tokenizer": str(parent.tokenizer.absolute())} if parent.tokenizer else {}) | data,
         },
         "profile": profile,
-        "search": SEARCH | {"objectives": ["kl", f"latency:{profile['workloads'][0]}"]} | search,
+        "search": SEARCH | {"objectives": ["kl", f"latency:{first}"]} | search,
         "finalists": FINALISTS | _section(given, "finalists"),
     }
 
 
-def _profile(workloads: Sequence[Workload], space: Space) -> dict[str, Any]:
-    """Settings that profile what limits are on; without limits on the device, prefill and decode."""
+def _profile(workloads: Sequence[Workload]) -> dict[str, Any]:
+    """Settings that profile what limits are on; the defaults without limits on the device."""
     if not workloads:
-        workloads = [Workload(phase=phase, length=space.max_seq_len) for phase in PHASES]
+        return {}
     plain = dict.fromkeys(str(replace(one, threads=1, precision="fp32")) for one in workloads)
     return {"workloads": list(plain), "threads": workloads[0].threads, "precision": workloads[0].precision}
 
 
 def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A section of a file, empty if it is missing or, which is refused later, no mapping."""
-    value = settings.get(name)
-    return dict(value) if isinstance(value, Mapping) else {}
+    """A section of a file, by its keys; empty if it is missing."""
+    value: Any = settings
+    for key in name.split("."):
+        value = value.get(key, {})
+        if not isinstance(value, Mapping):
+            raise InputError(f"{name}: {shown(value)} are no settings; expected keys with values")
+    return dict(value)

@@ -18,12 +18,18 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from search.select import successive_halving as finalists
-from search.select.finalist import Finalist, FinalistsConfig, rungs
-from search.select.successive_halving import distil_finalists, inherited, write_finalist
+from search.select.config import FinalistsConfig, rungs
+from search.select.finalist import Finalist
+from search.select.successive_halving import (
+    distil_baselines,
+    distil_finalists,
+    inherited,
+    write_finalist,
+)
 from space import Architecture, InputError, genome, variation
 from space.io.artefact import canonical_json, digest, file_digest
 from supernet.data.corpus import DataConfig, load_corpus
-from supernet.evaluate import EvaluationSet, evaluate, evaluation_set
+from supernet.evaluate import EvaluationSet, evaluate, evaluation_set, run_parent
 from supernet.extract import Text, extract
 from supernet.training.distillation import distil, largest_teacher
 from supernet.training.recipe import TrainConfig
@@ -128,6 +134,57 @@ def test_before_is_what_the_sub_networks_reach(
     assert [order[f.rank_before - 1] for f in outcome[1]] == [f.architecture for f in outcome[1]]
 
 
+def test_divergence_from_the_largest_ranks(
+    trained: Trained, members: list[Architecture], data: EvaluationSet, tmp_path: Path
+) -> None:
+    largest = genome.largest(trained.space)
+    found = distil_finalists(trained, [*members[:2], largest], data, CONFIG, "kl", tmp_path, Quiet(), 0)
+    before = {f.architecture: f.before["kl"] for f in found}
+    assert before.pop(largest) == 0
+    assert all(value is not None and value > 0 for value in before.values())
+    assert next(f for f in found if f.architecture == largest).rank_before == 1
+    supernet = load_supernet(trained.space, trained.checkpoint)
+    parent = run_parent(supernet.weights(largest), largest, trained.space.config, data)
+    for one in found:
+        weights = load_file(one.folder / "model.safetensors") if one.folder else {}
+        again = evaluate(weights, one.architecture, trained.space.config, data, parent=parent)
+        assert one.after
+        assert one.after["kl"] == again.extra["kl"]
+    last = [f for f in found if f.rung == 2]
+    assert [f.after and f.after["kl"] for f in last] == sorted(f.after["kl"] for f in last if f.after)
+
+
+def test_baselines_are_trained_as_the_best_finalist(
+    trained: Trained,
+    members: list[Architecture],
+    data: EvaluationSet,
+    outcome: tuple[Path, list[Finalist]],
+    tmp_path: Path,
+) -> None:
+    """The same weights, bit for bit, where a baseline is a finalist; and a second call reads the file."""
+    best = outcome[1][0]
+    beside = {"one": members[4], "same": best.architecture}
+
+    def call(folder: Path, **changes: Any) -> dict[str, Finalist]:
+        return distil_baselines(trained, beside, 4, data, CONFIG, "loss", folder, Quiet(), 0, **changes)
+
+    found = call(tmp_path)
+    assert found["same"].after == best.after
+    assert best.folder
+    assert found["same"].folder
+    names = ("model.safetensors",)
+    assert [file_digest(found["same"].folder / n) for n in names] == [
+        file_digest(best.folder / n) for n in names
+    ]
+    assert found["one"].steps == best.steps
+    assert list(found) == sorted(found, key=lambda name: (found[name].after or {})["loss_nats"] or 0.0)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert call(tmp_path) == found
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == stamps
+    with pytest.raises(InputError, match=r"baselines.json: made for training "):
+        call(tmp_path, seed=1)
+
+
 @pytest.mark.parametrize("quality", ["loss", "recall_loss"])
 def test_better_half_continues(
     quality: str,
@@ -220,7 +277,7 @@ def test_other_inputs_are_refused(
     folder = Path(shutil.copytree(outcome[0], tmp_path / "copy"))
     elsewhere = replace(trained.checkpoint, digest="0" * 64)
     cases: dict[str, Callable[[], Any]] = {
-        "training": lambda: call(config=CONFIG.model_copy(update={"seed": 1})),
+        "training": lambda: call(seed=1),
         "supernet": lambda: call(trained=replace(trained, checkpoint=elsewhere)),
         "evaluation": lambda: call(data=replace(data, recallable=~data.recallable)),
         "corpus": lambda: call(trained=replace(trained, corpus=replace(trained.corpus, digest="0" * 64))),
