@@ -1,7 +1,8 @@
 """A run: its configuration and its folder, read without torch."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,16 +11,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from latency import ProfileConfig
 from search.engine.config import (
+    FinalistsConfig,
     SearchConfig,
     VerifyConfig,
     check_profiled,
     check_search,
     counted_limits,
+    limited_workloads,
     precision_of,
 )
 from search.engine.front import PICKS
-from search.select.config import FinalistsConfig
-from space import InputError, Space, load_space
+from space import InputError, Space, Workload, load_space
+from space.cpus import available_cpus
 from space.io.artefact import write_text
 from space.io.config import Name, load_yaml, parse, shown
 from space.io.machine import check_threads, session_folder
@@ -31,6 +34,12 @@ if TYPE_CHECKING:  # they need torch
     from supernet.extract import Text
     from supernet.training.checkpoint import Checkpoint
     from supernet.training.train import Trained
+
+CONTEXT = 1024  # longest sequence of a space that is derived from a parent, unless given
+ROW = 512  # tokens of a training row, at most
+SEARCH = {"strategy": "mip-nsga2", "windows": 4, "front_windows": 16}  # a row is long, and an evaluation slow
+# A finalist's weights are close to the parent's, so the rate is low, and the parent is the only target.
+FINALISTS = {"count": 2, "batch": 2, "learning_rate": 1e-4, "distillation": 1.0, "baselines": True}
 
 
 def _pick(name: str) -> str:
@@ -89,7 +98,7 @@ def run_config(value: Any, folder: Path, where: str) -> RunConfig:
     """The configuration of settings as a file has them, with absolute paths.
 
     Args:
-        value: the settings; ``parent`` stands for those that :func:`search.adaptation.adaptation` gives.
+        value: the settings; ``parent`` stands for those that :func:`adaptation` gives.
         folder: that relative paths start at.
         where: names the settings in errors.
 
@@ -99,10 +108,75 @@ def run_config(value: Any, folder: Path, where: str) -> RunConfig:
     if isinstance(value, dict) and isinstance(value.get("space"), str):
         value = {**value, "space": load_space(folder / value["space"])}
     if isinstance(value, dict) and "parent" in value:
-        from search.adaptation import adaptation  # reads weights, so it needs torch
-
         value = adaptation(value, folder)
     return with_absolute_paths(parse(RunConfig, value, where), folder)
+
+
+def adaptation(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a run's file with ``parent``, without it; settings that the file has stay.
+
+    Args:
+        value: the file's settings: ``parent``, a folder of transformers or a GGUF file; ``context``, the
+            longest sequence of the space around it; and those of a run.
+        folder: that relative paths start at.
+
+    Raises:
+        InputError: the parent cannot be read, or ``context`` is not its own or is given beside a space.
+    """
+    from supernet.parent import read_parent  # needs torch
+    from supernet.parent.space_file import space_text
+
+    given = dict(value)
+    path, context = given.pop("parent"), given.pop("context", None)
+    if not isinstance(path, str):
+        raise InputError(f"parent: {path!r} is not the path of a folder or a GGUF file")
+    if context is not None and "space" in given:
+        raise InputError("context: the space has its own max_seq_len; give one of context and space")
+    if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 2):
+        raise InputError(f"context: {context!r} is not a number of tokens from 2")
+    train, data, profile, search = (
+        _section(given, name) for name in ("train", "train.data", "profile", "search")
+    )
+    limited = limited_workloads(parse(SearchConfig, search, "search"))  # checked before weights are read
+    parent = read_parent(folder / path)
+    if "space" not in given:
+        text = space_text(parent, context or min(CONTEXT, parent.model_config.max_seq_len))
+        given["space"] = parse(Space, yaml.safe_load(text), f"the space around {path}")
+    space = given["space"]
+    profile = _profile(limited) | profile
+    first = parse(ProfileConfig, profile, "profile").parsed(space)[0]
+    return {
+        **given,
+        "train": {
+            "method": "blockwise",
+            "init": str(parent.folder.absolute()),
+            "length": min(ROW, space.max_seq_len),
+            "workers": available_cpus(),
+            **train,
+            "data": ({"tokenizer": str(parent.tokenizer.absolute())} if parent.tokenizer else {}) | data,
+        },
+        "profile": profile,
+        "search": SEARCH | {"objectives": ["kl", f"latency:{first}"]} | search,
+        "finalists": FINALISTS | _section(given, "finalists"),
+    }
+
+
+def _profile(workloads: Sequence[Workload]) -> dict[str, Any]:
+    """Settings that profile what limits are on; the defaults without limits on the device."""
+    if not workloads:
+        return {}
+    plain = dict.fromkeys(str(replace(one, threads=1, precision="fp32")) for one in workloads)
+    return {"workloads": list(plain), "threads": workloads[0].threads, "precision": workloads[0].precision}
+
+
+def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of a file, by its keys; empty if it is missing."""
+    value: Any = settings
+    for key in name.split("."):
+        value = value.get(key, {})
+        if not isinstance(value, Mapping):
+            raise InputError(f"{name}: {shown(value)} are no settings; expected keys with values")
+    return dict(value)
 
 
 def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:

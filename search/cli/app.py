@@ -148,10 +148,7 @@ def adapt(
     """Make a trained model faster on this machine: fit blocks, search, distil, verify. Resumes."""
     from search.config import Run, run_config
     from search.config import smoke as small
-    from search.problem.limit import Limit
 
-    for text in limit:
-        Limit.parse(text)  # before the parent is read, which may take minutes
     folder = out_dir or Path("runs") / parent.stem
     fitted = {"tokens": tokens} if tokens else {}
     value = {

@@ -1,4 +1,4 @@
-"""Settings of searches and of verification, read without torch."""
+"""Settings of searches, of verification and of finalists, read without torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,14 @@ from search.problem.objective import Objective, check_objectives
 from search.problem.problem import Problem, required_precision
 from search.strategies.registry import STRATEGIES, StrategyEntry
 from space import InputError, Space, Workload
+from supernet.training.recipe import TrainConfig
 
 if TYPE_CHECKING:  # its libraries take seconds to load
     from latency import Predictor
+
+WARMUP = 0.05  # share of the steps of all rungs
+CHECKPOINT_EVERY = 50
+SEED_OFFSET = 1_000_000  # finalists read other batches than the supernet did
 
 
 def _registered(name: str) -> str:
@@ -97,6 +102,64 @@ class VerifyConfig(BaseModel):
     max_noise: Annotated[float, Field(gt=0)] | None = 0.1
 
 
+class FinalistsConfig(BaseModel):
+    """Settings of the distillation of finalists, the key ``finalists`` of a run's configuration.
+
+    Attributes:
+        count: finalists; 0 trains none, and the ranking is the supernet's.
+        steps: of the first rung; each later rung ends at twice the steps of the one before.
+        batch: rows of a step.
+        learning_rate: peak; after a short warm-up it decays along a cosine until the end of the last rung.
+        distillation: weight of the teacher's loss; the text's loss has the rest, up to 1.
+        baselines: also train uniform cuts of the largest architecture and a random one, within the same
+            limits, as long as the best finalist.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    count: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(gt=0)] = 100
+    batch: Annotated[int, Field(gt=0)] = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    baselines: bool = False
+
+    def training(self, finalists: int, length: int, seed: int = 0) -> TrainConfig:
+        """The training's configuration of one finalist.
+
+        Args:
+            finalists: their number, which gives the number of rungs.
+            length: tokens of a row.
+            seed: of the batches.
+        """
+        return TrainConfig(
+            steps=rungs(finalists, self.steps)[-1][1],
+            batch=self.batch,
+            length=length,
+            learning_rate=self.learning_rate,
+            warmup=WARMUP,
+            distillation=self.distillation,
+            threads=1,
+            checkpoint_every=CHECKPOINT_EVERY,
+            seed=seed + SEED_OFFSET,
+        )
+
+
+def rungs(count: int, steps: int) -> list[tuple[int, int]]:
+    """The number of finalists of each rung, and the step at which it ends.
+
+    Args:
+        count: finalists of the first rung; each later one has half of the one before, rounded up, and at
+            least two.
+        steps: of the first rung.
+    """
+    plan = [(count, steps)]
+    while plan[-1][0] > 2:
+        count, steps = plan[-1]
+        plan.append(((count + 1) // 2, 2 * steps))
+    return plan
+
+
 def precision_of(config: SearchConfig, device: str, first: str) -> str | None:
     """The precision that a search's limits and objectives ask of a device's models; None where they ask none.
 
@@ -134,6 +197,16 @@ def counted_limits(config: SearchConfig) -> list[Limit]:
         config: of the search.
     """
     return [limit for limit in map(Limit.parse, config.limits) if not limit.metric.needs_device]
+
+
+def limited_workloads(config: SearchConfig) -> list[Workload]:
+    """The workloads that a search's limits on a device are of, in their order.
+
+    Args:
+        config: of the search.
+    """
+    limits = map(Limit.parse, config.limits)
+    return [limit.workload for limit in limits if limit.workload and limit.metric.needs_device]
 
 
 def check_profiled(config: SearchConfig, device: str, profiled: Sequence[Workload]) -> None:

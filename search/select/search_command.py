@@ -8,12 +8,11 @@ from typing import Any
 from latency import Card, Predictor
 from search.config import Run, open_trained
 from search.engine.choice import Choice
-from search.engine.config import SearchConfig, make_problem
+from search.engine.config import FinalistsConfig, SearchConfig, make_problem
 from search.engine.entry import search_supernet
 from search.engine.front import FRONT, Front, Member
 from search.engine.verification import Verification
 from search.select.baselines import baselines, removal_order
-from search.select.config import FinalistsConfig
 from search.select.finalist import Finalist
 from search.select.measured_search import run_measured_search
 from search.select.measurements import SAFETY_MARGIN, MeasuredSearch

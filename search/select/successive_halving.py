@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from search.select.config import FinalistsConfig, rungs
+from search.engine.config import FinalistsConfig, rungs
 from search.select.finalist import Finalist, RungResult, RungTraining
 from space import Architecture, InputError, Space, genome
 from space.cost import row_flops

@@ -17,8 +17,8 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from search.engine.config import FinalistsConfig, rungs
 from search.select import successive_halving as finalists
-from search.select.config import FinalistsConfig, rungs
 from search.select.finalist import Finalist
 from search.select.successive_halving import (
     distil_baselines,
