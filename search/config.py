@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # they need torch
     from supernet.training.train import Trained
 
 CONTEXT = 1024  # longest sequence of a space that is derived from a parent, unless given
-ROW = 512  # tokens of a training row, at most
+ROW = 512  # least tokens of a training row, in a context that is as long
 SEARCH = {"strategy": "mip-nsga2", "windows": 4, "front_windows": 16}  # a row is long, and an evaluation slow
 # A finalist's weights are close to the parent's, so the rate is low, and the parent is the only target.
 FINALISTS = {"count": 2, "batch": 2, "learning_rate": 1e-4, "distillation": 1.0, "baselines": True}
@@ -150,7 +150,8 @@ def adaptation(value: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "train": {
             "method": "blockwise",
             "init": str(parent.folder.absolute()),
-            "length": min(ROW, space.max_seq_len),
+            # In half of a row or more, sliding attention lacks what full attention sees.
+            "length": min(max(ROW, 2 * max(space.layer.window, default=0)), space.max_seq_len),
             "workers": available_cpus(),
             **train,
             "data": ({"tokenizer": str(parent.tokenizer.absolute())} if parent.tokenizer else {}) | data,

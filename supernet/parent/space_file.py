@@ -8,7 +8,7 @@ from space.io.errors import InputError
 from supernet.parent.parent import Parent
 from supernet.parent.settings import FFN_MULTIPLE
 
-WINDOWS = (128, 256, 512)
+WINDOWS = (128, 256, 512)  # of at most a quarter of the context, as a longer one saves little
 MIXERS = ("attention", "sliding", "gated_deltanet", "kda", "mamba2", "gla", "short_conv", "none")
 
 
@@ -27,7 +27,7 @@ def space_text(parent: Parent, context: int | None = None) -> str:
     if context > config.max_seq_len:
         raise InputError(f"--context {context}: the parent's context is {config.max_seq_len}")
     depth = len(parent.architecture.layers)
-    windows = [window for window in WINDOWS if window < context]
+    windows = [window for window in WINDOWS if 4 * window <= context]
     mixers = [mixer for mixer in MIXERS if windows or mixer != "sliding"]
     group, half = layer.heads // layer.kv_heads, layer.heads // 2
     heads = [half, layer.heads] if half and half % group == 0 else [layer.heads]

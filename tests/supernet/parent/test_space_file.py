@@ -27,7 +27,7 @@ def written(folder: Path, text: str) -> Space:
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_largest_is_the_parent(name: str, tmp_path: Path) -> None:
-    saved(tmp_path / "The parent!", name, max_position_embeddings=300, num_hidden_layers=3)
+    saved(tmp_path / "The parent!", name, max_position_embeddings=1100, num_hidden_layers=3)
     parent = read_parent(tmp_path / "The parent!")
     space = written(tmp_path, space_text(parent))
     assert space.name == "the-parent"
@@ -38,7 +38,7 @@ def test_largest_is_the_parent(name: str, tmp_path: Path) -> None:
 
 
 def test_every_mixer_is_sampled_and_runs(tmp_path: Path) -> None:
-    saved(tmp_path / "parent", "qwen2", max_position_embeddings=300, num_hidden_layers=3)
+    saved(tmp_path / "parent", "qwen2", max_position_embeddings=512, num_hidden_layers=3)
     space = written(tmp_path, space_text(read_parent(tmp_path / "parent")))
     supernet, seen = Supernet(space), set()
     for architecture in genome.decode(space, variation.sample(space, np.random.default_rng(0), 60)):
