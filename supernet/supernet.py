@@ -188,10 +188,14 @@ class Supernet(nn.Module):
         self.space = space
         if values is not None:
             shapes = supernet_shapes(space)
-            wrong = [name for name in shapes.keys() | values.keys()
-                     if name not in values or tuple(values[name].shape) != shapes.get(name)]  # fmt: skip
+            found = {name: tuple(value.shape) for name, value in values.items()}
+            wrong = [n for n in shapes.keys() | found.keys() if found.get(n) != shapes.get(n)]
             if wrong:
-                raise ValueError(f"weights of another space: {min(wrong)} ({len(wrong)} differ)")
+                first = min(wrong)
+                raise ValueError(
+                    f"weights of another space: {first} is {found.get(first)}, expected {shapes.get(first)} "
+                    f"({len(wrong)} differ)"
+                )
             for name in shapes:
                 add_parameter(self, name, values[name])
             return

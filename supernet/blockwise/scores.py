@@ -122,7 +122,7 @@ def read_scores(path: Path) -> list[Score]:
     Args:
         path: the file.
     """
-    return [Score(**row) for row in json.loads(path.read_text())]
+    return [Score(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def score_table(scores: list[Score]) -> pd.DataFrame:

@@ -238,7 +238,7 @@ def task_bytes(plan: LibraryPlan, windows: NDArray[np.int64]) -> int:
 def available_memory() -> int | None:
     """Memory that programs can take without swapping, in bytes; None if the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]

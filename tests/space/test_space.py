@@ -183,7 +183,7 @@ def test_contradiction_is_error(refused: Refused, changes: dict[str, Any], messa
             "layer.window[0]: Input should be greater than 1, found 1",
         ),
         ({"kv_group": 0}, "kv_group: Input should be greater than 0, found 0"),
-        ({"sharing": "all"}, "sharing: Input should be 'qkvo' or 'none', found 'all'"),
+        ({"sharing": "all"}, "sharing: Input should be 'qkvo', 'none' or 'block', found 'all'"),
         ({"local": "apart"}, "hybrid.local: Input should be 'linear' or 'separate', found 'apart'"),
         ({"max_linear_kinds": 0}, "hybrid.max_linear_kinds: Input should be greater than 0, found 0"),
         (

@@ -298,7 +298,7 @@ def test_rss_is_a_limit_and_an_objective(run_folder: Path, formfit: Program) -> 
 def test_invalid_search_name_is_refused(run_folder: Path, formfit: Program, name: str) -> None:
     done = formfit(*words(run_folder)[:-1], name or " ")
     assert done.returncode == 2
-    assert done.stderr.startswith("formfit: name ")
+    assert done.stderr.startswith("formfit: --name ")
 
 
 def test_two_searches_at_once_in_a_folder_are_refused(

@@ -168,11 +168,9 @@ def test_corpus_that_does_not_fit_space_is_error() -> None:
         require_fits(made(), 255, 64)
     words = {"train": np.arange(90, dtype=np.uint16), "held_out": np.arange(70, dtype=np.uint16)}
     require_fits(made(**words, vocab_size=90), 90, 64)
-    for vocab_size in (89, 91):
-        with pytest.raises(
-            InputError, match=rf"has 90 tokens, the space's vocabulary is {vocab_size}; they have"
-        ):
-            require_fits(made(**words, vocab_size=90), vocab_size, 64)
+    require_fits(made(**words, vocab_size=90), 91, 64)  # some models have more embeddings than tokens
+    with pytest.raises(InputError, match="has 90 tokens, the space's vocabulary is 89; it has to be"):
+        require_fits(made(**words, vocab_size=90), 89, 64)
     for side in ("train", "held_out"):
         name = {"train": "training", "held_out": "held-out"}[side]
         spoilt = words | {side: np.append(words[side], np.uint16(90))}

@@ -205,7 +205,7 @@ def test_gguf(name: str, kind: str, tmp_path: Path) -> None:
         parent = read_parent(given)
         assert parent.folder == path
         assert parent.model_config.norm_eps == model.config.rms_norm_eps  # not its fp32 neighbour
-        assert parent.tokenizer is None
+        assert parent.tokenizer == path
         assert_close("logits", our_logits(parent, ids), logits_of(model, ids), TOLERANCE["float32"])
 
 
