@@ -195,13 +195,19 @@ def test_an_interrupt_is_one_line(config_file: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*MODULE, "train", "long.yaml", "--out", "run"], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # A shell's background job ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     with process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "supernet" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        lines = process.communicate(timeout=60)[1].splitlines()
+        try:
+            deadline = time.monotonic() + 120
+            metrics = tmp_path / "run" / "supernet" / "metrics.jsonl"
+            while not metrics.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            lines = process.communicate(timeout=60)[1].splitlines()
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert [line for line in lines if not line.startswith("train ")] == ["formfit: stopped"]
 
