@@ -132,7 +132,7 @@ def generation_memory(model: Path, tokens: int) -> dict[str, Any]:
     while made < tokens:
         prompt = rng.integers(1, 256, 8).tolist()
         space = min(decoder.model_config.max_seq_len - len(prompt), tokens - made)
-        made += sum(1 for _ in generate(decoder, prompt, space, Sampling(temperature=1.0, seed=made)))
+        made += sum(1 for _ in generate(decoder, prompt, space, Sampling(temperature=1.0, seed=made), None))
         first = first or (resident_mb("self") if made >= tokens / 10 else 0.0)
     return {"tokens": made, "first_tenth_mb": first, "end_mb": resident_mb("self")}
 
