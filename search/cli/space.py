@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
     from space import Space
 
-MODEL_SECONDS = 0.3  # to measure a small model in one workload
 MODELS = 128  # whole models that a profile measures
+MODEL_SECONDS, MODEL_RUNS = (
+    0.2,
+    40,
+)  # for one in one workload, as in latency/predictor/design.py, which loads slowly
+FLOPS_PER_SECOND, BYTES_PER_SECOND = 1e11, 1e10  # of a CPU, roughly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +144,13 @@ def summarise_space(space: "Space") -> SpaceSummary:
 
     ops = space_ops(space)
     workloads = [Workload(phase=phase, length=space.max_seq_len) for phase in PHASES]
-    seconds = MODELS * len(workloads) * MODEL_SECONDS
     smallest, largest = (
         End(key=a.key, params=params(a, space.config), architecture=a.describe())
         for a in (genome.smallest(space), genome.largest(space))
     )
+    mean = (smallest.params + largest.params) / 2
+    runs = [max(2 * mean * w.tokens / FLOPS_PER_SECOND, 4 * mean / BYTES_PER_SECOND) for w in workloads]
+    seconds = MODELS * sum(MODEL_SECONDS + MODEL_RUNS * run for run in runs)
     return SpaceSummary(
         name=space.name,
         architectures=genome.size(space),
@@ -156,18 +162,30 @@ def summarise_space(space: "Space") -> SpaceSummary:
     )
 
 
+def _duration(seconds: float) -> str:
+    """A rough duration for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
 def space_table(summary: SpaceSummary) -> "Table":
     """The table of a space.
 
     Args:
         summary: of the space.
     """
+    from search.cli.tables import counted_runs
+
     ends = {"smallest": summary.smallest, "largest": summary.largest}
     rows = [
         ["architectures", f"{summary.architectures:.3e}"],
         ["mixers", ", ".join(summary.mixers)],
-        *([name, f"{end.params:,} parameters: {end.architecture}"] for name, end in ends.items()),
+        *(
+            [name, f"{end.params:,} parameters: {counted_runs(end.architecture.split())}"]
+            for name, end in ends.items()
+        ),
         ["ops to measure", str(summary.ops_to_measure)],
-        ["expected profiling", f"{summary.expected_profiling_seconds} s for two workloads"],
+        ["expected profiling", f"{_duration(summary.expected_profiling_seconds)} for two workloads"],
     ]
     return make_table(f"Space {summary.name}", ["property", "value"], rows)

@@ -48,15 +48,15 @@ def distilled_table(distilled: "Mapping[str, Any]") -> "Table":
     names = {name: title for name, title in LOSSES.items() if name in trained[0]["before"]}
     rows = [
         [
-            f"{one['key']} baseline: {one['name']}" if "name" in one else one["key"],
+            f"{one['name']}\n{one['key']}" if "name" in one else one["key"],
             f"{one['rank_before']} -> {one['rank_after']}",
             *(f"{_number(one['before'], name)} -> {_number(one['after'], name)}" for name in names),
             str(one["failed"] or one["steps"]),
         ]
         for one in trained
     ]
-    titles = [f"{title}, inherited -> distilled" for title in names.values()]
-    return make_table("Finalists, distilled", ["key", "rank", *titles, "steps"], rows)
+    titles = [f"{title}\ninherited -> distilled" for title in names.values()]
+    return make_table("Finalists, distilled", ["key, or baseline", "rank", *titles, "steps"], rows)
 
 
 def _number(losses: "Mapping[str, float | None] | None", name: str) -> str:
@@ -171,10 +171,17 @@ def short_description(architecture: "Architecture", letters: Mapping[str, str]) 
         letters: of its mixers.
     """
     layers = [_short_layer(layer, letters) for layer in architecture.layers]
+    return f"{architecture.width} | {counted_runs(layers)}"
+
+
+def counted_runs(layers: Sequence[str]) -> str:
+    """The texts of layers, where equal neighbours stand once with their number, such as ``3*a2.256 -``.
+
+    Args:
+        layers: a text for each, without spaces.
+    """
     runs = [(text, len(list(same))) for text, same in groupby(layers)]
-    return f"{architecture.width} | " + " ".join(
-        text if count == 1 else f"{count}*{text}" for text, count in runs
-    )
+    return " ".join(text if count == 1 else f"{count}*{text}" for text, count in runs)
 
 
 def _short_layer(layer: "Layer", letters: Mapping[str, str]) -> str:
