@@ -1,4 +1,4 @@
-"""What several folders of tests share: small spaces, and their members listed one by one."""
+"""Shared parts of several folders of tests: small spaces, and their members listed one by one."""
 
 import math
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def tiny_space(**changes: Any) -> Space:
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
-    """What a call returns, or the message with which it refuses its input; all else is raised."""
+    """The result of a call, or the message with which it refuses its input; all else is raised."""
     try:
         return call(), ""
     except InputError as error:
@@ -169,7 +169,7 @@ def every_layer(choices: LayerChoices, kv_group: int | None) -> list[Layer]:
 
 
 def belongs(space: Space, architecture: Architecture) -> bool:
-    """Whether an architecture is one of the space, from what the words mean.
+    """True for an architecture of the space, by the meaning of the words.
 
     Some layer must mix tokens; with m full and linear mixers, n_full = ceil(m / (r + 1)) are full.
     """

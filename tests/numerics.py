@@ -1,4 +1,4 @@
-"""How far two tensors are apart, and how far they may be."""
+"""Distances of tensors, and their bounds."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How far measurements are from predictions: scale, conformal bounds, intervals."""
+"""Distances of measurements from predictions: scale, conformal bounds, intervals."""
 
 import math
 from collections.abc import Sequence

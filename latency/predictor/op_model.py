@@ -154,7 +154,7 @@ class KindModel:
 
 @dataclass(frozen=True)
 class Fit:
-    """What the observations of a fit were, for intervals and leave-one-out residuals.
+    """The observations of a fit, for intervals and leave-one-out residuals.
 
     Attributes:
         work: of the observed ops, by kind: [P, K].

@@ -381,7 +381,7 @@ def main() -> None:
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, in one line.
+    """An error of the operating system, in one line.
 
     Args:
         error: of the operating system.

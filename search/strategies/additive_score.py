@@ -154,7 +154,7 @@ class Measured:
         worst = float(np.nanmax([constant, *(value for value in known if np.isfinite(value))])) - constant
 
         def score(column: int, *genes: int) -> float:
-            """What the parent loses by other genes; 0 for those that no architecture has."""
+            """The loss of the parent with other genes; 0 for those that no architecture has."""
             row = self.with_genes(column, *genes)
             value = self.value(row) - constant
             return 0.0 if row.tobytes() not in asked else value if np.isfinite(value) else worst

@@ -1,4 +1,4 @@
-"""What file systems differ in: locks, syncs, mode bits; and reading of regular files only.
+"""Differences of file systems: locks, syncs, mode bits; and reading of regular files only.
 
 Network and flat file systems lack some of these (NFS, Lustre, CIFS, gcsfuse, FAT). Mode bits and syncs of
 folders are best effort. Where locks do not exist, one line of warning says so. Content is always synced: an

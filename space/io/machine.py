@@ -1,4 +1,4 @@
-"""What this machine allows: threads, and a folder for Ray's sockets."""
+"""Limits of this machine: threads, and a folder for Ray's sockets."""
 
 import os
 import tempfile

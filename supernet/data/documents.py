@@ -56,7 +56,7 @@ class Skipped:
         self.reasons.setdefault(reason, []).append(file)
 
     def describe(self) -> str | None:
-        """How many files are left out, why, and the first one's name; None if there is none."""
+        """The number of files that are left out, why, and the first one's name; None if there is none."""
         if not self.reasons:
             return None
         parts = [f"{len(files)} {reason} (first: {files[0]})" for reason, files in self.reasons.items()]

@@ -1,4 +1,4 @@
-"""What the tests of the plain blocks share."""
+"""Shared parts of the tests of plain blocks."""
 
 from collections.abc import Iterator
 

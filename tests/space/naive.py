@@ -141,7 +141,7 @@ ORACLES: dict[str, Callable[[dict[str, Tensor], Tensor, Layer, ModelConfig], Cha
 def _token(
     w: dict[str, Tensor], hidden: Tensor, qkv: Any, layer: Layer, config: ModelConfig, t: int
 ) -> dict[str, Any]:
-    """What the recurrence reads of one token; ``kept`` [Hkv, D] is the share of the state that stays."""
+    """The output of the recurrence for one token; ``kept`` [Hkv, D] is the share of the state that stays."""
     d = config.head_dim
     q, k, v = (y.view(-1, d) for y in qkv)
     kept, beta, scale, skip = torch.ones_like(k), torch.ones_like(k[:, 0]), d**-0.5, None

@@ -221,7 +221,7 @@ def test_item_stops_when_its_interval_is_narrow_enough() -> None:
 
 
 def rounds_of(seed: int) -> list[list[str]]:
-    """What was visited in each of six rounds of eight items."""
+    """The visited items in each of six rounds of eight items."""
     machine = Machine()
     items = {name: machine.item(LONG, name) for name in "abcdefgh"}
     ends: list[int] = []

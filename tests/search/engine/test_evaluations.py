@@ -25,7 +25,7 @@ def folder(run_folder: Path) -> Path:
 
 
 def asked(app: Any, path: str) -> Any:
-    """What the dashboard's server answers to a GET."""
+    """The answer of the dashboard's server to a GET."""
     environ: dict[str, Any] = {"PATH_INFO": path, "wsgi.input": io.BytesIO()}
     setup_testing_defaults(environ)
     said: list[str] = []

@@ -389,7 +389,7 @@ def test_card_of_another_onnxruntime_gives_a_warning(run_folder: Path, formfit: 
 
 
 def test_limit_between_profiled_lengths_is_among_the_predictions(run_folder: Path, call: Program) -> None:
-    """What a limit asks for stands among the predictions, which are what verification measures."""
+    """The workload of a limit stands among the predictions, which are what verification measures."""
     path = card_file(run_folder)
     value = json.loads(path.read_text())
     value["workloads"]["prefill@16"] = value["workloads"]["prefill@64"]

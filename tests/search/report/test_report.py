@@ -61,7 +61,7 @@ def artefacts(folder: Path) -> tuple[Run, Front, Summary, Path]:
 
 
 class Page(HTMLParser):
-    """What a page loads, and its text outside of scripts."""
+    """Files that a page loads, and its text outside of scripts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ window.addEventListener("load", function () { setTimeout(function () {
 
 
 def look_at(page: Path, folder: Path, widths: list[int]) -> dict[int, dict[str, Any]]:
-    """What a browser makes of a page at some widths.
+    """A page in a browser at some widths.
 
     In frames, since a window of a headless Chrome is never as narrow as a phone.
     """

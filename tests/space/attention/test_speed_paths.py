@@ -200,7 +200,7 @@ def parameters(family: str, kernel: str) -> set[str]:
 def test_kernels_are_called_with_their_parameters(
     kind: str, learning: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the kernels are given, and what is made of what they return; the kernels are stood in for."""
+    """Arguments of the kernels, and the use of their results; the kernels are stood in for."""
     inputs = in_half(make(kind, tokens, heads=(6, 2), steps=(-1.0, -0.01)))
     inputs["q"].requires_grad_(learning)
     called = []

@@ -1,4 +1,4 @@
-"""What stands around a text is the same in training, generation and the exported folder."""
+"""The tokens around a text are the same in training, generation and the exported folder."""
 
 import json
 from collections.abc import Callable

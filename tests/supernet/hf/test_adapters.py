@@ -1,4 +1,4 @@
-"""What libraries expect of a model of transformers: embeddings that can be resized, and PEFT's LoRA."""
+"""Expectations of libraries on a model of transformers: embeddings that can be resized, and PEFT's LoRA."""
 
 import copy
 from pathlib import Path

@@ -245,7 +245,7 @@ def test_padding_on_the_left_changes_nothing(pair: tuple[Model, Any]) -> None:
 
 
 def greedily(model: Model, row: Tensor, count: int) -> list[int]:
-    """What follows a row [1, T]: the likeliest token each time, 0 ends."""
+    """The continuation of a row [1, T]: the likeliest token each time, 0 ends."""
     tokens: list[int] = []
     for _ in range(count):
         ended = 0 in tokens

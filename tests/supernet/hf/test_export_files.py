@@ -1,4 +1,4 @@
-"""What a sub-model's folder for transformers holds: generated code, a tokenizer, settings and weights."""
+"""Files of a sub-model's folder for transformers: generated code, a tokenizer, settings and weights."""
 
 import ast
 import json
